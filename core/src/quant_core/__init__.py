@@ -1,0 +1,38 @@
+"""quant-core: checkpoint formats, kernels and engines that meet in one canonical form.
+
+Importing this package loads neither torch nor any plugin; names are imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quant_core.hookspecs import hookimpl as hookimpl
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "hookimpl": "quant_core.hookspecs",
+    "open_checkpoint": "quant_core.checkpoint.open",
+    "plan": "quant_core.plan",
+    "load_tensor": "quant_core.load",
+    "load_model": "quant_core.engines.transformers",
+    "install": "quant_core.engines.transformers",
+    "as_config": "quant_core.engines.transformers",
+    "registry": "quant_core.registry",
+    "QuantError": "quant_core.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,104 @@
+"""A checkpoint: what is stored, from the header alone, and how to read any of it.
+
+A container plugin returns a subclass from ``open_checkpoint``. Opening reads headers only and
+imports no torch; ``read`` is where bytes become tensors, always memory of their own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant_core.spec import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Checkpoint", "Index"]
+
+Index = tuple[int | tuple[int, int] | tuple[int, int, int], ...]
+
+
+class Checkpoint(ABC):
+    """An opened checkpoint.
+
+    Attributes:
+        path: the folder, or the single file, that was opened.
+        folder: the folder that holds it.
+        container: "safetensors", or the container plugin's id.
+        tensors: stored name -> ``TensorInfo``, in file order.
+        config: the model's ``config.json``, read-only; empty when there is none.
+        metadata: free-form key/values of the container.
+        warnings: what was odd but harmless, one sentence each.
+    """
+
+    path: Path
+    folder: Path
+    container: str
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    warnings: list[str]
+
+    @abstractmethod
+    def read(self, name: str, index: Index = ()) -> Tensor:
+        """The stored tensor ``name``, or the part of it that ``index`` selects.
+
+        Reads only the bytes needed when ``index`` cuts leading axes. The tensor owns its memory.
+        Containers of blocks return uint8 [..., bytes per row].
+
+        Raises:
+            CheckpointError: ``Q-CKPT-CHANGED`` if the file shrank since it was opened,
+                ``Q-CKPT-IO`` with the OS reason otherwise.
+        """
+
+    def side_file(self, name: str) -> Mapping[str, Any] | None:
+        """A JSON file beside the weights, parsed strictly and read-only; None if absent.
+
+        Raises:
+            ConfigError: malformed JSON, duplicate keys, NaN, or not an object.
+        """
+        from quant_core.checkpoint.json import read_json_object
+
+        file = self.folder / name
+        return read_json_object(file) if file.is_file() else None
+
+    def public_name(self, stored: str) -> str:
+        """Name of a stored tensor in the model's own (Hugging Face) naming. Default: the same."""
+        return stored
+
+    def read_parameter(self, stored: str) -> Tensor:
+        """A float tensor as the model wants it: layout edits of the container's writer undone.
+
+        The default is ``read``. A container whose writer permutes rows or shifts norms undoes
+        that here.
+        """
+        return self.read(stored)
+
+    def pretrained_args(self) -> Mapping[str, str]:
+        """Keyword arguments with which transformers finds config and tokenizer.
+
+        Always holds ``pretrained_model_name_or_path``.
+        """
+        return {"pretrained_model_name_or_path": str(self.folder)}
+
+    @cached_property
+    def modules(self) -> Mapping[str, Mapping[str, TensorInfo]]:
+        """Stored module path -> {last name component: TensorInfo}, in file order."""
+        out: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self.tensors.items():
+            module, _, leaf = name.rpartition(".")
+            out.setdefault(module, {})[leaf] = info
+        return out
+
+    def close(self) -> None:
+        """Release file handles. Reading after this raises."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

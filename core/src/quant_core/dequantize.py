@@ -1,0 +1,128 @@
+"""The oracle: canonical tensors to float32, in plain torch, written to be read.
+
+The evaluation order is fixed, so that every kernel and peer can be compared bit for bit where
+the arithmetic allows it:
+
+    S = s_last * ... * s_1 * s_0             coarsest first, float32, factors broadcast
+    inverse factors divide instead
+    const / code zero:   W = (c - z) * S
+    offset:              W = c * S + O,  O = the offset's own factors, coarsest first
+
+Opaque blocks are handed to the reference their plugin registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quant_core.numerics import decode, decode_scale
+from quant_core.packing import unpack
+from quant_core.spec import Element, Scale
+from quant_core.tensors import QuantizedTensor
+
+__all__ = ["combine_factors", "dense_weight", "dequantize", "scatter_columns", "unpack_codes"]
+
+
+def _expand(t: Tensor, scale: Scale, shape: tuple[int, int]) -> Tensor:
+    """Broadcast a grid of values over [N, K]: shape [ceil(N/r), ceil(K/c)] -> [N|1, K|1]."""
+    n, k = shape
+    r, c = scale.grain
+    if r > 1:
+        t = t.repeat_interleave(r, dim=-2)[..., :n, :]
+    if c > 1:
+        t = t.repeat_interleave(c, dim=-1)[..., :k]
+    return t
+
+
+def combine_factors(
+    tensors: tuple[Tensor, ...], scales: tuple[Scale, ...], shape: tuple[int, int]
+) -> Tensor:
+    """Product of scale factors, float32, broadcastable over ``shape``; coarsest first.
+
+    All factors but the coarsest are expanded only as far as needed: a [N, 1] factor stays [N, 1].
+    """
+    total: Tensor | None = None
+    for values, scale in reversed(list(zip(tensors, scales, strict=True))):
+        factor = _expand(decode_scale(values, scale.element), scale, shape)
+        if scale.inverse:
+            total = 1.0 / factor if total is None else total / factor
+        else:
+            total = factor if total is None else total * factor
+    return torch.ones((), dtype=torch.float32) if total is None else total
+
+
+def unpack_codes(qt: QuantizedTensor) -> Tensor:
+    """Raw codes, one per byte: uint8 [..., N, K] of ``qt.shape``."""
+    bits = qt.spec.element.bits
+    n, k = qt.shape[-2:]
+    if len(qt.shape) == 2:
+        return unpack(qt.codes, bits, (n, k), qt.packing)
+    return torch.stack([unpack(c, bits, (n, k), qt.packing) for c in qt.codes])
+
+
+def _apply_scales(values: Tensor, qt: QuantizedTensor) -> Tensor:
+    spec, shape = qt.spec, (qt.shape[-2], qt.shape[-1])
+    zero = spec.zero
+    if zero is not None and zero.kind == "const":
+        values = values - zero.value
+    elif zero is not None and zero.kind == "code":
+        assert qt.zeros is not None
+        element = Element.uint(8) if zero.element.startswith("uint") else Element.int(8)
+        z = decode(qt.zeros, element)
+        values = values - _expand(z, spec.scales[0], shape)
+    inverse_only = len(spec.scales) == 1 and spec.scales[0].inverse
+    if inverse_only:  # one rounding: divide, never multiply by 1/s
+        s = spec.scales[0]
+        values = values / _expand(decode_scale(qt.scales[0], s.element), s, shape)
+    elif spec.scales:
+        values = values * combine_factors(qt.scales, spec.scales, shape)
+    if zero is not None and zero.kind == "offset":
+        values = values + combine_factors(qt.offset, zero.levels, shape)
+    return values
+
+
+def block_reference(name: str) -> Callable[[Tensor, int], Tensor]:
+    """The reference function of an opaque block type, from the plugin that registered it."""
+    from quant_core.registry import registry
+
+    module, _, attr = registry().block_type(name).target.partition(":")
+    fn: Callable[[Tensor, int], Tensor] = getattr(importlib.import_module(module), attr)
+    return fn
+
+
+def dequantize(qt: QuantizedTensor) -> Tensor:
+    """float32 values in STORED column order.
+
+    Shapes: codes of (N, K) or (E, N, K) -> float32 of ``qt.shape``
+    """
+    if qt.spec.blocks:
+        fn, k = block_reference(qt.spec.blocks), qt.shape[-1]
+        return fn(qt.codes.reshape(-1, qt.codes.shape[-1]), k).view(qt.shape)
+    return _apply_scales(decode(unpack_codes(qt), qt.spec.element, qt.codebook), qt)
+
+
+def scatter_columns(values: Tensor, gather: Tensor, in_features: int) -> Tensor:
+    """Undo ``gather``: [..., K_stored] in stored order -> [..., in_features] in input order."""
+    keep = gather >= 0
+    out = torch.zeros(*values.shape[:-1], in_features, dtype=values.dtype, device=values.device)
+    out[..., gather[keep].long()] = values[..., keep]
+    return out
+
+
+def dense_weight(qt: QuantizedTensor, in_features: int | None = None) -> Tensor:
+    """float32 weight with columns in the order of the layer's input.
+
+    ``in_features`` is needed only when trailing input features have no stored column.
+    """
+    w = dequantize(qt)
+    if qt.gather is None:
+        return w
+    if qt.gather.dim() == 1:
+        k = in_features or int(qt.gather.max()) + 1
+        return scatter_columns(w, qt.gather, k)
+    k = in_features or int(qt.gather.max()) + 1
+    return torch.stack([scatter_columns(a, g, k) for a, g in zip(w, qt.gather, strict=True)])

@@ -1,0 +1,142 @@
+"""The hooks a plugin may implement. Their docstrings are the manual (docs/hooks.md renders them).
+
+A plugin is a module named by an entry point in the group ``quant_core``; the entry point's name is
+the plugin's id. It implements any of these functions, marked with ``@quant_core.hookimpl``. The
+module may import neither torch nor triton at import: heavy imports go inside the functions.
+
+Core calls the implementations one by one in sorted plugin order, each in its own try, so that one
+broken plugin never hides another. Hooks are called while a checkpoint is planned and loaded, never
+in a forward pass. Hook wrappers are rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from quant_core.checkpoint.base import Checkpoint
+    from quant_core.kernels.base import Kernel
+    from quant_core.scheme import Scheme
+    from quant_core.spec import (
+        BlockType,
+        FormatMatch,
+        LayerDesc,
+        OpSpec,
+        ParamSpec,
+        PluginInfo,
+        Unquantized,
+    )
+
+__all__ = ["GROUP", "hookimpl", "hookspec"]
+
+GROUP = "quant_core"
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+@hookspec
+def plugin_info() -> PluginInfo:  # type: ignore[empty-body]
+    """Who are you?
+
+    Called once, right after the plugin is imported, in every process that loads plugins. Must be
+    cheap and pure. A plugin without this hook is set aside (``Q-PLUGIN-RESULT``). Since API 0.1.
+    """
+
+
+@hookspec
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    """Can you read this container?
+
+    Called once per opened path, for a folder or a single file that core's own safetensors reader
+    does not claim. Read the header only; never unpickle; take memory in proportion to the header.
+
+    Args:
+        path: existing file or folder, resolved.
+
+    Returns:
+        A ``Checkpoint``, or None if the container is not yours. Two answers are an error naming
+        both plugins (``Q-FMT-AMBIGUOUS``). A file that is yours but broken: raise
+        ``CheckpointError``. Since API 0.1.
+    """
+
+
+@hookspec
+def detect_format(checkpoint: Checkpoint) -> FormatMatch | None:
+    """Is this checkpoint in your format?
+
+    Called once per opened checkpoint on every plugin, in the planning process. Decide from
+    ``checkpoint.config``, ``checkpoint.side_file(name)`` and ``checkpoint.tensors`` (names,
+    dtypes, shapes); read no tensor data and import no torch.
+
+    Returns:
+        ``FormatMatch`` with level "declared" (the checkpoint names your format) or "structural"
+        (its tensors look like it), or None. Declared beats structural; two claims of one level
+        are ``Q-FMT-AMBIGUOUS`` naming both. A config that names your format but is malformed:
+        raise ``ConfigError``. Since API 0.1.
+    """
+
+
+@hookspec
+def make_scheme(  # type: ignore[empty-body]
+    match: FormatMatch, layer: LayerDesc, checkpoint: Checkpoint
+) -> Scheme | Unquantized:
+    """How is this member stored and computed?
+
+    Called for each logical member of a checkpoint, on the plugin that owns it only. Presence
+    wins: the stored tensors decide together with the config, and a contradiction is an error.
+    ``layer.inp`` / ``layer.out`` may be None (header only); take the sizes from the stored shapes
+    then. Must not import torch.
+
+    Returns:
+        A ``Scheme``, or ``Unquantized(rule, evidence)``. Never None. Since API 0.1.
+    """
+
+
+@hookspec
+def create_weights(scheme: Scheme, layer: LayerDesc) -> Sequence[ParamSpec]:  # type: ignore[empty-body]
+    """Which stored tensors belong to this layer?
+
+    Called once per member after ``make_scheme``, on the owner. Pure: allocates nothing. Usually
+    ``return scheme.params(layer)``; core does that itself for a plugin without this hook.
+    Since API 0.1.
+    """
+
+
+@hookspec
+def apply(op: OpSpec) -> Iterable[Kernel]:  # type: ignore[empty-body]
+    """Which of your kernels could run this operation?
+
+    Called once per distinct ``OpSpec`` on every plugin. Return all candidates, also those that
+    will reject the operation: their reason is shown to the user. Kernels are cheap objects; what
+    they need is imported in ``allocate``. Since API 0.1.
+    """
+
+
+@hookspec
+def block_types() -> Mapping[str, BlockType]:  # type: ignore[empty-body]
+    """Which opaque block types do you know?
+
+    Called once after loading. Two plugins with one name conflict (``Q-PLUGIN-CONFLICT``).
+    Since API 0.1.
+    """
+
+
+@hookspec
+def make_config(plan: Any) -> Mapping[str, Any]:  # type: ignore[empty-body]
+    """The ``quantization_config`` block that describes this plan in your format.
+
+    Called by writers, on the plugin that owns the target format. Since API 0.1.
+    """
+
+
+@hookspec
+def online_schemes() -> Mapping[str, Any]:  # type: ignore[empty-body]
+    """What can you make from float weights at load time? A short name maps to an online scheme.
+
+    A bare name belongs to the plugin with that id; others are spelled ``plugin:name``.
+    Since API 0.1.
+    """
