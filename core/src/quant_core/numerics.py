@@ -41,7 +41,7 @@ def _mini_float_table(exp_bits: int, man_bits: int) -> Tensor:
     return torch.tensor(values + [-v for v in values], dtype=torch.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def element_table(name: str) -> Tensor:
     """float32 values of every code of a float element, indexed by code.
 
