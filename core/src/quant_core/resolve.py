@@ -1,0 +1,145 @@
+"""One name resolver: which patterns of a config apply to which module, and which to none.
+
+A config lists patterns in several dialects. Each is a ``NamePattern``; matching is bounded in time
+whatever the checkpoint's author wrote, and a pattern that matches nothing is reported.
+
+    exact      the whole module name
+    prefix     the name, or a parent of it, at a dot boundary
+    suffix     the end of the name, at a dot boundary
+    substring  anywhere in the name
+    glob       shell wildcards over the whole name
+    regex      anchored at the start only, as ``re.match``
+    search     a regex anywhere in the name
+
+A config object that holds patterns offers ``name_patterns() -> Sequence[NamePattern]``; core then
+reports those that match no module.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import regex
+
+from quant_core.errors import ConfigError, printable
+
+__all__ = ["MAX_REGEX_PATTERNS", "NamePattern", "first_match", "unmatched"]
+
+MAX_REGEX_PATTERNS = 1_000
+_MAX_PATTERN_LENGTH = 4_096
+_MATCH_SECONDS = 0.25  # for one pattern against one name; real ones take microseconds
+
+
+@functools.lru_cache(maxsize=4 * MAX_REGEX_PATTERNS)
+def _compile(text: str) -> Any:
+    if len(text) > _MAX_PATTERN_LENGTH:
+        raise ConfigError(
+            f"name pattern {printable(text, 60)!r} is {len(text)} characters long, expected at "
+            f"most {_MAX_PATTERN_LENGTH}. List module names instead of one long alternation.",
+            code="Q-CFG-REGEX",
+            tensor=printable(text, 60),
+            expected=_MAX_PATTERN_LENGTH,
+            actual=len(text),
+        )
+    try:
+        return regex.compile(text)
+    except (regex.error, RecursionError, OverflowError) as err:
+        raise ConfigError(
+            f"name pattern {printable(text)!r} is no valid regular expression: {err}. "
+            "Correct it in the checkpoint's quantization config.",
+            code="Q-CFG-REGEX",
+            tensor=printable(text),
+            actual=str(err),
+        ) from err
+
+
+def _timed(call: Any, text: str, name: str) -> bool:
+    try:
+        return call(name, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError as err:
+        raise ConfigError(
+            f"name pattern {printable(text)!r} takes more than {_MATCH_SECONDS} s to match "
+            f"{printable(name, 60)!r}. Rewrite it without nested repetition.",
+            code="Q-CFG-REGEX",
+            tensor=printable(text),
+            actual="timeout",
+        ) from err
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamePattern:
+    """One pattern of a config: its dialect, its text, and what it is for.
+
+    Raises (on construction):
+        ConfigError: ``Q-CFG-REGEX`` for an invalid or over-long regular expression.
+    """
+
+    kind: Literal["exact", "prefix", "suffix", "substring", "glob", "regex", "search"]
+    text: str
+    purpose: str = ""  # the config key it came from
+
+    def __post_init__(self) -> None:
+        if self.kind in ("regex", "search"):
+            _compile(self.text)
+
+    def matches(self, name: str) -> bool:
+        """Whether ``name`` (a module path) matches.
+
+        Raises:
+            ConfigError: ``Q-CFG-REGEX`` if matching takes too long.
+        """
+        text = self.text
+        match self.kind:
+            case "exact":
+                return name == text
+            case "prefix":
+                return name == text or name.startswith(text.rstrip(".") + ".")
+            case "suffix":
+                return name == text or name.endswith("." + text.lstrip("."))
+            case "substring":
+                return text in name
+            case "glob":
+                return fnmatch.fnmatchcase(name, text)
+            case "regex":
+                return _timed(_compile(text).match, text, name)
+            case _:
+                return _timed(_compile(text).search, text, name)
+
+
+def check_count(patterns: Sequence[NamePattern], where: str) -> None:
+    """Refuse more regular expressions than can be matched in bounded time.
+
+    Raises:
+        ConfigError: ``Q-CFG-REGEX`` above ``MAX_REGEX_PATTERNS``. Exact names have no limit.
+    """
+    count = sum(p.kind in ("regex", "search", "glob") for p in patterns)
+    if count > MAX_REGEX_PATTERNS:
+        raise ConfigError(
+            f"{where}: {count} wildcard patterns, expected at most {MAX_REGEX_PATTERNS}. "
+            "List module names in full instead.",
+            code="Q-CFG-REGEX",
+            tensor=where,
+            expected=MAX_REGEX_PATTERNS,
+            actual=count,
+        )
+
+
+def first_match(patterns: Iterable[NamePattern], name: str) -> NamePattern | None:
+    """The first pattern that matches ``name``, in the order given."""
+    return next((p for p in patterns if p.matches(name)), None)
+
+
+def unmatched(patterns: Sequence[NamePattern], names: Iterable[str]) -> list[NamePattern]:
+    """Patterns that match none of ``names``. Exact names cost one look-up each."""
+    names = list(names)
+    known = set(names)
+    left = []
+    for p in patterns:
+        hit = p.text in known if p.kind == "exact" else any(p.matches(n) for n in names)
+        if not hit:
+            left.append(p)
+    return left
