@@ -104,11 +104,11 @@ class Registry:
                 continue
             if answer is not None:
                 answers.append((plugin_id, answer))
-        for plugin_id, err in broken:
+        for plugin_id, error in broken:
             if not answers:
-                raise self._result_error(plugin_id, hook, err) from err
+                raise self._result_error(plugin_id, hook, error) from error
             log.warning(
-                "plugin %r: hook %s raised %r; ignored, others answered", plugin_id, hook, err
+                "plugin %r: hook %s raised %r; ignored, others answered", plugin_id, hook, error
             )
         return answers
 

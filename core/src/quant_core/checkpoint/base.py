@@ -78,6 +78,11 @@ class Checkpoint(ABC):
         """
         return self.read(stored)
 
+    @property
+    def ignored(self) -> Mapping[str, str]:
+        """Stored tensors that are rightly not loaded: stored name -> the named rule."""
+        return {}
+
     def pretrained_args(self) -> Mapping[str, str]:
         """Keyword arguments with which transformers finds config and tokenizer.
 

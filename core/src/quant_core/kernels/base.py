@@ -1,14 +1,14 @@
 """What a kernel is: it accepts or rejects an OpSpec with a reason, owns buffers, and runs.
 
 Life of a kernel: ``accepts`` (cheap, no torch import needed) -> ``allocate`` final buffers ->
-``load_`` one member or expert at a time -> ``__call__`` many times. ``restore`` gives the
+``load_`` one member or expert at a time -> ``bind`` once -> run many times. ``restore`` gives the
 canonical tensors back exactly; saving, ``.to(device)``, refit and conversion go through it.
 Kernels see canonical types only and never learn which format a tensor came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -66,6 +66,12 @@ class Kernel(Protocol):
     def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
         """The canonical tensors back, bit for bit (a stack keeps its leading expert axis)."""
 
-    def __call__(self, buffers: Mapping[str, Tensor], op: OpSpec, *xs: Tensor) -> Tensor:
-        """Run. linear: x [..., K] -> [..., N]. embedding: ids [...] -> [..., K].
-        grouped_linear: x [T, K], expert index [T] -> [T, N]."""
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        """The function that runs ``op``; called once, so that nothing is decided in a forward.
+
+        It is called with the buffers' values in the order of ``allocate``, then the inputs:
+        linear        run([buffers...], x [..., K]) -> [..., N]
+        embedding     run([buffers...], ids [...]) -> [..., K]
+        grouped_linear  run([buffers...], x [T, K], expert index [T]) -> [T, N]
+        It must pickle (a partial of a module-level function) and trace under torch.compile.
+        """

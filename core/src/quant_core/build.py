@@ -1,0 +1,230 @@
+"""From a plan to modules: load members one by one, fuse or compose, choose a kernel, bind.
+
+Peak memory is what the modules keep plus one matrix: a stack of experts is loaded expert by
+expert into allocated buffers, a fused layer member by member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import LayoutError
+from quant_core.fuse import Composite, fuse
+from quant_core.kernels.choose import Choice, choose
+from quant_core.load import read_matrix
+from quant_core.nn import (
+    BoundMember,
+    QuantComposite,
+    QuantEmbedding,
+    QuantExperts,
+    QuantGrouped,
+    QuantLinear,
+    QuantModule,
+)
+from quant_core.packing import repack
+from quant_core.plan import Member, Plan
+from quant_core.spec import OpSpec
+from quant_core.tensors import LayerTensors, QuantizedTensor
+
+__all__ = ["Builder"]
+
+
+def _with_packing(lt: LayerTensors, op: OpSpec) -> LayerTensors:
+    qt = lt.weight
+    if qt.spec.blocks or qt.packing == op.packing:
+        return lt
+    n, k = qt.shape
+    codes = repack(qt.codes, qt.spec.element.bits, (n, k), qt.packing, op.packing)
+    return replace(lt, operands={"weight": replace(qt, codes=codes, packing=op.packing)})
+
+
+def _features(lt: LayerTensors) -> frozenset[str]:
+    names = {
+        name
+        for name in ("bias", "acc_bias", "out_scale", "input_scale", "input_zero")
+        if getattr(lt, name) is not None
+    }
+    if lt.bias is not None:
+        names.add(f"bias:{str(lt.bias.dtype).removeprefix('torch.')}")
+    if lt.weight.gather is not None:
+        names.add("gather")
+    return frozenset(names)
+
+
+def _check_size(
+    name: str, qt: QuantizedTensor, n: int | None, k: int | None, scheme_k: int
+) -> None:
+    found = (qt.shape[0], scheme_k)
+    if (n, k) != (None, None) and found != (n, k):
+        raise LayoutError(
+            f"{name}: the checkpoint holds a {found[0]} x {found[1]} matrix, the model expects "
+            f"{n} x {k}. config.json describes another model, or the checkpoint was cut.",
+            code="Q-LAYOUT-SHAPE",
+            tensor=name,
+            expected=(n, k),
+            actual=found,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Builder:
+    """Builds the modules of one model from one plan.
+
+    Attributes:
+        device: where buffers are allocated.
+        dtype: the model's float dtype; only embeddings need it.
+        kernels: names to allow, as in ``choose``.
+        choices: (module name, choice) of everything built, for reports.
+    """
+
+    plan: Plan
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
+    kernels: str | Sequence[str] | None = None
+    choices: list[tuple[str, Choice]] = field(default_factory=list)
+
+    def _choose(self, op: OpSpec) -> Choice:
+        return choose(op, self.plan.registry, kernels=self.kernels)
+
+    def _op(self, kind: str, lt: LayerTensors, in_features: int, **sizes: int) -> OpSpec:
+        qt = lt.weight
+        return OpSpec(
+            op=kind,  # type: ignore[arg-type]
+            operands=tuple(
+                (role, t.spec) for role, t in lt.operands.items()
+            ),
+            packing=qt.packing,
+            sizes=(("n", qt.shape[0]), ("k", in_features), ("k_stored", qt.shape[1]),
+                   *sizes.items()),
+            act_dtype=str(self.dtype).removeprefix("torch."),
+            device=(self.device.partition(":")[0], ""),
+            features=_features(lt),
+        )  # fmt: skip
+
+    def _bind(
+        self, cls: type[QuantModule], name: str, op: OpSpec, lt: LayerTensors,
+        members: Sequence[BoundMember],
+    ) -> QuantModule:  # fmt: skip
+        choice = self._choose(op)
+        self.choices.append((name, choice))
+        buffers = choice.kernel.allocate(choice.op, self.device)
+        choice.kernel.load_(buffers, choice.op, _with_packing(lt, choice.op), {"row": 0})
+        return cls(choice, buffers, members, self._choose)
+
+    # ---------------------------------------------------------------------------------- layers
+
+    def linear(
+        self, name: str, members: Sequence[Member], *, n: int | None = None, k: int | None = None
+    ) -> nn.Module:
+        """A linear layer from its members in row order (usually one).
+
+        Args:
+            n, k: sizes the engine's layer has, checked against the checkpoint.
+
+        Raises:
+            LayoutError: ``Q-LAYOUT-SHAPE`` if they disagree.
+            KernelError: nothing can run it.
+        """
+        loaded, rows = [], 0
+        bound: list[BoundMember] = []
+        k_model = members[0].scheme.shape[1]  # type: ignore[union-attr]
+        for m in members:
+            lt = read_matrix(self.plan, m)
+            stop = rows + lt.weight.shape[0]
+            bound.append(
+                BoundMember(name=m.layer.name, start=rows, stop=stop, packing=lt.weight.packing)
+            )
+            rows = stop
+            loaded.append(lt)
+        if len(members) == 1:
+            _check_size(name, loaded[0].weight, n, k, k_model)
+            return self._bind(
+                QuantLinear, name, self._op("linear", loaded[0], k_model), loaded[0], bound
+            )
+        fused = fuse(loaded)
+        if not isinstance(fused, Composite):
+            op = self._op("linear", fused, k_model)
+            return self._bind(QuantLinear, name, op, fused, bound)
+        parts = []
+        for start, lt in fused.parts:
+            stop = start + lt.weight.shape[0]
+            mine = [b for b in bound if start <= b.start < stop]
+            mine = [replace(b, start=b.start - start, stop=b.stop - start) for b in mine]
+            op = self._op("linear", lt, k_model)
+            parts.append(self._bind(QuantLinear, f"{name}[{start}:{stop}]", op, lt, mine))
+        return QuantComposite(parts, fused.reason)  # type: ignore[arg-type]
+
+    def embedding(
+        self, name: str, member: Member, *, n: int | None = None, k: int | None = None
+    ) -> QuantEmbedding:
+        """An embedding table; its kernel also serves a tied lm_head."""
+        lt = read_matrix(self.plan, member)
+        k_model = member.scheme.shape[1]  # type: ignore[union-attr]
+        _check_size(name, lt.weight, n, k, k_model)
+        bound = BoundMember(
+            name=member.layer.name, start=0, stop=lt.weight.shape[0], packing=lt.weight.packing
+        )
+        module = self._bind(QuantEmbedding, name, self._op("embedding", lt, k_model), lt, [bound])
+        assert isinstance(module, QuantEmbedding)
+        return module
+
+    def _stack(self, name: str, member: Member) -> QuantGrouped:
+        """One stack of experts, read expert by expert into the kernel's buffers."""
+        ids = member.layer.experts
+        first = read_matrix(self.plan, member, ids[0])
+        k_model = member.scheme.shape[1]  # type: ignore[union-attr]
+        op = self._op("grouped_linear", first, k_model, experts=len(ids))
+        choice = self._choose(op)
+        self.choices.append((name, choice))
+        buffers = choice.kernel.allocate(choice.op, self.device)
+        for i, e in enumerate(ids):
+            lt = first if i == 0 else read_matrix(self.plan, member, e)
+            if lt.weight.spec != first.weight.spec or lt.weight.shape != first.weight.shape:
+                raise LayoutError(
+                    f"{name}: expert {e} is {lt.weight.spec.label} {lt.weight.shape}, expert "
+                    f"{ids[0]} is {first.weight.spec.label} {first.weight.shape}; expected one "
+                    "layout for the whole stack. Quantize all experts alike.",
+                    code="Q-LAYOUT-FUSED",
+                    tensor=name,
+                    expected=first.weight.spec.label,
+                    actual=lt.weight.spec.label,
+                )
+            choice.kernel.load_(
+                buffers, choice.op, _with_packing(lt, choice.op), {"row": 0, "expert": i}
+            )
+        bound = BoundMember(
+            name=member.layer.name, start=0, stop=first.weight.shape[0],
+            packing=first.weight.packing,
+        )  # fmt: skip
+        return QuantGrouped(choice, buffers, [bound], self._choose)
+
+    def experts(
+        self,
+        name: str,
+        *,
+        gate: Member,
+        up: Member,
+        down: Member,
+        activation: Callable[[Tensor], Tensor],
+    ) -> QuantExperts:
+        """The routed experts of one layer; gate, up and down may be of different types."""
+        counts = {m.layer.name: m.layer.experts for m in (gate, up, down)}
+        if len(set(counts.values())) != 1:
+            raise LayoutError(
+                f"{name}: stacks hold {[len(c) for c in counts.values()]} experts, expected the "
+                "same experts in gate, up and down. The checkpoint is incomplete.",
+                code="Q-TENSOR-MISSING",
+                tensor=name,
+                actual=counts,
+            )
+        return QuantExperts(
+            self._stack(f"{name}.gate", gate),
+            self._stack(f"{name}.up", up),
+            self._stack(f"{name}.down", down),
+            activation,
+            len(gate.layer.experts),
+        )

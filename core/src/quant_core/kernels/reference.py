@@ -1,0 +1,368 @@
+"""The reference kernels: dequantize row blocks in float32, then torch's own matmul.
+
+    y = x[..., gather] @ W^T (+ bias),   W = dequantize(codes, scales, zeros)
+
+They run every spec on every device, keep the weights packed, and are what each fast kernel is
+compared with. One torch op per operation (``quant_core::linear_ref`` ...), so that torch.compile
+and CUDA graphs see one opaque node; the spec travels as JSON text, a constant of the graph.
+
+Buffers are the canonical tensors themselves under the names of ``QuantizedTensor.tensors()``, in a
+row-major packing along K, so rows can be written, cut and looked up without unpacking.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant_core.dequantize import dequantize
+from quant_core.errors import LayoutError
+from quant_core.kernels.base import Accepted, Rejected
+from quant_core.numerics import scale_dtype
+from quant_core.packing import WORD_DTYPES, packed_shape
+from quant_core.registry import registry
+from quant_core.spec import OpSpec, QuantSpec, Scale
+from quant_core.spec_json import op_from_text, to_text
+from quant_core.tensors import LayerTensors, QuantizedTensor
+
+__all__ = ["ReferenceKernel"]
+
+_BLOCK_ELEMENTS = 4 << 20  # weights dequantized at once: 16 MiB of float32
+_SIDE = ("bias", "acc_bias", "out_scale", "input_scale", "input_zero")
+
+_lib = torch.library.Library("quant_core", "DEF")
+
+
+# ----------------------------------------------------------------------------- buffers <-> tensors
+
+
+def _grid(scale: Scale, n: int, k: int) -> tuple[int, int]:
+    r, c = scale.grain
+    return (-(-n // r) if r else 1, -(-k // c) if c else 1)
+
+
+def _shapes(op: OpSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Buffer name -> (shape without the expert axis, dtype) of the weight operand."""
+    spec, n = op.weight, op.size("n")
+    k = op.size("k_stored", op.size("k"))
+    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if spec.blocks:
+        t = registry().block_type(spec.blocks)
+        out["codes"] = ((n, k // t.weights * t.bytes), torch.uint8)
+        return out
+    words = packed_shape((n, k), spec.element.bits, op.packing)
+    out["codes"] = (words, WORD_DTYPES[op.packing.word])
+    for i, s in enumerate(spec.scales):
+        out[f"scales_{i}"] = (_grid(s, n, k), scale_dtype(s.element))
+    if spec.zero is not None and spec.zero.kind == "code":
+        out["zeros"] = (_grid(spec.scales[0], n, k), torch.uint8)
+    if spec.zero is not None and spec.zero.kind == "offset":
+        for i, s in enumerate(spec.zero.levels):
+            out[f"offset_{i}"] = (_grid(s, n, k), scale_dtype(s.element))
+    if spec.gather:
+        out["gather"] = ((k,), torch.int32)
+    if spec.element.kind == "lut":
+        out["codebook_0"] = ((1 << spec.element.bits,), torch.float32)
+    return out
+
+
+def _tensor(
+    op: OpSpec, buffers: Mapping[str, Tensor], expert: int | None = None
+) -> QuantizedTensor:
+    """The weight held by ``buffers``; with ``expert``, that expert's matrix."""
+    spec: QuantSpec = op.weight
+    n, k = op.size("n"), op.size("k_stored", op.size("k"))
+    experts = op.size("experts", 0)
+    pick = (lambda t: t) if expert is None or not experts else (lambda t: t[expert])
+    codebook = (buffers["codebook_0"],) if "codebook_0" in buffers else ()
+    levels = spec.zero.levels if spec.zero is not None else ()
+    return QuantizedTensor(
+        spec=spec,
+        shape=(experts, n, k) if experts and expert is None else (n, k),
+        codes=pick(buffers["codes"]),
+        packing=op.packing,
+        scales=tuple(pick(buffers[f"scales_{i}"]) for i in range(len(spec.scales))),
+        zeros=pick(buffers["zeros"]) if "zeros" in buffers else None,
+        offset=tuple(pick(buffers[f"offset_{i}"]) for i in range(len(levels))),
+        gather=pick(buffers["gather"]) if "gather" in buffers else None,
+        codebook=codebook,
+    )
+
+
+def _row_block(qt: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Rows [start, stop) of a row-major matrix; ``start`` a multiple of every row grain."""
+
+    def cut(t: Tensor, scale: Scale) -> Tensor:
+        r = scale.grain[0]
+        return t[start // r : -(-stop // r)] if r else t
+
+    levels = qt.spec.zero.levels if qt.spec.zero is not None else ()
+    return replace(
+        qt,
+        shape=(stop - start, qt.shape[1]),
+        codes=qt.codes[start:stop],
+        scales=tuple(cut(t, s) for t, s in zip(qt.scales, qt.spec.scales)),
+        zeros=None if qt.zeros is None else cut(qt.zeros, qt.spec.scales[0]),
+        offset=tuple(cut(t, s) for t, s in zip(qt.offset, levels)),
+    )
+
+
+def _row_step(qt: QuantizedTensor) -> int:
+    levels = qt.spec.scales + (qt.spec.zero.levels if qt.spec.zero is not None else ())
+    align = max([1, *(s.grain[0] for s in levels)])
+    return max(align, _BLOCK_ELEMENTS // max(qt.shape[1], 1) // align * align)
+
+
+# ------------------------------------------------------------------------------------ arithmetic
+
+
+def _matmul(x: Tensor, qt: QuantizedTensor) -> Tensor:
+    """x [T, K] @ W^T in the dtype of x, W dequantized block by block."""
+    if qt.gather is not None:  # -1 picks the appended zero column
+        x = F.pad(x, (0, 1))[:, qt.gather.long()]
+    n, step = qt.shape[0], _row_step(qt)
+    if n <= step:
+        return F.linear(x, dequantize(qt).to(x.dtype))
+    out = x.new_empty(x.shape[0], n)
+    for start in range(0, n, step):
+        stop = min(n, start + step)
+        out[:, start:stop] = F.linear(x, dequantize(_row_block(qt, start, stop)).to(x.dtype))
+    return out
+
+
+def _check_x(x: Tensor, k: int) -> None:
+    if x.dim() < 1 or x.shape[-1] != k or not x.is_floating_point():
+        raise LayoutError(
+            f"input has shape {tuple(x.shape)} {x.dtype}, expected a float tensor [..., {k}]. "
+            "Pass the layer's own activations.",
+            code="Q-LAYOUT-INPUT",
+            expected=k,
+            actual=tuple(x.shape),
+        )
+
+
+_lib.define("linear_ref(Tensor x, Tensor[] tensors, str op) -> Tensor")
+_lib.define("grouped_linear_ref(Tensor x, Tensor experts, Tensor[] tensors, str op) -> Tensor")
+_lib.define("embedding_ref(Tensor ids, Tensor[] tensors, str op) -> Tensor")
+
+
+def _named(op: OpSpec, tensors: list[Tensor]) -> dict[str, Tensor]:
+    names = list(_shapes(op)) + [s for s in _SIDE if s in op.features]
+    return dict(zip(names, tensors, strict=True))
+
+
+def _linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
+    op = op_from_text(op_text)
+    buffers = _named(op, tensors)
+    y = _matmul(x.reshape(-1, x.shape[-1]), _tensor(op, buffers))
+    if "bias" in buffers:
+        y = y + buffers["bias"].to(y.dtype)
+    return y.view(*x.shape[:-1], op.size("n"))
+
+
+def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
+    op = op_from_text(op_text)
+    buffers = _named(op, tensors)
+    out = x.new_zeros(x.shape[0], op.size("n"))
+    for expert in experts.unique().tolist():
+        if not 0 <= expert < op.size("experts"):
+            continue  # a sentinel for "no expert here": contributes nothing
+        rows = torch.where(experts == expert)[0]
+        y = _matmul(x[rows], _tensor(op, buffers, expert))
+        if "bias" in buffers:
+            y = y + buffers["bias"][expert].to(y.dtype)
+        out[rows] = y
+    return out
+
+
+def _embedding(ids: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
+    op = op_from_text(op_text)
+    qt = _tensor(op, _named(op, tensors))
+    flat = ids.reshape(-1).long()
+    dtype: torch.dtype = getattr(torch, op.act_dtype)
+
+    def rows(t: Tensor, scale: Scale) -> Tensor:
+        r = scale.grain[0]
+        return t[flat // r] if r else t
+
+    def fine(scales: tuple[Scale, ...]) -> tuple[Scale, ...]:
+        return tuple(replace(s, grain=(min(s.grain[0], 1), s.grain[1])) for s in scales)
+
+    zero = qt.spec.zero
+    levels = zero.levels if zero is not None else ()
+    spec = replace(
+        qt.spec,
+        scales=fine(qt.spec.scales),
+        zero=None if zero is None else replace(zero, levels=fine(levels)),
+    )
+    picked = replace(
+        qt,
+        spec=spec,
+        shape=(flat.numel(), qt.shape[1]),
+        codes=qt.codes[flat],
+        scales=tuple(rows(t, s) for t, s in zip(qt.scales, qt.spec.scales)),
+        zeros=None if qt.zeros is None else rows(qt.zeros, qt.spec.scales[0]),
+        offset=tuple(rows(t, s) for t, s in zip(qt.offset, levels)),
+    )
+    if flat.numel() == 0:
+        return torch.empty(*ids.shape, qt.shape[1], dtype=dtype, device=ids.device)
+    return dequantize(picked).to(dtype).view(*ids.shape, qt.shape[1])
+
+
+def _fake_linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], op_from_text(op_text).size("n"))
+
+
+def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
+    return x.new_empty(x.shape[0], op_from_text(op_text).size("n"))
+
+
+def _fake_embedding(ids: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
+    op = op_from_text(op_text)
+    dtype: torch.dtype = getattr(torch, op.act_dtype)
+    return torch.empty(*ids.shape, op.size("k"), dtype=dtype, device=ids.device)
+
+
+for _name, _impl, _fake in (
+    ("linear_ref", _linear, _fake_linear),
+    ("grouped_linear_ref", _grouped_linear, _fake_grouped),
+    ("embedding_ref", _embedding, _fake_embedding),
+):
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quant_core::{_name}", _fake, lib=_lib)
+
+
+# ---------------------------------------------------------------------------------------- kernel
+
+
+class ReferenceKernel:
+    """Runs linear, grouped_linear and embedding for every weight-only spec, slowly and exactly."""
+
+    name = "torch_ref"
+    OPS = ("linear", "grouped_linear", "embedding")
+
+    def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        if op.op not in self.OPS:
+            return Rejected(axis="op", have=op.op, need=" or ".join(self.OPS))
+        roles = {role for role, _ in op.operands}
+        if roles != {"weight"}:
+            return Rejected(axis="operands", have=str(sorted(roles)), need="weight only")
+        spec = op.weight
+        if spec.element.kind == "vector":
+            return Rejected(axis="element", have=spec.element.name, need="a scalar element")
+        if op.packing.k_major or op.packing.axis != "in":
+            return Rejected(axis="packing", have="k-major or along N", need="row-major along K")
+        if op.op == "embedding" and spec.gather:
+            return Rejected(axis="gather", have="reordered columns", need="columns in order")
+        block = min(op.size("n") * op.size("k_stored", op.size("k")), _BLOCK_ELEMENTS)
+        return Accepted(workspace_bytes=8 * block, cost=1e6, note="dequantizes on every call")
+
+    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
+        experts = op.size("experts", 0)
+        lead = (experts,) if experts else ()
+        out = {}
+        for name, (shape, dtype) in _shapes(op).items():
+            full = shape if name.startswith("codebook") else (*lead, *shape)
+            out[name] = _poison(torch.empty(full, dtype=dtype, device=device))
+        n = op.size("n")
+        side = {
+            "bias": ((n,), torch.float32),
+            "acc_bias": ((n,), torch.int32),
+            "out_scale": ((n,), torch.float32),
+            "input_scale": ((1,), torch.float32),
+            "input_zero": ((1,), torch.int32),
+        }
+        for name in _SIDE:
+            if name in op.features:
+                shape, dtype = side[name]
+                if name == "bias" and "bias:" in " ".join(op.features):
+                    text = next(f for f in op.features if f.startswith("bias:"))
+                    dtype = getattr(torch, text.partition(":")[2])
+                out[name] = _poison(torch.empty((*lead, *shape), dtype=dtype, device=device))
+        return out
+
+    def load_(
+        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
+    ) -> None:
+        qt, row = part.weight, at.get("row", 0)
+        levels = qt.spec.zero.levels if qt.spec.zero is not None else ()
+        grains = {f"scales_{i}": s.grain[0] for i, s in enumerate(qt.spec.scales)}
+        grains |= {f"offset_{i}": s.grain[0] for i, s in enumerate(levels)}
+        if qt.spec.scales:
+            grains["zeros"] = qt.spec.scales[0].grain[0]
+        tensors = dict(qt.tensors())
+        for name in _SIDE:
+            value = getattr(part, name)
+            if value is not None:
+                tensors[name] = value
+        if set(tensors) != set(buffers):
+            raise LayoutError(
+                f"part carries {sorted(tensors)}, buffers hold {sorted(buffers)}; expected the "
+                "same names. The part has another spec than the operation.",
+                code="Q-LAYOUT-FUSED",
+                expected=sorted(buffers),
+                actual=sorted(tensors),
+            )
+        for name, value in tensors.items():
+            target = buffers[name]
+            if "expert" in at and not name.startswith("codebook"):
+                target = target[at["expert"]]
+            if name in ("gather", "input_scale", "input_zero") or name.startswith("codebook"):
+                _copy(name, target, value)
+                continue
+            grain = grains.get(name, 1)
+            start = row // grain if grain else 0
+            _copy(name, target[start : start + value.shape[0]], value)
+
+    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
+        side = {name: buffers.get(name) for name in _SIDE}
+        return LayerTensors(operands={"weight": _tensor(op, buffers)}, **side)  # type: ignore[arg-type]
+
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        run = {
+            "linear": _run_linear,
+            "grouped_linear": _run_grouped,
+            "embedding": _run_embedding,
+        }[op.op]
+        return functools.partial(run, to_text(op), op.size("k"))
+
+
+def _run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
+    _check_x(x, k)
+    return torch.ops.quant_core.linear_ref(x, tensors, text)  # type: ignore[no-any-return]
+
+
+def _run_grouped(text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
+    _check_x(x, k)
+    return torch.ops.quant_core.grouped_linear_ref(x, experts, tensors, text)  # type: ignore[no-any-return]
+
+
+def _run_embedding(text: str, k: int, tensors: list[Tensor], ids: Tensor) -> Tensor:
+    return torch.ops.quant_core.embedding_ref(ids, tensors, text)  # type: ignore[no-any-return]
+
+
+def _poison(t: Tensor) -> Tensor:
+    """Fill so that a forgotten part cannot go unnoticed: NaN for floats, all ones for bits."""
+    return (
+        t.fill_(float("nan"))
+        if t.is_floating_point()
+        else t.fill_(-1 if t.dtype.is_signed else 255)
+    )
+
+
+def _copy(name: str, target: Tensor, value: Tensor) -> None:
+    """``copy_`` that neither broadcasts nor casts."""
+    if target.shape != value.shape or target.dtype != value.dtype:
+        raise LayoutError(
+            f"{name} has shape {tuple(value.shape)} {value.dtype}, expected "
+            f"{tuple(target.shape)} {target.dtype}. The parts of one layer differ in layout.",
+            code="Q-LAYOUT-SHAPE",
+            expected=tuple(target.shape),
+            actual=tuple(value.shape),
+        )
+    target.copy_(value)

@@ -1,0 +1,259 @@
+"""Modules that engines put in place of their own: thin, packed, and safe to move and cast.
+
+A module owns its kernel's buffers as torch buffers. ``.to(dtype)``, ``.half()`` and friends cannot
+touch codes or scales; ``.to(device)`` moves the bytes and, where the device type changes, asks for
+a kernel again. A tied lm_head reads the embedding's buffers and owns none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.kernels.base import Kernel
+from quant_core.kernels.choose import Choice, Decision
+from quant_core.spec import OpSpec, Packing
+from quant_core.tensors import LayerTensors
+
+__all__ = ["BoundMember", "QuantEmbedding", "QuantExperts", "QuantLinear", "QuantModule"]
+
+Rechoose = Callable[[OpSpec], Choice]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundMember:
+    """Where one checkpoint member lies in a module: its name, its rows, its stored packing."""
+
+    name: str
+    start: int
+    stop: int
+    packing: Packing
+
+
+class QuantModule(nn.Module):
+    """Buffers of one bound operation.
+
+    Attributes:
+        op: what runs, kernel: who runs it, trace: how it was chosen.
+        members: the checkpoint members whose rows it holds, in row order.
+    """
+
+    op: OpSpec
+    kernel: Kernel
+    trace: tuple[Decision, ...]
+    members: tuple[BoundMember, ...]
+
+    def __init__(
+        self,
+        choice: Choice,
+        buffers: Mapping[str, Tensor],
+        members: Iterable[BoundMember] = (),
+        rechoose: Rechoose | None = None,
+    ) -> None:
+        super().__init__()
+        self.op, self.kernel, self.trace = choice.op, choice.kernel, choice.trace
+        self.members = tuple(members)
+        self._rechoose = rechoose
+        self._names = tuple(buffers)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self._bind()
+
+    def _bind(self) -> None:
+        self._run = self.kernel.bind(self.op)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The kernel's buffers."""
+        return {name: getattr(self, name) for name in self._names}
+
+    def restore(self) -> LayerTensors:
+        """Canonical tensors, bit for bit."""
+        return self.kernel.restore(self.tensors, self.op)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        """Move, never cast: ``fn`` sees the bytes of each buffer, which no float cast changes."""
+        old = self.op.device[0]
+        for name in self._names:
+            value = getattr(self, name)
+            raw = value.contiguous().view(torch.uint8)
+            moved = fn(raw)
+            if moved.dtype != torch.uint8:  # .type(...) casts integers too: keep only the move
+                moved = raw.to(moved.device)
+            self._buffers[name] = moved.view(value.dtype)
+        device = self._buffers[self._names[0]].device.type if self._names else old  # type: ignore[union-attr]
+        if device not in (old, "meta") and self._rechoose is not None:
+            self._rebind(device)
+        return self
+
+    def _rebind(self, device: str) -> None:
+        """Choose again for another device type and load through the canonical form."""
+        assert self._rechoose is not None
+        canonical = self.restore()
+        choice = self._rechoose(replace(self.op, device=(device, "")))
+        if choice.kernel.name != self.kernel.name or choice.op.packing != self.op.packing:
+            buffers = choice.kernel.allocate(choice.op, device)
+            for expert, part in _matrices(canonical, self.op.size("experts", 0)):
+                choice.kernel.load_(
+                    buffers,
+                    choice.op,
+                    part,
+                    {"row": 0} if expert is None else {"row": 0, "expert": expert},
+                )
+            for name in self._names:
+                del self._buffers[name]
+            for name, value in buffers.items():
+                self.register_buffer(name, value)
+            self._names = tuple(buffers)
+        self.op, self.kernel, self.trace = choice.op, choice.kernel, choice.trace
+        self._bind()
+
+    def _values(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._names]
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(f"{k}={v}" for k, v in self.op.sizes)
+        return f"{sizes}, {self.op.weight.label}, kernel={self.kernel.name}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "_names" in self.__dict__:
+            raise AttributeError(
+                f"{type(self).__name__} holds packed weights and has no 'weight'; "
+                "use .restore().dequantize() for a float32 copy"
+            )
+        return super().__getattr__(name)
+
+
+def _matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, LayerTensors]]:
+    if not experts:
+        yield None, lt
+        return
+    qt = lt.weight
+    for e in range(experts):
+        tensors = {k: v if k.startswith("codebook") else v[e] for k, v in qt.tensors().items()}
+        one = qt.with_tensors(tensors, shape=qt.shape[1:])
+        bias = None if lt.bias is None else lt.bias[e]
+        yield e, LayerTensors(operands={"weight": one}, bias=bias)
+
+
+class QuantLinear(QuantModule):
+    """y = x W^T + bias. x [..., in_features] float -> [..., out_features] of x's dtype."""
+
+    _owner: QuantEmbedding | None = None
+
+    @classmethod
+    def tied(cls, owner: QuantEmbedding, bias: None = None) -> QuantLinear:
+        """A linear layer over the embedding's buffers: one copy, both see it."""
+        op = replace(owner.op, op="linear")
+        module = cls(Choice(kernel=owner.kernel, op=op, trace=owner.trace), {}, owner.members)
+        object.__setattr__(module, "_owner", owner)  # hidden: it must not be moved or saved twice
+        return module
+
+    @property
+    def in_features(self) -> int:
+        return self.op.size("k")
+
+    @property
+    def out_features(self) -> int:
+        return self.op.size("n")
+
+    def forward(self, x: Tensor) -> Tensor:
+        owner = self._owner
+        if owner is not None:
+            return owner._run_tied(owner._values(), x)  # type: ignore[no-any-return]
+        return self._run(self._values(), x)
+
+    def restore(self) -> LayerTensors:
+        return super().restore() if self._owner is None else self._owner.restore()
+
+
+class QuantEmbedding(QuantModule):
+    """ids [...] -> rows [..., embedding_dim] of ``op.act_dtype``."""
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.op.size("n")
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.op.size("k")
+
+    def _bind(self) -> None:
+        super()._bind()
+        self._run_tied = self.kernel.bind(replace(self.op, op="linear"))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._run(self._values(), ids)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
+        """As for every module, and a float cast changes the dtype of the rows returned."""
+        dtype = getattr(torch, self.op.act_dtype)
+        probe = fn(torch.empty(0, dtype=dtype))
+        super()._apply(fn, recurse)
+        if probe.is_floating_point() and probe.dtype != dtype:
+            self.op = replace(self.op, act_dtype=str(probe.dtype).removeprefix("torch."))
+            self._bind()
+        return self
+
+
+class QuantComposite(nn.Module):
+    """Members of one layer that cannot share buffers, run one after another along the output."""
+
+    def __init__(self, parts: Iterable[QuantLinear], reason: str) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.reason = reason
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+class QuantGrouped(QuantModule):
+    """One stack of experts: x [T, K], expert index [T] -> [T, N]."""
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        return self._run(self._values(), x, experts)
+
+
+class QuantExperts(nn.Module):
+    """Routed experts: out[t] = sum_j w[t, j] * down_e(act(gate_e(x)) * up_e(x)), e = index[t, j].
+
+    Shapes:
+        hidden_states (T, H), top_k_index (T, k) int64, top_k_weights (T, k) -> (T, H)
+        an index outside 0..E-1 means "no expert here" and contributes nothing
+    """
+
+    def __init__(
+        self,
+        gate: nn.Module,
+        up: nn.Module | None,
+        down: nn.Module,
+        activation: Callable[[Tensor], Tensor],
+        num_experts: int,
+    ) -> None:
+        super().__init__()
+        self.gate = gate  # holds gate and up when they are fused; ``up`` is None then
+        self.up = up
+        self.down = down
+        self.activation = activation
+        self.num_experts = num_experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        tokens, top_k = top_k_index.shape
+        experts = top_k_index.reshape(-1)
+        x = hidden_states.repeat_interleave(top_k, dim=0)
+        if self.up is None:
+            gate, up = self.gate(x, experts).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate(x, experts), self.up(x, experts)
+        y = self.down(self.activation(gate) * up, experts)
+        y = y * top_k_weights.reshape(-1, 1)
+        return y.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)

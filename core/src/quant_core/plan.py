@@ -1,0 +1,376 @@
+"""From a checkpoint's header to a plan: which members there are and how each is stored.
+
+    modules of stored tensors -> members (experts stacked) -> make_scheme -> create_weights
+      -> header checks: presence, shape, dtype, cohorts, no tensor left over
+
+No tensor data is read and no torch imported. The result answers ``quant inspect`` and is what the
+loader follows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quant_core.checkpoint.base import Checkpoint, Index
+from quant_core.detect import FLOAT_DTYPES, detect
+from quant_core.errors import CheckpointError, LayoutError, PluginError, printable, summarize
+from quant_core.ledger import Ledger, Part, missing_error, unexpected_error
+from quant_core.registry import Registry
+from quant_core.registry import registry as default_registry
+from quant_core.resolve import unmatched
+from quant_core.scheme import Scheme
+from quant_core.spec import EXPERT, FormatMatch, LayerDesc, ParamSpec, Span, TensorInfo, Unquantized
+
+__all__ = ["Member", "Plan", "param_sources", "plan"]
+
+_EXPERT_NUMBER = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
+_EMBEDDING_NAMES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One logical member: its description, and its scheme or why it has none."""
+
+    layer: LayerDesc
+    scheme: Scheme | Unquantized
+    params: tuple[ParamSpec, ...] = ()
+    stored: tuple[str, ...] = ()  # stored tensors of an unquantized member
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.scheme, Scheme)
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """What a checkpoint holds. ``members`` and ``dense`` are keyed by public names.
+
+    Attributes:
+        match: the owner's claim; None for a plain float checkpoint.
+        members: module name -> member, quantized or not.
+        dense: parameter name -> stored name of every tensor loaded as it is.
+        warnings: one sentence each; errors when planning strictly.
+    """
+
+    checkpoint: Checkpoint
+    match: FormatMatch | None
+    registry: Registry
+    members: Mapping[str, Member]
+    dense: Mapping[str, str]
+    ledger: Ledger
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> dict[str, Member]:
+        return {n: m for n, m in self.members.items() if m.quantized}
+
+    def member_nbytes(self, member: Member) -> int:
+        """Stored bytes of a member."""
+        tensors = self.checkpoint.tensors
+        if not member.quantized:
+            return sum(tensors[n].nbytes for n in member.stored)
+        names = {name for _, name, _, _ in member_parts(member) if name in tensors}
+        return sum(tensors[n].nbytes for n in names)
+
+
+# ------------------------------------------------------------------------------------- members
+
+
+@dataclass(slots=True)
+class _Stored:
+    """Stored module paths that form one member."""
+
+    name: str
+    stored: str
+    leaves: Mapping[str, TensorInfo]
+    experts: tuple[int, ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+def _public_module(checkpoint: Checkpoint, path: str, leaves: Mapping[str, TensorInfo]) -> str:
+    first = next(iter(leaves.values()))
+    return checkpoint.public_name(first.name).rpartition(".")[0]
+
+
+def _stored_members(checkpoint: Checkpoint) -> Iterator[_Stored]:
+    """Modules of the header, experts of one name gathered into one stack."""
+    stacks: dict[tuple[str, str], dict[int, str]] = {}
+    for path, leaves in checkpoint.modules.items():
+        name = _public_module(checkpoint, path, leaves)
+        numbered = _EXPERT_NUMBER.match(name)
+        in_stored = _EXPERT_NUMBER.match(path)
+        if numbered and in_stored:
+            member = f"{numbered[1]}.{numbered[3]}"
+            template = f"{in_stored[1]}.{{expert}}.{in_stored[3]}"
+            stacks.setdefault((member, template), {})[int(numbered[2])] = path
+            continue
+        stacked = next((t.shape[0] for t in leaves.values() if len(t.shape) == 3), 0)
+        experts = tuple(range(stacked)) if stacked and ".experts." in f"{name}." else ()
+        yield _Stored(name, path, leaves, experts, (path,))
+    for (member, template), paths in stacks.items():
+        ids = tuple(sorted(paths))
+        gaps = sorted(set(range(ids[-1] + 1)) - set(ids))
+        if gaps:
+            raise missing_error(
+                checkpoint,
+                [template.format(expert=e) + ".*" for e in gaps],
+                f"{member} (experts 0..{ids[-1]})",
+            )
+        leaves = checkpoint.modules[paths[0]]
+        ordered = tuple(paths[e] for e in ids)
+        yield _Stored(member, template, leaves, ids, ordered)
+
+
+def _describe(s: _Stored) -> LayerDesc:
+    last = s.name.rpartition(".")[2]
+    kind = "experts" if s.experts else "embedding" if last in _EMBEDDING_NAMES else "linear"
+    return LayerDesc(kind=kind, name=s.name, stored=s.stored, experts=s.experts)  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------- sources
+
+
+def param_sources(
+    layer: LayerDesc, param: ParamSpec, expert: int | None
+) -> tuple[tuple[str, Index], ...]:
+    """Stored names and indices of one param of one matrix; several are concatenated on axis 0."""
+    out = []
+    if not param.sources:
+        stored = layer.stored if expert is None else layer.stored.format(expert=expert)
+        return ((f"{stored}.{param.name}", ()),)
+    for source in param.sources:
+        name = source.name if expert is None else source.name.format(expert=expert)
+        index = tuple(expert if i == EXPERT else i for i in source.index)
+        out.append((name, index))
+    return tuple(out)  # type: ignore[return-value]
+
+
+def member_parts(member: Member) -> Iterator[tuple[ParamSpec, str, Index, Part]]:
+    """(param, stored name, index, ledger part) of every param of every matrix of a member."""
+    layer = member.layer
+    for expert in layer.experts or (None,):
+        for param in member.params:
+            per_slice = any(EXPERT in s.index for s in param.sources)
+            for name, index in param_sources(layer, param, expert):
+                yield param, name, index, (name, expert if per_slice else None)
+
+
+def _indexed_shape(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
+    out = []
+    for axis, size in enumerate(shape):
+        if axis >= len(index):
+            out.append(size)
+        elif isinstance(i := index[axis], tuple):
+            out.append(len(range(size)[slice(*i)]))
+    return tuple(out)
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+class _Checker:
+    """Header checks over all members; problems of one kind are raised together."""
+
+    def __init__(self, checkpoint: Checkpoint, ledger: Ledger) -> None:
+        self.checkpoint, self.ledger = checkpoint, ledger
+        self.missing: list[str] = []
+        self.cohorts: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+
+    def member(self, member: Member) -> None:
+        scheme = member.scheme
+        assert isinstance(scheme, Scheme)
+        for param, name, index, part in member_parts(member):
+            info = self.checkpoint.tensors.get(name)
+            if param.need == "cohort":
+                have, lack = self.cohorts.setdefault((scheme.name, param.name), ([], []))
+                (lack if info is None else have).append(name)
+            if info is None:
+                if param.need == "required":
+                    self.missing.append(name)
+                continue
+            if param.need == "ignored":
+                self.ledger.skip(name, param.rule or f"ignored by {scheme.name}")
+                continue
+            self._shape(param, info, index)
+            self.ledger.claim(part, member.layer.name)
+
+    def _shape(self, param: ParamSpec, info: TensorInfo, index: Index) -> None:
+        where = f"{info.file}: tensor {printable(info.name)!r}"
+        shape = _indexed_shape(info.shape, index)
+        if len(param.sources) < 2 and shape != param.shape:
+            raise LayoutError(
+                f"{where} has shape {shape}, expected {param.shape}. The checkpoint was cut short, "
+                "or its config describes another layout (bits, group_size).",
+                code="Q-LAYOUT-SHAPE",
+                path=info.file,
+                tensor=info.name,
+                expected=param.shape,
+                actual=shape,
+            )
+        if info.dtype not in param.dtypes:
+            raise LayoutError(
+                f"{where} has dtype {info.dtype}, expected {' or '.join(param.dtypes)}. "
+                "The tensor was cast after quantization; export the checkpoint again.",
+                code="Q-LAYOUT-DTYPE",
+                path=info.file,
+                tensor=info.name,
+                expected=param.dtypes,
+                actual=info.dtype,
+            )
+
+    def finish(self) -> None:
+        lost = [
+            name
+            for have, lack in self.cohorts.values()
+            if have and lack
+            for name in (lack if len(lack) <= len(have) else [])
+        ]
+        if self.missing or lost:
+            raise missing_error(self.checkpoint, self.missing + lost, "the layers they belong to")
+        for (scheme, param), (have, lack) in self.cohorts.items():
+            if have and lack:
+                raise unexpected_error(
+                    self.checkpoint,
+                    have,
+                    f"{param!r} on all {len(have) + len(lack)} layers of scheme {scheme!r} or none",
+                )
+
+
+def _leftovers(checkpoint: Checkpoint, stored: _Stored, ledger: Ledger) -> list[str]:
+    paths = stored.paths or (stored.stored,)
+    return [
+        info.name
+        for path in paths
+        for info in checkpoint.modules[path].values()
+        if not ledger.is_claimed(info.name) and info.name not in ledger.skipped
+    ]
+
+
+def _check_scheme(owner: str, layer: LayerDesc, answer: object) -> Scheme | Unquantized:
+    if not isinstance(answer, Scheme | Unquantized):
+        raise PluginError(
+            f"plugin {owner!r}: make_scheme returned {type(answer).__name__} for {layer.name!r}, "
+            "expected a Scheme or Unquantized. This is a bug of the plugin; report it there.",
+            code="Q-PLUGIN-RESULT",
+            plugin=owner,
+            tensor=layer.name,
+            actual=type(answer).__name__,
+        )
+    return answer
+
+
+def _check_float(checkpoint: Checkpoint, info: TensorInfo, why: Unquantized) -> None:
+    if info.name.endswith(".weight") and info.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{info.file}: tensor {printable(info.name)!r} is {info.dtype}, but its layer counts "
+            f"as unquantized ({why.rule}); expected floats. Export the checkpoint again.",
+            code="Q-CKPT-MISMATCH",
+            path=info.file,
+            tensor=info.name,
+            expected=sorted(FLOAT_DTYPES),
+            actual=info.dtype,
+        )
+
+
+def _sized(layer: LayerDesc, scheme: Scheme) -> LayerDesc:
+    n, k = scheme.shape
+    return replace(layer, inp=Span.whole(k), out=Span.whole(n))
+
+
+def plan(
+    checkpoint: Checkpoint, *, format: str | None = None, registry: Registry | None = None
+) -> Plan:
+    """Plan a checkpoint from its header.
+
+    Args:
+        checkpoint: from ``open_checkpoint``.
+        format: plugin id the user insists on; an error if the checkpoint is something else.
+        registry: plugins to ask; default the process-wide registry.
+
+    Raises:
+        FormatError, ConfigError: what the checkpoint is cannot be decided or is contradictory.
+        CheckpointError: ``Q-TENSOR-MISSING``, ``Q-TENSOR-UNEXPECTED``, ``Q-TENSOR-DUPLICATE``,
+            ``Q-CKPT-MISMATCH``.
+        LayoutError: a stored tensor has the wrong shape or dtype.
+    """
+    registry = registry or default_registry()
+    match = detect(checkpoint, registry, format=format)
+    ledger = Ledger(checkpoint)
+    for name, rule in checkpoint.ignored.items():
+        ledger.skip(name, rule)
+    members: dict[str, Member] = {}
+    dense: dict[str, str] = {}
+    checker = _Checker(checkpoint, ledger)
+    pending: list[_Stored] = []
+    for stored in _stored_members(checkpoint):
+        layer = _describe(stored)
+        member = _plan_member(registry, match, layer, checkpoint)
+        if layer.name in members:
+            raise CheckpointError(
+                f"{checkpoint.path}: module {printable(layer.name)!r} is stored twice, as "
+                f"{printable(members[layer.name].layer.stored)!r} and "
+                f"{printable(layer.stored)!r}; expected once. Remove one of them.",
+                code="Q-TENSOR-DUPLICATE",
+                path=checkpoint.path,
+                tensor=layer.name,
+            )
+        if member.quantized:
+            checker.member(member)
+            pending.append(stored)
+        else:
+            assert isinstance(member.scheme, Unquantized)
+            names = _leftovers(checkpoint, stored, ledger)
+            for name in names:
+                _check_float(checkpoint, checkpoint.tensors[name], member.scheme)
+                ledger.claim((name, None), layer.name)
+                dense[checkpoint.public_name(name)] = name
+            member = replace(member, stored=tuple(names))
+        members[layer.name] = member
+    checker.finish()
+    extra = [name for stored in pending for name in _leftovers(checkpoint, stored, ledger)]
+    if extra:
+        raise unexpected_error(checkpoint, extra, "only the tensors of the layer's scheme")
+    result = Plan(
+        checkpoint=checkpoint,
+        match=match,
+        registry=registry,
+        members=members,
+        dense=dense,
+        ledger=ledger,
+        warnings=[*checkpoint.warnings],
+    )
+    result.warnings += _config_warnings(match, members)
+    return result
+
+
+def _plan_member(
+    registry: Registry, match: FormatMatch | None, layer: LayerDesc, checkpoint: Checkpoint
+) -> Member:
+    if match is None:
+        return Member(layer=layer, scheme=Unquantized(rule="checkpoint is not quantized"))
+    answer = registry.call_one(
+        match.plugin, "make_scheme", match=match, layer=layer, checkpoint=checkpoint
+    )
+    scheme = _check_scheme(match.plugin, layer, answer)
+    if isinstance(scheme, Unquantized):
+        return Member(layer=layer, scheme=scheme)
+    layer = _sized(layer, scheme)
+    params = registry.call_one(match.plugin, "create_weights", scheme=scheme, layer=layer)
+    if params is None:
+        params = scheme.params(layer)
+    return Member(layer=layer, scheme=scheme, params=tuple(params))
+
+
+def _config_warnings(match: FormatMatch | None, members: Mapping[str, Any]) -> list[str]:
+    """Unknown keys and patterns that match nothing, as the owner's config reports them."""
+    config = match.config if match is not None else None
+    out = list(getattr(config, "warnings", ()))
+    patterns: Sequence[Any] = getattr(config, "name_patterns", tuple)()
+    left = unmatched(patterns, members)
+    if left:
+        shown = summarize(f"{p.purpose}: {p.text}" for p in left)
+        out.append(f"{len(left)} name pattern(s) match no module: {shown}")
+    return out
