@@ -1,33 +1,58 @@
 """Codes in and out of packed words: one algorithm for every ``Packing``.
 
-A stream of b-bit slots, LSB first, in little-endian words is the same stream in bytes, and eight
-slots always fill exactly b bytes. So packing works on runs of eight slots, b bytes each:
-
-    slot s of a run occupies bits [s*b, s*b+b) of the run, at most two bytes
-    b = 3:  byte 0 = s0 s0 s0 s1 s1 s1 s2 s2 | byte 1 = s2 s3 s3 s3 s4 s4 s4 s5 | ...
-
-Everything is vectorised over runs. Large tensors are repacked in row blocks, so that one byte per
-code never exists for a whole layer.
+The bits of one packed row are the business of ``quant_core.packing_bits``; here are sizes, axes and
+transposition. Large tensors are repacked in row blocks, so that one byte per code never exists for
+a whole layer; common packings go through whole words instead (``quant_core.packing_words``).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
+from quant_core.packing_bits import pack_rows, pack_stream, unpack_rows, unpack_stream
+from quant_core.packing_words import (
+    WORD_BITS,
+    WORD_DTYPES,
+    from_stream,
+    has_fast_path,
+    to_stream,
+)
 from quant_core.spec import CANONICAL, Packing
 
-__all__ = ["WORD_BITS", "WORD_DTYPES", "pack", "packed_shape", "repack", "unpack"]
+__all__ = [
+    "WORD_BITS",
+    "WORD_DTYPES",
+    "pack",
+    "pack_unit",
+    "packed_count",
+    "packed_shape",
+    "repack",
+    "unpack",
+    "word_slice",
+]
 
-WORD_BITS = {"uint8": 8, "int16": 16, "int32": 32}
-WORD_DTYPES = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32}
 _BLOCK_BYTES = 64 << 20  # bytes of unpacked codes held at once while repacking
 
 
-def _words(count: int, bits: int, packing: Packing) -> int:
-    """Words that hold ``count`` codes along the packed axis."""
+def pack_unit(bits: int, packing: Packing) -> int:
+    """Codes along the packed axis that fill whole words and whole runs: where words may be cut."""
     word = WORD_BITS[packing.word]
+    run = len(packing.order) if packing.order is not None else 1
+    if packing.planes:
+        return math.lcm(32, run)
+    per = word // math.gcd(word, bits) if packing.straddle else word // bits
+    return math.lcm(per, run)
+
+
+def packed_count(count: int, bits: int, packing: Packing) -> int:
+    """Words that hold ``count`` codes along the packed axis; a last short run is filled up."""
+    word = WORD_BITS[packing.word]
+    if packing.order is not None:
+        count += -count % len(packing.order)
     if packing.planes:
         return -(-count // 32) * 32 * bits // word
     if packing.straddle:
@@ -39,19 +64,19 @@ def packed_shape(shape: tuple[int, int], bits: int, packing: Packing) -> tuple[i
     """Shape of the word tensor that holds codes of logical ``shape`` (N, K)."""
     n, k = shape
     if packing.axis == "in":
-        k = _words(k, bits, packing)
+        k = packed_count(k, bits, packing)
     else:
-        n = _words(n, bits, packing)
+        n = packed_count(n, bits, packing)
     return (k, n) if packing.k_major else (n, k)
 
 
 def _packed_last(words: Tensor, packing: Packing) -> Tensor:
-    """Move the packed axis last: [rows, words]."""
+    """Move the packed axis last: [rows, words]. Its own inverse."""
     last = packing.k_major == (packing.axis == "out")
     return words if last else words.transpose(-1, -2)
 
 
-def _check_shape(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> None:
+def _check(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> None:
     expected = packed_shape(shape, bits, packing)
     dtype = WORD_DTYPES[packing.word]
     if tuple(words.shape) != expected or words.dtype != dtype:
@@ -64,103 +89,28 @@ def _check_shape(words: Tensor, bits: int, shape: tuple[int, int], packing: Pack
         )
 
 
-def _unpack_stream(data: Tensor, bits: int, count: int) -> Tensor:
-    """First ``count`` slots of an LSB-first bit stream. data: uint8 [R, B] -> uint8 [R, count]."""
-    if bits == 8:
-        return data[:, :count]
-    if bits in (1, 2, 4):
-        per = 8 // bits
-        used = data[:, : -(-count // per)]
-        parts = [(used >> (bits * i)) & ((1 << bits) - 1) for i in range(per)]
-        return torch.stack(parts, dim=-1).flatten(-2)[:, :count]
-    runs = -(-count // 8)
-    if data.shape[1] < runs * bits:
-        data = torch.nn.functional.pad(data, (0, runs * bits - data.shape[1]))
-    run = data[:, : runs * bits].reshape(data.shape[0], runs, bits)
-    out = torch.empty(data.shape[0], runs, 8, dtype=torch.uint8, device=data.device)
-    mask = (1 << bits) - 1
-    for slot in range(8):
-        byte, shift = divmod(slot * bits, 8)
-        value = run[..., byte] >> shift
-        if shift + bits > 8:
-            value = value | (run[..., byte + 1] << (8 - shift))
-        out[..., slot] = value & mask
-    return out.flatten(-2)[:, :count]
-
-
-def _pack_stream(slots: Tensor, bits: int) -> Tensor:
-    """Inverse of ``_unpack_stream``: uint8 [R, S] -> uint8 [R, ceil(S*bits/8)]."""
-    if bits == 8:
-        return slots.contiguous()
-    rows, count = slots.shape
-    runs = -(-count // 8)
-    slots = torch.nn.functional.pad(slots, (0, runs * 8 - count)).view(rows, runs, 8)
-    out = torch.zeros(rows, runs, bits, dtype=torch.uint8, device=slots.device)
-    for slot in range(8):
-        byte, shift = divmod(slot * bits, 8)
-        out[..., byte] |= slots[..., slot] << shift
-        if shift + bits > 8:
-            out[..., byte + 1] |= slots[..., slot] >> (8 - shift)
-    return out.flatten(-2)[:, : -(-count * bits // 8)]
-
-
-def _as_bytes(words: Tensor) -> Tensor:
-    """[R, W] words -> uint8 [R, W * bytes]; little-endian, as every supported machine is."""
-    return words.contiguous().view(torch.uint8)
-
-
-def _slots(words: Tensor, bits: int, count: int, packing: Packing) -> Tensor:
-    """Slots in stored order: [R, W] words -> uint8 [R, count]."""
-    if packing.planes:
-        return _unpack_planes(_as_bytes(words), packing.planes, count)
-    if packing.straddle:
-        return _unpack_stream(_as_bytes(words), bits, count)
-    per = WORD_BITS[packing.word] // bits
-    mask = (1 << bits) - 1
-    parts = [((words >> (bits * i)) & mask).to(torch.uint8) for i in range(per)]
-    return torch.stack(parts, dim=-1).flatten(-2)[:, :count]
-
-
-def _unpack_planes(data: Tensor, planes: tuple[int, ...], count: int) -> Tensor:
-    bits, rows = sum(planes), data.shape[0]
-    runs = -(-count // 32)
-    run = data.view(rows, runs, 4 * bits)  # 32 codes of b bits
-    out = torch.zeros(rows, runs, 32, dtype=torch.uint8, device=data.device)
-    at = offset = 0
-    for width in planes:
-        part = run[..., at : at + 4 * width].reshape(rows * runs, 4 * width)
-        out |= _unpack_stream(part, width, 32).view(rows, runs, 32) << offset
-        at, offset = at + 4 * width, offset + width
-    return out.flatten(-2)[:, :count]
-
-
-def _pack_planes(codes: Tensor, planes: tuple[int, ...]) -> Tensor:
-    rows, count = codes.shape
-    runs = -(-count // 32)
-    codes = torch.nn.functional.pad(codes, (0, runs * 32 - count)).view(rows * runs, 32)
-    parts, offset = [], 0
-    for width in planes:
-        parts.append(_pack_stream((codes >> offset) & ((1 << width) - 1), width))
-        offset += width
-    return torch.cat(parts, dim=1).view(rows, -1)
-
-
-def _order(codes: Tensor, order: tuple[int, ...], *, inverse: bool) -> Tensor:
-    """Codes to slots (``inverse=False``: slot[order[i]] = code[i]) or back, run by run."""
-    rows, count = codes.shape
-    run = len(order)
-    if count % run:
+def _check_planes(bits: int, packing: Packing) -> None:
+    if packing.planes and sum(packing.planes) != bits:
         raise LayoutError(
-            f"{count} codes along the packed axis are no multiple of the order's run of {run}. "
-            "This packing needs whole runs.",
-            code="Q-LAYOUT-SHAPE",
-            expected=run,
-            actual=count,
+            f"bit planes {packing.planes} hold {sum(packing.planes)} bits, expected {bits}. "
+            "Give the planes of this bit width.",
+            code="Q-LAYOUT-ELEMENT",
+            expected=bits,
+            actual=packing.planes,
         )
-    index = torch.tensor(order, device=codes.device)
-    if not inverse:
-        index = torch.argsort(index)
-    return codes.view(rows, -1, run)[..., index].flatten(-2)
+
+
+def _unpack_generic(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> Tensor:
+    n, k = shape
+    by_row = _packed_last(words, packing)
+    if packing.axis == "in":
+        return unpack_rows(by_row, bits, k, packing)
+    return unpack_rows(by_row, bits, n, packing).transpose(0, 1)
+
+
+def _pack_generic(codes: Tensor, bits: int, packing: Packing) -> Tensor:
+    by_row = (codes if packing.axis == "in" else codes.transpose(0, 1)).contiguous()
+    return _packed_last(pack_rows(by_row, bits, packing), packing).contiguous()
 
 
 def unpack(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> Tensor:
@@ -172,88 +122,89 @@ def unpack(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -
         shape: logical (N, K).
 
     Returns:
-        uint8 [N, K].
+        uint8 [N, K]; for 8-bit codes it may share memory with ``words``.
 
     Raises:
-        LayoutError: ``Q-LAYOUT-SHAPE`` if shape or dtype of ``words`` disagree.
+        LayoutError: ``Q-LAYOUT-SHAPE`` if shape or dtype of ``words`` disagree,
+            ``Q-LAYOUT-ELEMENT`` if the packing's bit planes are not ``bits``.
     """
-    _check_shape(words, bits, shape, packing)
-    n, k = shape
-    count = k if packing.axis == "in" else n
-    padded = count
-    if packing.order is not None:
-        padded = -(-count // len(packing.order)) * len(packing.order)
-    codes = _slots(_packed_last(words, packing), bits, padded, packing)
-    if packing.order is not None:
-        codes = _order(codes.contiguous(), packing.order, inverse=True)[:, :count]
-    return codes if packing.axis == "in" else codes.transpose(0, 1)
+    _check_planes(bits, packing)
+    _check(words, bits, shape, packing)
+    if has_fast_path(bits, shape, packing):
+        return unpack_stream(to_stream(words, bits, shape, packing), bits, shape[1])
+    return _unpack_generic(words, bits, shape, packing)
 
 
 def pack(codes: Tensor, bits: int, packing: Packing) -> Tensor:
-    """Inverse of ``unpack``: uint8 [N, K], one code per byte, to words. Padding bits are zero."""
-    by_row = codes if packing.axis == "in" else codes.transpose(0, 1)
-    by_row = by_row.contiguous()
-    if packing.order is not None:
-        run = len(packing.order)
-        by_row = torch.nn.functional.pad(by_row, (0, -by_row.shape[1] % run))
-        by_row = _order(by_row, packing.order, inverse=False)
-    word = WORD_BITS[packing.word]
-    if packing.planes:
-        data = _pack_planes(by_row, packing.planes)
-    elif packing.straddle:
-        data = _pack_stream(by_row, bits)
-        data = torch.nn.functional.pad(data, (0, -data.shape[1] % (word // 8)))
-    else:
-        per = word // bits
-        slots = torch.nn.functional.pad(by_row, (0, -by_row.shape[1] % per))
-        slots = slots.view(slots.shape[0], -1, per).to(torch.int64)
-        value = sum(slots[..., i] << (bits * i) for i in range(per))
-        assert isinstance(value, Tensor)
-        data = value.contiguous().view(torch.uint8).view(*value.shape, 8)[..., : word // 8]
-        data = data.flatten(-2)
-    words = data.contiguous().view(WORD_DTYPES[packing.word])
-    last = packing.k_major == (packing.axis == "out")
-    return words if last else words.transpose(0, 1).contiguous()
+    """Inverse of ``unpack``: uint8 [N, K], one code per byte, to words. Padding bits are zero.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-ELEMENT`` for a code that needs more than ``bits`` bits.
+    """
+    _check_planes(bits, packing)
+    if bits < 8 and codes.numel() and int(codes.max()) >> bits:
+        raise LayoutError(
+            f"codes to pack reach {int(codes.max())}, expected at most {(1 << bits) - 1} for "
+            f"{bits} bits. Clamp while quantizing, or pack with more bits.",
+            code="Q-LAYOUT-ELEMENT",
+            expected=(1 << bits) - 1,
+            actual=int(codes.max()),
+        )
+    shape = (codes.shape[0], codes.shape[1])
+    if has_fast_path(bits, shape, packing):
+        return from_stream(pack_stream(codes, bits), bits, shape, packing)
+    return _pack_generic(codes, bits, packing)
 
 
-def _rows(words: Tensor, start: int, stop: int, bits: int, packing: Packing) -> Tensor:
-    """Words of the logical rows [start, stop); ``axis`` "out" needs whole words."""
-    if packing.axis == "out":
-        per = WORD_BITS[packing.word]  # a multiple of 32 codes always ends on a word
-        start, stop = start * bits // per, -(-stop * bits // per)
-        if packing.k_major:
-            return words[:, start:stop]
-        return words[start:stop]
-    return words[:, start:stop] if packing.k_major else words[start:stop]
+def word_slice(
+    words: Tensor, bits: int, packing: Packing, axis: str, start: int, stop: int
+) -> Tensor:
+    """View of the words that hold the codes [start, stop) along ``axis`` ("in" or "out").
+
+    Along the packed axis ``start`` must be a multiple of ``pack_unit``; if ``stop`` is not one,
+    the last word holds further codes as well.
+    """
+    dim = int(packing.k_major == (axis == "out"))
+    if axis == packing.axis:
+        start, stop = packed_count(start, bits, packing), packed_count(stop, bits, packing)
+    return words.narrow(dim, start, stop - start)
 
 
 def repack(
-    words: Tensor, bits: int, shape: tuple[int, int], old: Packing, new: Packing = CANONICAL
+    words: Tensor,
+    bits: int,
+    shape: tuple[int, int],
+    old: Packing,
+    new: Packing = CANONICAL,
+    *,
+    block_bytes: int = _BLOCK_BYTES,
 ) -> Tensor:
-    """Words of ``old`` as words of ``new``, in row blocks of at most 64 MiB of unpacked codes.
+    """Words of ``old`` as words of ``new``: word by word where that is known, else in row blocks.
 
     Bit-exact for every pair of packings; padding bits become zero.
+
+    Args:
+        block_bytes: most bytes of unpacked codes held at once (a block has at least the rows
+            that fill whole words).
     """
     if old == new:
         return words
-    _check_shape(words, bits, shape, old)
+    _check_planes(bits, old)
+    _check_planes(bits, new)
+    _check(words, bits, shape, old)
+    if has_fast_path(bits, shape, old) and has_fast_path(bits, shape, new):
+        return from_stream(to_stream(words, bits, shape, old), bits, shape, new)
     n, k = shape
-    step = max(32, _BLOCK_BYTES // max(k, 1) // 32 * 32)
-    whole_words = (
-        old.straddle and not old.planes and (old.order is None or 32 % len(old.order) == 0)
-    )
-    blockable = (old.axis == "in" or whole_words) and new.axis == "in"
-    if n <= step or not blockable:
+    unit = math.lcm(*(pack_unit(bits, p) for p in (old, new) if p.axis == "out"))
+    step = max(unit, block_bytes // max(k, 1) // unit * unit)
+    if n <= step:
         return pack(unpack(words, bits, shape, old), bits, new)
     out = torch.empty(
         packed_shape(shape, bits, new), dtype=WORD_DTYPES[new.word], device=words.device
     )
     for start in range(0, n, step):
         stop = min(n, start + step)
-        part = _rows(words, start, stop, bits, old)
+        part = word_slice(words, bits, old, "out", start, stop)
         codes = unpack(part, bits, (stop - start, k), old)
-        if new.k_major:
-            out[:, start:stop] = pack(codes, bits, new)
-        else:
-            out[start:stop] = pack(codes, bits, new)
+        word_slice(out, bits, new, "out", start, stop).copy_(pack(codes, bits, new))
     return out
