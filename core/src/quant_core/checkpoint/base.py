@@ -99,7 +99,7 @@ class Checkpoint(ABC):
             out.setdefault(module, {})[leaf] = info
         return out
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - a container without handles has nothing to do
         """Release file handles. Reading after this raises."""
 
     def __enter__(self) -> Checkpoint:
