@@ -1,12 +1,13 @@
 """The oracle: canonical tensors to float32, in plain torch, written to be read.
 
 The evaluation order is fixed, so that every kernel and peer can be compared bit for bit where
-the arithmetic allows it:
+the arithmetic allows it. All in float32:
 
-    S = s_last * ... * s_1 * s_0             coarsest first, float32, factors broadcast
-    inverse factors divide instead
-    const / code zero:   W = (c - z) * S
-    offset:              W = c * S + O,  O = the offset's own factors, coarsest first
+    S = 1 (* or /) s_last ... (* or /) s_1 (* or /) s_0    coarsest first; inverse factors divide
+    a single inverse factor: x * S means x / s_0, one rounding instead of two
+
+    const / code zero:     W = (c - z) * S
+    offset:                W = c * S + O,   O from the offset's own factors, like S
 
 Opaque blocks are handed to the reference their plugin registered.
 """
@@ -19,9 +20,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quant_core.errors import LayoutError
 from quant_core.numerics import decode, decode_scale
 from quant_core.packing import unpack
-from quant_core.spec import Element, Scale
+from quant_core.spec import Scale
 from quant_core.tensors import QuantizedTensor
 
 __all__ = ["combine_factors", "dense_weight", "dequantize", "scatter_columns", "unpack_codes"]
@@ -41,18 +43,15 @@ def _expand(t: Tensor, scale: Scale, shape: tuple[int, int]) -> Tensor:
 def combine_factors(
     tensors: tuple[Tensor, ...], scales: tuple[Scale, ...], shape: tuple[int, int]
 ) -> Tensor:
-    """Product of scale factors, float32, broadcastable over ``shape``; coarsest first.
+    """S of the module's docstring: float32, broadcastable over ``shape``.
 
-    All factors but the coarsest are expanded only as far as needed: a [N, 1] factor stays [N, 1].
+    Factors are expanded only as far as needed: a [N, 1] factor stays [N, 1].
     """
-    total: Tensor | None = None
+    total = torch.ones((), dtype=torch.float32)
     for values, scale in reversed(list(zip(tensors, scales, strict=True))):
         factor = _expand(decode_scale(values, scale.element), scale, shape)
-        if scale.inverse:
-            total = 1.0 / factor if total is None else total / factor
-        else:
-            total = factor if total is None else total * factor
-    return torch.ones((), dtype=torch.float32) if total is None else total
+        total = total / factor if scale.inverse else total * factor
+    return total
 
 
 def unpack_codes(qt: QuantizedTensor) -> Tensor:
@@ -64,18 +63,26 @@ def unpack_codes(qt: QuantizedTensor) -> Tensor:
     return torch.stack([unpack(c, bits, (n, k), qt.packing) for c in qt.codes])
 
 
+def _present(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise LayoutError(
+            f"quantized tensor has no {name!r}, which its spec calls for. "
+            "Give the tensor, or describe the weights without it.",
+            code="Q-LAYOUT-SHAPE",
+            tensor=name,
+        )
+    return tensor
+
+
 def _apply_scales(values: Tensor, qt: QuantizedTensor) -> Tensor:
     spec, shape = qt.spec, (qt.shape[-2], qt.shape[-1])
     zero = spec.zero
     if zero is not None and zero.kind == "const":
         values = values - zero.value
     elif zero is not None and zero.kind == "code":
-        assert qt.zeros is not None
-        element = Element.uint(8) if zero.element.startswith("uint") else Element.int(8)
-        z = decode(qt.zeros, element)
+        z = decode_scale(_present(qt.zeros, "zeros"), zero.element)
         values = values - _expand(z, spec.scales[0], shape)
-    inverse_only = len(spec.scales) == 1 and spec.scales[0].inverse
-    if inverse_only:  # one rounding: divide, never multiply by 1/s
+    if len(spec.scales) == 1 and spec.scales[0].inverse:
         s = spec.scales[0]
         values = values / _expand(decode_scale(qt.scales[0], s.element), s, shape)
     elif spec.scales:
