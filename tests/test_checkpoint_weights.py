@@ -1,0 +1,103 @@
+"""Every checkpoint's weights against the numbers its own producer computed.
+
+``weight.<module>#R`` in expected.safetensors is the first R rows of the producer's dequantized
+weight; ``reference_rounding`` of expected.json names the rounding it applied. The comparison is to
+one float32 ulp, or exact after that rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_sets import checkpoint_dirs
+from quant_core.checkpoint.open import open_checkpoint
+from quant_core.load import load_tensor, read_matrix
+from quant_core.plan import Plan, param_sources, plan
+
+PREFIXES = (
+    "gptqmodel-2", "gptqmodel-3", "gptqmodel-4", "gptqmodel-awq", "gptqmodel-dynamic",
+    "ar-w4g128-gptq", "ar-w4g128-asym-awq", "gguf-", "ar-gguf-",
+)  # fmt: skip
+DIRS = checkpoint_dirs(PREFIXES)
+
+
+def _expected(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    tensors = open_checkpoint(folder / "expected.safetensors")
+    meta = json.loads((folder / "expected.json").read_text())
+    return {n: tensors.read(n) for n in tensors.tensors if n.startswith("weight.")}, meta
+
+
+def _parse(key: str) -> tuple[str, int | None, int | None]:
+    """``weight.<name>[#eE][#R]`` -> module name, expert, rows."""
+    name, *marks = key.removeprefix("weight.").split("#")
+    expert = rows = None
+    for mark in marks:
+        if mark.startswith("e"):
+            expert = int(mark[1:])
+        else:
+            rows = int(mark)
+    return name.removesuffix(".weight"), expert, rows
+
+
+def _stored_row_order(p: Plan, stored: str, w: torch.Tensor) -> torch.Tensor:
+    """Rows as a llama file stores q and k: HF.reshape(h, 2, D/2, K).swap(1, 2)."""
+    config = p.checkpoint.config
+    if config.get("model_type") != "llama" or not stored.endswith(("attn_q", "attn_k")):
+        return w
+    key = "num_attention_heads" if stored.endswith("attn_q") else "num_key_value_heads"
+    heads = config[key]
+    return w.view(heads, 2, -1, w.shape[-1]).transpose(1, 2).reshape(w.shape)
+
+
+def _by_stored_name(p: Plan, name: str) -> str:
+    for public, member in p.members.items():
+        if member.layer.stored == name:
+            return public
+    raise AssertionError(f"no member stored as {name}")
+
+
+def _weight(p: Plan, name: str, expert: int | None) -> torch.Tensor:
+    if name in p.members:
+        return load_tensor(p, name, expert=expert).dequantize()
+    public = _by_stored_name(p, name)
+    return _stored_row_order(p, name, load_tensor(p, public, expert=expert).dequantize())
+
+
+@pytest.mark.parametrize("folder", DIRS, ids=lambda d: d.name)
+def test_weights_equal_the_producers(folder):
+    p = plan(open_checkpoint(folder))
+    weights, meta = _expected(folder)
+    assert weights
+    rounding = meta["reference_rounding"]["weights"]
+    for key, want in weights.items():
+        name, expert, rows = _parse(key)
+        got = _weight(p, name, expert)[:rows]
+        if rounding:
+            dtype = getattr(torch, rounding)
+            got, want = got.to(dtype).float(), want.to(dtype).float()
+            # the producer added and took off a bias in the rounded type where there is one
+            assert (got == want).float().mean() > 0.999, key
+        else:
+            ulp = torch.finfo(torch.float32).eps * want.abs()
+            assert ((got - want).abs() <= ulp).all(), key
+
+
+@pytest.mark.parametrize("folder", DIRS, ids=lambda d: d.name)
+def test_every_member_serializes_to_the_stored_bytes(folder):
+    p = plan(open_checkpoint(folder))
+    for member in p.quantized.values():
+        for expert in member.layer.experts or (None,):
+            lt = read_matrix(p, member, expert)
+            stored = member.scheme.serialize(member.layer, lt)
+            for param in member.params:
+                for name, index in param_sources(member.layer, param, expert):
+                    if name not in p.checkpoint.tensors:
+                        continue
+                    want = p.checkpoint.read(name, index)
+                    got = stored[param.name]
+                    assert got.dtype == want.dtype, name
+                    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), name
