@@ -142,7 +142,10 @@ def _write_set(
 def _shards(
     items: Iterable[tuple[str, Tensor]], max_bytes: int, where: str
 ) -> Iterator[dict[str, Tensor]]:
-    """Groups of tensors of at most ``max_bytes``; at least one group, perhaps empty."""
+    """Groups of tensors of at most ``max_bytes``; at least one group, perhaps empty.
+
+    A group is emptied once its user asks for the next one, so that only one is ever held.
+    """
     shard: dict[str, Tensor] = {}
     size, seen, yielded = 0, set[str](), False
     for name, tensor in items:
@@ -158,7 +161,8 @@ def _shards(
         seen.add(name)
         if shard and size + _nbytes(tensor) > max_bytes:
             yield shard
-            shard, size, yielded = {}, 0, True
+            shard.clear()
+            size, yielded = 0, True
         shard[name] = tensor
         size += _nbytes(tensor)
     if shard or not yielded:
