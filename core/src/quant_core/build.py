@@ -90,7 +90,8 @@ class Builder:
     def _choose(self, op: OpSpec) -> Choice:
         return choose(op, self.plan.registry, kernels=self.kernels)
 
-    def _op(self, kind: str, lt: LayerTensors, in_features: int, **sizes: int) -> OpSpec:
+    def op_for(self, kind: str, lt: LayerTensors, in_features: int, **sizes: int) -> OpSpec:
+        """What a kernel is asked for one layer's tensors; ``kind`` as ``OpSpec.op``."""
         qt = lt.weight
         return OpSpec(
             op=kind,  # type: ignore[arg-type]
@@ -143,18 +144,18 @@ class Builder:
         if len(members) == 1:
             _check_size(name, loaded[0].weight, n, k, k_model)
             return self._bind(
-                QuantLinear, name, self._op("linear", loaded[0], k_model), loaded[0], bound
+                QuantLinear, name, self.op_for("linear", loaded[0], k_model), loaded[0], bound
             )
         fused = fuse(loaded)
         if not isinstance(fused, Composite):
-            op = self._op("linear", fused, k_model)
+            op = self.op_for("linear", fused, k_model)
             return self._bind(QuantLinear, name, op, fused, bound)
         parts = []
         for start, lt in fused.parts:
             stop = start + lt.weight.shape[0]
             mine = [b for b in bound if start <= b.start < stop]
             mine = [replace(b, start=b.start - start, stop=b.stop - start) for b in mine]
-            op = self._op("linear", lt, k_model)
+            op = self.op_for("linear", lt, k_model)
             parts.append(self._bind(QuantLinear, f"{name}[{start}:{stop}]", op, lt, mine))
         return QuantComposite(parts, fused.reason)  # type: ignore[arg-type]
 
@@ -168,7 +169,9 @@ class Builder:
         bound = BoundMember(
             name=member.layer.name, start=0, stop=lt.weight.shape[0], packing=lt.weight.packing
         )
-        module = self._bind(QuantEmbedding, name, self._op("embedding", lt, k_model), lt, [bound])
+        module = self._bind(
+            QuantEmbedding, name, self.op_for("embedding", lt, k_model), lt, [bound]
+        )
         assert isinstance(module, QuantEmbedding)
         return module
 
@@ -177,7 +180,7 @@ class Builder:
         ids = member.layer.experts
         first = read_matrix(self.plan, member, ids[0])
         k_model = member.scheme.shape[1]  # type: ignore[union-attr]
-        op = self._op("grouped_linear", first, k_model, experts=len(ids))
+        op = self.op_for("grouped_linear", first, k_model, experts=len(ids))
         choice = self._choose(op)
         self.choices.append((name, choice))
         buffers = choice.kernel.allocate(choice.op, self.device)

@@ -13,14 +13,14 @@ from quant_core.errors import ConfigError, FormatError, PluginError, printable, 
 from quant_core.registry import Registry
 from quant_core.spec import FormatMatch
 
-__all__ = ["FLOAT_DTYPES", "detect", "quantization_config"]
+__all__ = ["FLOAT_DTYPES", "detect", "known_formats", "quantization_config"]
 
 FLOAT_DTYPES = frozenset({"float32", "float16", "bfloat16", "float64"})
 _HARMLESS_DTYPES = FLOAT_DTYPES | {"bool", "int64"}  # masks, position ids
 
 
 @functools.cache
-def _known_formats() -> Mapping[str, str]:
+def known_formats() -> Mapping[str, str]:
     """quant_method -> dist that adds it; generated from the plugins' own ``plugin_info``."""
     text = resources.files("quant_core").joinpath("known_formats.json").read_text("utf-8")
     known: Mapping[str, str] = json.loads(text)
@@ -70,7 +70,7 @@ def _installed(registry: Registry) -> str:
 
 
 def _unknown(checkpoint: Checkpoint, registry: Registry, found: str, method: str) -> FormatError:
-    dist = _known_formats().get(method.lower()) if method else None
+    dist = known_formats().get(method.lower()) if method else None
     fix = (
         f"Run `pip install {dist}`."
         if dist and dist not in {p.dist for p in registry.plugins.values()}

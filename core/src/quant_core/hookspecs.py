@@ -31,11 +31,16 @@ if TYPE_CHECKING:
         Unquantized,
     )
 
-__all__ = ["GROUP", "hookimpl", "hookspec"]
+__all__ = ["GROUP", "hook_names", "hookimpl", "hookspec"]
 
 GROUP = "quant_core"
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+def hook_names() -> tuple[str, ...]:
+    """All hooks, in the order of this file."""
+    return tuple(n for n, f in globals().items() if hasattr(f, f"{GROUP}_spec"))
 
 
 @hookspec

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from quant_core.checkpoint.base import Checkpoint, Index
@@ -24,7 +25,7 @@ from quant_core.resolve import unmatched
 from quant_core.scheme import Scheme
 from quant_core.spec import EXPERT, FormatMatch, LayerDesc, ParamSpec, Span, TensorInfo, Unquantized
 
-__all__ = ["Member", "Plan", "param_sources", "plan"]
+__all__ = ["Member", "Plan", "member_parts", "param_sources", "part_nbytes", "plan"]
 
 _EXPERT_NUMBER = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
 _EMBEDDING_NAMES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings"})
@@ -72,8 +73,11 @@ class Plan:
         tensors = self.checkpoint.tensors
         if not member.quantized:
             return sum(tensors[n].nbytes for n in member.stored)
-        names = {name for _, name, _, _ in member_parts(member) if name in tensors}
-        return sum(tensors[n].nbytes for n in names)
+        return sum(
+            part_nbytes(tensors[name], index)
+            for param, name, index, _ in member_parts(member)
+            if name in tensors and param.need != "ignored"
+        )
 
 
 # ------------------------------------------------------------------------------------- members
@@ -145,7 +149,7 @@ def param_sources(
         name = source.name if expert is None else source.name.format(expert=expert)
         index = tuple(expert if i == EXPERT else i for i in source.index)
         out.append((name, index))
-    return tuple(out)  # type: ignore[return-value]
+    return tuple(out)  # type: ignore[arg-type]
 
 
 def member_parts(member: Member) -> Iterator[tuple[ParamSpec, str, Index, Part]]:
@@ -166,6 +170,14 @@ def _indexed_shape(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
         elif isinstance(i := index[axis], tuple):
             out.append(len(range(size)[slice(*i)]))
     return tuple(out)
+
+
+def part_nbytes(info: TensorInfo, index: Index) -> int:
+    """Stored bytes of the part of a tensor that ``index`` selects."""
+    if not index:
+        return info.nbytes
+    part, whole = prod(_indexed_shape(info.shape, index)), prod(info.shape)
+    return info.nbytes * part // max(whole, 1)
 
 
 # --------------------------------------------------------------------------------------- checks

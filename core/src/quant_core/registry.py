@@ -83,6 +83,10 @@ class Registry:
         impls = getattr(self._pm.hook, hook).get_hookimpls()
         return sorted(((i.plugin_name, i) for i in impls), key=lambda pair: pair[0])
 
+    def implements(self, plugin_id: str, hook: str) -> bool:
+        """Whether the plugin has that hook."""
+        return any(name == plugin_id for name, _ in self.implementations(hook))
+
     @staticmethod
     def _invoke(impl: Any, kwargs: Mapping[str, Any]) -> Any:
         return impl.function(*[kwargs[a] for a in impl.argnames])

@@ -324,12 +324,12 @@ class ReferenceKernel:
         return LayerTensors(operands={"weight": _tensor(op, buffers)}, **side)  # type: ignore[arg-type]
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
-        run = {
+        runners: dict[str, Callable[..., Tensor]] = {
             "linear": _run_linear,
             "grouped_linear": _run_grouped,
             "embedding": _run_embedding,
-        }[op.op]
-        return functools.partial(run, to_text(op), op.size("k"))
+        }
+        return functools.partial(runners[op.op], to_text(op), op.size("k"))
 
 
 def _run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
