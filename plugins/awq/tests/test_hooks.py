@@ -7,9 +7,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import quant_plugin_awq
-from quant_core.errors import LayoutError
+from quant_core.errors import CheckpointError, LayoutError
+from quant_core.load import load_tensor
 from quant_core.plan import plan
 from quant_plugin_awq.scheme import build_scheme
 from quant_plugin_awq.writer import config_for
@@ -70,3 +72,42 @@ def test_config_of_other_bits_names_the_dialect():
     assert config_for(_plan_of(_scheme(bits=5)))["provider"] == "auto-round"
     natural = config_for(_plan_of(_scheme(bits=3, interleaved=False)))
     assert natural["meta"] == {"quantizer": ["gptqmodel"]}
+
+
+@pytest.mark.parametrize("layout", ["gemm", "gemv", "gemv_fast", "llm-awq"])
+@pytest.mark.parametrize("declared_by", ["config.json", "quant_config.json", ""])
+def test_every_layout_has_one_owner_and_loads_through_core(write, small, ref, layout, declared_by):
+    codes, zeros, scales = ref.random_layer(16, 256, 128)
+    old = {"w_bit": 4, "q_group_size": 128, "version": layout.upper(), "zero_point": True}
+    new = BLOCK | {"group_size": 128, "version": layout}
+    stored = ref.stored_layer(layout, codes, zeros, scales, 128)
+    checkpoint = write(
+        {f"model.layers.0.mlp.up_proj.{leaf}": t for leaf, t in stored.items()},
+        new if declared_by == "config.json" else None,
+        {"quant_config.json": old} if declared_by == "quant_config.json" else {},
+    )
+    weight = load_tensor(checkpoint.folder, "model.layers.0.mlp.up_proj").dequantize()
+    spread = [t.float().repeat_interleave(128, dim=1) for t in (zeros, scales)]
+    # float16 offsets carry half a unit of their last place, at most 2**-11 of 15 * scale
+    error = (weight - (codes.float() - spread[0]) * spread[1]).abs()
+    assert torch.all(error <= 15 * spread[1] * 2**-11)
+
+
+def test_lost_and_renamed_tensors_of_a_layer_are_named_by_the_plan(write, small):
+    for leaf in ("qweight", "qzeros", "scales"):
+        name = f"model.layers.1.mlp.up_proj.{leaf}"
+        for new_name in ("", f"model.layers.1.mlp.up_proj.{leaf}2"):
+            tensors = small()
+            value = tensors.pop(name)
+            if new_name:
+                tensors[new_name] = value
+            with pytest.raises(CheckpointError, match=name) as err:
+                plan(write(tensors, BLOCK))
+            assert err.value.code == "Q-TENSOR-MISSING"
+
+
+def test_extra_tensor_in_a_packed_layer_is_named_by_the_plan(write, small):
+    name = "model.layers.1.mlp.up_proj.g_idx"
+    with pytest.raises(CheckpointError, match=name) as err:
+        plan(write(small() | {name: torch.zeros(128, dtype=torch.int32)}, BLOCK))
+    assert err.value.code == "Q-TENSOR-UNEXPECTED"

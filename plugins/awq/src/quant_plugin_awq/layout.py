@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["canonicalize", "pack_tiles", "pad_groups", "serialize", "unpack_tiles", "unpad_groups"]
 
 _PI = torch.arange(32).view(4, 8).t().reshape(32)  # column at each position of half a tile
-_ROW_CODES = 64 << 20  # codes held unpacked at once
+_ROW_CODES = 8 << 20  # codes held unpacked at once; a step takes up to eight bytes for each
 
 
 def unpack_tiles(qweight: Tensor) -> Tensor:
