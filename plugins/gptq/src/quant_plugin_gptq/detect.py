@@ -111,7 +111,7 @@ def looks_like_gptq(leaves: Mapping[str, TensorInfo]) -> bool:
         (qweight.dtype, qzeros.dtype) == ("int32", "int32")
         and scales.dtype in FLOAT_DTYPES
         and len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2
-        and qweight.shape[1] == scales.shape[1] != qzeros.shape[1]
+        and qweight.shape[1] == scales.shape[1]
         and qzeros.shape[0] == scales.shape[0]
     )
 

@@ -94,12 +94,12 @@ def _unquantized(
     if rule := config.skips(name):
         return Unquantized(rule=f"dynamic {rule}", evidence=f"{weight.name} is {weight.dtype}")
     for other in _neighbours(name):
-        if "qweight" in checkpoint.modules.get(other, {}) and not config.skips(other):
+        if "qweight" in checkpoint.modules.get(other, {}):
             raise _mismatch(
                 checkpoint,
                 name,
                 f"holds a weight of {weight.dtype}",
-                f"{other!r} holds codes and {config.source} excludes neither",
+                f"{other!r} holds codes and {config.source} does not exclude it",
             )
     if config.lm_head and name.rpartition(".")[2] == "lm_head":
         raise _mismatch(

@@ -66,7 +66,8 @@ def gather_of(
         each canonical group, int64 (ceil(K' / group_size),).
 
     Raises:
-        LayoutError: ``Q-VALUE-GIDX`` if a value is no group, or a group has no column.
+        LayoutError: ``Q-VALUE-GIDX`` if a value is no group, a group has no column, or columns
+            are out of order where they must not be; ``Q-LAYOUT-GROUP`` for another group size.
     """
     k = g_idx.numel()
     index = g_idx.to(torch.int64)
@@ -79,6 +80,16 @@ def gather_of(
     if torch.equal(index, positions // group_size):
         return None
     if ordered:
+        if k % groups == 0 and torch.equal(index, positions // (k // groups)):
+            raise LayoutError(
+                f"{where}: g_idx has groups of {k // groups} columns, expected "
+                f"group_size={group_size} for in_features={k}. Correct group_size in the config.",
+                code="Q-LAYOUT-GROUP",
+                tensor=f"{where}.g_idx",
+                expected=group_size,
+                actual=k // groups,
+                plugin="gptq",
+            )
         at = int((index != positions // group_size).nonzero()[0])
         found = f"puts column {at} in group {int(index[at])} although desc_act is false"
         raise _bad_g_idx(where, found, f"k // {group_size}", int(index[at]))

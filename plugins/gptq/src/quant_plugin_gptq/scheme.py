@@ -173,10 +173,11 @@ class GptqScheme(Scheme):
         """Presence, shapes and dtypes; a loader that checked the header finds nothing here."""
         for param in self.params(layer):
             name = f"{layer.stored}.{param.name}"
+            where = f"{layer.stored}: tensor {param.name!r}"
             if param.name not in tensors:
                 if param.need == "required":
                     raise CheckpointError(
-                        f"{layer.stored}: tensor {param.name!r} is missing, expected shape {param.shape}. "
+                        f"{where} is missing, expected shape {param.shape}. "
                         "The checkpoint is incomplete; download or export it again.",
                         code="Q-TENSOR-MISSING",
                         tensor=name,
@@ -191,7 +192,7 @@ class GptqScheme(Scheme):
             ):
                 if not good:
                     raise LayoutError(
-                        f"{layer.stored}: tensor {param.name!r} has {what} {actual}, expected {expected}. "
+                        f"{where} has {what} {actual}, expected {expected}. "
                         "Check bits and group_size in the config, or export the checkpoint again.",
                         code=code,
                         tensor=name,
