@@ -105,6 +105,13 @@ def test_integer_weight_never_counts_as_float():
     assert e.value.code == "Q-CKPT-MISMATCH"
 
 
+def test_packed_words_outside_every_layer_are_refused():
+    with pytest.raises(CheckpointError) as e:
+        _plan(_layers(1), {"model.other.copy": torch.zeros(4, 4, dtype=torch.int32)})
+    assert e.value.code == "Q-CKPT-MISMATCH"
+    assert e.value.tensor == "model.other.copy"
+
+
 def test_experts_form_one_stack_and_a_gap_is_named():
     experts = {f"m.experts.{e}.up_proj": toy.toy_layer(8, 16, seed=e) for e in range(4)}
     p = _plan(experts)

@@ -65,3 +65,12 @@ def test_first_match_and_unmatched():
     ]
     assert first_match(patterns, NAME) is patterns[1]
     assert unmatched(patterns, [NAME]) == [patterns[0]]
+
+
+def test_long_substring_lists_are_reported_in_bounded_time():
+    names = [f"model.layers.{i}.proj" for i in range(2000)]
+    absent = [NamePattern(kind="substring", text=f"nowhere.{i}") for i in range(20_000)]
+    left = unmatched(absent, names)
+    assert len(left) == MAX_REGEX_PATTERNS
+    whole = [NamePattern(kind="substring", text=n) for n in names]
+    assert unmatched(whole, names) == []

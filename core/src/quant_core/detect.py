@@ -13,10 +13,10 @@ from quant_core.errors import ConfigError, FormatError, PluginError, printable, 
 from quant_core.registry import Registry
 from quant_core.spec import FormatMatch
 
-__all__ = ["FLOAT_DTYPES", "detect", "known_formats", "quantization_config"]
+__all__ = ["FLOAT_DTYPES", "PLAIN_DTYPES", "detect", "known_formats", "quantization_config"]
 
 FLOAT_DTYPES = frozenset({"float32", "float16", "bfloat16", "float64"})
-_HARMLESS_DTYPES = FLOAT_DTYPES | {"bool", "int64"}  # masks, position ids
+PLAIN_DTYPES = FLOAT_DTYPES | {"bool", "int64"}  # masks, position ids
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def detect(
                 checkpoint, registry, f"quant_method {printable(repr(method), 70)}", str(method)
             )
     if match is None:
-        odd = [t for t in checkpoint.tensors.values() if t.dtype not in _HARMLESS_DTYPES]
+        odd = [t for t in checkpoint.tensors.values() if t.dtype not in PLAIN_DTYPES]
         if odd:
             found = (
                 f"{len(odd)} tensors are not plain floats (first: {printable(odd[0].name)!r}, "

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any
 
 from quant_core.checkpoint.base import Checkpoint, Index
-from quant_core.detect import FLOAT_DTYPES, detect
+from quant_core.detect import FLOAT_DTYPES, PLAIN_DTYPES, detect
 from quant_core.errors import CheckpointError, LayoutError, PluginError, printable, summarize
 from quant_core.ledger import Ledger, Part, missing_error, unexpected_error
 from quant_core.registry import Registry
@@ -275,14 +275,16 @@ def _check_scheme(owner: str, layer: LayerDesc, answer: object) -> Scheme | Unqu
 
 
 def _check_float(checkpoint: Checkpoint, info: TensorInfo, why: Unquantized) -> None:
-    if info.name.endswith(".weight") and info.dtype not in FLOAT_DTYPES:
+    """Nothing but plain numbers counts as unquantized; a weight must be a float."""
+    allowed = FLOAT_DTYPES if info.name.endswith(".weight") else PLAIN_DTYPES
+    if info.dtype not in allowed:
         raise CheckpointError(
             f"{info.file}: tensor {printable(info.name)!r} is {info.dtype}, but its layer counts "
-            f"as unquantized ({why.rule}); expected floats. Export the checkpoint again.",
+            f"as unquantized ({why.rule}); expected plain floats. Export the checkpoint again.",
             code="Q-CKPT-MISMATCH",
             path=info.file,
             tensor=info.name,
-            expected=sorted(FLOAT_DTYPES),
+            expected=sorted(allowed),
             actual=info.dtype,
         )
 

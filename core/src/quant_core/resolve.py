@@ -111,10 +111,10 @@ class NamePattern:
 
 
 def check_count(patterns: Sequence[NamePattern], where: str) -> None:
-    """Refuse more regular expressions than can be matched in bounded time.
+    """Refuse more wildcard patterns than can be matched in bounded time.
 
     Raises:
-        ConfigError: ``Q-CFG-REGEX`` above ``MAX_REGEX_PATTERNS``. Exact names have no limit.
+        ConfigError: ``Q-CFG-REGEX`` above ``MAX_REGEX_PATTERNS``. Names in full have no limit.
     """
     count = sum(p.kind in ("regex", "search", "glob") for p in patterns)
     if count > MAX_REGEX_PATTERNS:
@@ -134,12 +134,21 @@ def first_match(patterns: Iterable[NamePattern], name: str) -> NamePattern | Non
 
 
 def unmatched(patterns: Sequence[NamePattern], names: Iterable[str]) -> list[NamePattern]:
-    """Patterns that match none of ``names``. Exact names cost one look-up each."""
+    """Patterns that match none of ``names``.
+
+    A text that is a whole name costs one look-up. Of the other patterns at most
+    ``MAX_REGEX_PATTERNS`` are tried; a list that long is reported by its first entries alone.
+    """
     names = list(names)
     known = set(names)
-    left = []
+    left: list[NamePattern] = []
+    tried = 0
     for p in patterns:
-        hit = p.text in known if p.kind == "exact" else any(p.matches(n) for n in names)
-        if not hit:
-            left.append(p)
+        if p.text in known and p.kind in ("exact", "prefix", "suffix", "substring", "glob"):
+            continue
+        if p.kind != "exact":
+            tried += 1
+            if tried > MAX_REGEX_PATTERNS or any(p.matches(n) for n in names):
+                continue
+        left.append(p)
     return left
