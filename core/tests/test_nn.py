@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 
+import toy
+from made_layers import SPECS, make_layer, make_op
 from quant_core.kernels.choose import choose
 from quant_core.nn import BoundMember, QuantEmbedding, QuantLinear
 from quant_core.spec import CANONICAL
-
-from . import toy
-from .test_kernels import SPECS, make_layer, make_op
 
 
 def _module(cls, name, kind):

@@ -3,13 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import toy
 from quant_core.errors import CheckpointError, FormatError, LayoutError, PluginError, QuantError
 from quant_core.load import load_tensor, read_matrix
 from quant_core.plan import plan
 from quant_core.resolve import NamePattern
 from quant_core.spec import FormatMatch
-
-from . import toy
 
 
 def _layers(n=3, bias=False):

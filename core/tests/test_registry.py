@@ -7,13 +7,12 @@ import threading
 
 import pytest
 
+import toy
 from quant_core import registry as registry_module
 from quant_core.errors import PluginError
 from quant_core.hookspecs import hookimpl
 from quant_core.registry import load_registry
 from quant_core.spec import PLUGIN_API, BlockType, PluginInfo
-
-from . import toy
 
 
 @pytest.mark.parametrize(
