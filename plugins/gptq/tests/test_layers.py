@@ -134,13 +134,23 @@ def test_float_checkpoint_is_not_claimed(tmp_path: Path) -> None:
     assert detect(open_checkpoint(folder)) is None
 
 
-def test_tensors_of_the_other_layout_are_not_claimed(tmp_path: Path) -> None:
-    awq = {
-        "qweight": torch.zeros(64, 4, dtype=torch.int32),
-        "qzeros": torch.zeros(2, 4, dtype=torch.int32),
-        "scales": torch.ones(2, 32, dtype=torch.float16),
+@pytest.mark.parametrize(
+    ("qweight", "qzeros", "scales"),
+    [
+        ((64, 4), (2, 4), (2, 32)),  # packed along the outputs
+        ((64, 32), (64, 4), (64, 32)),  # row-major, K = 256, scales padded to 32 groups
+        ((8, 32), (2, 4), (1, 32)),  # group counts differ
+    ],
+)
+def test_tensors_of_other_layouts_are_not_claimed(
+    tmp_path: Path, qweight: Any, qzeros: Any, scales: Any
+) -> None:
+    leaves = {
+        "qweight": torch.zeros(qweight, dtype=torch.int32),
+        "qzeros": torch.zeros(qzeros, dtype=torch.int32),
+        "scales": torch.ones(scales, dtype=torch.float16),
     }
-    assert detect(open_checkpoint(made.save(tmp_path, {"lin": awq}))) is None
+    assert detect(open_checkpoint(made.save(tmp_path, {"lin": leaves}))) is None
 
 
 # ------------------------------------------------------------------------- config against tensors

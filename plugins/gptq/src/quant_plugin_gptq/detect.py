@@ -103,17 +103,23 @@ def _side_files(checkpoint: Checkpoint) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def looks_like_gptq(leaves: Mapping[str, TensorInfo]) -> bool:
-    """qweight int32 [K*b/32, N] and scales float [G, N]: other formats of these names differ."""
+    """qweight int32 [K*b/32, N], qzeros int32 [G, N*b/32], scales float [G, N], groups of 16 up.
+
+    The last condition tells a row-major 4-bit layout of the same names apart, whose words can
+    have as many columns as its scales.
+    """
     if not {"qweight", "qzeros", "scales"} <= leaves.keys():
         return False
     qweight, qzeros, scales = leaves["qweight"], leaves["qzeros"], leaves["scales"]
-    return (
-        (qweight.dtype, qzeros.dtype) == ("int32", "int32")
-        and scales.dtype in FLOAT_DTYPES
-        and len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2
-        and qweight.shape[1] == scales.shape[1]
-        and qzeros.shape[0] == scales.shape[0]
-    )
+    if (qweight.dtype, qzeros.dtype) != ("int32", "int32") or scales.dtype not in FLOAT_DTYPES:
+        return False
+    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
+        return False
+    groups, n = scales.shape
+    if (qweight.shape[1], qzeros.shape[0]) != (n, groups) or not n:
+        return False
+    bits = 32 * qzeros.shape[1] // n
+    return 2 <= bits <= 8 and 32 * qweight.shape[0] >= 16 * bits * groups
 
 
 def _declared(checkpoint: Checkpoint, name: str, block: Mapping[str, Any], how: str) -> FormatMatch:
