@@ -21,7 +21,7 @@ from quant_core.tensors import LayerTensors
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
 
-__all__ = ["LoadedTensor", "load_tensor", "read_matrix", "read_parameter"]
+__all__ = ["LoadedTensor", "load_tensor", "no_such_name", "read_matrix", "read_parameter"]
 
 
 def _check_finite(where: str, name: str, values: Tensor, scale: Scale) -> None:
@@ -178,10 +178,11 @@ def load_tensor(
             scheme=Unquantized(rule="float parameter"),
             dense=read_parameter(plan, name),
         )
-    raise _no_such_name(plan, name)
+    raise no_such_name(plan, name)
 
 
-def _no_such_name(plan: Plan, name: str) -> FormatError:
+def no_such_name(plan: Plan, name: str) -> FormatError:
+    """``Q-FMT-NAME`` for a name the checkpoint does not have, with near ones."""
     import difflib
 
     near = difflib.get_close_matches(name, [*plan.members, *plan.dense], n=3)

@@ -1,0 +1,202 @@
+"""``quant explain``: every decision taken for one module, down to the kernel's trace on cpu."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from quant_core.cli.inspect import add_path
+from quant_core.cli.output import emit, escaped, size, table
+
+if TYPE_CHECKING:
+    from quant_core.plan import Member, Plan
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "explain one module: rule, stored tensors, meaning, kernel"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """PATH, --format and NAME."""
+    add_path(parser)
+    parser.add_argument("name", metavar="NAME", help="module name, as `quant inspect --layers`")
+
+
+def _rules(plan: Plan, name: str) -> list[dict[str, str]]:
+    """The config's name patterns that match this module."""
+    patterns = getattr(plan.match.config, "name_patterns", tuple) if plan.match else tuple
+    return [
+        {"key": p.purpose, "kind": p.kind, "pattern": p.text}
+        for p in patterns()
+        if p.matches(name)
+    ]  # fmt: skip
+
+
+def _params(plan: Plan, member: Member) -> list[dict[str, Any]]:
+    from quant_core.plan import param_sources
+
+    expert = member.layer.experts[0] if member.layer.experts else None
+    out = []
+    for param in member.params:
+        stored = []
+        for name, index in param_sources(member.layer, param, expert):
+            info = plan.checkpoint.tensors.get(name)
+            stored.append(
+                {
+                    "name": name,
+                    "part": [list(i) if isinstance(i, tuple) else i for i in index],
+                    "shape": None if info is None else list(info.shape),
+                    "dtype": None if info is None else info.dtype,
+                    "file": None if info is None else info.file,
+                    "nbytes": None if info is None else info.nbytes,
+                }
+            )
+        out.append(
+            {
+                "param": param.name,
+                "role": param.role,
+                "need": param.need,
+                "rule": param.rule,
+                "stored": stored,
+            }
+        )
+    return out
+
+
+def _kernel(plan: Plan, member: Member) -> dict[str, Any]:
+    """Who would run this member on cpu, and what every candidate said. Reads one matrix."""
+    from quant_core.build import Builder
+    from quant_core.errors import KernelError
+    from quant_core.kernels.base import Rejected
+    from quant_core.kernels.choose import choose
+    from quant_core.load import read_matrix
+    from quant_core.scheme import Scheme
+
+    assert isinstance(member.scheme, Scheme)
+    layer = member.layer
+    ops = {"embedding": "embedding", "experts": "grouped_linear"}
+    sizes = {"experts": len(layer.experts)} if layer.experts else {}
+    matrix = read_matrix(plan, member, layer.experts[0] if layer.experts else None)
+    op = Builder(plan=plan).op_for(
+        ops.get(layer.kind, "linear"), matrix, member.scheme.shape[1], **sizes
+    )
+    try:
+        choice = choose(op, plan.registry)
+        kernel, trace = choice.kernel.name, choice.trace
+    except KernelError as err:
+        kernel, trace = None, err.trace
+    return {
+        "op": op.op,
+        "sizes": dict(op.sizes),
+        "features": sorted(op.features),
+        "device": op.device[0],
+        "act_dtype": op.act_dtype,
+        "kernel": kernel,
+        "trace": [
+            {
+                "kernel": d.kernel,
+                "provider": d.provider,
+                "accepted": not isinstance(d.answer, Rejected),
+                "decision": str(d),
+            }
+            for d in trace
+        ],
+    }
+
+
+def _collect(plan: Plan, name: str) -> dict[str, Any]:
+    from quant_core.load import no_such_name
+    from quant_core.scheme import Scheme
+
+    member = plan.members.get(name)
+    if member is None:
+        raise no_such_name(plan, name)
+    layer, scheme = member.layer, member.scheme
+    out: dict[str, Any] = {
+        "name": name,
+        "kind": layer.kind,
+        "stored": layer.stored,
+        "experts": len(layer.experts),
+        "format": plan.match.plugin if plan.match else None,
+        "evidence": plan.match.evidence if plan.match else "no quantization config, only floats",
+        "patterns": _rules(plan, name),
+        "stored_bytes": plan.member_nbytes(member),
+    }
+    if not isinstance(scheme, Scheme):
+        tensors = plan.checkpoint.tensors
+        out |= {
+            "scheme": None,
+            "rule": scheme.rule,
+            "rule_evidence": scheme.evidence,
+            "tensors": [
+                {"name": n, "shape": list(tensors[n].shape), "dtype": tensors[n].dtype}
+                for n in member.stored
+            ],
+        }
+        return out
+    return out | {
+        "scheme": scheme.name,
+        "shape": list(scheme.shape),
+        "operands": {role: spec.label for role, spec in scheme.operands.items()},
+        "transforms": [f"{t.site}: {t.kind} {t.key}" for t in scheme.transforms],
+        "params": _params(plan, member),
+        "kernel": _kernel(plan, member),
+    }
+
+
+def _render(data: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{escaped(data['name'])}: {data['kind']}, stored as {escaped(data['stored'])}"
+    yield f"format     {data['format'] or 'none'}: {escaped(data['evidence'])}"
+    for p in data["patterns"]:
+        yield f"matched by {escaped(p['key'])}: {p['kind']} pattern '{escaped(p['pattern'])}'"
+    if data["scheme"] is None:
+        evidence = f" ({escaped(data['rule_evidence'])})" if data["rule_evidence"] else ""
+        yield f"scheme     none: {escaped(data['rule'])}{evidence}"
+        rows = [(t["name"], t["dtype"], _shape(t["shape"])) for t in data["tensors"]]
+        yield from table(("stored tensor", "dtype", "shape"), rows)
+        return
+    stack = f"{data['experts']} experts of " if data["experts"] else ""
+    yield f"scheme     {data['scheme']}: {stack}{_shape(data['shape'])}, " + size(
+        data["stored_bytes"]
+    )
+    for role, label in data["operands"].items():
+        yield f"{role:<10} {label}"
+    for text in data["transforms"]:
+        yield f"transform  {escaped(text)}"
+    yield from table(
+        ("param", "role", "need", "stored tensor", "dtype", "shape"),
+        [
+            (
+                p["param"],
+                p["role"],
+                f"{p['need']}: {p['rule']}" if p["rule"] else p["need"],
+                s["name"] + (f" {s['part']}" if s["part"] else ""),
+                s["dtype"] or "absent",
+                _shape(s["shape"] or ()),
+            )
+            for p in data["params"]
+            for s in p["stored"]
+        ],
+    )
+    k = data["kernel"]
+    sizes = " ".join(f"{name}={value}" for name, value in k["sizes"].items())
+    wanted = f"{k['op']} {sizes} {k['act_dtype']} on {k['device']}"
+    yield f"kernel     {k['kernel'] or 'none'} for {wanted}"
+    for d in k["trace"]:
+        yield f"  {escaped(d['decision'])} [{d['provider']}]"
+
+
+def _shape(sizes: object) -> str:
+    return " x ".join(map(str, sizes))  # type: ignore[call-overload]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan the checkpoint and explain one module."""
+    from quant_core.checkpoint.open import open_checkpoint
+    from quant_core.plan import plan
+
+    with open_checkpoint(args.path) as checkpoint:
+        data = _collect(plan(checkpoint, format=args.format), args.name)
+    emit(args, data, _render(data))
+    return 0

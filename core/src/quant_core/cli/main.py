@@ -1,0 +1,78 @@
+"""Entry point of ``quant``: parse, run one command, turn errors into exit codes.
+
+0 ok    1 bad input (a QuantError, or problems found)    2 usage    3 internal error
+130 interrupted
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from quant_core import __version__
+from quant_core.cli.output import escaped
+from quant_core.errors import QuantError
+
+__all__ = ["COMMANDS", "build_parser", "main"]
+
+COMMANDS = ("formats", "plugins", "inspect", "explain", "verify", "run")
+
+OK, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 3, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Loads no plugin."""
+    parser = argparse.ArgumentParser(
+        prog="quant", description="Inspect, check and run quantized checkpoints."
+    )
+    parser.add_argument("--version", action="version", version=f"quant-core {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON instead of text")
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+    for name in COMMANDS:
+        command = import_module(f"quant_core.cli.{name}")
+        sub = subparsers.add_parser(
+            name, parents=[common], help=command.HELP, description=command.HELP
+        )
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the return value is the exit code. Usage errors exit with 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except QuantError as err:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"quant: {err.code}: {escaped(err)}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("quant: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as err:
+        if args.traceback:
+            traceback.print_exc()
+        kind = type(err).__name__
+        print(
+            f"quant: internal error: {kind}: {escaped(err)}. This is a bug; "
+            "run again with --traceback and report it.",
+            file=sys.stderr,
+        )
+        return INTERNAL
+
+
+if __name__ == "__main__":
+    sys.exit(main())
