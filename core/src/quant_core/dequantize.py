@@ -47,7 +47,7 @@ def combine_factors(
 
     Factors are expanded only as far as needed: a [N, 1] factor stays [N, 1].
     """
-    total = torch.ones((), dtype=torch.float32)
+    total = torch.ones((), dtype=torch.float32, device=tensors[0].device if tensors else "cpu")
     for values, scale in reversed(list(zip(tensors, scales, strict=True))):
         factor = _expand(decode_scale(values, scale.element), scale, shape)
         total = total / factor if scale.inverse else total * factor

@@ -38,7 +38,7 @@ def _mini_float_table(exp_bits: int, man_bits: int) -> Tensor:
         e, m = code >> man_bits, code & (2**man_bits - 1)
         frac = m / 2**man_bits
         values.append(2.0 ** (1 - bias) * frac if e == 0 else 2.0 ** (e - bias) * (1 + frac))
-    return torch.tensor(values + [-v for v in values], dtype=torch.float32)
+    return torch.tensor(values + [-v for v in values], dtype=torch.float32, device="cpu")
 
 
 @functools.cache
@@ -50,11 +50,12 @@ def element_table(name: str) -> Tensor:
     """
     if name in _MINI:
         return _mini_float_table(*_MINI[name])
-    codes = torch.arange(256, dtype=torch.uint8)
+    # the device is named: a table first made inside `with torch.device("meta")` is cached
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
     if name in _FP8_DTYPES:
         return codes.view(_FP8_DTYPES[name]).float()
     if name == "e8m0":  # 2**(e - 127), 255 = NaN; ldexp keeps the subnormal 2**-127 exact
-        table = torch.ldexp(torch.ones(256), codes.to(torch.int32) - 127)
+        table = torch.ldexp(torch.ones(256, device=codes.device), codes.to(torch.int32) - 127)
         table[255] = float("nan")
         return table
     raise LayoutError(
