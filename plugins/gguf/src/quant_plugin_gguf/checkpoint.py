@@ -1,0 +1,238 @@
+"""A GGUF checkpoint: one file, a folder with one, or a split set ``-00001-of-00003.gguf``.
+
+Opening reads headers only and imports no torch. ``read`` uses ``pread``, so a file that shrinks
+meanwhile is an error and not a dead process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from quant_core.checkpoint.base import Checkpoint, Index
+from quant_core.checkpoint.cut import contiguous_part
+from quant_core.checkpoint.files import FilePool, FileState
+from quant_core.checkpoint.sniff import changed_error
+from quant_core.errors import CheckpointError, LayoutError, printable
+from quant_core.spec import TensorInfo
+from quant_plugin_gguf.cursor import LazyArray
+from quant_plugin_gguf.names import ARCHITECTURES, Architecture, architecture
+from quant_plugin_gguf.reader import Header, StoredTensor, read_header
+from quant_plugin_gguf.sets import check_split, files_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GgufCheckpoint", "open_gguf"]
+
+_FACTOR_RULE = "rotary factors follow from config.json"
+
+
+def open_gguf(path: Path) -> GgufCheckpoint | None:
+    """Open ``path`` if it is a GGUF file or a folder that holds one; None if it is neither.
+
+    Raises:
+        CheckpointError: a broken file (see ``read_header``) or set of files (see ``files_of``).
+    """
+    files = files_of(path)
+    return GgufCheckpoint(path, files) if files else None
+
+
+class GgufCheckpoint(Checkpoint):
+    """An opened GGUF model. Block types have dtype names like "q4_k" and are read as bytes."""
+
+    container = "gguf"
+
+    def __init__(self, path: Path, parts: list[Path]) -> None:
+        self.path = path
+        self.folder = parts[0].parent
+        self.file = parts[0]
+        headers = [read_header(p) for p in parts]
+        check_split(parts, headers)
+        self.metadata = MappingProxyType(dict(headers[0].metadata))
+        self.version = headers[0].version
+        self._states = {p.name: h.state for p, h in zip(parts, headers, strict=True)}
+        self._pool = FilePool()
+        self._stored: dict[str, StoredTensor] = {}
+        self._tensors: dict[str, TensorInfo] = {}
+        self.tensors = MappingProxyType(self._tensors)
+        for part, header in zip(parts, headers, strict=True):
+            self._add(part, header)
+        self.warnings = [
+            f"{p.name}: {h.trailing} bytes follow the last tensor"
+            for p, h in zip(parts, headers, strict=True)
+            if h.trailing
+        ]
+        self.warnings += self._factor_warnings()
+
+    def _add(self, part: Path, header: Header) -> None:
+        for name, t in header.tensors.items():
+            if name in self._stored:
+                raise CheckpointError(
+                    f"{part}: tensor {printable(name)!r} is also in "
+                    f"{self.tensors[name].file!r}, expected it once. "
+                    "The files belong to different sets.",
+                    code="Q-GGUF-NAME",
+                    path=part,
+                    tensor=name,
+                )
+            self._stored[name] = t
+            self._tensors[name] = TensorInfo(
+                name=name,
+                dtype=t.type.dtype,
+                shape=t.shape,
+                file=part.name,
+                offset=t.offset,
+                nbytes=t.nbytes,
+            )
+
+    # ------------------------------------------------------------------------- what it is
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """``config.json`` beside the file; empty if there is none."""
+        return self.side_file("config.json") or {}
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Raises ``FormatError`` (``Q-GGUF-ARCH``) for an architecture that is not listed."""
+        return architecture(self.metadata.get("general.architecture"), self.file)
+
+    def heads(self, which: str, layer: int) -> int:
+        """Attention heads ("q") or key-value heads ("k") of a layer, from the metadata.
+
+        Raises:
+            CheckpointError: ``Q-GGUF-KV`` if the key is missing or no positive count.
+        """
+        prefix = f"{self.architecture.name}.attention.head_count"
+        value = self.metadata.get(prefix)
+        if which == "k":
+            value = self.metadata.get(f"{prefix}_kv", value)
+        if isinstance(value, LazyArray) and layer < len(value):
+            value = value[layer]
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(
+                f"{self.file}: key {prefix!r} gives {printable(repr(value), 40)} heads for layer "
+                f"{layer}, expected a positive count. The metadata is incomplete; convert again.",
+                code="Q-GGUF-KV",
+                path=self.file,
+                tensor=prefix,
+                actual=value,
+            )
+        return value
+
+    def permuted_heads(self, stored: str) -> int:
+        """Heads whose rows the writer reordered in this tensor; 0 = none."""
+        module = stored.rpartition(".")[0]
+        which = self.architecture.permuted_rows(module)
+        return self.heads(which, int(module.split(".")[1])) if which else 0
+
+    def public_name(self, stored: str) -> str:
+        return self.architecture.public_name(stored) or stored
+
+    @property
+    def ignored(self) -> Mapping[str, str]:
+        """Rotary factors, if ``config.json`` states how they are computed."""
+        if not _config_scales_rope(self.config):
+            return {}
+        return dict.fromkeys(self._factors(), _FACTOR_RULE)
+
+    def _factors(self) -> list[str]:
+        found = ARCHITECTURES.get(str(self.metadata.get("general.architecture")))
+        return [n for n in found.factors if n in self.tensors] if found else []
+
+    def _factor_warnings(self) -> list[str]:
+        if self._factors() and not (self.folder / "config.json").is_file():
+            return [
+                f"{self.file.name}: holds rotary factors, but no config.json says how the model "
+                "scales its positions; put the model's config.json beside the file"
+            ]
+        return []
+
+    def pretrained_args(self) -> Mapping[str, str]:
+        """transformers converts config and tokenizer from the file's own metadata."""
+        return {
+            "pretrained_model_name_or_path": str(self.folder),
+            "gguf_file": self.file.name,
+        }
+
+    # --------------------------------------------------------------------------- reading
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def read(self, name: str, index: Index = ()) -> Tensor:
+        """See ``Checkpoint.read``; the last axis of a block type counts bytes and is never cut."""
+        import torch
+
+        info, ggml = self._info(name), self._stored[name].type
+        plain = ggml.kind == "plain"
+        shape = info.shape if plain else (*info.shape[:-1], ggml.row_bytes(info.shape[-1]))
+        if not plain and len(index) >= len(shape):
+            raise LayoutError(
+                f"{printable(info.file)}: tensor {printable(name)!r} is stored in blocks of "
+                f"{ggml.weights} weights, index {index} cuts its last axis; expected cuts of "
+                "leading axes only. Read whole rows.",
+                code="Q-LAYOUT-SHAPE",
+                path=info.file,
+                tensor=name,
+                expected=len(shape) - 1,
+                actual=len(index),
+            )
+        dtype: torch.dtype = getattr(torch, info.dtype) if plain else torch.uint8
+        first, part, rest = contiguous_part(name, shape, index)
+        # the device is named: callers may be inside `with torch.device("meta")`
+        data = torch.empty(math.prod(part) * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        self._fill(info, data.numpy().data, info.offset + first * dtype.itemsize)
+        out = data.view(dtype).view(part)
+        return out[rest].contiguous() if rest else out
+
+    def _fill(self, info: TensorInfo, buffer: memoryview, offset: int) -> None:
+        path, state = self.folder / info.file, self._states[info.file]
+        with self._pool.open(path) as file:
+            got = file.read_into(buffer, offset)
+            now = FileState.of(file.fd)
+        if got != len(buffer) or now != state:
+            raise changed_error(path, info.file, f"{state.size} bytes", now.size, info.name)
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{printable(self.path)}: has no tensor {printable(name)!r}, expected it among "
+                f"{len(self.tensors)}. `quant inspect` lists the names.",
+                code="Q-TENSOR-MISSING",
+                path=self.path,
+                tensor=name,
+            )
+        return self.tensors[name]
+
+    def read_parameter(self, stored: str) -> Tensor:
+        """The whole tensor as the model wants it: dequantized, rows in order, shift undone."""
+        from quant_plugin_gguf.blocks import dequantize_rows
+        from quant_plugin_gguf.rows import to_public_rows
+
+        info, ggml = self._info(stored), self._stored[stored].type
+        values = self.read(stored)
+        if ggml.kind != "plain":
+            values = dequantize_rows(values.flatten(0, -2), ggml.dtype).view(info.shape)
+        if heads := self.permuted_heads(stored):
+            values = to_public_rows(values, heads, stored)
+        if shift := self.architecture.shift_of(stored):
+            values = values - shift
+        if stored.endswith("ffn_gate_inp_shexp.weight") and values.dim() == 1:
+            values = values.unsqueeze(0)  # the model has a Linear with one output
+        return values
+
+
+def _config_scales_rope(config: Mapping[str, Any]) -> bool:
+    """Whether a model config says how rotary factors are computed."""
+    for key in ("rope_scaling", "rope_parameters"):
+        block = config.get(key)
+        if isinstance(block, Mapping):
+            kind = block.get("rope_type", block.get("type", "default"))
+            return bool(kind != "default")
+    return False

@@ -1,0 +1,246 @@
+"""A bounded cursor over the header of a GGUF file, and arrays that are decoded when asked for.
+
+Bytes are read with ``pread`` in growing steps, so that memory follows the header and not the
+file. Every count is compared with the bytes that are left before anything loops over it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, overload
+
+from quant_core.checkpoint.files import OpenFile
+from quant_core.errors import CheckpointError, LimitError, QuantError, printable
+
+__all__ = ["DAMAGED", "Cursor", "LazyArray", "type_name"]
+
+DAMAGED = "The file is damaged or was not written by a GGUF tool; download it again."
+MAX_HEADER_BYTES = 1 << 30  # real headers are a few MB, most of it the vocabulary
+_FIRST_READ = 64 << 10
+_ARRAY, _STRING = 9, 8
+
+_SCALARS = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64")
+_U32, _U64 = _SCALARS[4], _SCALARS[10]
+
+
+def type_name(kind: int) -> str:
+    """Name of a metadata value type, for messages."""
+    names = (*_NAMES, "f64")
+    return names[kind] if kind < len(names) else str(kind)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="backslashreplace")
+
+
+class LazyArray(Sequence[Any]):
+    """A metadata array that keeps its stored bytes and decodes them on first use.
+
+    A tokenizer's vocabulary has some 100 k strings, which quant-core never reads.
+    """
+
+    __slots__ = ("_count", "_data", "_items", "kind")
+
+    def __init__(self, kind: int, count: int, data: bytes) -> None:
+        self.kind, self._count, self._data = kind, count, data
+        self._items: tuple[Any, ...] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.items()[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.items() == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self._count, self._data))
+
+    def __repr__(self) -> str:
+        return f"<{self._count} x {type_name(self.kind)}>"
+
+    def items(self) -> tuple[Any, ...]:
+        """All values; strings that are no UTF-8 show their bytes as backslash escapes."""
+        if self._items is None:
+            if self.kind == _STRING:
+                out, at, data = [], 0, self._data
+                for _ in range(self._count):
+                    end = at + 8 + _U64.unpack_from(data, at)[0]
+                    out.append(_text(data[at + 8 : end]))
+                    at = end
+                self._items = tuple(out)
+            else:
+                self._items = tuple(v for (v,) in _SCALARS[self.kind].iter_unpack(self._data))
+        return self._items
+
+
+class Cursor:
+    """Reads values one after another. ``what`` names the current item in messages."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self.file, self.size, self.path = file, file.state.size, file.path
+        self.at = 0
+        self.what = "header"
+        self._buffer = bytearray()
+
+    # ------------------------------------------------------------------------------- errors
+
+    def fault(
+        self, code: str, found: str, wanted: str, fix: str = DAMAGED, /, **parts: Any
+    ) -> QuantError:
+        """An error at the current item and offset; ``parts`` are attributes of the error."""
+        kind = LimitError if code.startswith("Q-LIMIT") else CheckpointError
+        return kind(
+            f"{printable(self.path)}: {self.what} at byte {self.at}: {found}, expected {wanted}. "
+            f"{fix}",
+            code=code,
+            path=self.path,
+            tensor=self.what,
+            **parts,
+        )
+
+    def bad_value(self, found: str, wanted: str, /, **parts: Any) -> QuantError:
+        return self.fault("Q-GGUF-KV", found, wanted, DAMAGED, **parts)
+
+    def _short(self, need: int) -> QuantError:
+        return self.fault(
+            "Q-CKPT-TRUNCATED",
+            f"the header needs {need} more bytes, the file of {self.size} bytes has "
+            f"{self.size - self.at} left",
+            "a whole header",
+            "The file was cut short; download it again.",
+            expected=self.at + need,
+            actual=self.size,
+        )
+
+    # -------------------------------------------------------------------------------- bytes
+
+    @property
+    def left(self) -> int:
+        return self.size - self.at
+
+    def _need(self, count: int) -> None:
+        """Have ``count`` bytes from the current place in the buffer."""
+        end = self.at + count
+        if end <= len(self._buffer):
+            return
+        if end > self.size:
+            raise self._short(count)
+        if end > MAX_HEADER_BYTES:
+            raise self.fault(
+                "Q-LIMIT-HEADER",
+                f"the header reaches byte {end}",
+                f"at most {MAX_HEADER_BYTES}",
+                "No known model needs this; the file is damaged.",
+                expected=MAX_HEADER_BYTES,
+                actual=end,
+            )
+        target = min(self.size, max(end, 2 * len(self._buffer), _FIRST_READ))
+        while len(self._buffer) < target:
+            chunk = self.file.read(target - len(self._buffer), len(self._buffer))
+            if not chunk:
+                raise self._short(count)
+            self._buffer += chunk
+
+    def take(self, count: int) -> bytes:
+        self._need(count)
+        self.at += count
+        return bytes(self._buffer[self.at - count : self.at])
+
+    def u32(self) -> int:
+        return self._scalar(_U32)
+
+    def u64(self) -> int:
+        return self._scalar(_U64)
+
+    def _scalar(self, form: struct.Struct) -> Any:
+        self._need(form.size)
+        (value,) = form.unpack_from(self._buffer, self.at)
+        self.at += form.size
+        return value
+
+    # ------------------------------------------------------------------------------- values
+
+    def string(self, limit: int) -> str:
+        """A length-prefixed string of at most ``limit`` bytes."""
+        return _text(self._string_bytes(limit))
+
+    def _string_bytes(self, limit: int) -> bytes:
+        length = self.u64()
+        if length > min(limit, self.size):
+            raise self.bad_value(
+                f"a string of {length} bytes",
+                f"at most {min(limit, self.size)}",
+                expected=limit,
+                actual=length,
+            )
+        return self.take(length)
+
+    def value(self, kind: int) -> Any:
+        """A metadata value: a scalar, a string, or an array."""
+        if kind == _STRING:
+            return self.string(self.size)
+        if kind == _ARRAY:
+            return self._array()
+        form = _SCALARS.get(kind)
+        if form is None:
+            raise self.bad_value(f"value type {kind}", "a type from 0 to 12", actual=kind)
+        return self._scalar(form)
+
+    def _array(self) -> LazyArray:
+        kind, count = self.u32(), self.u64()
+        form = _SCALARS.get(kind)
+        if form is None and kind != _STRING:
+            raise self.bad_value(
+                f"an array of {printable(type_name(kind))}", "an array of scalars or strings"
+            )
+        smallest = count * (form.size if form else 8)
+        if smallest > self.size:
+            raise self.bad_value(
+                f"an array of {count} {type_name(kind)}",
+                f"no more than fit into the {self.left} bytes that are left",
+                expected=self.left,
+                actual=smallest,
+            )
+        if form:
+            return LazyArray(kind, count, self.take(smallest))
+        return LazyArray(kind, count, self._strings(count))
+
+    def _strings(self, count: int) -> bytes:
+        """The stored bytes of ``count`` strings: only their lengths are looked at."""
+        start, unpack = self.at, _U64.unpack_from
+        for _ in range(count):
+            if self.at + 8 > len(self._buffer):
+                self._need(8)
+            (length,) = unpack(self._buffer, self.at)
+            end = self.at + 8 + length
+            if end > len(self._buffer):
+                if length > self.size:
+                    raise self.bad_value(
+                        f"an item of {length} bytes",
+                        f"at most the {self.left} bytes that are left",
+                        expected=self.left,
+                        actual=length,
+                    )
+                self._need(8 + length)
+            self.at = end
+        return bytes(self._buffer[start : self.at])
