@@ -74,7 +74,17 @@ def test_parse_tensor_limit_counts_tensors_not_metadata():
 
 
 @pytest.mark.parametrize(
-    "metadata", ["[]", '"x"', "null", '{"a": 1}', '{"a": {"b": "c"}}', '{"a": NaN}', "[" * 100_000]
+    "metadata",
+    [
+        "[]",
+        '"x"',
+        "null",
+        '{"a": 1}',
+        '{"a": {"b": "c"}}',
+        '{"a": NaN}',
+        '{"a": "\\ud800"}',
+        "[" * 100_000,
+    ],
 )
 def test_parse_metadata_not_strings_raises(metadata: str):
     with pytest.raises(CheckpointError) as caught:

@@ -211,16 +211,23 @@ class _Parser:
         return name
 
     def check_metadata(self, value: Any) -> None:
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            self.fail("__metadata__ is malformed", "an object of strings", tensor="__metadata__")
+        if isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
+            try:
+                for text in (*value, *value.values()):
+                    text.encode()
+                return
+            except UnicodeEncodeError:  # half a surrogate pair
+                pass
+        self.fail("__metadata__ is malformed", "an object of strings", tensor="__metadata__")
 
     # ------------------------------------------------------------------------------- one tensor
 
     def entry(self, name: str, value: dict[str, Any]) -> TensorInfo:
         """The tensor of one entry; what is wrong with it is noted in ``problems``."""
         if value.keys() != _ENTRY_KEYS:
+            keys = f"the keys {summarize(sorted(value))}" if value else "no keys"
             self.fail(
-                f"tensor {printable(name)!r} has the keys {summarize(sorted(value))}",
+                f"tensor {printable(name)!r} has {keys}",
                 "dtype, shape and data_offsets",
                 tensor=name,
             )
@@ -286,20 +293,21 @@ class _Parser:
     def check_ranges(self, tensors: list[TensorInfo]) -> list[TensorInfo]:
         """``tensors`` by offset, once it is sure that they tile the data part."""
         tensors.sort(key=lambda t: (t.offset, t.nbytes))
-        end, before = self.base, "the header"
+        end = self.base  # where the tensor before ends
+        before: TensorInfo | None = None
         last = self.base + self.data_bytes
         cut = None
         for t in tensors:
             if t.offset != end:
                 kind = "overlaps" if t.offset < end else "leaves a hole after"
+                other = f"tensor {printable(before.name)!r}" if before else "the header"
                 self.fail(
-                    f"tensor {printable(t.name)!r} begins at byte {t.offset} and {kind} "
-                    f"{printable(before)!r}",
+                    f"tensor {printable(t.name)!r} begins at byte {t.offset} and {kind} {other}",
                     f"it to begin where that ends, at byte {end}",
                     code="Q-CKPT-OFFSET",
                     tensor=t.name,
                 )
-            end, before = t.offset + t.nbytes, t.name
+            end, before = t.offset + t.nbytes, t
             if cut is None and end > last:
                 cut = t.name
         if cut is not None:
