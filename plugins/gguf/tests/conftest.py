@@ -93,6 +93,7 @@ def model(
 class Writer:
     """The functions above, and a folder to write into."""
 
+    TYPES = TYPES
     text, kv, tensor = staticmethod(text), staticmethod(kv), staticmethod(tensor)
     header, pad, model = staticmethod(header), staticmethod(pad), staticmethod(model)
 

@@ -159,27 +159,16 @@ def test_q4_k_minimum_is_stored_negated_and_nothing_else(random_rows):
     assert qt.offset[0].dtype == torch.uint8
 
 
-@pytest.mark.parametrize(
-    ("name", "at", "raw"),
-    [
-        ("q4_0", 0, b"\x00\x7c"),  # inf
-        ("q8_0", 0, b"\x01\x7e"),  # NaN
-        ("q4_k", 2, b"\x00\xfc"),  # minimum -inf
-        ("mxfp4", 0, b"\xff"),  # e8m0 NaN
-        ("nvfp4", 3, b"\x7f"),  # e4m3 NaN
-        ("nvfp4", 0, b"\x80"),  # a sign bit where none belongs
-    ],
-)
-def test_check_scales_no_number_raises_value_scale(name, at, raw, random_rows):
-    size = BY_NAME[name].bytes
-    rows = random_rows(name, size, 3, 2)
-    check_scales(split_rows(torch.from_numpy(rows), name), "w")  # negative control
-    rows[1, size + at : size + at + len(raw)] = list(raw)
+@pytest.mark.parametrize(("at", "value"), [(3, 0x7F), (0, 0x80), (2, 0xFF)])
+def test_check_scales_nvfp4_sign_or_nan_raises_value_scale(at, value, random_rows):
+    rows = random_rows("nvfp4", 36, 3, 2)
+    check_scales(split_rows(torch.from_numpy(rows), "nvfp4"), "w")  # negative control
+    rows[1, 36 + at] = value
     with pytest.raises(LayoutError) as err:
-        check_scales(split_rows(torch.from_numpy(rows), name), "blk.0.w")
+        check_scales(split_rows(torch.from_numpy(rows), "nvfp4"), "blk.0.w")
     assert err.value.code == "Q-VALUE-SCALE"
-    assert "blk.0.w" in str(err.value)
-    assert "row 1" in str(err.value)
+    assert "'blk.0.w': 1 scale byte(s)" in str(err.value)
+    assert f"row 1, group {4 + at}: {value:#04x}" in str(err.value)
 
 
 def test_opaque_reference_wrong_row_length_raises_layout_error():

@@ -10,6 +10,7 @@ import torch
 
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.errors import CheckpointError, LayoutError
+from quant_core.load import read_matrix
 from quant_core.plan import plan
 from quant_core.spec import EXPERT, LayerDesc, Source, Span, Unquantized
 from quant_plugin_gguf.blocks import split_rows
@@ -136,17 +137,35 @@ def test_missing_weight_and_wrong_sizes_are_errors(model):
         assert err.value.code == "Q-LAYOUT-SHAPE"
 
 
-def test_canonicalize_refuses_wrong_rows_and_broken_scales(model):
+def test_canonicalize_refuses_rows_of_another_length(model):
     layer, scheme = _member(model, "model.layers.0.self_attn.q_proj")
-    rows = model.read(f"{Q}.weight")
     with pytest.raises(LayoutError) as err:
-        scheme.canonicalize(layer, {"weight": rows[:, :-1]})
+        scheme.canonicalize(layer, {"weight": model.read(f"{Q}.weight")[:, :-1]})
     assert err.value.code == "Q-LAYOUT-SHAPE"
-    broken = rows.clone()
-    broken[3, 1] = 0x7C  # infinity
-    broken[3, 0] = 0
-    with pytest.raises(LayoutError, match=r"blk\.0\.attn_q\.weight") as err:
-        scheme.canonicalize(layer, {"weight": broken})
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "raw"),
+    [
+        ("q4_0", 0, b"\x00\x7c"),  # inf
+        ("q8_0", 0, b"\x01\x7e"),  # NaN
+        ("q4_k", 2, b"\x00\xfc"),  # minimum -inf
+        ("mxfp4", 0, b"\xff"),  # e8m0 NaN
+        ("nvfp4", 1, b"\x90"),  # a sign bit
+    ],
+)
+def test_loading_a_broken_scale_raises_value_scale(gguf, random_rows, name, at, raw):
+    _, weights, size = gguf.TYPES[name]
+    rows = random_rows(name, size, 4, 2)
+    tensors = [("blk.0.ffn_up.weight", name, (4, 2 * weights), rows.tobytes())]
+    good = plan(open_checkpoint(gguf.write(gguf.model(tensors, META), "good.gguf")))
+    member = good.members["model.layers.0.mlp.up_proj"]
+    assert torch.isfinite(read_matrix(good, member).dequantize()).all()  # negative control
+    rows[1, size + at : size + at + len(raw)] = list(raw)
+    tensors = [(*tensors[0][:3], rows.tobytes())]
+    bad = plan(open_checkpoint(gguf.write(gguf.model(tensors, META), "bad.gguf")))
+    with pytest.raises(LayoutError, match=r"blk\.0\.ffn_up") as err:
+        read_matrix(bad, bad.members["model.layers.0.mlp.up_proj"])
     assert err.value.code == "Q-VALUE-SCALE"
 
 

@@ -55,6 +55,7 @@ class GgufCheckpoint(Checkpoint):
         check_split(parts, headers)
         self.metadata = MappingProxyType(dict(headers[0].metadata))
         self.version = headers[0].version
+        self.config: Mapping[str, Any] = self.side_file("config.json") or {}
         self._states = {p.name: h.state for p, h in zip(parts, headers, strict=True)}
         self._pool = FilePool()
         self._stored: dict[str, StoredTensor] = {}
@@ -91,11 +92,6 @@ class GgufCheckpoint(Checkpoint):
             )
 
     # ------------------------------------------------------------------------- what it is
-
-    @cached_property
-    def config(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """``config.json`` beside the file; empty if there is none."""
-        return self.side_file("config.json") or {}
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -146,10 +142,10 @@ class GgufCheckpoint(Checkpoint):
         return [n for n in found.factors if n in self.tensors] if found else []
 
     def _factor_warnings(self) -> list[str]:
-        if self._factors() and not (self.folder / "config.json").is_file():
+        if self._factors() and not self.ignored:
             return [
-                f"{self.file.name}: holds rotary factors, but no config.json says how the model "
-                "scales its positions; put the model's config.json beside the file"
+                f"{self.file.name}: holds rotary factors, but no config.json beside it says how "
+                "the model scales its positions; put the model's config.json there"
             ]
         return []
 

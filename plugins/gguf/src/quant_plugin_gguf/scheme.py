@@ -189,7 +189,7 @@ class GgufScheme(Scheme):
         """See ``Scheme.canonicalize``; ``weight`` is uint8 [N, row_bytes] as stored.
 
         Raises:
-            LayoutError: ``Q-LAYOUT-SHAPE``; ``Q-VALUE-SCALE`` for a scale that is no number.
+            LayoutError: ``Q-LAYOUT-SHAPE``; ``Q-VALUE-SCALE`` for NVFP4 scales with a sign.
         """
         from quant_core.tensors import LayerTensors
         from quant_plugin_gguf.blocks import check_scales, split_rows
@@ -211,7 +211,8 @@ class GgufScheme(Scheme):
             rows = to_public_rows(rows, self.heads, f"{self.module}.weight")
             bias = None if bias is None else to_public_rows(bias, self.heads, f"{self.module}.bias")
         weight = split_rows(rows, self.name)
-        check_scales(weight, f"{self.module}.weight")
+        if weight.scales:
+            check_scales(weight, f"{self.module}.weight")
         if "scale" in tensors:
             scale = tensors["scale"].reshape(1, 1).float()
             weight = replace(weight, spec=self.weight, scales=(*weight.scales, scale))
