@@ -106,7 +106,9 @@ class QuantWarning(UserWarning):
 
 def printable(text: object, limit: int = 120) -> str:
     """``text`` safe for one line of a terminal: no control characters, at most ``limit`` long."""
-    s = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[: 4 * limit])
+    s = str(text)[: 4 * limit]
+    if not s.isprintable():
+        s = "".join(c if c.isprintable() else repr(c)[1:-1] for c in s)
     return s if len(s) <= limit else s[: limit - 1] + "…"
 
 

@@ -210,8 +210,10 @@ class _Checker:
             self.ledger.claim(part, member.layer.name)
 
     def _shape(self, param: ParamSpec, info: TensorInfo, index: Index) -> None:
-        where = f"{info.file}: tensor {printable(info.name)!r}"
         shape = _indexed_shape(info.shape, index)
+        if shape == param.shape and info.dtype in param.dtypes:
+            return
+        where = f"{info.file}: tensor {printable(info.name)!r}"
         if len(param.sources) < 2 and shape != param.shape:
             raise LayoutError(
                 f"{where} has shape {shape}, expected {param.shape}. The checkpoint was cut short, "
@@ -338,10 +340,13 @@ def plan(
             assert isinstance(member.scheme, Unquantized)
             names = _leftovers(checkpoint, stored, ledger)
             for name in names:
+                if name.rpartition(".")[2] in member.scheme.ignored:
+                    ledger.skip(name, member.scheme.rule)
+                    continue
                 _check_float(checkpoint, checkpoint.tensors[name], member.scheme)
                 ledger.claim((name, None), layer.name)
                 dense[checkpoint.public_name(name)] = name
-            member = replace(member, stored=tuple(names))
+            member = replace(member, stored=tuple(n for n in names if n not in ledger.skipped))
         members[layer.name] = member
     checker.finish()
     extra = [name for stored in pending for name in _leftovers(checkpoint, stored, ledger)]
