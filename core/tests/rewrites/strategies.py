@@ -102,8 +102,8 @@ def tensors(
     experts: bool = True,
 ) -> QuantizedTensor:
     """Any supported spec, packing and size, with tails on both axes."""
-    size_n = draw(n or st.integers(1, 40))
-    size_k = draw(k or st.integers(1, 150))
+    size_n = draw(st.integers(1, 40) if n is None else n)
+    size_k = draw(st.integers(1, 150) if k is None else k)
     element = draw(
         st.sampled_from([*(Element.uint(b) for b in range(2, 9)), Element.int(8), FP8, FP4, NF4])
     )

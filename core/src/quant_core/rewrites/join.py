@@ -18,9 +18,9 @@ from torch import Tensor
 
 from quant_core.packing_words import view_as
 from quant_core.rewrites.codes import concat_rows, repack
-from quant_core.rewrites.grains import levels, regrain
+from quant_core.rewrites.grains import levels, regrain, with_grains
 from quant_core.rewrites.refuse import only_weight, refuse
-from quant_core.spec import CANONICAL
+from quant_core.spec import CANONICAL, QuantSpec
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = ["concat_out", "disagreement", "same_bytes"]
@@ -37,8 +37,13 @@ def same_bytes(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(view_as(a, torch.uint8), view_as(b, torch.uint8))
 
 
+def _any_rows(spec: QuantSpec) -> QuantSpec:
+    """``spec`` without its row grains: those can always be made equal, exactly."""
+    return with_grains(spec, lambda s: (0, s.grain[1]))
+
+
 def _unlike_weights(a: QuantizedTensor, b: QuantizedTensor) -> str | None:
-    if a.spec != b.spec:
+    if _any_rows(a.spec) != _any_rows(b.spec):
         return f"specs {a.spec.label!r} and {b.spec.label!r}"
     if len(a.shape) != len(b.shape) or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
         return f"shapes {a.shape} and {b.shape}"
@@ -52,7 +57,8 @@ def _unlike_weights(a: QuantizedTensor, b: QuantizedTensor) -> str | None:
 def disagreement(a: LayerTensors, b: LayerTensors) -> str | None:
     """What keeps two members from being one matrix, in a few words; None if nothing does.
 
-    Packings may differ (they are made equal), and so may bias and acc_bias (none = zeros).
+    Packings and row grains may differ (they are made equal), and so may bias and acc_bias (none =
+    zeros).
     """
     if set(a.operands) != {"weight"} or set(b.operands) != {"weight"}:
         return f"operands {sorted(a.operands)} and {sorted(b.operands)}"
@@ -81,16 +87,25 @@ def disagreement(a: LayerTensors, b: LayerTensors) -> str | None:
 def _aligned(parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
     """Parts whose row grids join: per-tensor factors per row unless equal, blocks cut at seams."""
     seams = list(accumulate(p.shape[-2] for p in parts[:-1]))
-    for name, index, scale in list(levels(parts[0].spec)):
-        r = scale.grain[0]
-        tensors = [getattr(p, name)[index] for p in parts]
-        equal = all(same_bytes(t, tensors[0]) for t in tensors)
-        if name == "scales" and index == 0:
-            equal = equal and all(same_bytes(p.zeros, parts[0].zeros) for p in parts)
-        rows = (0 if equal else 1) if r == 0 else math.gcd(r, *seams)
+    grids = [list(levels(p.spec)) for p in parts]
+    for at, (name, index, scale) in enumerate(grids[0]):
+        rows = math.gcd(*(grid[at][2].grain[0] for grid in grids))
+        if rows:
+            rows = math.gcd(rows, *seams)
+        elif not _one_value(parts, name, index):
+            rows = 1
         grain = (rows, scale.grain[1])
         parts = [regrain(p, index, grain, of=name) for p in parts]
     return parts
+
+
+def _one_value(parts: list[QuantizedTensor], name: str, index: int) -> bool:
+    """Whether a level without row grain (and the zeros on its grid) is the same in all parts."""
+    first, *others = parts
+    same = all(same_bytes(getattr(p, name)[index], getattr(first, name)[index]) for p in others)
+    if (name, index) == ("scales", 0):
+        same = same and all(same_bytes(p.zeros, first.zeros) for p in others)
+    return same
 
 
 def _joined_level(parts: list[QuantizedTensor], name: str) -> tuple[Tensor, ...]:
@@ -142,8 +157,9 @@ def _concat_rows_of(members: Sequence[LayerTensors], name: str) -> Tensor | None
 def concat_out(members: Sequence[LayerTensors]) -> LayerTensors:
     """Members one below the other as one layer [N1 + N2 + ..., K]. Exact.
 
-    Per-tensor factors become one value per row unless all are equal; row blocks that a seam cuts
-    get a finer grain; unlike packings become ``CANONICAL``; a missing bias counts as zeros.
+    Per-tensor factors become one value per row unless all are equal; row grains that differ or
+    that a seam cuts become finer; unlike packings become ``CANONICAL``; a missing bias counts as
+    zeros.
 
     Raises:
         LayoutError: ``Q-LAYOUT-FUSED`` naming the two members and what they disagree on: spec, K,
