@@ -27,6 +27,8 @@ from quant_core.nn import (
 )
 from quant_core.packing import repack
 from quant_core.plan import Member, Plan
+from quant_core.registry import Registry
+from quant_core.registry import registry as default_registry
 from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
@@ -70,6 +72,30 @@ def _check_size(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Chooser:
+    """How a module chooses again after a move. Small: it must not keep the plan alive.
+
+    A copy shares it; in another process it asks that process' own registry.
+    """
+
+    registry: Registry
+    kernels: str | Sequence[str] | None
+
+    def __call__(self, op: OpSpec) -> Choice:
+        return choose(op, self.registry, kernels=self.kernels)
+
+    def __deepcopy__(self, memo: object) -> _Chooser:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _chooser_here, (self.kernels,)
+
+
+def _chooser_here(kernels: str | Sequence[str] | None) -> _Chooser:
+    return _Chooser(default_registry(), kernels)
+
+
 @dataclass(slots=True, kw_only=True)
 class Builder:
     """Builds the modules of one model from one plan.
@@ -87,8 +113,9 @@ class Builder:
     kernels: str | Sequence[str] | None = None
     choices: list[tuple[str, Choice]] = field(default_factory=list)
 
-    def _choose(self, op: OpSpec) -> Choice:
-        return choose(op, self.plan.registry, kernels=self.kernels)
+    @property
+    def _choose(self) -> _Chooser:
+        return _Chooser(self.plan.registry, self.kernels)
 
     def op_for(self, kind: str, lt: LayerTensors, in_features: int, **sizes: int) -> OpSpec:
         """What a kernel is asked for one layer's tensors; ``kind`` as ``OpSpec.op``."""

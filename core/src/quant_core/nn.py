@@ -19,7 +19,14 @@ from quant_core.kernels.choose import Choice, Decision
 from quant_core.spec import OpSpec, Packing
 from quant_core.tensors import LayerTensors
 
-__all__ = ["BoundMember", "QuantEmbedding", "QuantExperts", "QuantLinear", "QuantModule"]
+__all__ = [
+    "BoundMember",
+    "QuantEmbedding",
+    "QuantExperts",
+    "QuantLinear",
+    "QuantModule",
+    "matrices",
+]
 
 Rechoose = Callable[[OpSpec], Choice]
 
@@ -67,6 +74,11 @@ class QuantModule(nn.Module):
         self._run = self.kernel.bind(self.op)
 
     @property
+    def owns_buffers(self) -> bool:
+        """Whether the weights are held here; False for a tied layer."""
+        return bool(self._names)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The kernel's buffers."""
         return {name: getattr(self, name) for name in self._names}
@@ -101,7 +113,7 @@ class QuantModule(nn.Module):
         choice = self._rechoose(replace(self.op, device=(device, "")))
         if choice.kernel.name != self.kernel.name or choice.op.packing != self.op.packing:
             buffers = choice.kernel.allocate(choice.op, device)
-            for expert, part in _matrices(canonical, self.op.size("experts", 0)):
+            for expert, part in matrices(canonical, self.op.size("experts", 0)):
                 choice.kernel.load_(
                     buffers,
                     choice.op,
@@ -132,7 +144,8 @@ class QuantModule(nn.Module):
         return super().__getattr__(name)
 
 
-def _matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, LayerTensors]]:
+def matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, LayerTensors]]:
+    """The matrices of a stack of ``experts``, one by one; of a plain layer (0), itself."""
     if not experts:
         yield None, lt
         return
