@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import typing
+
 import pytest
 import torch
 
@@ -109,6 +111,26 @@ def test_packed_words_outside_every_layer_are_refused():
         _plan(_layers(1), {"model.other.copy": torch.zeros(4, 4, dtype=torch.int32)})
     assert e.value.code == "Q-CKPT-MISMATCH"
     assert e.value.tensor == "model.other.copy"
+
+
+class _Renaming(toy.MemoryCheckpoint):
+    """Stores the parameters of one module under two paths of its own."""
+
+    names: typing.ClassVar = {"a.weight": "m.gate.weight", "b.bias": "m.gate.bias"}
+
+    def public_name(self, stored):
+        return self.names.get(stored, stored)
+
+
+def test_one_module_stored_under_two_paths_is_one_member_unless_names_clash():
+    tensors = {"a.weight": torch.ones(4, 4), "b.bias": torch.ones(4)}
+    p = plan(_Renaming(tensors, {}), registry=toy.toy_registry())
+    assert p.members["m.gate"].stored == ("a.weight", "b.bias")
+    assert p.dense == {"m.gate.weight": "a.weight", "m.gate.bias": "b.bias"}
+    tensors["m.gate.bias"] = torch.ones(4)
+    with pytest.raises(CheckpointError) as e:
+        plan(_Renaming(tensors, {}), registry=toy.toy_registry())
+    assert e.value.code == "Q-TENSOR-DUPLICATE"
 
 
 def test_experts_form_one_stack_and_a_gap_is_named():

@@ -291,6 +291,18 @@ def _check_float(checkpoint: Checkpoint, info: TensorInfo, why: Unquantized) -> 
         )
 
 
+def _stored_twice(checkpoint: Checkpoint, name: str, first: str, second: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.path}: {printable(name)!r} is stored twice, as {printable(first)!r} and "
+        f"{printable(second)!r}; expected once. Remove one of them.",
+        code="Q-TENSOR-DUPLICATE",
+        path=checkpoint.path,
+        tensor=name,
+        expected=first,
+        actual=second,
+    )
+
+
 def _sized(layer: LayerDesc, scheme: Scheme) -> LayerDesc:
     n, k = scheme.shape
     return replace(layer, inp=Span.whole(k), out=Span.whole(n))
@@ -324,15 +336,9 @@ def plan(
     for stored in _stored_members(checkpoint):
         layer = _describe(stored)
         member = _plan_member(registry, match, layer, checkpoint)
-        if layer.name in members:
-            raise CheckpointError(
-                f"{checkpoint.path}: module {printable(layer.name)!r} is stored twice, as "
-                f"{printable(members[layer.name].layer.stored)!r} and "
-                f"{printable(layer.stored)!r}; expected once. Remove one of them.",
-                code="Q-TENSOR-DUPLICATE",
-                path=checkpoint.path,
-                tensor=layer.name,
-            )
+        twin = members.get(layer.name)
+        if twin is not None and (twin.quantized or member.quantized):
+            raise _stored_twice(checkpoint, layer.name, twin.layer.stored, layer.stored)
         if member.quantized:
             checker.member(member)
             pending.append(stored)
@@ -345,8 +351,12 @@ def plan(
                     continue
                 _check_float(checkpoint, checkpoint.tensors[name], member.scheme)
                 ledger.claim((name, None), layer.name)
-                dense[checkpoint.public_name(name)] = name
-            member = replace(member, stored=tuple(n for n in names if n not in ledger.skipped))
+                public = checkpoint.public_name(name)
+                if public in dense:
+                    raise _stored_twice(checkpoint, public, dense[public], name)
+                dense[public] = name
+            kept = tuple(n for n in names if n not in ledger.skipped)
+            member = replace(member, stored=(*(twin.stored if twin else ()), *kept))
         members[layer.name] = member
     checker.finish()
     extra = [name for stored in pending for name in _leftovers(checkpoint, stored, ledger)]
