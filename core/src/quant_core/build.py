@@ -29,6 +29,7 @@ from quant_core.packing import repack
 from quant_core.plan import Member, Plan
 from quant_core.registry import Registry
 from quant_core.registry import registry as default_registry
+from quant_core.scheme import Scheme
 from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
@@ -117,16 +118,20 @@ class Builder:
     def _choose(self) -> _Chooser:
         return _Chooser(self.plan.registry, self.kernels)
 
-    def op_for(self, kind: str, lt: LayerTensors, in_features: int, **sizes: int) -> OpSpec:
-        """What a kernel is asked for one layer's tensors; ``kind`` as ``OpSpec.op``."""
-        qt = lt.weight
+    def op_for(self, kind: str, lt: LayerTensors, member: Member, **sizes: int) -> OpSpec:
+        """What a kernel is asked for one layer's tensors; ``kind`` as ``OpSpec.op``.
+
+        Operands that hold no tensors of their own (quantized activations) come from the scheme
+        of ``member``.
+        """
+        qt, scheme = lt.weight, member.scheme
+        assert isinstance(scheme, Scheme)
+        computed = ((r, s) for r, s in scheme.operands.items() if r not in lt.operands)
         return OpSpec(
             op=kind,  # type: ignore[arg-type]
-            operands=tuple(
-                (role, t.spec) for role, t in lt.operands.items()
-            ),
+            operands=(*((role, t.spec) for role, t in lt.operands.items()), *computed),
             packing=qt.packing,
-            sizes=(("n", qt.shape[0]), ("k", in_features), ("k_stored", qt.shape[1]),
+            sizes=(("n", qt.shape[0]), ("k", scheme.shape[1]), ("k_stored", qt.shape[1]),
                    *sizes.items()),
             act_dtype=str(self.dtype).removeprefix("torch."),
             device=(self.device.partition(":")[0], ""),
@@ -171,18 +176,19 @@ class Builder:
         if len(members) == 1:
             _check_size(name, loaded[0].weight, n, k, k_model)
             return self._bind(
-                QuantLinear, name, self.op_for("linear", loaded[0], k_model), loaded[0], bound
+                QuantLinear, name, self.op_for("linear", loaded[0], members[0]), loaded[0], bound
             )
-        fused = fuse(loaded)
+        fused = fuse(loaded, [m.scheme.operands.get("input") for m in members])  # type: ignore[union-attr]
         if not isinstance(fused, Composite):
-            op = self.op_for("linear", fused, k_model)
+            op = self.op_for("linear", fused, members[0])
             return self._bind(QuantLinear, name, op, fused, bound)
         parts = []
         for start, lt in fused.parts:
             stop = start + lt.weight.shape[0]
+            first = next(i for i, b in enumerate(bound) if b.start == start)
             mine = [b for b in bound if start <= b.start < stop]
             mine = [replace(b, start=b.start - start, stop=b.stop - start) for b in mine]
-            op = self.op_for("linear", lt, k_model)
+            op = self.op_for("linear", lt, members[first])
             parts.append(self._bind(QuantLinear, f"{name}[{start}:{stop}]", op, lt, mine))
         return QuantComposite(parts, fused.reason)  # type: ignore[arg-type]
 
@@ -196,9 +202,7 @@ class Builder:
         bound = BoundMember(
             name=member.layer.name, start=0, stop=lt.weight.shape[0], packing=lt.weight.packing
         )
-        module = self._bind(
-            QuantEmbedding, name, self.op_for("embedding", lt, k_model), lt, [bound]
-        )
+        module = self._bind(QuantEmbedding, name, self.op_for("embedding", lt, member), lt, [bound])
         assert isinstance(module, QuantEmbedding)
         return module
 
@@ -206,8 +210,7 @@ class Builder:
         """One stack of experts, read expert by expert into the kernel's buffers."""
         ids = member.layer.experts
         first = read_matrix(self.plan, member, ids[0])
-        k_model = member.scheme.shape[1]  # type: ignore[union-attr]
-        op = self.op_for("grouped_linear", first, k_model, experts=len(ids))
+        op = self.op_for("grouped_linear", first, member, experts=len(ids))
         choice = self._choose(op)
         self.choices.append((name, choice))
         buffers = choice.kernel.allocate(choice.op, self.device)

@@ -153,8 +153,9 @@ def matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, Layer
     for e in range(experts):
         tensors = {k: v if k.startswith("codebook") else v[e] for k, v in qt.tensors().items()}
         one = qt.with_tensors(tensors, shape=qt.shape[1:])
-        bias = None if lt.bias is None else lt.bias[e]
-        yield e, LayerTensors(operands={"weight": one}, bias=bias)
+        names = ("bias", "acc_bias", "out_scale", "input_scale", "input_zero")
+        side = {n: None if (t := getattr(lt, n)) is None else t[e] for n in names}
+        yield e, LayerTensors(operands={"weight": one}, **side)  # type: ignore[arg-type]
 
 
 class QuantLinear(QuantModule):

@@ -98,12 +98,16 @@ class Scale:
 
     ``element`` names how the stored value is read: ``f16 bf16 f32``, ``fp8_e4m3``, ``e8m0``, or
     ``uint<b>`` / ``int<b>`` (raw bits in uint8).
+
+    A symmetric scale computed at run time is max|x| / peak: 127 for int8, 448 for fp8_e4m3, and
+    127.5 where a producer takes half the range of the codes.
     """
 
     element: str
     grain: Grain
     static: bool = True  # False: computed at run time (activations)
     inverse: bool = False  # the stored value is 1/s and is applied by DIVISION
+    peak: float = 0.0  # run-time scales only; 0 = the element's largest value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,10 +345,14 @@ class ParamSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unquantized:
-    """The answer of ``make_scheme`` for a member whose weight is stored as plain floats."""
+    """The answer of ``make_scheme`` for a member whose weight is stored as plain floats.
+
+    ``ignored``: last name components of its stored tensors that are not loaded, by ``rule``.
+    """
 
     rule: str  # which rule decided: "no packed tensor stored", "modules_to_not_convert"
     evidence: str = ""
+    ignored: frozenset[str] = frozenset()
 
 
 # ------------------------------------------------------------------------ plugins and matches

@@ -71,16 +71,12 @@ def _kernel(plan: Plan, member: Member) -> dict[str, Any]:
     from quant_core.kernels.base import Rejected
     from quant_core.kernels.choose import choose
     from quant_core.load import read_matrix
-    from quant_core.scheme import Scheme
 
-    assert isinstance(member.scheme, Scheme)
     layer = member.layer
     ops = {"embedding": "embedding", "experts": "grouped_linear"}
     sizes = {"experts": len(layer.experts)} if layer.experts else {}
     matrix = read_matrix(plan, member, layer.experts[0] if layer.experts else None)
-    op = Builder(plan=plan).op_for(
-        ops.get(layer.kind, "linear"), matrix, member.scheme.shape[1], **sizes
-    )
+    op = Builder(plan=plan).op_for(ops.get(layer.kind, "linear"), matrix, member, **sizes)
     try:
         choice = choose(op, plan.registry)
         kernel, trace = choice.kernel.name, choice.trace

@@ -2,6 +2,9 @@
 
     y = x[..., gather] @ W^T (+ bias),   W = dequantize(codes, scales, zeros)
 
+Where the operation has an "input" operand, x is first rounded to its codes and back
+(``quant_core.kernels.activations``), before any gather.
+
 They run every spec on every device, keep the weights packed, and are what each fast kernel is
 compared with. One torch op per operation (``quant_core::linear_ref`` ...), so that torch.compile
 and CUDA graphs see one opaque node; the spec travels as JSON text, a constant of the graph.
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from quant_core.dequantize import dequantize
 from quant_core.errors import LayoutError
+from quant_core.kernels.activations import fake_quantize, static_shape, unsupported_input
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.numerics import scale_dtype
 from quant_core.packing import WORD_DTYPES, packed_shape
@@ -156,10 +160,24 @@ def _named(op: OpSpec, tensors: list[Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, tensors, strict=True))
 
 
+def _rounded(
+    x: Tensor, op: OpSpec, buffers: Mapping[str, Tensor], expert: int | None = None
+) -> Tensor:
+    """x [T, K] as the operation's "input" operand represents it; x itself without one."""
+    spec = op.operand("input")
+    if spec is None:
+        return x
+    scale, zero = buffers.get("input_scale"), buffers.get("input_zero")
+    if expert is not None:
+        scale = None if scale is None else scale[expert]
+        zero = None if zero is None else zero[expert]
+    return fake_quantize(x, spec, scale, zero)
+
+
 def _linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     op = op_from_text(op_text)
     buffers = _named(op, tensors)
-    y = _matmul(x.reshape(-1, x.shape[-1]), _tensor(op, buffers))
+    y = _matmul(_rounded(x.reshape(-1, x.shape[-1]), op, buffers), _tensor(op, buffers))
     if "bias" in buffers:
         y = y + buffers["bias"].to(y.dtype)
     return y.view(*x.shape[:-1], op.size("n"))
@@ -173,7 +191,7 @@ def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: 
         if not 0 <= expert < op.size("experts"):
             continue  # a sentinel for "no expert here": contributes nothing
         rows = torch.where(experts == expert)[0]
-        y = _matmul(x[rows], _tensor(op, buffers, expert))
+        y = _matmul(_rounded(x[rows], op, buffers, expert), _tensor(op, buffers, expert))
         if "bias" in buffers:
             y = y + buffers["bias"][expert].to(y.dtype)
         out[rows] = y
@@ -241,7 +259,10 @@ for _name, _impl, _fake in (
 
 
 class ReferenceKernel:
-    """Runs linear, grouped_linear and embedding for every weight-only spec, slowly and exactly."""
+    """Runs linear, grouped_linear and embedding for every weight spec, slowly and exactly.
+
+    Activations may be quantized as ``quant_core.kernels.activations`` describes.
+    """
 
     name = "torch_ref"
     OPS = ("linear", "grouped_linear", "embedding")
@@ -250,8 +271,14 @@ class ReferenceKernel:
         if op.op not in self.OPS:
             return Rejected(axis="op", have=op.op, need=" or ".join(self.OPS))
         roles = {role for role, _ in op.operands}
-        if roles != {"weight"}:
-            return Rejected(axis="operands", have=str(sorted(roles)), need="weight only")
+        allowed = {"weight"} if op.op == "embedding" else {"weight", "input"}
+        if not {"weight"} <= roles <= allowed:
+            return Rejected(
+                axis="operands", have=str(sorted(roles)), need=" and ".join(sorted(allowed))
+            )
+        odd = unsupported_input(op)
+        if odd is not None:
+            return odd
         spec = op.weight
         if spec.element.kind == "vector":
             return Rejected(axis="element", have=spec.element.name, need="a scalar element")
@@ -270,12 +297,11 @@ class ReferenceKernel:
             full = shape if name.startswith("codebook") else (*lead, *shape)
             out[name] = _poison(torch.empty(full, dtype=dtype, device=device))
         n = op.size("n")
-        side = {
+        side: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "bias": ((n,), torch.float32),
             "acc_bias": ((n,), torch.int32),
             "out_scale": ((n,), torch.float32),
-            "input_scale": ((1,), torch.float32),
-            "input_zero": ((1,), torch.int32),
+            **static_shape(op),
         }
         for name in _SIDE:
             if name in op.features:
