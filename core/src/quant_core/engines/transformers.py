@@ -1,0 +1,273 @@
+"""The transformers engine: ``load_model(path)``, or ``install()`` and plain ``from_pretrained``.
+
+Both end in ``transformers_quantizer``. transformers itself is imported on first use.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant_core.errors import ConfigError, PluginError, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["SUPPORTED", "as_config", "install", "load_model", "uninstall"]
+
+SUPPORTED = ("5.17", "5.24")
+"""transformers versions this engine is tested with: first, and first one too new."""
+
+_lock = threading.Lock()
+_replaced: dict[str, Any] = {}  # quant_method -> transformers' own config class, or None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(p) for p in text.split(".")[:2] if p.isdigit())
+
+
+def _check_version() -> None:
+    low, high = SUPPORTED
+    try:
+        found = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        found = ""
+    if not found or not _version(low) <= _version(found) < _version(high):
+        have = f"version {found} is installed" if found else "it is not installed"
+        raise PluginError(
+            f"transformers: {have}, expected >={low},<{high}. "
+            f"Run `pip install 'transformers>={low},<{high}'`.",
+            code="Q-ENGINE-VERSION",
+            expected=f">={low},<{high}",
+            actual=found or None,
+        )
+
+
+def _register() -> None:
+    """Make ``quant_method: "quant_core"`` known to transformers; adds a name, changes none."""
+    from transformers.quantizers import auto
+
+    from quant_core.engines.transformers_quantizer import (
+        METHOD,
+        QuantCoreConfig,
+        QuantCoreQuantizer,
+    )
+
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(METHOD)(QuantCoreQuantizer)
+        auto.register_quantization_config(METHOD)(QuantCoreConfig)
+
+
+def install() -> tuple[str, ...]:
+    """Let ``from_pretrained`` load the formats of the installed plugins through quant-core.
+
+    From then on a checkpoint whose ``quantization_config`` names one of them goes through this
+    engine, in this process. ``uninstall`` undoes it; calling it again is harmless.
+
+    Returns:
+        The ``quant_method`` values that are taken over.
+
+    Raises:
+        PluginError: ``Q-ENGINE-VERSION`` if transformers is absent or outside ``SUPPORTED``.
+    """
+    _check_version()
+    from transformers.quantizers import auto
+
+    from quant_core.engines.transformers_quantizer import QuantCoreConfig
+    from quant_core.registry import registry
+
+    with _lock:
+        _register()
+        mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+        for plugin in registry().plugins.values():
+            for method in plugin.info.quant_methods:
+                if method not in _replaced:
+                    _replaced[method] = mapping.get(method)
+                    mapping[method] = QuantCoreConfig
+        return tuple(sorted(_replaced))
+
+
+def uninstall() -> None:
+    """Give transformers its own loaders back. Models already loaded stay as they are."""
+    with _lock:
+        if not _replaced:
+            return
+        from transformers.quantizers import auto
+
+        for method, own in _replaced.items():
+            if own is None:
+                auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(method, None)
+            else:
+                auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = own
+        _replaced.clear()
+
+
+def as_config(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    kernels: str | Sequence[str] | None = None,
+    strict: bool = False,
+    device: str | None = None,
+    **config_overrides: Any,
+) -> PreTrainedConfig:
+    """The model's config, made to route through quant-core whatever the checkpoint says of itself.
+
+    For ``from_pretrained(path, config=as_config(path))``; needed for checkpoints that carry no
+    ``quantization_config`` of their own. It works without ``install``.
+
+    Raises:
+        PluginError: ``Q-ENGINE-VERSION``.
+        ConfigError: ``Q-CFG-KEY`` for an override that the config class does not have.
+        CheckpointError: the checkpoint cannot be opened.
+    """
+    _check_version()
+    _register()
+    from transformers import AutoConfig
+
+    from quant_core.checkpoint.open import open_checkpoint
+
+    where = Path(os.path.abspath(path))
+    with open_checkpoint(where) as checkpoint:
+        arguments = dict(checkpoint.pretrained_args())
+        if "model_type" in checkpoint.config:  # a config.json says more than a container can
+            arguments = {"pretrained_model_name_or_path": str(checkpoint.folder)}
+    config, unused = AutoConfig.from_pretrained(
+        **arguments, trust_remote_code=False, return_unused_kwargs=True, **config_overrides
+    )
+    unused = {k: v for k, v in unused.items() if k not in arguments and k in config_overrides}
+    if unused:
+        raise ConfigError(
+            f"load_model: {summarize(unused)} is no setting of {type(config).__name__}, expected "
+            "dtype, device, strict, kernels, format or a key of config.json. Remove it.",
+            code="Q-CFG-KEY",
+            tensor=next(iter(unused)),
+            actual=sorted(unused),
+        )
+    from quant_core.engines.transformers_quantizer import QuantCoreConfig
+
+    options = QuantCoreConfig(
+        path=str(where), format=format, kernels=kernels, strict=strict, device=device
+    )
+    config.quantization_config = options.to_dict()
+    return config
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    strict: bool = False,
+    kernels: str | Sequence[str] | None = None,
+    format: str | None = None,
+    **config_overrides: Any,
+) -> PreTrainedModel:
+    """A transformers model of the checkpoint at ``path``, its quantized layers packed.
+
+    Args:
+        path: folder or file of a checkpoint in any format that an installed plugin reads.
+        device: where everything is placed.
+        dtype: of float parameters and activations; default that of the model's config. Scales
+            keep the dtype they are stored in.
+        strict: treat warnings (unknown config keys, patterns that match nothing) as errors.
+        kernels: names of kernels to allow; default from ``QUANT_KERNELS``, else all.
+        format: plugin id to insist on.
+        config_overrides: settings of the model's config, e.g. ``attn_implementation="eager"``.
+
+    Raises:
+        PluginError: ``Q-ENGINE-VERSION`` if transformers is absent or not supported.
+        ConfigError: ``Q-ENGINE-DEVICE``, ``Q-ENGINE-DTYPE``, ``Q-ENGINE-MODEL``, or the
+            checkpoint's own config is wrong.
+        CheckpointError, LayoutError, FormatError, KernelError: see their codes; nothing half
+            loaded stays.
+    """
+    _check_version()
+    from quant_core.engines.transformers_quantizer import single_device
+
+    where = single_device(device if not isinstance(device, str) else {"": device}) or "cpu"
+    config = as_config(
+        path, format=format, kernels=kernels, strict=strict, device=where, **config_overrides
+    )
+    with _quiet():
+        model = _model_class(config, path).from_pretrained(
+            None,
+            config=config,
+            state_dict={},
+            dtype=_dtype(dtype, config, path),
+            generation_config=_generation_config(path),
+        )
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar over the nothing that transformers itself loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _model_class(config: PreTrainedConfig, path: object) -> Any:
+    """The class that ``architectures`` names, else the causal language model of this config."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and getattr(found, "config_class", None) is type(config):
+            return found
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError as err:
+        raise ConfigError(
+            f"{path}: transformers has no language model for {type(config).__name__} and "
+            f"architectures={config.architectures!r}, expected one it knows. "
+            "Check config.json, or update transformers within the supported range.",
+            code="Q-ENGINE-MODEL",
+            tensor="architectures",
+            actual=config.architectures,
+        ) from err
+
+
+def _dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, path: object) -> torch.dtype:
+    import torch
+
+    value: Any = dtype
+    if value is None:
+        value = config.dtype or config.get_text_config().dtype or torch.float32
+    if isinstance(value, str):
+        value = getattr(torch, value.removeprefix("torch."), value)
+    if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
+        raise ConfigError(
+            f"{path}: dtype is {dtype if dtype is not None else value!r}, expected float32, "
+            "float16, bfloat16 or float64. Pass dtype=torch.bfloat16, for example.",
+            code="Q-ENGINE-DTYPE",
+            tensor="dtype",
+            actual=str(value),
+        )
+    return value
+
+
+def _generation_config(path: str | os.PathLike[str]) -> Any:
+    from transformers import GenerationConfig
+
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return None

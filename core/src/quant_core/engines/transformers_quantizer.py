@@ -1,0 +1,249 @@
+"""The one path of all loads: an ``HfQuantizer`` that loads everything before transformers can.
+
+    from_pretrained -> skeleton on meta -> before-hook: plan, check, swap modules, load everything
+                    -> transformers finds no key left to load, ties and computes rotary tables
+                    -> after-hook: device, saving, undo what kept transformers from loading
+
+Only base classes of transformers are subclassed. What keeps transformers from loading again is
+torch's own ``register_state_dict_post_hook`` on this one model, removed afterwards: transformers
+loads what ``model.state_dict()`` names, and during the load it names nothing of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quant_core.build import Builder
+from quant_core.checkpoint.open import open_checkpoint
+from quant_core.detect import quantization_config
+from quant_core.engines.transformers_fill import Filled, fill_model
+from quant_core.engines.transformers_save import Provenance, attach_save
+from quant_core.errors import CheckpointError, ConfigError, summarize
+from quant_core.plan import Plan
+from quant_core.plan import plan as make_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["METHOD", "QuantCoreConfig", "QuantCoreQuantizer", "single_device"]
+
+log = logging.getLogger("quant_core")
+
+METHOD = "quant_core"
+_OPTIONS = ("path", "format", "kernels", "strict", "device")
+
+
+class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What the quantizer is told: its own options, or the block of a tagged checkpoint.
+
+    Attributes:
+        path: the checkpoint; None: where transformers found the weights.
+        format, kernels, strict, device: as in ``load_model``.
+        original: the checkpoint's own block, which saving and ``to_dict`` give back.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        format: str | None = None,
+        kernels: str | Sequence[str] | None = None,
+        strict: bool = False,
+        device: str | None = None,
+        original: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.quant_method = METHOD
+        self.path, self.format, self.kernels = path, format, kernels
+        self.strict, self.device = strict, device
+        self.original = None if original is None else dict(original)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From a config's block; one that is not ours is kept as ``original``."""
+        block = dict(config_dict)
+        if block.get("quant_method") == METHOD:
+            unknown = sorted(set(block) - {"quant_method", *_OPTIONS})
+            if unknown:
+                raise ConfigError(
+                    f"quantization_config: keys {summarize(unknown)} of quant_method {METHOD!r} "
+                    f"are unknown, expected {', '.join(_OPTIONS)}. Remove them.",
+                    code="Q-CFG-KEY",
+                    tensor=f"quantization_config.{unknown[0]}",
+                    expected=_OPTIONS,
+                    actual=unknown,
+                )
+            config = cls(**{k: v for k, v in block.items() if k in _OPTIONS})
+        else:
+            config = cls(original=block)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.original is not None:
+            return copy.deepcopy(self.original)
+        values = {name: getattr(self, name) for name in _OPTIONS}
+        return {"quant_method": METHOD} | {k: v for k, v in values.items() if v}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def single_device(device_map: object) -> str | None:
+    """The one device that ``device_map`` names; None if it names none.
+
+    Raises:
+        ConfigError: ``Q-ENGINE-DEVICE`` for a map over several devices, or one to be computed.
+    """
+    value = device_map
+    if isinstance(value, Mapping):
+        value = value[""] if set(value) == {""} else tuple(value)
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"cuda:{value}"
+    if isinstance(value, torch.device):
+        return str(value)
+    try:
+        if isinstance(value, str) and value != "meta":
+            return str(torch.device(value))
+    except RuntimeError:
+        pass  # "auto", "balanced", "disk", ...: refused below with everything else
+    raise ConfigError(
+        f"device_map: is {device_map!r}, expected one device: 'cpu', 'cuda:0' or {{'': device}}. "
+        "Packed layers are not spread over devices; use a serving engine for several.",
+        code="Q-ENGINE-DEVICE",
+        tensor="device_map",
+        expected="one device",
+        actual=device_map,
+    )
+
+
+class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads a checkpoint of any format that an installed plugin reads."""
+
+    requires_calibration = True  # transformers' word for: cannot quantize on the fly
+
+    def __init__(self, quantization_config: QuantCoreConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.device = quantization_config.device
+        self.provenance: Provenance | None = None
+        self._undo: list[Any] = []
+
+    # ------------------------------------------------------------------------- before the model
+
+    def validate_environment(self, *args: Any, device_map: object = None, **kwargs: Any) -> None:
+        self.device = single_device(device_map) or self.device
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    # ------------------------------------------------------------------------------ the loading
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ConfigError(
+                "distributed_config: asks for several processes, expected one. "
+                "Packed layers are not spread over devices; use a serving engine for that.",
+                code="Q-ENGINE-DEVICE",
+                tensor="distributed_config",
+            )
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # what a plugin creates without a dtype
+        try:
+            with torch.device("cpu"), open_checkpoint(self._path(checkpoint_files)) as checkpoint:
+                plan = make_plan(checkpoint, format=self.quantization_config.format)
+                self._report(plan)
+                if self.quantization_config.original is None:
+                    block = quantization_config(checkpoint)
+                    self.quantization_config.original = None if block is None else _plain(block)
+                builder = Builder(
+                    plan=plan,
+                    device=self.device or "cpu",
+                    dtype=dtype,
+                    kernels=self.quantization_config.kernels,
+                )
+                filled = fill_model(model, plan, builder, model._get_dtype_plan(dtype))
+                self.provenance = Provenance.of(plan, filled)
+        finally:
+            torch.set_default_dtype(dtype)
+        self._hide(model, filled)
+
+    def _path(self, files: Sequence[str] | None) -> Path:
+        if self.quantization_config.path is not None:
+            return Path(self.quantization_config.path)
+        if files:
+            return Path(files[0]).parent
+        raise CheckpointError(
+            "from_pretrained: got a state_dict and no checkpoint, expected a path. "
+            "Use quant_core.load_model(path).",
+            code="Q-CKPT-PATH",
+        )
+
+    def _report(self, plan: Plan) -> None:
+        for warning in plan.warnings:
+            log.warning("%s", warning)
+        if plan.warnings and self.quantization_config.strict:
+            raise CheckpointError(
+                f"{plan.checkpoint.path}: {len(plan.warnings)} warning(s): "
+                f"{summarize(plan.warnings, 3)}; expected none with strict=True. "
+                "Correct the checkpoint, or load without strict.",
+                code="Q-STRICT",
+                path=plan.checkpoint.path,
+                actual=tuple(plan.warnings),
+            )
+
+    def _hide(self, model: PreTrainedModel, filled: Filled) -> None:
+        """Let transformers see only what it is to initialise itself."""
+
+        def hide(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            for name in [n for n in state if n.removeprefix(prefix) not in filled.left]:
+                del state[name]
+
+        handle = model.register_state_dict_post_hook(hide)
+        ignored = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {""}  # every key of the files
+
+        def undo() -> None:
+            handle.remove()
+            model._keys_to_ignore_on_load_unexpected = ignored
+
+        self._undo.append(undo)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        while self._undo:
+            self._undo.pop()()
+        if self.device not in (None, "cpu"):
+            model.to(self.device)  # what transformers computed on the CPU
+        assert self.provenance is not None
+        attach_save(model, self.provenance)
+        return model
+
+
+def _plain(value: Any) -> Any:
+    """Read-only JSON as plain dicts and lists."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
