@@ -81,6 +81,8 @@ def test_sort_is_stable_and_short_groups_are_filled_up() -> None:
     out = to_gather(qt, torch.tensor([1, 0, 1, 0, 1, 2, 2]), 4)
     assert out.gather.tolist() == [1, 3, -1, -1, 0, 2, 4, -1, 5, 6]
     assert out.shape == (1, 10)
+    padding = unpack_codes(out)[0, out.gather < 0]
+    assert padding.tolist() == [0, 0, 0]
     assert out.scales[0].shape == (1, 3)
 
 

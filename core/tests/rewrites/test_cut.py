@@ -231,12 +231,14 @@ def test_block_diagonal_transform_is_cut_between_blocks() -> None:
     assert torch.equal(matrix, lt.transforms[0][1][0][2:])
 
 
-@pytest.mark.parametrize(("tp", "stop"), [("block", 24), ("refuse", 32)])
-def test_cut_through_a_transform_raises_layout_error(tp: str, stop: int) -> None:
+@pytest.mark.parametrize(
+    ("tp", "start", "stop"), [("block", 0, 24), ("block", 8, 16), ("refuse", 0, 32)]
+)
+def test_cut_through_a_transform_raises_layout_error(tp: str, start: int, stop: int) -> None:
     with pytest.raises(LayoutError, match="r4") as err:
-        slice_in(with_transform(tp), 0, stop)
+        slice_in(with_transform(tp), start, stop)
     assert err.value.code == "Q-LAYOUT-TP"
-    assert err.value.actual == (0, stop)
+    assert err.value.actual == (start, stop)
 
 
 def test_whole_cut_and_other_site_leave_transforms_alone() -> None:

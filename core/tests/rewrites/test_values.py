@@ -149,6 +149,13 @@ def test_code_to_offset_refuses_float32_scales_that_round() -> None:
     assert not torch.equal(codes * s + -z * s, dequantize(qt))
 
 
+def test_code_to_offset_refuses_products_that_round_beside_an_exact_offset() -> None:
+    qt = asym(4, Scale(element="f32", grain=group(32)), kind="const")  # -8 * s is always exact
+    with pytest.raises(LayoutError) as err:
+        code_to_offset(qt)
+    assert err.value.code == "Q-LAYOUT-REPRESENT"
+
+
 def test_code_to_offset_refuses_inverse_scales_and_floats() -> None:
     inverse = asym(4, Scale(element="f32", grain=group(32), inverse=True))
     fp8 = make(n=2, k=8, element=FP8, scales=(Scale(element="f16", grain=CHANNEL),))
@@ -201,6 +208,14 @@ def test_fold_scales_inverse_power_of_two_is_exact() -> None:
     qt = two_levels("fp8_e4m3", "f32", inverse=True)
     qt = replace(qt, scales=(qt.scales[0], torch.full((1, 1), 64.0)))
     assert same_bits(dequantize(fold_scales(qt)), dequantize(qt))
+
+
+def test_fold_scales_refuses_a_quotient_that_rounds() -> None:
+    qt = two_levels("f32", "f32", inverse=True)
+    qt = replace(qt, scales=(torch.ones_like(qt.scales[0]), torch.full((1, 1), 3.0)))
+    with pytest.raises(LayoutError) as err:
+        fold_scales(qt)
+    assert err.value.code == "Q-LAYOUT-REPRESENT"
 
 
 def test_fold_scales_of_one_factor_is_the_same_tensor() -> None:
