@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import quant_core.registry
 from quant_core.cli.main import main
+from quant_core.registry import load_registry
 from toy import candidate, toy_layer, toy_module, toy_registry
 
+REGISTRY = sys.modules["quant_core.registry"]
 LAYERS = {
     "model.layers.0.mlp.up_proj": (48, 32),
     "model.layers.0.mlp.down_proj": (32, 48),
@@ -23,7 +25,7 @@ LAYERS = {
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant_core.registry, "_registry", toy_registry())
+    monkeypatch.setattr(REGISTRY, "_registry", toy_registry())
 
 
 def write(folder: Path, extra: Mapping[str, torch.Tensor] | None = None, **config: Any) -> Path:
@@ -165,7 +167,7 @@ def test_escape_sequences_in_names_never_reach_the_terminal(
 def test_unknown_quant_method_is_bad_input_and_never_float(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quant_core.registry, "_registry", toy_registry())
+    monkeypatch.setattr(REGISTRY, "_registry", toy_registry())
     folder = write(tmp_path / "m", quantization_config={"quant_method": "no-such-thing"})
     for command in (["inspect"], ["verify"]):
         assert main([*command, str(folder)]) == 1
@@ -185,7 +187,7 @@ def test_format_override_that_contradicts_is_bad_input(
 def test_formats_and_plugins_without_plugins_say_how_to_add_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quant_core.registry, "_registry", quant_core.registry.load_registry([]))
+    monkeypatch.setattr(REGISTRY, "_registry", load_registry([]))
     assert run_json(capsys, "formats")["formats"] == []
     assert main(["formats"]) == 0
     assert "pip install quant-plugin-" in capsys.readouterr().out
@@ -197,8 +199,8 @@ def test_plugins_shows_what_was_set_aside_and_why(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = candidate(ImportError("no libfoo"), "broken")
-    registry = quant_core.registry.load_registry([candidate(toy_module()), broken])
-    monkeypatch.setattr(quant_core.registry, "_registry", registry)
+    registry = load_registry([candidate(toy_module()), broken])
+    monkeypatch.setattr(REGISTRY, "_registry", registry)
     data = run_json(capsys, "plugins")
     assert [p["id"] for p in data["plugins"]] == ["toy"]
     assert data["plugins"][0]["hooks"] == ["plugin_info", "detect_format", "make_scheme"]
