@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quant_core.cli.output import emit, escaped, size
-from quant_core.errors import PluginError
+from quant_core.errors import ConfigError, PluginError, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +44,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     Raises:
         PluginError: ``Q-ENGINE-MISSING`` if transformers is not installed.
+        ConfigError: ``Q-ENGINE-TOKENIZER`` if the checkpoint holds none that it can build.
     """
     try:
         from transformers import AutoTokenizer
@@ -55,7 +56,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             path=checkpoint.path,
             expected="transformers",
         ) from err
-    return AutoTokenizer.from_pretrained(**checkpoint.pretrained_args())
+    try:
+        return AutoTokenizer.from_pretrained(**checkpoint.pretrained_args())
+    except Exception as err:  # tokenizers raises plain Exception
+        raise ConfigError(
+            f"{checkpoint.path}: transformers cannot make a tokenizer from this checkpoint: "
+            f"{printable(err, 300)}; expected tokenizer files beside the weights. "
+            "Copy those of the original model into the folder.",
+            code="Q-ENGINE-TOKENIZER",
+            path=checkpoint.path,
+            expected="a tokenizer",
+            actual=type(err).__name__,
+        ) from err
 
 
 def weight_memory(model: nn.Module) -> dict[str, int]:
