@@ -7,10 +7,11 @@ import zlib
 import pytest
 import torch
 
+from quant_core.intspec import INTERLEAVE
 from quant_core.packing import unpack
 from quant_core.spec import Packing
 from quant_plugin_awq.layout import pack_tiles
-from quant_plugin_awq.scheme import INTERLEAVE, build_scheme
+from quant_plugin_awq.scheme import build_scheme
 
 
 def _hex(words):

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import made_gptq as made
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.load import load_tensor, read_matrix
 from quant_core.plan import Plan
 from quant_core.scheme import Scheme
-
-from . import made
 
 REPO = Path(__file__).resolve().parents[3]
 SHIPPED = REPO / "tests" / "fixtures"

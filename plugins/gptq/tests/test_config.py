@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
+import made_gptq as made
 from quant_core.errors import ConfigError
 from quant_plugin_gptq.config import GptqConfig, parse_config
-
-from . import made
 
 
 def parse(**changes: Any) -> GptqConfig:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import made_gptq as made
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.errors import CheckpointError, ConfigError, FormatError, LayoutError, QuantError
 from quant_core.load import load_tensor, read_matrix
@@ -16,8 +17,6 @@ from quant_core.spec import LayerDesc, Span, Unquantized
 from quant_plugin_gptq.detect import detect
 from quant_plugin_gptq.layers import scheme_for
 from quant_plugin_gptq.writer import config_for, describe
-
-from . import made
 
 Q = "model.layers.{}.self_attn.q_proj"
 

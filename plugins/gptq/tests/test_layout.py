@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import made_gptq as made
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, QuantWarning
+from quant_core.intspec import weight_spec
 from quant_core.numerics import decode_scale
 from quant_core.packing import repack, unpack
 from quant_core.spec import CANONICAL, LayerDesc, Transform
 from quant_core.tensors import LayerTensors
-from quant_plugin_gptq.scheme import GptqScheme, weight_spec
-
-from . import made
+from quant_plugin_gptq.scheme import GptqScheme
 
 LAYER = LayerDesc(kind="linear", name="proj", stored="proj")
 SCALE = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}

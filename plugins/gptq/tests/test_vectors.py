@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant_core.intpack import read_zeros, write_zeros
+from quant_core.intspec import weight_spec
 from quant_core.packing import pack, unpack
-from quant_plugin_gptq.layout import canonicalize, read_zeros, serialize, write_zeros
-from quant_plugin_gptq.scheme import GptqScheme, weight_spec
+from quant_plugin_gptq.layout import canonicalize, serialize
+from quant_plugin_gptq.scheme import GptqScheme
 
 N, K, G = 8, 32, 16
 CODES = (3 * torch.arange(N)[:, None] + torch.arange(K)) % 16
@@ -110,8 +112,8 @@ def test_v1_zero_of_zero_borrows_and_comes_back() -> None:
     fields = torch.tensor([[15, 3, 15, 14, 14, 14, 14, 14]], dtype=torch.uint8)
     zeros = torch.tensor([[0, 5, 0, 0, 0, 0, 0, 0]], dtype=torch.uint8)
     words = pack(fields, 4, packing)
-    assert torch.equal(read_zeros(words, 4, 8, packing, v1=True), zeros)
-    assert torch.equal(write_zeros(zeros, 4, packing, v1=True), words)
+    assert torch.equal(read_zeros(words, 4, 8, packing, minus_one=True), zeros)
+    assert torch.equal(write_zeros(zeros, 4, packing, minus_one=True), words)
     per_field = (fields + 1) & 15  # the reading that older loaders use
     assert not torch.equal(per_field, zeros)
 
@@ -133,5 +135,5 @@ def test_symmetric_zeros_have_the_published_constants(bits: int, v1: bool, words
     packing = scheme(bits).zeros_packing
     n = 32 * len(words.split()) // bits
     half = torch.full((1, n), 1 << (bits - 1), dtype=torch.uint8)
-    assert hexes(write_zeros(half, bits, packing, v1=v1)) == words
-    assert torch.equal(read_zeros(unhex(words)[None], bits, n, packing, v1=v1), half)
+    assert hexes(write_zeros(half, bits, packing, minus_one=v1)) == words
+    assert torch.equal(read_zeros(unhex(words)[None], bits, n, packing, minus_one=v1), half)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.spec import LayerDesc, TensorInfo
 from quant_plugin_awq.config import LAYOUTS, AwqConfig
 from quant_plugin_awq.geometry import TILED, padded_groups, stored_shapes
-from quant_plugin_awq.scheme import FLOATS, AwqScheme
+from quant_plugin_awq.scheme import AwqScheme
 
 __all__ = ["check_header", "header_sizes", "resolve_group"]
 
@@ -204,8 +205,12 @@ def check_header(
         if info is None:
             continue
         allowed = param.dtypes
-        if param.name == "scales" and f"{path}.scales" == info.name and info.dtype not in FLOATS:
-            allowed = tuple(FLOATS)
+        if (
+            param.name == "scales"
+            and f"{path}.scales" == info.name
+            and info.dtype not in SCALE_ELEMENTS
+        ):
+            allowed = tuple(SCALE_ELEMENTS)
         if info.dtype not in allowed:
             found = f"has dtype {info.dtype}, expected {' or '.join(allowed)}"
             fix = hint or "Export the checkpoint again without casting its tensors."

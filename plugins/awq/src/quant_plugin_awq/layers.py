@@ -14,12 +14,13 @@ from collections.abc import Mapping
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, printable, summarize
+from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
 from quant_plugin_awq.checks import check_header, header_sizes, resolve_group
 from quant_plugin_awq.config import AwqConfig
 from quant_plugin_awq.detect import numberless
 from quant_plugin_awq.geometry import TILED
-from quant_plugin_awq.scheme import FLOATS, AwqScheme, build_scheme
+from quant_plugin_awq.scheme import AwqScheme, build_scheme
 
 __all__ = ["scheme_for"]
 
@@ -150,7 +151,7 @@ def _zeros_name(config: AwqConfig, leaves: Leaves) -> str:
 def _dtype(leaves: Leaves, name: str) -> str:
     """Stored float dtype of ``name``; float16 if absent or odd, which a later check reports."""
     info = leaves.get(name)
-    return info.dtype if info is not None and info.dtype in FLOATS else "float16"
+    return info.dtype if info is not None and info.dtype in SCALE_ELEMENTS else "float16"
 
 
 def _scheme(config: AwqConfig, layer: LayerDesc, path: str, leaves: Leaves) -> AwqScheme:

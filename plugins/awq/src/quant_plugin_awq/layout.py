@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import ConfigError, LayoutError
+from quant_core.intpack import stored_zeros
+from quant_core.intspec import check_tensors
 from quant_core.packing import pack, repack, unpack
 from quant_core.spec import CANONICAL, LayerDesc, Packing
 from quant_core.tensors import LayerTensors, QuantizedTensor
@@ -117,34 +119,6 @@ def _check_used_groups(scales: Tensor, padded: bool, tensor: str) -> None:
         )
 
 
-def _check_shapes(scheme: AwqScheme, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> None:
-    for param in scheme.params(layer):
-        value = tensors.get(param.name)
-        if value is None:
-            if param.need == "required":
-                raise LayoutError(
-                    f"{layer.stored}.{param.name}: not given, expected shape {param.shape}. "
-                    "Read all tensors that create_weights lists.",
-                    code="Q-TENSOR-MISSING",
-                    tensor=f"{layer.stored}.{param.name}",
-                    expected=param.shape,
-                    plugin="awq",
-                )
-            continue
-        dtype = str(value.dtype).removeprefix("torch.")
-        if tuple(value.shape) != param.shape or dtype not in param.dtypes:
-            wrong_dtype = tuple(value.shape) == param.shape
-            raise LayoutError(
-                f"{layer.stored}.{param.name}: {dtype} {tuple(value.shape)}, expected "
-                f"{' or '.join(param.dtypes)} {param.shape}. Check bits, group_size and version.",
-                code="Q-LAYOUT-DTYPE" if wrong_dtype else "Q-LAYOUT-SHAPE",
-                tensor=f"{layer.stored}.{param.name}",
-                expected=param.dtypes if wrong_dtype else param.shape,
-                actual=dtype if wrong_dtype else tuple(value.shape),
-                plugin="awq",
-            )
-
-
 def _check_symmetric(scheme: AwqScheme, ok: bool, tensor: str) -> None:
     if not ok:
         raise ConfigError(
@@ -169,10 +143,11 @@ def canonicalize(
 
     Shapes:  see ``geometry``  ->  codes as ``scheme.packing``, scales (N, K/g), zeros uint8
              (N, K/g) or offset (N, K/g)
-    Raises:  LayoutError for shapes, dtypes or padding that do not fit; ConfigError
-             ``Q-CFG-CONFLICT`` if zero_point is false but the zeros are not 2**(bits-1)
+    Raises:  LayoutError for shapes, dtypes or padding that do not fit; CheckpointError for what is
+             missing; ConfigError ``Q-CFG-CONFLICT`` if zero_point is false but the zeros are not
+             2**(bits-1)
     """
-    _check_shapes(scheme, layer, tensors)
+    check_tensors(layer, scheme.params(layer), tensors, plugin="awq")
     n, _ = scheme.shape
     groups, padded = scheme.groups, scheme.layout != "gemm"
     zeros_name, scales_name = f"{layer.stored}.{scheme.zeros}", f"{layer.stored}.scales"
@@ -261,10 +236,7 @@ def serialize(scheme: AwqScheme, layer: LayerDesc, tensors: LayerTensors) -> dic
     if scheme.zeros and tiled:
         out[scheme.zeros] = pad_groups(qt.offset[0], width).t().contiguous()
     elif scheme.zeros:
-        zeros = qt.zeros
-        if zeros is None:
-            assert qt.spec.zero is not None
-            zeros = torch.full((n, scheme.groups), qt.spec.zero.value, dtype=torch.uint8)
+        zeros = stored_zeros(qt)
         if gemv:
             out[scheme.zeros] = pack(pad_groups(zeros, width), 4, Packing(word="int32"))
         else:

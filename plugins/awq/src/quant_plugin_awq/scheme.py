@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from quant_core.intspec import INTERLEAVE, SCALE_ELEMENTS
 from quant_core.scheme import Scheme
 from quant_core.spec import (
     Axis,
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["FLOATS", "INTERLEAVE", "AwqScheme", "build_scheme"]
-
-INTERLEAVE = (0, 4, 1, 5, 2, 6, 3, 7)  # slot of output channel j inside a run of eight
-FLOATS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # dtype -> scale element
+__all__ = ["AwqScheme", "build_scheme"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +109,7 @@ class AwqScheme(Scheme):
             ParamSpec(
                 name="bias",
                 shape=(n,),
-                dtypes=tuple(FLOATS),
+                dtypes=tuple(SCALE_ELEMENTS),
                 axes=(out,),
                 role="bias",
                 need="required" if layer.bias else "optional",
@@ -151,7 +149,7 @@ def build_scheme(
     grain = group(group_size)
     if zeros and layout in TILED:
         zeros_dtype = zeros_dtype or scale_dtype
-        offset = Scale(element=FLOATS[zeros_dtype], grain=grain)
+        offset = Scale(element=SCALE_ELEMENTS[zeros_dtype], grain=grain)
         zero = Zero(kind="offset", levels=(offset,))
     elif zeros:
         zeros_dtype = "int32"
@@ -160,7 +158,7 @@ def build_scheme(
         zero = Zero(kind="const", value=1 << (bits - 1))
     weight = QuantSpec(
         element=Element.uint(bits),
-        scales=(Scale(element=FLOATS[scale_dtype], grain=grain),),
+        scales=(Scale(element=SCALE_ELEMENTS[scale_dtype], grain=grain),),
         zero=zero,
     )
     return AwqScheme(

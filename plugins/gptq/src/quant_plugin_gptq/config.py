@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quant_core.errors import ConfigError, printable, summarize
+from quant_core.fields import thaw
 from quant_core.resolve import NamePattern, check_count
-from quant_plugin_gptq.reader import ALL_BITS, COMMON_BITS, Reader, thaw
+from quant_plugin_gptq.reader import ALL_BITS, COMMON_BITS, Reader
 
 __all__ = ["FORMATS", "DynamicRule", "GptqConfig", "LayerSettings", "parse_config"]
 
@@ -323,7 +324,7 @@ def parse_config(raw: Mapping[str, Any], source: str) -> GptqConfig:
         autoround=autoround,
         lm_head=bool(reader.flag("lm_head")),
         dynamic=dynamic,
-        modules=reader.text_list("modules_in_block_to_quantize"),
+        modules=reader.names("modules_in_block_to_quantize"),
         source=source,
         warnings=tuple(warnings),
         stored=json.dumps(thaw(raw)),

@@ -13,9 +13,9 @@ from typing import Any
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import FLOAT_DTYPES, quantization_config
 from quant_core.errors import ConfigError, printable
+from quant_core.fields import thaw
 from quant_core.spec import FormatMatch, TensorInfo
 from quant_plugin_gptq.config import GptqConfig, parse_config
-from quant_plugin_gptq.reader import thaw
 
 __all__ = ["SIDE_FILES", "detect", "looks_like_gptq"]
 

@@ -14,9 +14,10 @@ from dataclasses import replace
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.intspec import SCALE_ELEMENTS, check_groups, weight_spec
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
 from quant_plugin_gptq.config import GptqConfig, LayerSettings
-from quant_plugin_gptq.scheme import SCALE_ELEMENTS, GptqScheme, weight_spec
+from quant_plugin_gptq.scheme import GptqScheme
 
 __all__ = ["scheme_for"]
 
@@ -287,24 +288,9 @@ class _Builder:
             if shape is None or k % shape[0]:
                 raise self._conflict("group_size", None, shape, "Add a quantize_config.json.")
             return k // shape[0]
-        size = k if size == -1 or size > k else size
-        groups = -(-k // size)
-        if shape is not None and shape[0] != groups:
-            info = self.leaves["scales"]
-            implied = k // shape[0] if shape[0] and k % shape[0] == 0 else None
-            hint = f"group_size={implied}" if implied else "another group_size or in_features"
-            raise LayoutError(
-                f"{info.file}: tensor {printable(info.name)!r} has {shape[0]} groups, expected "
-                f"{groups} for in_features={k}, group_size={size}. The shapes imply {hint}; "
-                f"check group_size in {self.config.source}.",
-                code="Q-LAYOUT-GROUP",
-                path=info.file,
-                tensor=info.name,
-                expected=groups,
-                actual=shape[0],
-                plugin="gptq",
-            )
-        return size
+        return check_groups(
+            self.leaves.get("scales"), k, size, source=self.config.source, plugin="gptq"
+        )
 
     def _check_g_idx(self) -> None:
         """desc_act needs g_idx. One lost g_idx is left to the check for missing tensors."""

@@ -13,9 +13,7 @@
 
 Codes stay in the stored words. Only activation order repacks them, see ``order``.
 
-v1 with 2, 4 or 8 bits: the writer subtracted 0x11111111 (or alike) from whole words, so a zero of
-0 borrows from its neighbour. Adding the constant to whole words undoes that; adding 1 per field
-would not.
+How v1 zeros are shifted: see ``quant_core.intpack``.
 
 Source: GPTQModel 7.7.0 ``nn_modules/qlinear/__init__.py``, ``utils/model.py``
 (convert_gptq_v1_to_v2_format_module) and ``utils/planar_packing.py``.
@@ -23,104 +21,45 @@ Source: GPTQModel 7.7.0 ``nn_modules/qlinear/__init__.py``, ``utils/model.py``
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quant_core.errors import ConfigError, QuantWarning
-from quant_core.packing import pack, repack, unpack
-from quant_core.spec import Packing
-from quant_core.tensors import LayerTensors, QuantizedTensor
+from quant_core.intpack import (
+    check_symmetric,
+    from_groups,
+    read_zeros,
+    stored_zeros,
+    write_zeros,
+)
+from quant_core.intspec import check_plain
+from quant_core.packing import repack
+from quant_core.tensors import LayerTensors
 from quant_plugin_gptq.order import cannot, g_idx_of, gather_of, reorder
-from quant_plugin_gptq.scheme import SCALE_ELEMENTS, GptqScheme
+from quant_plugin_gptq.scheme import GptqScheme
 
-__all__ = ["canonicalize", "read_zeros", "serialize", "write_zeros"]
-
-_WORD_BITS = (2, 4, 8)  # widths whose v1 shift acts on whole words
-
-
-# ---------------------------------------------------------------------------------------- zeros
-
-
-def _add_words(words: Tensor, constant: int) -> Tensor:
-    """int32 words + constant modulo 2**32."""
-    total = (words.to(torch.int64) + constant) & 0xFFFFFFFF
-    return (total - ((total >> 31) << 32)).to(torch.int32)
-
-
-def _ones(bits: int) -> int:
-    """A word with 1 in every field: 0x11111111 for 4 bits."""
-    return sum(1 << at for at in range(0, 32, bits))
-
-
-def read_zeros(qzeros: Tensor, bits: int, n: int, packing: Packing, *, v1: bool) -> Tensor:
-    """Stored zeros as codes.
-
-    Shapes:  qzeros int32 (G, words of N)  ->  uint8 (G, N)
-    Raises:  LayoutError if the shape disagrees with bits and N.
-    """
-    if v1 and bits in _WORD_BITS:
-        qzeros = _add_words(qzeros, _ones(bits))
-    zeros = unpack(qzeros, bits, (qzeros.shape[0], n), packing)
-    if v1 and bits not in _WORD_BITS:
-        zeros = (zeros + 1) & ((1 << bits) - 1)
-    return zeros
-
-
-def write_zeros(zeros: Tensor, bits: int, packing: Packing, *, v1: bool) -> Tensor:
-    """Inverse of ``read_zeros``: uint8 (G, N) to int32 words."""
-    if v1 and bits not in _WORD_BITS:
-        zeros = (zeros - 1) & ((1 << bits) - 1)
-    words = pack(zeros, bits, packing)
-    return _add_words(words, -_ones(bits)) if v1 and bits in _WORD_BITS else words
+__all__ = ["canonicalize", "serialize"]
 
 
 def _check_symmetric(scheme: GptqScheme, where: str, qzeros: Tensor) -> None:
-    """All zeros are 2**(bits-1) in the dialect of the config, or in the other one.
-
-    A symmetric file with the wrong version flag is readable: its values tell. It is then written
-    back with the flag's own constants.
-    """
-    half, n = 1 << (scheme.bits - 1), scheme.shape[0]
-    zeros = read_zeros(qzeros, scheme.bits, n, scheme.zeros_packing, v1=scheme.v1)
-    if bool((zeros == half).all()):
-        return
-    other = read_zeros(qzeros, scheme.bits, n, scheme.zeros_packing, v1=not scheme.v1)
-    if bool((other == half).all()):
-        said, found = ("v1", "v2") if scheme.v1 else ("v2", "v1")
-        if scheme.sym is not None:
-            warnings.warn(
-                f"{scheme.source}: the config implies {said} zeros, the values are {found}; "
-                "read by the values",
-                QuantWarning,
-                stacklevel=2,
-            )
-        return
-    bad = (zeros != half).nonzero()
-    g, column = (int(i) for i in bad[0])
-    actual = int(zeros[g, column])
-    said = "sym is true" if scheme.sym else "no config says whether zeros are v1 or v2"
-    fix = (
-        "Set sym to false if the checkpoint is asymmetric."
-        if scheme.sym
-        else "Add a quantize_config.json with sym and checkpoint_format."
-    )
-    raise ConfigError(
-        f"{where}: {said} ({scheme.source}), but {len(bad)} zero points differ from {half} "
-        f"(group {g}, output {column}: {actual}); expected {half} everywhere. {fix}",
-        code="Q-CFG-CONFLICT",
-        path=scheme.source or None,
-        tensor=f"{where}.qzeros",
-        expected=half,
-        actual=actual,
+    claim, fix = "sym is true", "Set sym to false if the checkpoint is asymmetric."
+    if not scheme.sym:
+        claim = "no config says whether zeros are v1 or v2"
+        fix = "Add a quantize_config.json with sym and checkpoint_format."
+    check_symmetric(
+        qzeros,
+        scheme.bits,
+        scheme.shape[0],
+        scheme.zeros_packing,
+        minus_one=scheme.v1,
+        where=where,
+        source=scheme.source,
         plugin="gptq",
+        claim=claim,
+        fix=fix,
+        flagged=scheme.sym is not None,
     )
-
-
-# ---------------------------------------------------------------------------------- both directions
 
 
 def canonicalize(scheme: GptqScheme, where: str, tensors: Mapping[str, Tensor]) -> LayerTensors:
@@ -136,7 +75,8 @@ def canonicalize(scheme: GptqScheme, where: str, tensors: Mapping[str, Tensor]) 
     if symmetric:
         _check_symmetric(scheme, where, tensors["qzeros"])
     else:
-        zeros = read_zeros(tensors["qzeros"], scheme.bits, n, scheme.zeros_packing, v1=scheme.v1)
+        packing = scheme.zeros_packing
+        zeros = read_zeros(tensors["qzeros"], scheme.bits, n, packing, minus_one=scheme.v1)
     order = None
     if "g_idx" in tensors:
         order = gather_of(
@@ -153,48 +93,8 @@ def canonicalize(scheme: GptqScheme, where: str, tensors: Mapping[str, Tensor]) 
         k = len(gather)
         scales = scales[owner]
         zeros = None if zeros is None else zeros[owner]
-    spec = replace(scheme.weight, gather=gather is not None)
-    level = replace(spec.scales[0], element=SCALE_ELEMENTS[str(scales.dtype)[6:]])
-    weight = QuantizedTensor(
-        spec=replace(spec, scales=(level,)),
-        shape=(n, k),
-        codes=codes,
-        packing=scheme.packing,
-        scales=(scales.t().contiguous(),),
-        zeros=None if zeros is None else zeros.t().contiguous(),
-        gather=gather,
-    )
+    weight = from_groups(scheme.weight, (n, k), scheme.packing, codes, scales, zeros, gather)
     return LayerTensors(operands={"weight": weight}, bias=tensors.get("bias"))
-
-
-def _check_representable(scheme: GptqScheme, where: str, tensors: LayerTensors) -> None:
-    qt, want = tensors.weight, scheme.weight
-    extras = [
-        name
-        for name in ("acc_bias", "out_scale", "input_scale", "input_zero")
-        if getattr(tensors, name) is not None
-    ]
-    extras += ["transforms"] if tensors.transforms else []
-    extras += sorted(tensors.operands.keys() - {"weight"})
-    if extras:
-        raise cannot(where, ", ".join(extras), "a weight and a bias only")
-    levels = qt.spec.scales
-    plain = (
-        qt.spec.element == want.element
-        and not qt.spec.blocks
-        and len(levels) == 1
-        and levels[0].grain == want.scales[0].grain
-        and levels[0].element in SCALE_ELEMENTS.values()
-        and not levels[0].inverse
-        and qt.spec.zero is not None
-        and qt.spec.zero.kind in ("const", "code")
-    )
-    if not plain:
-        raise cannot(where, qt.spec.label, want.label)
-    if qt.shape[0] != scheme.shape[0] or (qt.gather is None and qt.shape != scheme.shape):
-        raise cannot(where, f"a weight of shape {qt.shape}", f"{scheme.shape}")
-    if qt.gather is not None and not scheme.has_g_idx:
-        raise cannot(where, "a column order", "columns in order, as no g_idx is stored")
 
 
 def serialize(scheme: GptqScheme, where: str, tensors: LayerTensors) -> dict[str, Tensor]:
@@ -203,17 +103,13 @@ def serialize(scheme: GptqScheme, where: str, tensors: LayerTensors) -> dict[str
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT`` naming what GPTQ cannot hold.
     """
-    _check_representable(scheme, where, tensors)
+    check_plain(where, tensors, scheme.weight, scheme.shape, holder="GPTQ", plugin="gptq")
     qt = tensors.weight
+    if qt.gather is not None and not scheme.has_g_idx:
+        raise cannot(where, "a column order", "columns in order, as no g_idx is stored")
     n, k = scheme.shape
-    bits, spec_zero = scheme.bits, qt.spec.zero
-    scales = qt.scales[0]
-    assert spec_zero is not None  # checked above
-    zeros = qt.zeros
-    if zeros is None:
-        zeros = torch.full(scales.shape, spec_zero.value, dtype=torch.uint8)
-    wrong = spec_zero.kind == "const" and not 0 <= spec_zero.value < 1 << bits
-    if wrong or (scheme.sym is not False and bool((zeros != 1 << (bits - 1)).any())):
+    bits, scales, zeros = scheme.bits, qt.scales[0], stored_zeros(qt)
+    if scheme.sym is not False and bool((zeros != 1 << (bits - 1)).any()):
         raise cannot(where, "zero points", f"{1 << (bits - 1)} everywhere (sym)")
     same = torch.zeros(scales.shape[1], dtype=torch.bool)
     same[1:] = (scales[:, 1:] == scales[:, :-1]).all(0) & (zeros[:, 1:] == zeros[:, :-1]).all(0)
@@ -231,7 +127,9 @@ def serialize(scheme: GptqScheme, where: str, tensors: LayerTensors) -> dict[str
         scales, zeros = scales[:, first], zeros[:, first]
     out = {
         "qweight": qweight,
-        "qzeros": write_zeros(zeros.t().contiguous(), bits, scheme.zeros_packing, v1=scheme.v1),
+        "qzeros": write_zeros(
+            zeros.t().contiguous(), bits, scheme.zeros_packing, minus_one=scheme.v1
+        ),
         "scales": scales.t().contiguous(),
     }
     if scheme.has_g_idx:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
+from quant_core.intspec import cannot_hold
 from quant_core.packing import pack, packed_shape, repack, unpack
 from quant_core.spec import Packing
 
@@ -28,15 +29,7 @@ _BLOCK_BYTES = 64 << 20  # bytes of unpacked codes held at once
 
 def cannot(where: str, found: str, expected: str) -> LayoutError:
     """The error of everything that GPTQ has no way to store."""
-    return LayoutError(
-        f"{where}: {found} cannot be stored as GPTQ, expected {expected}. "
-        "Write a format that can hold it.",
-        code="Q-LAYOUT-REPRESENT",
-        tensor=where,
-        expected=expected,
-        actual=found,
-        plugin="gptq",
-    )
+    return cannot_hold(where, found, "GPTQ", expected, plugin="gptq")
 
 
 def _bad_g_idx(where: str, found: str, expected: str, actual: object) -> LayoutError:

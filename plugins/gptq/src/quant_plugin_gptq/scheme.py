@@ -12,20 +12,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from quant_core.errors import CheckpointError, LayoutError
+from quant_core.intspec import SCALE_ELEMENTS, check_tensors, weight_spec, word_count
 from quant_core.scheme import Scheme
-from quant_core.spec import (
-    CHANNEL,
-    Axis,
-    Element,
-    LayerDesc,
-    Packing,
-    ParamSpec,
-    QuantSpec,
-    Scale,
-    Zero,
-    group,
-)
+from quant_core.spec import Axis, LayerDesc, Packing, ParamSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,33 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PLANES", "SCALE_ELEMENTS", "GptqScheme", "packed_words", "weight_spec"]
 
-SCALE_ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}  # other widths are one plane
 
 
 def packed_words(count: int, bits: int, planar: bool) -> int:
     """int32 words that hold ``count`` codes."""
-    if planar and bits in PLANES:
-        return -(-count // 32) * bits
-    return -(-count * bits // 32)
-
-
-def weight_spec(
-    bits: int, in_features: int, group_size: int, *, sym: bool, scale_dtype: str, gather: bool
-) -> QuantSpec:
-    """What the codes of a layer mean. ``group_size`` at or above ``in_features``: per channel."""
-    grain = CHANNEL if group_size >= in_features else group(group_size)
-    zero = (
-        Zero(kind="const", value=1 << (bits - 1))
-        if sym
-        else Zero(kind="code", element=f"uint{bits}")
-    )
-    return QuantSpec(
-        element=Element.uint(bits),
-        scales=(Scale(element=SCALE_ELEMENTS[scale_dtype], grain=grain),),
-        zero=zero,
-        gather=gather,
-    )
+    return word_count(count, bits, run=32 if planar and bits in PLANES else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,41 +129,10 @@ class GptqScheme(Scheme):
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:
         from quant_plugin_gptq import layout
 
-        self._check(layer, tensors)
+        check_tensors(layer, self.params(layer), tensors, plugin="gptq")
         return layout.canonicalize(self, layer.stored, tensors)
 
     def serialize(self, layer: LayerDesc, tensors: LayerTensors) -> dict[str, Tensor]:
         from quant_plugin_gptq import layout
 
         return layout.serialize(self, layer.stored, tensors)
-
-    def _check(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> None:
-        """Presence, shapes and dtypes; a loader that checked the header finds nothing here."""
-        for param in self.params(layer):
-            name = f"{layer.stored}.{param.name}"
-            where = f"{layer.stored}: tensor {param.name!r}"
-            if param.name not in tensors:
-                if param.need == "required":
-                    raise CheckpointError(
-                        f"{where} is missing, expected shape {param.shape}. "
-                        "The checkpoint is incomplete; download or export it again.",
-                        code="Q-TENSOR-MISSING",
-                        tensor=name,
-                        expected=param.shape,
-                    )
-                continue
-            tensor = tensors[param.name]
-            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            for what, actual, expected, good, code in (
-                ("shape", shape, param.shape, shape == param.shape, "Q-LAYOUT-SHAPE"),
-                ("dtype", dtype, param.dtypes, dtype in param.dtypes, "Q-LAYOUT-DTYPE"),
-            ):
-                if not good:
-                    raise LayoutError(
-                        f"{where} has {what} {actual}, expected {expected}. "
-                        "Check bits and group_size in the config, or export the checkpoint again.",
-                        code=code,
-                        tensor=name,
-                        expected=expected,
-                        actual=actual,
-                    )

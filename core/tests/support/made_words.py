@@ -1,33 +1,21 @@
-"""Tensors and checkpoints made for tests: packers that set one code at a time, written from the
-published layouts and sharing nothing with the plugin."""
+"""Packers that set one code at a time, written from the published layouts and sharing nothing with
+the code under test; and small checkpoints on disk."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.checkpoint.open import open_checkpoint
-from quant_core.plan import Plan, plan
-from quant_core.registry import Registry, load_registry
-
 torch.set_num_threads(1)
 
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
-_registry: Registry | None = None
-
-
-def registry() -> Registry:
-    """A registry with this plugin alone."""
-    global _registry
-    _registry = _registry or load_registry(only=["gptq"])
-    return _registry
+SLOT = (0, 4, 1, 5, 2, 6, 3, 7)  # place of output channel j inside a run of eight
 
 
 def words(values: Sequence[int]) -> Tensor:
@@ -51,10 +39,23 @@ def planes(codes: Sequence[int], bits: int) -> list[int]:
     return out
 
 
+def interleaved(codes: Sequence[int], bits: int) -> list[int]:
+    """The stream of ``codes`` whose runs of eight were put into the order of ``SLOT``."""
+    out = [0] * len(codes)
+    for i, c in enumerate(codes):
+        out[i // 8 * 8 + SLOT[i % 8]] = int(c)
+    return stream(out, bits)
+
+
 def qweight(codes: Tensor, bits: int, *, planar: bool = False) -> Tensor:
-    """Codes (N, K) to int32 (K*b/32, N)."""
+    """Codes (N, K) to int32 (K*b/32, N), each column a stream along K."""
     packer = planes if planar else stream
     return torch.stack([words(packer(row.tolist(), bits)) for row in codes], dim=1)
+
+
+def qweight_interleaved(codes: Tensor, bits: int) -> Tensor:
+    """Codes (N, K) to int32 (K, N*b/32), each row a stream along N in the order of ``SLOT``."""
+    return torch.stack([words(interleaved(column.tolist(), bits)) for column in codes.t()])
 
 
 def qzeros(zeros: Tensor, bits: int, *, v1: bool = True, planar: bool = False) -> Tensor:
@@ -77,56 +78,6 @@ def weight(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> Tenso
     return (codes.float() - zeros.float()[index].t()) * scales.float()[index].t()
 
 
-def layer(
-    n: int,
-    k: int,
-    *,
-    bits: int = 4,
-    group_size: int = 32,
-    sym: bool = True,
-    v1: bool = True,
-    planar: bool = False,
-    g_idx: Tensor | None = None,
-    bias: bool = False,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Stored tensors of a random layer, and its float32 weight."""
-    rng = torch.Generator().manual_seed(seed)
-    size = k if group_size == -1 else group_size
-    groups = -(-k // size)
-    codes = torch.randint(0, 1 << bits, (n, k), generator=rng)
-    zeros = torch.full((groups, n), 1 << (bits - 1))
-    if not sym:
-        zeros = torch.randint(0, 1 << bits, (groups, n), generator=rng)
-    scales = (torch.rand(groups, n, generator=rng) * 0.1 + 0.01).to(dtype)
-    index = torch.arange(k, dtype=torch.int32) // size if g_idx is None else g_idx
-    tensors = {
-        "qweight": qweight(codes, bits, planar=planar),
-        "qzeros": qzeros(zeros, bits, v1=v1, planar=planar),
-        "scales": scales,
-        "g_idx": index,
-    }
-    if bias:
-        tensors["bias"] = torch.rand(n, generator=rng).to(dtype)
-    return tensors, weight(codes, zeros, scales, index)
-
-
-def config(**changes: Any) -> dict[str, Any]:
-    """A GPTQModel block; a value of ... removes the key."""
-    base = {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": 32,
-        "desc_act": False,
-        "sym": True,
-        "checkpoint_format": "gptq",
-        "pack_dtype": "int32",
-        "meta": {"quantizer": ["gptqmodel:7.7.0"]},
-    }
-    return {k: v for k, v in (base | changes).items() if v is not ...}
-
-
 def save(
     folder: Path,
     modules: Mapping[str, Mapping[str, Tensor]],
@@ -141,7 +92,3 @@ def save(
     for name, value in (side_files or {}).items():
         (folder / name).write_text(json.dumps(value))
     return folder
-
-
-def plan_of(folder: Path) -> Plan:
-    return plan(open_checkpoint(folder), registry=registry())

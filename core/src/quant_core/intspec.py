@@ -1,0 +1,225 @@
+"""Integer weights with one scale per group of input features: meaning, sizes, header checks.
+
+    W[n, k] = scales[g, n] * (code - zero[g, n]),     g = k // group_size
+
+What the formats that store such weights in 32-bit words share, and no torch: ``intpack`` holds
+the tensor code. N = out_features, K = in_features, G = ceil(K / group_size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from quant_core.errors import CheckpointError, LayoutError, printable
+from quant_core.spec import (
+    CHANNEL,
+    Element,
+    LayerDesc,
+    ParamSpec,
+    QuantSpec,
+    Scale,
+    TensorInfo,
+    Zero,
+    group,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.tensors import LayerTensors
+
+__all__ = [
+    "INTERLEAVE",
+    "SCALE_ELEMENTS",
+    "cannot_hold",
+    "check_groups",
+    "check_plain",
+    "check_tensors",
+    "weight_spec",
+    "word_count",
+]
+
+SCALE_ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # dtype -> element
+INTERLEAVE = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Slot of output channel j inside a run of eight, in words made for half2 instructions."""
+
+
+def word_count(count: int, bits: int, *, run: int = 1) -> int:
+    """int32 words that hold ``count`` codes, filled up to whole runs of ``run`` codes."""
+    return -(-(count + -count % run) * bits // 32)
+
+
+def weight_spec(
+    bits: int,
+    in_features: int,
+    group_size: int,
+    *,
+    sym: bool,
+    scale_dtype: str = "float16",
+    gather: bool = False,
+) -> QuantSpec:
+    """What the codes of a layer mean.
+
+    Args:
+        group_size: at or above ``in_features``: one scale per output channel.
+        sym: all zeros are 2**(bits-1).
+        scale_dtype: stored dtype of the scales, a key of ``SCALE_ELEMENTS``.
+    """
+    grain = CHANNEL if group_size >= in_features else group(group_size)
+    zero = (
+        Zero(kind="const", value=1 << (bits - 1))
+        if sym
+        else Zero(kind="code", element=f"uint{bits}")
+    )
+    return QuantSpec(
+        element=Element.uint(bits),
+        scales=(Scale(element=SCALE_ELEMENTS[scale_dtype], grain=grain),),
+        zero=zero,
+        gather=gather,
+    )
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+def check_tensors(
+    layer: LayerDesc,
+    params: Iterable[ParamSpec],
+    tensors: Mapping[str, Tensor],
+    *,
+    plugin: str,
+) -> None:
+    """Presence, shapes and dtypes of what ``canonicalize`` was given.
+
+    A loader that checked the header finds nothing here; direct callers do.
+
+    Raises:
+        CheckpointError: ``Q-TENSOR-MISSING``.
+        LayoutError: ``Q-LAYOUT-SHAPE``, ``Q-LAYOUT-DTYPE``.
+    """
+    for param in params:
+        name = f"{layer.stored}.{param.name}"
+        tensor = tensors.get(param.name)
+        if tensor is None:
+            if param.need == "required":
+                raise CheckpointError(
+                    f"{name}: not given, expected a tensor of shape {param.shape}. "
+                    "The checkpoint is incomplete; download or export it again.",
+                    code="Q-TENSOR-MISSING",
+                    tensor=name,
+                    expected=param.shape,
+                    plugin=plugin,
+                )
+            continue
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        fix = "Check bits, group_size and layout in the config, or export the checkpoint again."
+        if shape != param.shape:
+            raise LayoutError(
+                f"{name}: has shape {shape}, expected {param.shape}. {fix}",
+                code="Q-LAYOUT-SHAPE",
+                tensor=name,
+                expected=param.shape,
+                actual=shape,
+                plugin=plugin,
+            )
+        if dtype not in param.dtypes:
+            raise LayoutError(
+                f"{name}: has dtype {dtype}, expected {' or '.join(param.dtypes)}. {fix}",
+                code="Q-LAYOUT-DTYPE",
+                tensor=name,
+                expected=param.dtypes,
+                actual=dtype,
+                plugin=plugin,
+            )
+
+
+def check_groups(
+    scales: TensorInfo | None, in_features: int, group_size: int, *, source: str, plugin: str
+) -> int:
+    """The group size of a layer, in_features where there is one group, checked by the header.
+
+    Args:
+        scales: stored as [G, N]; another rank is left to the shape check.
+        group_size: -1 = one group.
+        source: file that states it, for the message.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-GROUP`` for another number of groups, with the size it implies.
+    """
+    size = in_features if group_size == -1 or group_size > in_features else group_size
+    groups = -(-in_features // size)
+    if scales is None or len(scales.shape) != 2 or scales.shape[0] == groups:
+        return size
+    found = scales.shape[0]
+    implied = in_features // found if found and in_features % found == 0 else None
+    hint = f"group_size={implied}" if implied else "another group_size or in_features"
+    raise LayoutError(
+        f"{scales.file}: tensor {printable(scales.name)!r} has {found} groups, expected "
+        f"{groups} for in_features={in_features}, group_size={size}. The shapes imply {hint}; "
+        f"check group_size in {source}.",
+        code="Q-LAYOUT-GROUP",
+        path=scales.file,
+        tensor=scales.name,
+        expected=groups,
+        actual=found,
+        plugin=plugin,
+    )
+
+
+def cannot_hold(where: str, found: str, holder: str, expected: str, *, plugin: str) -> LayoutError:
+    """The error of everything that a format has no way to store."""
+    return LayoutError(
+        f"{where}: {found} cannot be stored as {holder}, expected {expected}. "
+        "Write a format that can hold it.",
+        code="Q-LAYOUT-REPRESENT",
+        tensor=where,
+        expected=expected,
+        actual=found,
+        plugin=plugin,
+    )
+
+
+def check_plain(
+    where: str,
+    tensors: LayerTensors,
+    want: QuantSpec,
+    shape: tuple[int, int],
+    *,
+    holder: str,
+    plugin: str,
+) -> None:
+    """A weight of one wide scale per group with integer zeros, perhaps a bias, nothing else.
+
+    Left to the caller: the values of the zeros, and a gather.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` naming what the format cannot hold.
+    """
+    names = ("acc_bias", "out_scale", "input_scale", "input_zero")
+    extras = [name for name in names if getattr(tensors, name) is not None]
+    extras += ["transforms"] if tensors.transforms else []
+    extras += sorted(tensors.operands.keys() - {"weight"})
+    if extras:
+        expected = "a weight and a bias only"
+        raise cannot_hold(where, ", ".join(extras), holder, expected, plugin=plugin)
+    qt = tensors.weight
+    levels, zero = qt.spec.scales, qt.spec.zero
+    plain = (
+        qt.spec.element == want.element
+        and not qt.spec.blocks
+        and len(levels) == 1
+        and levels[0].grain == want.scales[0].grain
+        and levels[0].element in SCALE_ELEMENTS.values()
+        and not levels[0].inverse
+        and zero is not None
+        and zero.kind in ("const", "code")
+    )
+    if not plain:
+        raise cannot_hold(where, qt.spec.label, holder, want.label, plugin=plugin)
+    if zero is not None and zero.kind == "const" and not 0 <= zero.value < 1 << want.element.bits:
+        expected = f"0 to {(1 << want.element.bits) - 1}"
+        raise cannot_hold(where, f"zero points of {zero.value}", holder, expected, plugin=plugin)
+    if qt.shape[0] != shape[0] or (qt.gather is None and tuple(qt.shape) != shape):
+        found = f"a weight of shape {tuple(qt.shape)}"
+        raise cannot_hold(where, found, holder, f"{shape}", plugin=plugin)
