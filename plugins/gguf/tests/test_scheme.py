@@ -113,11 +113,14 @@ def test_nvfp4_tensor_scale_is_a_factor_of_its_own(model):
     assert all(torch.equal(back[n], stored[n]) for n in stored)
 
 
-def test_tied_output_uses_the_embedding(model):
-    match = plan(model).match
+def test_absent_output_is_no_member_and_claims_nothing(model):
+    """Tying is the engine's: the embedding's bytes have one owner in the ledger."""
+    p = plan(model)
+    assert "lm_head" not in p.members
+    assert p.ledger.claims[("token_embd.weight", None)] == "model.embed_tokens"
     layer = LayerDesc(kind="linear", name="lm_head", stored="output", tied_to="model.embed_tokens")
-    scheme = scheme_for(match, layer, model)
-    assert scheme.params(layer)[0].sources == (Source(name="token_embd.weight"),)
+    with pytest.raises(CheckpointError, match=r"output\.weight"):
+        scheme_for(p.match, layer, model)
 
 
 def test_missing_weight_and_wrong_sizes_are_errors(model):

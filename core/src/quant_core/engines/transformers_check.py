@@ -69,12 +69,14 @@ class Check:
             raise missing_error(
                 self.plan.checkpoint, missing, f"{type(self.model).__name__} of config.json"
             )
-        extra = [name for name in self.layout.strays if not self._skip_tensor(name)]
+        strays = [name for name in self.layout.strays if not self._skip_tensor(name)]
+        extra = [self.plan.dense[name] for name in strays]
         for member in self.layout.stray_members:
             extra += [] if self._skip_member(member) else _stored_names(self.plan, member)
         if extra:
             why = f"only what {type(self.model).__name__} of config.json has"
             raise unexpected_error(self.plan.checkpoint, extra, why)
+        self._kinds()
         self._sizes()
         for rule, names in self.skipped.items():
             log.info("%d tensor(s) not loaded (%s): %s", len(names), rule, summarize(names, 3))
@@ -87,9 +89,38 @@ class Check:
             if name not in there and not name.startswith(inside):
                 yield name
         for module, roles in self.layout.experts.items():
-            known = next(iter(roles.values())).layer.name.rpartition(".")[0]
-            for role in {"gate", "up", "down"} - set(roles):
-                yield f"{known}.{role} (experts of {module})"
+            role, member = next(iter(roles.items()))
+            known, _, last = member.layer.name.rpartition(".")
+            for lacking in sorted({"gate", "up", "down"} - set(roles)):
+                name = last.replace(role, lacking) if role in last else lacking
+                yield f"{known}.{name} (the {lacking} experts of {module})"
+
+    def _kinds(self) -> None:
+        """Packed layers replace plain modules only; a subclass may compute something else."""
+        for module in self.layout.layers:
+            old, members = self.model.get_submodule(module), self.layout.members(module)
+            if type(old) is nn.Linear or (type(old) is nn.Embedding and len(members) == 1):
+                continue
+            raise LayoutError(
+                f"{module}: is a {type(old).__name__} in the model and quantized in the "
+                "checkpoint, expected a Linear or an Embedding. Exclude this layer from "
+                "quantization.",
+                code="Q-ENGINE-MODULE",
+                tensor=module,
+                expected=("Linear", "Embedding"),
+                actual=type(old).__name__,
+            )
+        for module in self.layout.experts:
+            old = self.model.get_submodule(module)
+            if not _plain_experts(old):
+                raise LayoutError(
+                    f"{module}: {type(old).__name__} computes more than down(act(gate(x)) * "
+                    "up(x)) with [experts, out, in] weights, expected only that. "
+                    "Its experts cannot stay packed; exclude them from quantization.",
+                    code="Q-ENGINE-MODULE",
+                    tensor=module,
+                    actual=type(old).__name__,
+                )
 
     def _sizes(self) -> None:
         """Sizes as far as the header tells; exact shapes are checked when a tensor is read."""
@@ -149,6 +180,19 @@ class Check:
         if leaf != "bias" or f"{module}.weight" not in self.layout.filled:
             return ""
         return _ZERO_BIAS if not bool(self.plan.checkpoint.read(stored).any()) else ""
+
+
+def _plain_experts(module: Any) -> bool:
+    from transformers.integrations.moe import _default_apply_gate
+
+    extras = ("is_transposed", "has_bias", "has_post_expert_norm")
+    return (
+        isinstance(getattr(module, "act_fn", None), nn.Module)
+        and getattr(type(module), "_apply_gate", None) is _default_apply_gate
+        and getattr(module, "is_concatenated", False)
+        and getattr(module, "has_gate", False)
+        and not any(getattr(module, name, False) for name in extras)
+    )
 
 
 def _stored_names(plan: Plan, member: Member) -> list[str]:

@@ -39,7 +39,6 @@ __all__ = ["GgufConfig", "GgufScheme", "detect", "scheme_for"]
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _TENSOR_SCALE = Scale(element="f32", grain=TENSOR)
-_TIED = ("output", "token_embd")  # a file without output.weight ties it to the embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +108,6 @@ def scheme_for(
 def _stored_weight(layer: LayerDesc, checkpoint: GgufCheckpoint) -> TensorInfo | None:
     tensors = checkpoint.tensors
     info = tensors.get(f"{layer.stored}.weight")
-    if info is None and layer.stored == _TIED[0]:
-        info = tensors.get(f"{_TIED[1]}.weight")
     if info is None and layer.stored not in checkpoint.modules:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {layer.stored + '.weight'!r} is missing, expected by "
