@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV3Config,
     LlamaConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3MoeConfig,
+)
+from transformers.core_model_loading import (
+    Concatenate,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
 )
 
 from quant_core import load_model
@@ -146,6 +158,56 @@ def test_packed_lm_head_of_a_tied_config_follows_the_file(
     assert_same(tiny, model)
 
 
+def _tied_file(folder: Path, config: PreTrainedConfig) -> Tiny:
+    """A single-file container whose embedding is packed and serves as the output too."""
+    import gguf
+
+    torch.manual_seed(5)
+    config.dtype = torch.float32
+    model = AutoModelForCausalLM.from_config(config).eval()
+    folder.mkdir()
+    (folder / "config.json").write_text(config.to_json_string(use_diff=False))
+    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    with torch.no_grad():
+        for name, p in model.state_dict().items():
+            if name == "lm_head.weight":
+                continue
+            stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if p.dim() == 1:
+                p.add_(torch.randn_like(p) * 0.1)
+                writer.add_tensor(stored, p.numpy())
+                continue
+            packed = gguf.quants.quantize(p.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            dense = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+            p.copy_(torch.from_numpy(dense))
+            writer.add_tensor(stored, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Tiny(folder, model)
+
+
+def test_packed_tied_embedding_is_held_once(tmp_path: Path) -> None:
+    tiny = _tied_file(tmp_path / "m", qwen2())
+    model = load_model(tiny.folder)
+    assert isinstance(model.lm_head, QuantLinear)
+    assert not model.lm_head.tensors
+    assert model.model.embed_tokens.nbytes == 96 * 64 // 32 * 34
+    assert_same(tiny, model)
+    twin = copy.deepcopy(model)
+    for t in model.model.embed_tokens.tensors.values():
+        t.zero_()
+    assert_same(tiny, twin)
+    assert not logits(model).any()
+    twin.tie_weights()
+    assert_same(tiny, twin)
+
+
 # -------------------------------------------------------------------------------------- biases
 
 
@@ -268,3 +330,102 @@ def test_config_of_another_size_raises_shape_with_both_sizes(
     assert tensor in str(err.value)
     assert str(next(iter(change.values()))) in str(err.value)
     assert_same(tiny, load_model(tiny.write()))
+
+
+# --------------------------------------------------------------------------- other names, fused
+
+
+conversion_mapping = import_module("transformers.conversion_mapping")
+
+
+def _mapping(monkeypatch: pytest.MonkeyPatch, *transforms: object) -> None:
+    def mapping(*args: object, **kwargs: object) -> list[object]:
+        return list(transforms)
+
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", mapping)
+
+
+def _fused(target: str, *sources: str) -> WeightConverter:
+    patterns = [f"{s}.weight" for s in sources]
+    return WeightConverter(patterns, f"{target}.weight", [Concatenate(dim=0)])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_members_stored_apart_fill_and_leave_a_fused_layer(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny(
+        tmp_path / "m",
+        Phi3Config(**_SIZES, pad_token_id=0, tie_word_embeddings=False),
+        quantized=lambda name, kind: packed,
+        split={"qkv_proj": {"q": 64, "k": 32, "v": 32}, "gate_up_proj": {"gate": 96, "up": 96}},
+    )
+    attention = [f"self_attn.{x}_proj" for x in "qkv"]
+    _mapping(
+        monkeypatch,
+        _fused("self_attn.qkv_proj", *attention),
+        _fused("mlp.gate_up_proj", "mlp.gate_proj", "mlp.up_proj"),
+    )
+    assert any("k_proj" in n for n in tiny.tensors)
+    model = load_model(tiny.folder)
+    assert_same(tiny, model)
+    model.save_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(saved) == set(tiny.tensors)
+    assert all(torch.equal(saved[n], t) for n, t in tiny.tensors.items())
+
+
+def test_renamings_of_transformers_apply_to_packed_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny(tmp_path / "m", llama())
+    tiny.tensors = {n.replace("self_attn", "attention"): t for n, t in tiny.tensors.items()}
+    _mapping(monkeypatch, WeightRenaming(r"\.attention\.", ".self_attn."))
+    assert_same(tiny, load_model(tiny.write()))
+
+
+def test_converter_that_is_not_understood_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = make_tiny(tmp_path / "m", llama())
+    norm = "input_layernorm.weight"
+    _mapping(monkeypatch, WeightConverter(norm, norm, [Transpose(0, 0)]))
+    with pytest.raises(LayoutError, match="Transpose") as err:
+        load_model(tiny.folder)
+    assert err.value.code == "Q-ENGINE-CONVERTER"
+
+
+def test_packed_layer_that_is_no_linear_is_refused_by_name(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "m", qwen3_moe(num_experts=8))
+    for router in ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate"):
+        stored, _ = pack_gptq(tiny.tensors.pop(f"{router}.weight"))
+        tiny.tensors |= {f"{router}.{leaf}": t for leaf, t in stored.items()}
+    with pytest.raises(LayoutError, match=r"layers\.0\.mlp\.gate: is a Qwen3MoeTopKRouter") as err:
+        load_model(tiny.write())
+    assert err.value.code == "Q-ENGINE-MODULE"
+
+
+def test_moe_saves_the_same_bytes(tmp_path: Path) -> None:
+    for name, choose in (("a", lambda n, kind: kind != "other"), ("b", lambda n, k: k == "linear")):
+        tiny = make_tiny(tmp_path / name, deepseek_v3(), quantized=choose)
+        load_model(tiny.folder).save_pretrained(tmp_path / f"{name}-out")
+        saved = load_file(tmp_path / f"{name}-out" / "model.safetensors")
+        assert set(saved) == set(tiny.tensors)
+        assert all(torch.equal(saved[n], t) for n, t in tiny.tensors.items())
+
+
+def test_saving_keeps_what_a_rule_left_unread(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = make_tiny(tmp_path / "m", llama())
+    extra = {"model.layers.0.mlp.up_proj.bias": torch.zeros(96, dtype=torch.float16)}
+    extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tiny.tensors |= extra
+    model = load_model(tiny.write())
+    model.save_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(saved[n], t) for n, t in tiny.tensors.items())
+    shutil.rmtree(tiny.folder)
+    model.save_pretrained(tmp_path / "alone")
+    assert "not saved" in caplog.text
+    assert_same(tiny, load_model(tmp_path / "alone"))

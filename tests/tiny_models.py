@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,22 +86,37 @@ def stored_names(model: PreTrainedModel) -> Iterable[tuple[str, torch.Tensor, st
             yield name, p, "linear" if linear else "other"
 
 
+def _split(
+    one: tuple[str, torch.Tensor, str], split: Mapping[str, Mapping[str, int]]
+) -> Iterable[tuple[str, torch.Tensor, str]]:
+    name, weight, kind = one
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    if leaf not in split:
+        return [one]
+    parts = weight.split(list(split[leaf].values()))
+    return [(f"{parent}.{m}_proj.weight", p, kind) for m, p in zip(split[leaf], parts, strict=True)]
+
+
 def make_tiny(
     folder: Path,
     config: PreTrainedConfig,
     *,
     quantized: Callable[[str, str], bool] = lambda name, kind: kind != "other",
+    split: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     seed: int = 0,
     **block: Any,
 ) -> Tiny:
-    """Random weights for ``config``; those that ``quantized(name, kind)`` chooses are packed."""
+    """Random weights for ``config``; those that ``quantized(name, kind)`` chooses are packed.
+
+    ``split``: fused module -> {member: rows}, stored as ``<member>_proj`` each.
+    """
     torch.manual_seed(seed)
     config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config).eval()
     tensors: dict[str, torch.Tensor] = {}
     tied = set(model.all_tied_weights_keys)
     with torch.no_grad():
-        for name, p, kind in list(stored_names(model)):
+        for name, p, kind in [s for one in stored_names(model) for s in _split(one, split)]:
             if name.endswith(("bias", "layernorm.weight")):
                 p.add_(torch.randn_like(p) * 0.1).copy_(p.half().float())
             if name in tied:
