@@ -8,6 +8,7 @@ one float32 ulp, or exact after that rounding.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from quant_core.plan import Plan, param_sources, plan
 PREFIXES = (
     "gptqmodel-2", "gptqmodel-3", "gptqmodel-4", "gptqmodel-awq", "gptqmodel-dynamic",
     "ar-w4g128-gptq", "ar-w4g128-asym-awq", "gguf-", "ar-gguf-",
+    "ct-w3", "ct-w4", "ct-w8", "ct-moe-w4", "ct-kvfp8-w4", "ct-spinquant-r1r2-w4",
 )  # fmt: skip
 DIRS = checkpoint_dirs(PREFIXES)
 
@@ -32,9 +34,11 @@ def _expected(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def _parse(key: str) -> tuple[str, int | None, int | None]:
-    """``weight.<name>[#eE][#R]`` -> module name, expert, rows."""
+    """``weight.<name>[#eE][#R]`` -> module name, expert, rows. The expert may be in the name."""
     name, *marks = key.removeprefix("weight.").split("#")
     expert = rows = None
+    if numbered := re.match(r"(.*\.experts)\.(\d+)(\..*)", name):
+        name, expert = numbered[1] + numbered[3], int(numbered[2])
     for mark in marks:
         if mark.startswith("e"):
             expert = int(mark[1:])

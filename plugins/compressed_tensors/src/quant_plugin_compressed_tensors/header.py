@@ -1,0 +1,153 @@
+"""What the header says of one quantized module: shapes, dtypes, and checks against its group.
+
+Formats build their schemes from a ``Header``; no tensor data is read here, except the 16 bytes of
+``weight_shape`` where nothing else tells the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quant_core.checkpoint.base import Checkpoint
+from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.spec import LayerDesc, QuantSpec, TensorInfo
+from quant_plugin_compressed_tensors.args import QuantArgs
+from quant_plugin_compressed_tensors.config import CtConfig, Group
+from quant_plugin_compressed_tensors.scheme import FLOATS, grain_of, input_spec, scheme_name
+
+__all__ = ["Header"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """One module (one expert of a stack) as it is stored."""
+
+    config: CtConfig
+    group: Group
+    weights: QuantArgs
+    layer: LayerDesc
+    checkpoint: Checkpoint
+    path: str
+    leaves: Mapping[str, TensorInfo]
+
+    def shape(self, leaf: str, rank: int = 2) -> tuple[int, ...] | None:
+        """Stored shape; None if the tensor is absent or of another rank (reported by core)."""
+        info = self.leaves.get(leaf)
+        return info.shape if info is not None and len(info.shape) == rank else None
+
+    def dtype(self, leaf: str, allowed: Mapping[str, Any], default: str) -> str:
+        """Stored dtype if it is allowed, else ``default`` (core then reports the tensor)."""
+        info = self.leaves.get(leaf)
+        return info.dtype if info is not None and info.dtype in allowed else default
+
+    def common(self, n: int, k: int) -> dict[str, Any]:
+        """The fields that all schemes share."""
+        inputs = self.group.inputs
+        return {
+            "name": scheme_name(self.weights, inputs),
+            "shape": (n, k),
+            "weights": self.weights,
+            "inputs": inputs,
+            "format": self.group.format,
+            "scale_dtype": self.dtype("weight_scale", FLOATS, "bfloat16"),
+            "input_scale_dtype": self.dtype("input_scale", FLOATS, "bfloat16"),
+            "has_g_idx": "weight_g_idx" in self.leaves,
+            "output_scale": "output_scale" in self.leaves
+            and self.path.rpartition(".")[2] in ("k_proj", "v_proj"),
+            "source": self.config.file,
+        }
+
+    def operands(self, weight: QuantSpec) -> dict[str, QuantSpec]:
+        """Role -> meaning, with the input's if activations are quantized."""
+        inputs = self.group.inputs
+        if inputs is None:
+            return {"weight": weight}
+        dtype = self.dtype("input_scale", FLOATS, "bfloat16")
+        return {"weight": weight, "input": input_spec(inputs, dtype, self.path, self.config.file)}
+
+    # ------------------------------------------------------------------------------------ checks
+
+    def unsized(self, leaf: str) -> CheckpointError:
+        """The error if too little is stored to tell the layer's sizes."""
+        have = ", ".join(f"{name} {info.shape}" for name, info in self.leaves.items())
+        return CheckpointError(
+            f"{self.checkpoint.path}: sizes of {printable(self.path)!r} cannot be told from what "
+            f"is stored ({printable(have)}), expected a matrix {leaf!r} and its weight_scale. "
+            "The checkpoint is incomplete; download or export it again.",
+            code="Q-TENSOR-MISSING",
+            path=self.checkpoint.path,
+            tensor=f"{self.path}.{leaf}",
+            expected=leaf,
+            actual=sorted(self.leaves),
+            plugin="compressed_tensors",
+        )
+
+    def conflict(self, key: str, said: object, found: object, fix: str) -> ConfigError:
+        """Config and stored tensors contradict each other."""
+        return ConfigError(
+            f"{self.config.file}: {key} is {said!r} for {printable(self.path)!r} (config group "
+            f"{printable(self.group.name)!r}), but the stored tensors say {found!r}; expected both "
+            f"to agree. {fix}",
+            code="Q-CFG-CONFLICT",
+            path=self.config.file,
+            tensor=self.path,
+            expected=found,
+            actual=said,
+            plugin="compressed_tensors",
+        )
+
+    def check_arguments(self) -> None:
+        """Arguments that integer formats cannot have, and zero points against ``symmetric``."""
+        args = self.weights
+        if args.kind != "int" or args.strategy not in ("tensor", "channel", "group", "block"):
+            raise ConfigError(
+                f"{self.config.file}: format {self.group.format!r} of {printable(self.path)!r} has "
+                f"weights {args.label}, expected integers with a scale per tensor, channel, group "
+                "or block. Other kinds are not supported yet in this format.",
+                code="Q-CFG-VALUE",
+                path=self.config.file,
+                tensor=self.path,
+                actual=args.label,
+                plugin="compressed_tensors",
+            )
+        if args.dynamic:
+            raise self.conflict("weights.dynamic", args.dynamic, False, "Weights are stored.")
+        if args.symmetric and "weight_zero_point" in self.leaves:
+            fix = "Set symmetric to false if the weights have zero points."
+            raise self.conflict("weights.symmetric", True, "weight_zero_point", fix)
+
+    def check_groups(self, n: int, k: int) -> None:
+        """Groups divide the inputs, and as many scales are stored as there are groups.
+
+        Raises:
+            LayoutError: ``Q-LAYOUT-GROUP``, with the group size that the shapes imply.
+        """
+        size = grain_of(self.weights)[1]
+        if self.weights.strategy != "group" or not size:
+            return
+        info, shape = self.leaves.get("weight_scale"), self.shape("weight_scale")
+        stored = shape[1] if shape else None
+        if k % size == 0 and stored in (None, k // size):
+            return
+        implied = f"group_size {k // stored}" if stored and k % stored == 0 else "another one"
+        found = f"{stored} scales a row" if k % size == 0 else f"in_features {k}"
+        raise LayoutError(
+            f"{info.file if info else self.checkpoint.path}: {printable(self.path)!r} has {found}, "
+            f"expected groups of {size} to fill {k} input features. The shapes imply {implied}; "
+            f"check group_size in {self.config.file}.",
+            code="Q-LAYOUT-GROUP",
+            path=info.file if info else None,
+            tensor=f"{self.path}.weight_scale",
+            expected=size,
+            actual=stored,
+            plugin="compressed_tensors",
+        )
+
+    def stored_sizes(self) -> tuple[int, int] | None:
+        """(N, K) from the values of ``weight_shape``; None if it is absent or odd."""
+        if self.shape("weight_shape", 1) != (2,):
+            return None
+        n, k = (int(v) for v in self.checkpoint.read(f"{self.path}.weight_shape").tolist())
+        return (n, k) if n > 0 and k > 0 else None

@@ -1,0 +1,276 @@
+"""What all compressed-tensors layers share: arguments, scales, activations, bias, checks.
+
+    W[n, k] = (v[n, k] - z) * weight_scale       z = 0 if symmetric
+
+The storage of the codes v differs by format; each has a module of its own with a subclass:
+``packed`` (pack-quantized) and ``plain`` (int-quantized, naive-quantized).
+Imports no torch; ``layout`` holds the tensor code.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.scheme import Scheme
+from quant_core.spec import (
+    CHANNEL,
+    TENSOR,
+    Axis,
+    Element,
+    Grain,
+    LayerDesc,
+    Packing,
+    ParamSpec,
+    QuantSpec,
+    Scale,
+    Zero,
+    group,
+)
+from quant_plugin_compressed_tensors.args import QuantArgs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.tensors import LayerTensors
+
+__all__ = ["FLOATS", "CtScheme", "grain_of", "input_spec", "scale_shape", "scheme_name"]
+
+FLOATS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # dtype -> scale element
+KV_RULE = "KV-cache scales present, not applied"
+_FP8 = Element(name="fp8_e4m3", bits=8, kind="float")
+
+
+def scheme_name(weights: QuantArgs, inputs: QuantArgs | None) -> str:
+    """``w4a16``, ``w8a8``, ``w4afp8``."""
+    acts = "16" if inputs is None else str(inputs.bits)
+    prefix = "fp" if inputs is not None and inputs.kind == "float" else ""
+    return f"w{weights.bits}a{prefix}{acts}"
+
+
+def grain_of(args: QuantArgs) -> Grain:
+    """Grain of a weight scale."""
+    if args.strategy == "tensor":
+        return TENSOR
+    if args.strategy == "channel":
+        return CHANNEL
+    return args.block if args.strategy == "block" else group(args.group_size)
+
+
+def scale_shape(args: QuantArgs, n: int, k: int) -> tuple[int, ...]:
+    """Stored shape of a weight scale, and of zero points that are not packed."""
+    r, c = grain_of(args)
+    if args.strategy == "tensor":
+        return (1,)
+    return (-(-n // r) if r else 1, -(-k // c) if c else 1)
+
+
+def input_spec(args: QuantArgs, scale_dtype: str, where: str, file: str) -> QuantSpec:
+    """What quantized input activations mean.
+
+    Raises:
+        ConfigError: ``Q-CFG-VALUE`` for arguments that are not supported.
+    """
+    fp8 = args.kind == "float" and args.bits == 8
+    grains = {"token": CHANNEL, "tensor": TENSOR, "group": group(args.group_size or 1)}
+    supported = (
+        (args.kind == "int" or (fp8 and args.symmetric))
+        and args.strategy in grains
+        and args.dynamic != "local"
+        and (args.dynamic or args.strategy == "tensor")
+        and args.scale_dtype in ("", *FLOATS)
+    )
+    if not supported:
+        raise ConfigError(
+            f"{file}: input activations of {printable(where)} are {args.label}, expected integers "
+            "or fp8 with a run-time scale per token, group or tensor, or a stored one per tensor. "
+            "Other kinds are not supported yet; export with one of these.",
+            code="Q-CFG-VALUE",
+            path=file,
+            tensor=where,
+            actual=args.label,
+            plugin="compressed_tensors",
+        )
+    element = _FP8 if fp8 else Element.int(args.bits)
+    dynamic = bool(args.dynamic)
+    half_range = ((1 << args.bits) - 1) / 2  # the producer's max|x| maps to 127.5, not 127
+    return QuantSpec(
+        element=element,
+        scales=(
+            Scale(
+                element="f32" if dynamic else FLOATS[scale_dtype],
+                grain=grains[args.strategy],
+                static=not dynamic,
+                peak=half_range if dynamic and args.symmetric and not fp8 else 0.0,
+            ),
+        ),
+        zero=None if args.symmetric else Zero(kind="code", element=element.name),
+    )
+
+
+def _param(
+    name: str, shape: tuple[int, ...], dtype: str, axes: tuple[Axis, ...], role: str
+) -> ParamSpec:
+    """A required tensor of one dtype."""
+    return ParamSpec(name=name, shape=shape, dtypes=(dtype,), axes=axes, role=role)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtScheme(Scheme):
+    """How one layer is stored.
+
+    Attributes:
+        weights, inputs: the config's arguments; inputs None: activations stay float.
+        format: the storage format, as the config names it.
+        scale_dtype, input_scale_dtype: stored dtypes.
+        zero_dtype: stored dtype of the zero points, "" if none are stored.
+        has_g_idx: whether ``weight_g_idx`` is stored; it is written back if so.
+        output_scale: whether an older kind of KV-cache scale lies beside the weights.
+        source: file of the config, for messages.
+    """
+
+    weights: QuantArgs
+    inputs: QuantArgs | None = None
+    format: str
+    scale_dtype: str = "bfloat16"
+    input_scale_dtype: str = "bfloat16"
+    zero_dtype: str = ""
+    has_g_idx: bool = False
+    output_scale: bool = False
+    source: str = field(default="", compare=False)
+
+    @property
+    def bits(self) -> int:
+        return self.weights.bits
+
+    @property
+    def half(self) -> int:
+        """The unsigned code of the value 0."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def ordered(self) -> bool:
+        """Columns are in the order of their groups."""
+        return self.weights.actorder != "group" or self.weights.strategy != "group"
+
+    @property
+    def _static_input(self) -> bool:
+        return self.inputs is not None and not self.inputs.dynamic
+
+    @abstractmethod
+    def codes_params(self) -> tuple[ParamSpec, ...]:
+        """Codes and zero points: the part that differs by format."""
+
+    @abstractmethod
+    def read_codes(
+        self, where: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Packing, Tensor | None]:
+        """Stored tensors to canonical codes, their packing, and zero codes uint8 of the scales'
+        grid (None: no zero points are stored)."""
+
+    @abstractmethod
+    def write_codes(
+        self, codes: Tensor, packing: Packing, zeros: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Exact inverse of ``read_codes``."""
+
+    def group_axis(self) -> Axis:
+        """How the groups of a scale or zero point run along the input."""
+        c = grain_of(self.weights)[1]
+        if not c:
+            return Axis(tag="fixed", cut="replicate")
+        return Axis(tag="group", per=Fraction(c), cut="slice" if self.ordered else "replicate")
+
+    def scale_axes(self) -> tuple[Axis, ...]:
+        """Axes of ``weight_scale`` and of zero points that are not packed."""
+        if self.weights.strategy == "tensor":
+            return (Axis(tag="fixed", cut="replicate"),)
+        r, _ = grain_of(self.weights)
+        return (Axis(tag="out", per=Fraction(r)), self.group_axis())
+
+    def params(self, layer: LayerDesc) -> Sequence[ParamSpec]:
+        n, k = self.shape
+        scale = scale_shape(self.weights, n, k)
+        out = [
+            *self.codes_params(),
+            _param("weight_scale", scale, self.scale_dtype, self.scale_axes(), "scales"),
+        ]
+        fixed = (Axis(tag="fixed", cut="replicate"),)
+        if self.has_g_idx or not self.ordered:
+            columns = (Axis(tag="in"),)
+            out.append(_param("weight_g_idx", (k,), "int32", columns, "gather"))
+        if self._static_input:
+            out.append(_param("input_scale", (1,), self.input_scale_dtype, fixed, "input_scale"))
+            if self.inputs is not None and not self.inputs.symmetric:
+                out.append(_param("input_zero_point", (1,), "int8", fixed, "input_zero"))
+        out += [
+            ParamSpec(
+                name=name,
+                shape=(1,),
+                dtypes=(*FLOATS, "int8"),
+                axes=fixed,
+                role="output_scale",
+                need="ignored",
+                rule=KV_RULE,
+            )
+            for name in (("output_scale", "output_zero_point") if self.output_scale else ())
+        ]
+        out.append(
+            ParamSpec(
+                name="bias",
+                shape=(n,),
+                dtypes=tuple(FLOATS),
+                axes=(Axis(tag="out"),),
+                role="bias",
+                need="required" if layer.bias else "optional",
+                rule="" if layer.bias else "linear without bias",
+            )
+        )
+        return tuple(out)
+
+    def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:
+        from quant_plugin_compressed_tensors import layout
+
+        self.check(layer, tensors)
+        return layout.canonicalize(self, layer.stored, tensors)
+
+    def serialize(self, layer: LayerDesc, tensors: LayerTensors) -> dict[str, Tensor]:
+        from quant_plugin_compressed_tensors import layout
+
+        return layout.serialize(self, layer.stored, tensors)
+
+    def check(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> None:
+        """Presence, shapes and dtypes; a loader that checked the header finds nothing here."""
+        for param in self.params(layer):
+            name = f"{layer.stored}.{param.name}"
+            value: Any = tensors.get(param.name)
+            if value is None:
+                if param.need == "required":
+                    raise CheckpointError(
+                        f"{name}: is missing, expected shape {param.shape}. "
+                        "The checkpoint is incomplete; download or export it again.",
+                        code="Q-TENSOR-MISSING",
+                        tensor=name,
+                        expected=param.shape,
+                        plugin="compressed_tensors",
+                    )
+                continue
+            shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+            for what, actual, expected, good, code in (
+                ("shape", shape, param.shape, shape == param.shape, "Q-LAYOUT-SHAPE"),
+                ("dtype", dtype, param.dtypes, dtype in param.dtypes, "Q-LAYOUT-DTYPE"),
+            ):
+                if not good:
+                    raise LayoutError(
+                        f"{name}: has {what} {actual}, expected {expected}. "
+                        "Check the layer's config group, or export the checkpoint again.",
+                        code=code,
+                        tensor=name,
+                        expected=expected,
+                        actual=actual,
+                        plugin="compressed_tensors",
+                    )
