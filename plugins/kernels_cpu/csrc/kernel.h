@@ -1,0 +1,394 @@
+/* The linear kernel, once for every instruction set: y = x W^T with exact codes.
+ *
+ * A translation unit defines the primitives listed below and includes this file. Codes stay
+ * integers (or table values) until the end of a group; the scale is applied in float32 once per
+ * group, so that nothing is rounded to the type of x on the way:
+ *
+ *     y[m, n] = sum over groups q of   s[n, q] (sum over k in q of x[m, k] c[n, k] - z x_sum[m, q])
+ *                                    + o[n, q] x_sum[m, q]
+ *
+ * Two ways through a block of 32 rows. Few tokens: codes are expanded in registers and used at
+ * once (`decode`). Many tokens: a chunk of K is expanded to a panel that stays in the L2 cache and
+ * is used for every tile of tokens (`tile`). Each output is computed by one thread in a fixed
+ * order, whatever the number of threads.
+ *
+ * Primitives:
+ *     NAME(f)             name of a function in this unit
+ *     VW, NV              floats in a vector, vectors in 32 rows
+ *     vf vi vp            float accumulator, packed codes, codes expanded for `mac`
+ *     xelem KP            type of x as used, columns that one vp covers per row
+ *     MAX_TILE            tokens of a tile whose accumulators fit the registers
+ *     MAX_DECODE          most tokens for the register path
+ *     PARTS(tokens)       sums kept per output there, to hide the latency of mac
+ *     vload_codes load_panel store_panel   64 * VW / 16 bytes
+ *     code4(v, s, tab) code8(v, s)   step s of a vector of codes
+ *     bcast(x) mac(acc, c, x)
+ *     vzero vadd vsub vmul vfma vset vload vstore   float32 arithmetic
+ *     load_f16 load_bf16 load_u8 load_i8 load_table
+ *     code_table make_table(op)
+ *     x_sum(x, n)         float32 sum of n xelems, fixed order
+ */
+#include <omp.h>
+
+#include "common.h"
+
+#define K_CHUNK 1024 /* columns of a panel: 64 KiB of bfloat16 a block of rows */
+#define M_SLAB 256   /* tokens whose accumulators are kept at once */
+#define MAX_BLOCKS 4 /* blocks of rows that share one pass over x */
+
+typedef struct {
+    const qk_op *op;
+    qk_tensors t;
+    int64_t groups, scale_groups[2], offset_groups[2]; /* per row */
+    code_table table;
+} NAME(view);
+
+static void NAME(make_view)(NAME(view) *v, const qk_op *op, const qk_tensors *t, int64_t expert) {
+    v->op = op;
+    v->t = qk_expert(op, t, expert);
+    v->groups = qk_div_up(op->k, op->group);
+    for (int i = 0; i < 2; i++) {
+        v->scale_groups[i] = op->scale[i].type ? qk_div_up(op->k, op->scale[i].group) : 0;
+        v->offset_groups[i] = op->offset[i].type ? qk_div_up(op->k, op->offset[i].group) : 0;
+    }
+    v->table = make_table(op);
+}
+
+/* VW values of a factor: rows [VW * vec, VW * (vec + 1)) of a block, the group of column k. */
+QK_INLINE vf NAME(factor)(const qk_factor *f, const void *base, int64_t block, int64_t groups,
+                          int64_t k, int vec) {
+    const int64_t at = (block * groups + k / f->group) * QK_ROWS + vec * VW;
+    const uint8_t *bytes = (const uint8_t *)base + at;
+    const uint16_t *halves = (const uint16_t *)base + at;
+    switch (f->type) {
+    case QK_F32: return vload((const float *)base + at);
+    case QK_F16: return load_f16(halves);
+    case QK_BF16: return load_bf16(halves);
+    case QK_U8: return load_u8(bytes);
+    case QK_I8: return load_i8(bytes);
+    case QK_SINGLE: return vset(*(const float *)base);
+    default: return load_table(f->table, bytes);
+    }
+}
+
+/* Product of the factors of a scale (or offset), coarsest first. */
+QK_INLINE vf NAME(product)(const qk_factor f[2], const void *const base[2], const int64_t groups[2],
+                           int64_t block, int64_t k, int vec) {
+    vf fine = NAME(factor)(&f[0], base[0], block, groups[0], k, vec);
+    if (!f[1].type) return fine;
+    return vmul(NAME(factor)(&f[1], base[1], block, groups[1], k, vec), fine);
+}
+
+/* Add a finished (part of a) group to the outputs: out[m][32] += s (acc - shift x_sum) + o x_sum.
+ * `last`: the group ends here; its x_sum counts once. */
+QK_INLINE void NAME(finish)(const NAME(view) *v, int64_t block, int64_t q, int last, int tokens,
+                            vf acc[][NV], const float *sums, float *out) {
+    const qk_op *op = v->op;
+    const int64_t k = q * op->group;
+    const int kind = last ? (int)op->zero_kind : QK_ZERO_FOLDED;
+    for (int j = 0; j < NV; j++) {
+        const vf s = NAME(product)(op->scale, v->t.scales, v->scale_groups, block, k, j);
+        vf shift = vset(-op->shift), offset = vset(0.0f);
+        if (kind == QK_ZERO_CODE) {
+            const uint8_t *z = (const uint8_t *)v->t.zeros + (block * v->groups + q) * QK_ROWS;
+            shift = vsub(vset(op->bias), load_u8(z + j * VW));
+        } else if (kind == QK_ZERO_OFFSET) {
+            shift = vset(op->bias);
+            offset = NAME(product)(op->offset, v->t.offset, v->offset_groups, block, k, j);
+        }
+        for (int m = 0; m < tokens; m++) {
+            vf t = acc[m][j], y = vload(out + m * QK_ROWS + j * VW);
+            if (kind != QK_ZERO_FOLDED) {
+                const vf x = vset(sums[m * v->groups + q]);
+                t = vfma(shift, x, t);
+                if (kind == QK_ZERO_OFFSET) y = vfma(offset, x, y);
+            }
+            vstore(out + m * QK_ROWS + j * VW, vfma(s, t, y));
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------- few tokens */
+
+#define PER4 8
+#define PER8 4
+
+QK_INLINE void NAME(decode_group)(const NAME(view) *v, const uint8_t *codes, int64_t columns,
+                                  const xelem *x, const int tokens, const int width,
+                                  vf total[][NV]) {
+    const int parts = PARTS(tokens), per = width == 4 ? PER4 : PER8;
+    const int64_t ld = v->op->k;
+    vf acc[MAX_DECODE][NV][4];
+#pragma GCC unroll 8
+    for (int m = 0; m < tokens; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++)
+#pragma GCC unroll 4
+            for (int p = 0; p < parts; p++) acc[m][j][p] = vzero();
+    for (int64_t k = 0; k < columns; k += per, codes += QK_ROWS * 4) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            _mm_prefetch((const char *)codes + 4096 + j * VW * 4, _MM_HINT_T0);
+            const vi w = vload_codes(codes + j * VW * 4);
+#pragma GCC unroll 8
+            for (int s = 0; s < per / KP; s++) {
+                const vp c = width == 4 ? code4(w, s, v->table) : code8(w, s);
+#pragma GCC unroll 8
+                for (int m = 0; m < tokens; m++)
+                    acc[m][j][s % parts] = mac(acc[m][j][s % parts], c, bcast(x + m * ld + k + s * KP));
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < tokens; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            vf sum = acc[m][j][0];
+            if (parts == 2) sum = vadd(sum, acc[m][j][1]);
+            if (parts == 4) sum = vadd(vadd(sum, acc[m][j][1]), vadd(acc[m][j][2], acc[m][j][3]));
+            total[m][j] = sum;
+        }
+}
+
+QK_INLINE void NAME(decode_tokens)(const NAME(view) *v, int64_t block, const xelem *x,
+                                   const float *sums, float *out, const int tokens,
+                                   const int width) {
+    const qk_op *op = v->op;
+    const int per = width == 4 ? PER4 : PER8;
+    const uint8_t *codes = (const uint8_t *)v->t.codes + block * QK_ROWS * op->k * width / 8;
+    memset(out, 0, tokens * QK_ROWS * sizeof(float));
+    for (int64_t q = 0; q < v->groups; q++) {
+        const int64_t k = q * op->group, stop = qk_min(op->k, k + op->group);
+        vf total[MAX_DECODE][NV];
+        NAME(decode_group)(v, codes + k / per * QK_ROWS * 4, stop - k, x + k, tokens, width, total);
+        NAME(finish)(v, block, q, 1, tokens, total, sums, out);
+    }
+}
+
+#define DECODE_CASE(N)                                                                    \
+    case N:                                                                               \
+        if (v->op->width == 4) NAME(decode_tokens)(v, block, x, sums, out, N, 4);         \
+        else NAME(decode_tokens)(v, block, x, sums, out, N, 8);                           \
+        break;
+
+/* out[tokens][32] of one block, tokens <= MAX_DECODE. */
+static void NAME(decode)(const NAME(view) *v, int64_t block, int64_t tokens, const xelem *x,
+                         const float *sums, float *out) {
+    switch (tokens) {
+        DECODE_CASE(1)
+        DECODE_CASE(2)
+        DECODE_CASE(3)
+#if MAX_DECODE > 3
+        DECODE_CASE(4)
+#endif
+    }
+}
+
+/* ------------------------------------------------------------------------------ many tokens */
+
+/* Columns [k, k + columns) of one block as a panel [columns / KP][32] of expanded codes. */
+static void NAME(expand)(const NAME(view) *v, int64_t block, int64_t k, int64_t columns,
+                         char *panel) {
+    const qk_op *op = v->op;
+    const int width = (int)op->width, per = width == 4 ? PER4 : PER8;
+    const uint8_t *codes = (const uint8_t *)v->t.codes +
+                           (block * op->k + k) * QK_ROWS * width / 8;
+    for (int64_t i = 0; i < columns; i += per, codes += QK_ROWS * 4)
+        for (int j = 0; j < NV; j++) {
+            const vi w = vload_codes(codes + j * VW * 4);
+            char *at = panel + (i / KP * NV + j) * VW * 4;
+            if (width == 4)
+#pragma GCC unroll 8
+                for (int s = 0; s < PER4 / KP; s++)
+                    store_panel(at + s * NV * VW * 4, code4(w, s, v->table));
+            else
+#pragma GCC unroll 4
+                for (int s = 0; s < PER8 / KP; s++)
+                    store_panel(at + s * NV * VW * 4, code8(w, s));
+        }
+}
+
+/* out[tokens][32] += columns [k, stop) of `tokens` rows of x times the panel. */
+QK_INLINE void NAME(tile_tokens)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
+                                 const char *panel, const xelem *x, const float *sums, float *out,
+                                 const int tokens) {
+    const qk_op *op = v->op;
+    const int64_t ld = op->k;
+    while (k < stop) {
+        const int64_t q = k / op->group, group_end = qk_min(op->k, (q + 1) * op->group);
+        const int64_t end = qk_min(stop, group_end);
+        vf acc[MAX_TILE][NV];
+#pragma GCC unroll 16
+        for (int m = 0; m < tokens; m++)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) acc[m][j] = vzero();
+        for (; k < end; k += KP, panel += QK_ROWS * 4) {
+            vp c[NV];
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) c[j] = load_panel(panel + j * VW * 4);
+#pragma GCC unroll 16
+            for (int m = 0; m < tokens; m++) {
+                const vp b = bcast(x + m * ld + k);
+#pragma GCC unroll 4
+                for (int j = 0; j < NV; j++) acc[m][j] = mac(acc[m][j], c[j], b);
+            }
+        }
+        NAME(finish)(v, block, q, end == group_end, tokens, acc, sums, out);
+    }
+}
+
+#define TILE_CASE(N)                                                              \
+    case N: NAME(tile_tokens)(v, block, k, stop, panel, x, sums, out, N); break;
+
+static void NAME(tile)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
+                       const char *panel, const xelem *x, const float *sums, float *out,
+                       int64_t tokens) {
+    switch (tokens) {
+        TILE_CASE(1)
+        TILE_CASE(2)
+#if MAX_TILE > 2
+        TILE_CASE(3)
+#endif
+#if MAX_TILE > 3
+        TILE_CASE(4)
+        TILE_CASE(5)
+        TILE_CASE(6)
+        TILE_CASE(7)
+        TILE_CASE(8)
+        TILE_CASE(9)
+        TILE_CASE(10)
+        TILE_CASE(11)
+        TILE_CASE(12)
+#endif
+    }
+}
+
+/* out[blocks][tokens][32] of neighbouring blocks for up to M_SLAB tokens. */
+static void NAME(slab)(const NAME(view) *v, int64_t block, int64_t blocks, int64_t tokens,
+                       const xelem *x, const float *sums, char *panels, float *out) {
+    const qk_op *op = v->op;
+    const int64_t panel_bytes = K_CHUNK / KP * QK_ROWS * 4;
+    /* even tiles: 13 tokens make 7 + 6, not 12 + 1 */
+    const int64_t tiles = qk_div_up(tokens, MAX_TILE), step = qk_div_up(tokens, tiles);
+    memset(out, 0, blocks * tokens * QK_ROWS * sizeof(float));
+    for (int64_t k = 0; k < op->k; k += K_CHUNK) {
+        const int64_t stop = qk_min(op->k, k + K_CHUNK);
+        for (int64_t b = 0; b < blocks; b++)
+            NAME(expand)(v, block + b, k, stop - k, panels + b * panel_bytes);
+        for (int64_t m = 0; m < tokens; m += step)
+            for (int64_t b = 0; b < blocks; b++)
+                NAME(tile)(v, block + b, k, stop, panels + b * panel_bytes, x + m * op->k,
+                           sums + m * v->groups, out + (b * tokens + m) * QK_ROWS,
+                           qk_min(step, tokens - m));
+    }
+}
+
+/* ----------------------------------------------------------------------------------- driver */
+
+typedef struct {
+    const void *x;
+    int64_t xtype;
+    void *y;
+    const xelem *rows; /* tokens in stored column order, all segments */
+    const float *sums; /* [tokens][groups], or NULL where no zero point needs them */
+} NAME(job);
+
+/* Blocks [block, block + blocks) for the tokens of one segment. */
+static void NAME(run)(const NAME(view) *v, const NAME(job) *job, const qk_segment *seg,
+                      int64_t block, int64_t blocks, char *panels, float *acc) {
+    const qk_op *op = v->op;
+    const int few = seg->count <= MAX_DECODE;
+    for (int64_t m = 0; m < seg->count; m += M_SLAB) {
+        const int64_t tokens = qk_min(M_SLAB, seg->count - m), first = seg->start + m;
+        const xelem *x = job->rows + first * op->k;
+        const float *sums = job->sums ? job->sums + first * v->groups : NULL;
+        if (few)
+            for (int64_t b = 0; b < blocks; b++)
+                NAME(decode)(v, block + b, tokens, x, sums, acc + b * tokens * QK_ROWS);
+        else
+            NAME(slab)(v, block, blocks, tokens, x, sums, panels, acc);
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t column = (block + b) * QK_ROWS, count = qk_min(QK_ROWS, op->n - column);
+            for (int64_t i = 0; i < tokens; i++)
+                qk_store(acc + (b * tokens + i) * QK_ROWS, count, v->t.bias, op->bias_type, job->y,
+                         job->xtype, (first + i) * op->n + column, column);
+        }
+    }
+}
+
+/* The tokens of one segment in stored column order, as xelem, and their sums per group. */
+static void NAME(prepare)(const NAME(view) *v, const qk_segment *seg, const void *x, int64_t xtype,
+                          xelem *rows, float *sums, int64_t m) {
+    const qk_op *op = v->op;
+    const int64_t at = seg->start + m;
+    const xelem *row = rows ? rows + at * op->k : (const xelem *)x + at * op->k;
+    if (rows) fill_row(x, xtype, at, op, v->t.gather, rows + at * op->k);
+    if (sums)
+        for (int64_t q = 0; q < v->groups; q++)
+            sums[at * v->groups + q] =
+                x_sum(row + q * op->group, qk_min(op->group, op->k - q * op->group));
+}
+
+int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t xtype, void *y,
+                    const qk_segment *segs, int64_t segments, int64_t threads) {
+    int64_t tokens = 0, most = 0;
+    for (int64_t s = 0; s < segments; s++) {
+        tokens += segs[s].count;
+        if (segs[s].count > most) most = segs[s].count;
+    }
+    if (tokens == 0) return 0;
+    const int64_t end = segs[segments - 1].start + segs[segments - 1].count;
+    const int64_t all = qk_blocks(op), groups = qk_div_up(op->k, op->group);
+    const int few = most <= MAX_DECODE;
+    int64_t blocks = few ? 1 : all * segments / (threads * 4);
+    blocks = blocks < 1 ? 1 : qk_min(blocks, MAX_BLOCKS);
+    const int64_t per_segment = qk_div_up(all, blocks), tasks = segments * per_segment;
+
+    const int copy = t->gather != NULL || xtype != XTYPE;
+    const int64_t row_bytes = copy ? qk_div_up(end * op->k * (int64_t)sizeof(xelem), 64) * 64 : 0;
+    const int64_t sum_bytes =
+        op->zero_kind ? qk_div_up(end * groups * (int64_t)sizeof(float), 64) * 64 : 0;
+    const int64_t panel_bytes = few ? 0 : (int64_t)MAX_BLOCKS * K_CHUNK / KP * QK_ROWS * 4;
+    const int64_t acc_bytes = MAX_BLOCKS * qk_min(most, M_SLAB) * QK_ROWS * (int64_t)sizeof(float);
+    const int64_t own = panel_bytes + qk_div_up(acc_bytes, 64) * 64;
+    if (op->n * op->k * tokens < 1 << 16) threads = 1;
+
+    char *scratch = qk_alloc(row_bytes + sum_bytes + own * threads);
+    if (!scratch) return 1;
+    NAME(job) job = {x, xtype, y, copy ? (xelem *)scratch : x,
+                     sum_bytes ? (float *)(scratch + row_bytes) : NULL};
+    const int wide = tokens * op->k >= 1 << 15;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *panels = scratch + row_bytes + sum_bytes + own * omp_get_thread_num();
+        float *acc = (float *)(panels + panel_bytes);
+        NAME(view) v;
+        if (copy || sum_bytes) {
+            for (int64_t s = 0; s < segments; s++) {
+                NAME(make_view)(&v, op, t, segs[s].expert);
+                if (wide || threads == 1) {
+#pragma omp for schedule(static) nowait
+                    for (int64_t m = 0; m < segs[s].count; m++)
+                        NAME(prepare)(&v, &segs[s], x, xtype, copy ? (xelem *)scratch : NULL,
+                                      (float *)job.sums, m);
+                } else {
+#pragma omp single nowait
+                    for (int64_t m = 0; m < segs[s].count; m++)
+                        NAME(prepare)(&v, &segs[s], x, xtype, copy ? (xelem *)scratch : NULL,
+                                      (float *)job.sums, m);
+                }
+            }
+#pragma omp barrier
+        }
+        int64_t current = -1;
+#pragma omp for schedule(static) nowait
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t s = task / per_segment, block = task % per_segment * blocks;
+            if (s != current) NAME(make_view)(&v, op, t, segs[s].expert);
+            current = s;
+            NAME(run)(&v, &job, &segs[s], block, qk_min(blocks, all - block), panels, acc);
+        }
+    }
+    free(scratch);
+    return 0;
+}

@@ -1,0 +1,67 @@
+/* float32 activations (others are widened), AVX2 + FMA + F16C. Codes are converted as integers, so
+ * element types with a table of their own are not for this unit (`affine` is set). */
+#include "common.h"
+
+#define NAME(f) f##_avx2
+#define VW 8
+#define NV 4
+#define MAX_TILE 3
+#define MAX_DECODE 3
+#define PARTS(tokens) ((tokens) == 1 ? 2 : 1)
+#define KP 1
+#define XTYPE QK_F32
+
+typedef float xelem;
+typedef __m256 vf;
+typedef __m256i vi;
+typedef __m256 vp;
+typedef __m256 code_table;
+
+#define vzero() _mm256_setzero_ps()
+#define vset(f) _mm256_set1_ps(f)
+#define vadd(a, b) _mm256_add_ps(a, b)
+#define vsub(a, b) _mm256_sub_ps(a, b)
+#define vmul(a, b) _mm256_mul_ps(a, b)
+#define vfma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define vload(p) _mm256_loadu_ps(p)
+#define vstore(p, v) _mm256_storeu_ps(p, v)
+#define vload_codes(p) _mm256_loadu_si256((const __m256i *)(p))
+#define load_panel(p) _mm256_load_ps((const float *)(p))
+#define store_panel(p, v) _mm256_store_ps((float *)(p), v)
+#define bcast(x) _mm256_set1_ps(*(x))
+#define mac(acc, c, x) _mm256_fmadd_ps(c, x, acc)
+
+#define load_f16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define load_bf16(p)                                             \
+    _mm256_castsi256_ps(_mm256_slli_epi32(                       \
+        _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define load_u8(p) \
+    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
+#define load_i8(p) \
+    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
+#define load_table(table, p) \
+    _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))), 4)
+
+QK_INLINE code_table make_table(const qk_op *op) { return _mm256_set1_ps(op->bias); }
+
+QK_INLINE vp code4(vi v, int s, code_table bias) {
+    const __m256i c = _mm256_srli_epi32(v, 4 * (s / 2) + 16 * (s % 2));
+    return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(c, _mm256_set1_epi32(15))), bias);
+}
+
+QK_INLINE vp code8(vi v, int s) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * s), 24));
+}
+
+static float x_sum(const float *x, int64_t n) {
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t i = 0; i < n; i += 8) sum = _mm256_add_ps(sum, _mm256_loadu_ps(x + i));
+    float part[8];
+    _mm256_storeu_ps(part, sum);
+    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
+#define fill_row(x, xtype, row, op, gather, out) \
+    qk_token_f32(x, xtype, row, op, (const int32_t *)(gather), out)
+
+#include "kernel.h"

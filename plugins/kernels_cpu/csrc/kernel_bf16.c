@@ -1,0 +1,58 @@
+/* bfloat16 activations, AVX512-BF16: codes become pairs of bfloat16, exact for every code value
+ * the caller lets through; products are exact and accumulated in float32 (vdpbf16ps). The
+ * instruction reads subnormals as zero. */
+#include "common.h"
+#include "vec512.h"
+
+#define NAME(f) f##_bf16
+#define KP 2
+#define XTYPE QK_BF16
+
+typedef uint16_t xelem;
+typedef __m512i vp; /* 16 rows x (k, k + 1) */
+typedef __m512i code_table;
+
+#define load_panel(p) _mm512_load_si512(p)
+#define store_panel(p, v) _mm512_store_si512(p, v)
+#define mac(acc, c, x) _mm512_dpbf16_ps(acc, (__m512bh)(c), (__m512bh)(x))
+
+QK_INLINE vp bcast(const uint16_t *x) {
+    int pair;
+    memcpy(&pair, x, sizeof pair);
+    return _mm512_set1_epi32(pair);
+}
+
+/* The 16 values twice, so that the lookup may ignore all but four of its five index bits. */
+static inline code_table make_table(const qk_op *op) {
+    uint16_t t[32];
+    for (int i = 0; i < 32; i++) t[i] = qk_to_bf16(op->table[i % 16]);
+    return _mm512_loadu_si512(t);
+}
+
+/* Columns (2 s, 2 s + 1) of 8. */
+QK_INLINE vp code4(vi v, int s, code_table table) {
+    return _mm512_permutexvar_epi16(s ? _mm512_srli_epi16(v, 4 * s) : v, table);
+}
+
+/* Columns (2 s, 2 s + 1) of 4: integers up to 8 bits leave the low half of a float32 zero. */
+QK_INLINE vp code8(vi v, int s) {
+    const __m512i even = _mm512_castps_si512(qk_signed_byte(v, 2 * s));
+    const __m512i odd = _mm512_castps_si512(qk_signed_byte(v, 2 * s + 1));
+    return _mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
+}
+
+static float x_sum(const uint16_t *x, int64_t n) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, load_bf16(x + i));
+    return _mm512_reduce_add_ps(sum);
+}
+
+static inline void fill_row(const void *x, int64_t xtype, int64_t row, const qk_op *op,
+                            const void *gather, uint16_t *out) {
+    const uint16_t *from = (const uint16_t *)x + row * op->k_in;
+    const int32_t *g = gather;
+    (void)xtype; /* always bfloat16 here */
+    for (int64_t i = 0; i < op->k; i++) out[i] = g[i] < 0 ? 0 : from[g[i]];
+}
+
+#include "kernel.h"

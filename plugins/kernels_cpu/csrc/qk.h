@@ -1,0 +1,98 @@
+/* What every translation unit shares: the operation, its tensors, one block's view of them.
+ *
+ * Packed weights lie in blocks of 32 output rows. One block of 4-bit codes (per = 8 codes of one
+ * row in 32 bits) or 8-bit codes (per = 4):
+ *
+ *     [K / per][32 rows][4 bytes]
+ *
+ *     4 bits   low 16 bits: k = 0 2 4 6, high 16 bits: k = 1 3 5 7 (lowest nibble first), so that
+ *              a shift by 4 j leaves the pair (2 j, 2 j + 1) at the bottom of both halves
+ *     8 bits   the four bytes are k = 0 1 2 3, two's complement
+ *
+ * Every factor, zero point and offset lies as [block][group][32 rows] in its stored type.
+ */
+#ifndef QK_H
+#define QK_H
+
+#include <stdint.h>
+
+#define QK_ROWS 32
+
+enum { QK_NONE, QK_F32, QK_F16, QK_BF16, QK_U8, QK_I8, QK_TABLE, QK_SINGLE };
+enum { QK_ZERO_FOLDED, QK_ZERO_CONST, QK_ZERO_CODE, QK_ZERO_OFFSET };
+
+/* One factor of a scale or an offset. `group` is in columns, `table` decodes QK_TABLE bytes;
+ * QK_SINGLE is one float32 for the whole matrix. */
+typedef struct {
+    int64_t type, group;
+    const float *table;
+} qk_factor;
+
+/* Fixed for one operation; filled by descriptor.py, which mirrors this struct.
+ * A packed code stands for value(code) - bias; `shift` is what is left to subtract (const). */
+typedef struct {
+    int64_t n, k, k_in, width, group, zero_kind, bias_type, affine;
+    qk_factor scale[2], offset[2];
+    float table[16];
+    float bias, shift;
+} qk_op;
+
+typedef struct {
+    const void *codes, *scales[2], *zeros, *offset[2], *gather, *bias;
+} qk_tensors;
+
+/* Rows [start, start + count) of x belong to `expert`. */
+typedef struct {
+    int64_t expert, start, count;
+} qk_segment;
+
+/* y = x W^T + bias for the tokens of every segment; x and y are row-major of type `xtype`.
+ * Returns 0, or 1 when memory for scratch is not there. */
+typedef int qk_linear_fn(const qk_op *, const qk_tensors *, const void *x, int64_t xtype, void *y,
+                         const qk_segment *, int64_t segments, int64_t threads);
+
+qk_linear_fn qk_linear_avx2, qk_linear_avx512, qk_linear_bf16, qk_linear_w4a8;
+
+static inline int64_t qk_div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t qk_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t qk_size(int64_t type) {
+    return type == QK_F32 || type == QK_SINGLE ? 4 : type == QK_F16 || type == QK_BF16 ? 2 : type == QK_NONE ? 0 : 1;
+}
+static inline int64_t qk_blocks(const qk_op *op) { return qk_div_up(op->n, QK_ROWS); }
+
+/* Bytes that one expert takes of a factor's buffer. */
+static inline int64_t qk_factor_bytes(const qk_op *op, const qk_factor *f) {
+    if (f->type == QK_SINGLE) return 4;
+    return qk_blocks(op) * qk_div_up(op->k, f->group) * QK_ROWS * qk_size(f->type);
+}
+
+/* The tensors of one expert. */
+static inline qk_tensors qk_expert(const qk_op *op, const qk_tensors *t, int64_t e) {
+    qk_tensors v = *t;
+    if (e == 0) return v;
+    v.codes = (const uint8_t *)t->codes + e * qk_blocks(op) * QK_ROWS * op->k * op->width / 8;
+    for (int i = 0; i < 2; i++) {
+        if (op->scale[i].type)
+            v.scales[i] = (const uint8_t *)t->scales[i] + e * qk_factor_bytes(op, &op->scale[i]);
+        if (op->offset[i].type)
+            v.offset[i] = (const uint8_t *)t->offset[i] + e * qk_factor_bytes(op, &op->offset[i]);
+    }
+    if (t->zeros)
+        v.zeros = (const uint8_t *)t->zeros + e * qk_blocks(op) * qk_div_up(op->k, op->group) * QK_ROWS;
+    if (t->gather) v.gather = (const int32_t *)t->gather + e * op->k;
+    if (t->bias) v.bias = (const uint8_t *)t->bias + e * op->n * qk_size(op->bias_type);
+    return v;
+}
+
+/* Scalar readings; the callers are compiled with F16C. */
+static inline float qk_from_bf16(uint16_t u) {
+    union { uint32_t i; float f; } v = {(uint32_t)u << 16};
+    return v.f;
+}
+static inline uint16_t qk_to_bf16(float f) { /* to nearest even; NaN stays NaN */
+    union { float f; uint32_t i; } v = {f};
+    if (f != f) return (uint16_t)((v.i >> 16) | 0x40);
+    return (uint16_t)((v.i + 0x7fff + ((v.i >> 16) & 1)) >> 16);
+}
+
+#endif

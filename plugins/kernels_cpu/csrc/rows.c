@@ -1,0 +1,112 @@
+/* Codes into blocks and back, and single rows dequantized (embedding). AVX2 + F16C, written as
+ * scalar code; compiled without contraction so that a row equals the float32 oracle bit for bit. */
+#include <omp.h>
+
+#include "common.h"
+
+static inline uint32_t split_nibbles(uint32_t w) { /* n0 n1 .. n7 -> n0 n2 n4 n6 | n1 n3 n5 n7 */
+    uint32_t even = w & 0x0F0F0F0F, odd = (w >> 4) & 0x0F0F0F0F;
+    even = (even | even >> 4) & 0x00FF00FF;
+    odd = (odd | odd >> 4) & 0x00FF00FF;
+    return ((even | even >> 8) & 0xFFFF) | (odd | odd >> 8) << 16;
+}
+
+static inline uint32_t join_nibbles(uint32_t w) {
+    uint32_t even = w & 0xFFFF, odd = w >> 16;
+    even = (even | even << 8) & 0x00FF00FF;
+    odd = (odd | odd << 8) & 0x00FF00FF;
+    return ((even | even << 4) & 0x0F0F0F0F) | ((odd | odd << 4) & 0x0F0F0F0F) << 4;
+}
+
+static inline uint32_t shift_bytes(uint32_t w, uint8_t by) {
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) out |= (uint32_t)(uint8_t)((w >> (8 * i)) + by) << (8 * i);
+    return out;
+}
+
+/* rows [first, first + rows) from row-major 32-bit words of codes to blocks (`pack`) or back.
+ * 8-bit codes are stored less `bias`, modulo 256. */
+void qk_repack(void *blocks, void *stream, int64_t words, int64_t first, int64_t rows,
+               int64_t width, int64_t bias, int64_t pack) {
+    const int64_t start = first / QK_ROWS, stop = qk_div_up(first + rows, QK_ROWS);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = start; b < stop; b++) {
+        uint32_t *block = (uint32_t *)blocks + b * words * QK_ROWS;
+        const int64_t low = b * QK_ROWS < first ? first - b * QK_ROWS : 0;
+        const int64_t high = qk_min(QK_ROWS, first + rows - b * QK_ROWS);
+        uint32_t *row = (uint32_t *)stream + (b * QK_ROWS - first) * words;
+        for (int64_t i = 0; i < words; i++)
+            for (int64_t r = low; r < high; r++) {
+                uint32_t *in_block = block + i * QK_ROWS + r, *in_row = row + r * words + i;
+                if (width == 4 && pack) *in_block = split_nibbles(*in_row);
+                else if (width == 4) *in_row = join_nibbles(*in_block);
+                else if (pack) *in_block = shift_bytes(*in_row, (uint8_t)-bias);
+                else *in_row = shift_bytes(*in_block, (uint8_t)bias);
+            }
+    }
+}
+
+static float factor(const qk_factor *f, const void *base, int64_t block, int64_t k_total, int64_t k,
+                    int64_t lane) {
+    const int64_t at = (block * qk_div_up(k_total, f->group) + k / f->group) * QK_ROWS + lane;
+    switch (f->type) {
+    case QK_F32:
+    case QK_F16:
+    case QK_BF16: return qk_read(base, f->type, at);
+    case QK_U8: return ((const uint8_t *)base)[at];
+    case QK_I8: return ((const int8_t *)base)[at];
+    case QK_SINGLE: return *(const float *)base;
+    default: return f->table[((const uint8_t *)base)[at]];
+    }
+}
+
+static float product(const qk_factor f[2], const void *const base[2], int64_t block,
+                     int64_t k_total, int64_t k, int64_t lane) {
+    const float fine = factor(&f[0], base[0], block, k_total, k, lane);
+    return f[1].type ? factor(&f[1], base[1], block, k_total, k, lane) * fine : fine;
+}
+
+static void row(const qk_op *op, const qk_tensors *t, int64_t n, void *out, int64_t type,
+                int64_t at) {
+    const int64_t block = n / QK_ROWS, lane = n % QK_ROWS, groups = qk_div_up(op->k, op->group);
+    for (int64_t q = 0; q < groups; q++) {
+        const int64_t k0 = q * op->group, k1 = qk_min(op->k, k0 + op->group);
+        const float s = product(op->scale, t->scales, block, op->k, k0, lane);
+        float shift = -op->shift, o = 0;
+        if (op->zero_kind == QK_ZERO_CODE)
+            shift = op->bias - ((const uint8_t *)t->zeros)[(block * groups + q) * QK_ROWS + lane];
+        if (op->zero_kind == QK_ZERO_OFFSET) {
+            shift = op->bias;
+            o = product(op->offset, t->offset, block, op->k, k0, lane);
+        }
+        const int add = op->zero_kind == QK_ZERO_OFFSET;
+        if (op->width == 4) {
+            const uint32_t *w =
+                (const uint32_t *)t->codes + (block * op->k + k0) / 8 * QK_ROWS + lane;
+            for (int64_t k = k0; k < k1; k += 8, w += QK_ROWS) {
+                const uint32_t word = join_nibbles(*w);
+                for (int j = 0; j < 8; j++) {
+                    const float v = (op->table[(word >> (4 * j)) & 15] + shift) * s;
+                    qk_write(out, type, at + k + j, add ? v + o : v);
+                }
+            }
+        } else {
+            const int8_t *c = (const int8_t *)t->codes + (block * op->k + k0) * QK_ROWS + lane * 4;
+            for (int64_t k = k0; k < k1; k += 4, c += QK_ROWS * 4)
+                for (int j = 0; j < 4; j++) {
+                    const float v = ((float)c[j] + shift) * s;
+                    qk_write(out, type, at + k + j, add ? v + o : v);
+                }
+        }
+    }
+}
+
+/* out[i] = dequantized row ids[i], in stored column order. 0, or 2 for an id outside [0, n). */
+int qk_rows(const qk_op *op, const qk_tensors *t, const int64_t *ids, int64_t count, void *out,
+            int64_t type) {
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= op->n) return 2;
+#pragma omp parallel for schedule(static) if (count * op->k > 1 << 14)
+    for (int64_t i = 0; i < count; i++) row(op, t, ids[i], out, type, i * op->k);
+    return 0;
+}

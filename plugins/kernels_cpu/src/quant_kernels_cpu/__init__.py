@@ -1,0 +1,29 @@
+"""CPU kernels for quant-core: hook implementations only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from quant_core import hookimpl
+from quant_core.spec import PluginInfo
+
+if TYPE_CHECKING:
+    from quant_core.kernels.base import Kernel
+    from quant_core.spec import OpSpec
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        id="kernels_cpu",
+        api=(0, 1),
+        summary="CPU kernels: packed 2 to 8 bit weights on AVX2, AVX-512 and VNNI",
+    )
+
+
+@hookimpl
+def apply(op: OpSpec) -> Iterable[Kernel]:
+    from quant_kernels_cpu.kernel import KERNELS
+
+    return KERNELS

@@ -1,0 +1,127 @@
+"""Canonical tensors into blocks of 32 rows and back.
+
+    codes     (N, K * bits / 8)  ->  uint8 [blocks, K / per, 32, 4]     see csrc/qk.h
+    a grid    (N, G)             ->  [blocks, G, 32] of its own type
+    the rest  as it is (bias, gather, a scale per tensor)
+
+2- and 3-bit codes are widened to 4 bits, 5- to 7-bit codes to 8; values do not change and ``read``
+gives the canonical bytes back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant_core.numerics import scale_dtype
+from quant_core.packing import pack, unpack
+from quant_core.spec import CANONICAL
+from quant_kernels_cpu.library import library
+from quant_kernels_cpu.support import ROWS, ZERO_CODE, Layout
+
+__all__ = [
+    "buffer_shapes",
+    "clear_padding_",
+    "read_codes",
+    "read_grid",
+    "write_codes_",
+    "write_grid_",
+]
+
+
+def buffer_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Buffer name -> (shape without the expert axis, dtype), in the order of the contract."""
+    b, k = layout.blocks, layout.k
+
+    def grid(prefix: str, i: int) -> tuple[tuple[int, ...], torch.dtype]:
+        f = (layout.scales if prefix == "scales" else layout.offsets)[i]
+        shape = (1, 1) if f.single else (b, -(-k // f.group), ROWS)
+        return shape, scale_dtype(f.element)
+
+    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((b, k // layout.per, ROWS, 4), torch.uint8)
+    }
+    out |= {f"scales_{i}": grid("scales", i) for i in range(len(layout.scales))}
+    if layout.zero == ZERO_CODE:
+        out["zeros"] = ((b, -(-k // layout.scales[0].group), ROWS), torch.uint8)
+    out |= {f"offset_{i}": grid("offset", i) for i in range(len(layout.offsets))}
+    if layout.gather:
+        out["gather"] = ((k,), torch.int32)
+    if layout.bias_dtype:
+        out["bias"] = ((layout.n,), getattr(torch, layout.bias_dtype))
+    return out
+
+
+def clear_padding_(name: str, buffer: Tensor, layout: Layout) -> None:
+    """Zero the rows that fill up the last block: what is kept does not depend on old memory."""
+    used = layout.n % ROWS
+    if name == "codes" and used:
+        buffer[..., -1, :, used:, :] = 0
+    elif used and buffer.shape[-1] == ROWS and buffer.dim() > 2 and name not in ("gather", "bias"):
+        buffer[..., -1, :, used:] = 0
+
+
+def _pieces(row: int, rows: int) -> list[tuple[int, int, int, int]]:
+    """(block, first lane, first row of the part, rows) of whole and partly filled blocks."""
+    out, at = [], 0
+    while at < rows:
+        lane = (row + at) % ROWS
+        count = rows - at if lane == 0 else min(ROWS - lane, rows - at)
+        if lane == 0 and count > ROWS:
+            count -= count % ROWS
+        out.append(((row + at) // ROWS, lane, at, count))
+        at += count
+    return out
+
+
+def write_grid_(target: Tensor, row: int, values: Tensor) -> None:
+    """values (rows, G) into target [blocks, G, 32] from output row ``row`` on."""
+    for block, lane, at, count in _pieces(row, values.shape[0]):
+        part = values[at : at + count]
+        if count % ROWS == 0:
+            whole = part.view(count // ROWS, ROWS, -1).transpose(1, 2)
+            target[block : block + count // ROWS].copy_(whole)
+        else:
+            target[block, :, lane : lane + count].copy_(part.t())
+
+
+def read_grid(source: Tensor, n: int) -> Tensor:
+    """Inverse of ``write_grid_``: [..., blocks, G, 32] -> (..., N, G)."""
+    rows = source.transpose(-1, -2).flatten(-3, -2)
+    return rows[..., :n, :].contiguous()
+
+
+def _stream(codes: Tensor, layout: Layout) -> Tensor:
+    """Canonical codes as row-major codes of the width kept: uint8 (rows, K * width / 8)."""
+    if layout.bits == layout.width:
+        return codes.contiguous()
+    single = unpack(codes, layout.bits, (codes.shape[0], layout.k), CANONICAL)
+    return single if layout.width == 8 else pack(single, 4, CANONICAL)
+
+
+def _repack(blocks: Tensor, stream: Tensor, row: int, layout: Layout, *, into: bool) -> None:
+    library().c.qk_repack(
+        blocks.data_ptr(),
+        stream.data_ptr(),
+        layout.k // layout.per,
+        row,
+        stream.shape[0],
+        layout.width,
+        layout.bias,
+        into,
+    )
+
+
+def write_codes_(target: Tensor, row: int, codes: Tensor, layout: Layout) -> None:
+    """Canonical codes (rows, bytes) into target [blocks, K / per, 32, 4] from row ``row`` on."""
+    _repack(target, _stream(codes, layout), row, layout, into=True)
+
+
+def read_codes(source: Tensor, layout: Layout) -> Tensor:
+    """Inverse of ``write_codes_``: the canonical bytes of all N rows."""
+    stream = torch.empty(layout.n, layout.k * layout.width // 8, dtype=torch.uint8)
+    _repack(source, stream, 0, layout, into=False)
+    if layout.bits == layout.width:
+        return stream
+    single = stream if layout.width == 8 else unpack(stream, 4, (layout.n, layout.k), CANONICAL)
+    return pack(single, layout.bits, CANONICAL)

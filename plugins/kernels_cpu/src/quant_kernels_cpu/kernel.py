@@ -1,0 +1,198 @@
+"""The kernels of this package behind core's contract; torch is imported where it is needed.
+
+cpu_wna16   codes of 2 to 8 bits, float activations, exact products, float32 sums
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from quant_core.errors import LayoutError
+from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.spec import OpSpec
+from quant_kernels_cpu.library import ISAS, library, unavailable
+from quant_kernels_cpu.support import Layout, describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.tensors import LayerTensors
+
+__all__ = ["KERNELS", "WnA16"]
+
+_BYTES_PER_US = 15e3  # 15 GB/s: codes read by two cores of a server
+
+
+class WnA16:
+    """Float activations times packed codes, as exact as float32 sums are; see csrc/kernel.h."""
+
+    name = "cpu_wna16"
+    OPS: tuple[str, ...] = ("linear", "grouped_linear", "embedding")
+
+    def _layout(self, op: OpSpec) -> Layout | Rejected:
+        if op.device[0] != "cpu":  # says more than a missing library does
+            return Rejected(axis="device", have=op.device[0], need="cpu")
+        if reason := unavailable():
+            return Rejected(axis="library", have=f"none ({reason})", need="a compiled library")
+        return describe(op, ops=self.OPS, table=library().isa >= ISAS.index("avx512"))
+
+    def _bound(self, op: OpSpec) -> Layout:
+        layout = self._layout(op)
+        if isinstance(layout, Rejected):
+            raise LayoutError(
+                f"{self.name} was asked to run what it rejects: {layout}. Choose a kernel that "
+                "accepts the operation.",
+                code="Q-LAYOUT-KERNEL",
+                expected=layout.need,
+                actual=layout.have,
+            )
+        return layout
+
+    def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        layout = self._layout(op)
+        if isinstance(layout, Rejected):
+            return layout
+        kept = "" if layout.bits == layout.width else f", kept in {layout.width} bits a code"
+        return Accepted(
+            cost=5.0 + layout.weight_bytes / _BYTES_PER_US,
+            note=f"{ISAS[library().isa]}{kept}",
+        )
+
+    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
+        import torch
+
+        from quant_kernels_cpu.blocks import buffer_shapes, clear_padding_
+
+        layout = self._bound(op)
+        lead = (layout.experts,) if layout.experts else ()
+        out = {}
+        for name, (shape, dtype) in buffer_shapes(layout).items():
+            empty = torch.empty((*lead, *shape), dtype=dtype, device=device)
+            # a part that is never loaded shows: NaN, or bits that are all ones
+            poison = float("nan") if dtype.is_floating_point else -1 if dtype.is_signed else 255
+            out[name] = empty.fill_(poison)
+            clear_padding_(name, out[name], layout)
+        return out
+
+    def load_(
+        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
+    ) -> None:
+        from quant_kernels_cpu.blocks import write_codes_, write_grid_
+
+        layout = self._bound(op)
+        tensors = dict(part.weight.tensors())
+        if part.bias is not None:
+            tensors["bias"] = part.bias
+        _check_part(op, layout, part, tensors, buffers)
+        row = at.get("row", 0)
+        _check_range("rows", row, row + part.weight.shape[0], layout.n)
+        for name, value in tensors.items():
+            target = buffers[name][at["expert"]] if "expert" in at else buffers[name]
+            if name == "codes":
+                write_codes_(target, row, value, layout)
+            elif name == "bias":
+                target[row : row + value.shape[0]].copy_(value)
+            elif target.dim() == 3:
+                write_grid_(target, row, value)
+            else:  # gather, one scale per tensor
+                target.copy_(value)
+
+    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
+        import torch
+
+        from quant_core.tensors import LayerTensors, QuantizedTensor
+        from quant_kernels_cpu.blocks import read_codes, read_grid
+
+        layout = self._bound(op)
+        n, k, e = layout.n, layout.k, layout.experts
+
+        def grids(prefix: str, count: int) -> tuple[Tensor, ...]:
+            held = (buffers[f"{prefix}_{i}"] for i in range(count))
+            return tuple(t.clone() if t.shape[-2:] == (1, 1) else read_grid(t, n) for t in held)
+
+        codes = buffers["codes"]
+        stacked = [read_codes(c, layout) for c in codes] if e else [read_codes(codes, layout)]
+        qt = QuantizedTensor(
+            spec=op.weight,
+            shape=(e, n, k) if e else (n, k),
+            codes=torch.stack(stacked) if e else stacked[0],
+            packing=op.packing,
+            scales=grids("scales", len(layout.scales)),
+            zeros=read_grid(buffers["zeros"], n) if "zeros" in buffers else None,
+            offset=grids("offset", len(layout.offsets)),
+            gather=buffers["gather"].clone() if "gather" in buffers else None,
+        )
+        bias = buffers["bias"].clone() if "bias" in buffers else None
+        return LayerTensors(operands={"weight": qt}, bias=bias)
+
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        from quant_kernels_cpu import ops
+
+        layout = self._bound(op)
+        runs: dict[str, Callable[..., Tensor]] = {
+            "linear": ops.run_linear,
+            "grouped_linear": ops.run_grouped,
+            "embedding": ops.run_embedding,
+        }
+        return functools.partial(runs[op.op], layout.text(), layout.k_in)
+
+
+def _check_part(
+    op: OpSpec,
+    layout: Layout,
+    part: LayerTensors,
+    tensors: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> None:
+    """The part has the operation's spec, packing, names, dtypes and row lengths."""
+    qt = part.weight
+    if qt.spec != op.weight or qt.packing != op.packing or set(tensors) != set(buffers):
+        raise LayoutError(
+            f"part is {qt.spec.label} with {sorted(tensors)}, the operation {op.weight.label} with "
+            f"{sorted(buffers)}; expected the same. The part belongs to another layer.",
+            code="Q-LAYOUT-FUSED",
+            expected=sorted(buffers),
+            actual=sorted(tensors),
+        )
+    rows = qt.shape[0]
+    expected: dict[str, tuple[int, ...]] = {
+        "codes": (rows, -(-layout.k * layout.bits // 8)),
+        "gather": (layout.k,),
+        "bias": (rows,),
+        "zeros": (rows, -(-layout.k // layout.scales[0].group)),
+    }
+    for prefix, factors in (("scales", layout.scales), ("offset", layout.offsets)):
+        for i, f in enumerate(factors):
+            shape = (1, 1) if f.single else (rows, -(-layout.k // f.group))
+            expected[f"{prefix}_{i}"] = shape
+    for name, value in tensors.items():
+        if tuple(value.shape) != expected[name] or value.dtype != buffers[name].dtype:
+            raise LayoutError(
+                f"{name} has shape {tuple(value.shape)} {value.dtype}, expected {expected[name]} "
+                f"{buffers[name].dtype}. The parts of one layer differ in layout.",
+                code="Q-LAYOUT-SHAPE",
+                tensor=name,
+                expected=expected[name],
+                actual=tuple(value.shape),
+            )
+
+    if "gather" in tensors and layout.k:
+        low, high = (int(v) for v in tensors["gather"].aminmax())
+        _check_range("gather", low + 1, high + 1, layout.k_in)  # -1 is padding
+
+
+def _check_range(what: str, start: int, stop: int, size: int) -> None:
+    if start < 0 or stop > size:
+        raise LayoutError(
+            f"{what} of the part reach from {start} to {stop}, expected 0 to {size}. The part is "
+            "larger than the layer.",
+            code="Q-LAYOUT-RANGE",
+            tensor=what,
+            expected=size,
+            actual=(start, stop),
+        )
+
+
+KERNELS: tuple[Kernel, ...] = (WnA16(),)

@@ -1,0 +1,199 @@
+"""The torch ops: one node each under torch.compile, a thin call into C otherwise.
+
+    quant_cpu::linear(x, tensors, layout) -> y                   x [..., K] -> [..., N]
+    quant_cpu::grouped_linear(x, experts, tensors, layout) -> y  x [T, K], experts [T] -> [T, N]
+    quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
+
+``layout`` is ``Layout.text()``; ``tensors`` are the buffers in the order of ``buffer_shapes``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from ctypes import Array, byref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_core.errors import LayoutError, LimitError
+from quant_kernels_cpu.blocks import buffer_shapes
+from quant_kernels_cpu.descriptor import DTYPES, Segment, Tensors, c_op, tensor_slots
+from quant_kernels_cpu.library import library
+from quant_kernels_cpu.support import layout_from_text
+
+__all__ = ["run_embedding", "run_grouped", "run_linear"]
+
+_lib = torch.library.Library("quant_cpu", "DEF")
+_lib.define("linear(Tensor x, Tensor[] tensors, str layout) -> Tensor")
+_lib.define("grouped_linear(Tensor x, Tensor experts, Tensor[] tensors, str layout) -> Tensor")
+_lib.define("embedding(Tensor ids, Tensor[] tensors, str layout) -> Tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a call needs besides its tensors, looked up once per layout text."""
+
+    op: Any  # pointer to the C struct
+    slots: tuple[int, ...]
+    n: int
+    k: int
+    k_in: int
+    experts: int
+    dtype: torch.dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def _call(text: str) -> _Call:
+    layout = layout_from_text(text)
+    dtype: torch.dtype = getattr(torch, layout.act_dtype)
+    slots = tensor_slots(tuple(buffer_shapes(layout)))
+    op = byref(c_op(layout))
+    return _Call(op, slots, layout.n, layout.k, layout.k_in, layout.experts, dtype)
+
+
+def _addresses(slots: tuple[int, ...], tensors: list[Tensor]) -> Tensors:
+    at: list[int | None] = [None] * 8
+    for slot, t in zip(slots, tensors, strict=True):
+        at[slot] = t.data_ptr()
+    return Tensors(*at)
+
+
+def _check_status(status: int, what: str) -> None:
+    if status == 0:
+        return
+    if status == 2:
+        raise IndexError(f"{what}: an id is outside the table. Check the token ids.")
+    raise LimitError(
+        f"{what}: no memory for the kernel's scratch space (status {status}). Free memory or "
+        "use fewer tokens a call.",
+        code="Q-LIMIT-MEMORY",
+        actual=status,
+    )
+
+
+def _into(
+    call: _Call, x: Tensor, tensors: list[Tensor], y: Tensor, segments: Any, count: int
+) -> None:
+    lib = library()
+    status = lib.c.qk_linear(
+        call.op,
+        byref(_addresses(call.slots, tensors)),
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        y.data_ptr(),
+        segments,
+        count,
+        lib.isa,
+    )
+    _check_status(status, "linear")
+
+
+def _linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    call = _call(text)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], call.n)
+    count = x.numel() // call.k_in
+    if count:
+        _into(call, x, tensors, y, byref(Segment(0, 0, count)), 1)
+    return y
+
+
+def _segments(experts: Tensor, total: int) -> tuple[Tensor, Array[Segment], int]:
+    """Token order sorted by expert, a segment for each active one, and how many tokens those are.
+
+    An index outside [0, total) is a sentinel for "no expert here"; such tokens are left out.
+    """
+    here = (experts >= 0) & (experts < total)
+    order = torch.argsort(torch.where(here, experts, total), stable=True)
+    counts = torch.bincount(experts[here].long(), minlength=total).tolist()
+    segments, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            segments.append(Segment(expert, start, count))
+            start += count
+    return order[:start], (Segment * len(segments))(*segments), start
+
+
+def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    call = _call(text)
+    order, segments, active = _segments(experts.reshape(-1), call.experts)
+    y = x.new_zeros(x.shape[0], call.n)
+    if active:
+        rows = x.new_empty(active, call.n)
+        _into(call, x[order].contiguous(), tensors, rows, segments, len(segments))
+        y[order] = rows
+    return y
+
+
+def _embedding(ids: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    call = _call(text)
+    out = torch.empty(*ids.shape, call.k, dtype=call.dtype)
+    flat = ids.reshape(-1).long().contiguous()
+    if flat.numel():
+        status = library().c.qk_rows(
+            call.op,
+            byref(_addresses(call.slots, tensors)),
+            flat.data_ptr(),
+            flat.numel(),
+            out.data_ptr(),
+            DTYPES[call.dtype],
+        )
+        _check_status(status, "embedding")
+    return out
+
+
+def _fake_linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], layout_from_text(text).n)
+
+
+def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    return x.new_empty(x.shape[0], layout_from_text(text).n)
+
+
+def _fake_embedding(ids: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    layout = layout_from_text(text)
+    dtype: torch.dtype = getattr(torch, layout.act_dtype)
+    return torch.empty(*ids.shape, layout.k, dtype=dtype, device=ids.device)
+
+
+_IMPLS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+    ("linear", _linear, _fake_linear),
+    ("grouped_linear", _grouped_linear, _fake_grouped),
+    ("embedding", _embedding, _fake_embedding),
+)
+for _name, _impl, _fake in _IMPLS:
+    _lib.impl(_name, _impl, "CPU")
+    torch.library.register_fake(f"quant_cpu::{_name}", _fake, lib=_lib)
+
+
+def _check_x(x: Tensor, k: int) -> None:
+    if x.dim() < 1 or x.shape[-1] != k or x.dtype not in DTYPES:
+        raise LayoutError(
+            f"input has shape {tuple(x.shape)} {x.dtype}, expected [..., {k}] of bfloat16, float16 "
+            "or float32. Pass the layer's own activations.",
+            code="Q-LAYOUT-INPUT",
+            expected=k,
+            actual=tuple(x.shape),
+        )
+
+
+_linear_op = torch.ops.quant_cpu.linear.default
+_grouped_op = torch.ops.quant_cpu.grouped_linear.default
+_embedding_op = torch.ops.quant_cpu.embedding.default
+
+
+def run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
+    _check_x(x, k)
+    return _linear_op(x, tensors, text)
+
+
+def run_grouped(text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
+    _check_x(x, k)
+    return _grouped_op(x, experts, tensors, text)
+
+
+def run_embedding(text: str, k: int, tensors: list[Tensor], ids: Tensor) -> Tensor:
+    return _embedding_op(ids, tensors, text)

@@ -1,0 +1,233 @@
+"""Which operations the C kernels run, and the short text that describes one to them.
+
+``describe`` turns an ``OpSpec`` into a ``Layout`` or says why not; nothing here imports torch.
+A code is kept less a ``bias`` that makes it small and signed, and what its zero point still asks
+for is subtracted after a group's sum:
+
+    const v    bias = v   4-bit codes: W = code' * s, nothing left to subtract
+                          8-bit codes: v if it fits a signed byte, the rest is ``shift``
+    code z     bias = half the range       W = (code' + bias - z) * s
+    offset o   bias = 0 (8-bit: 128)       W = (code' + bias) * s + o
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+
+from quant_core.kernels.base import Rejected
+from quant_core.spec import CANONICAL, TENSOR, OpSpec, QuantSpec, Scale
+
+__all__ = ["ROWS", "Factor", "Layout", "describe", "layout_from_text"]
+
+ROWS = 32  # output rows of a block
+_STEP = 16  # columns that every loop of the C kernels takes at once
+_FLOATS = ("bfloat16", "float16", "float32")
+_SIDE = frozenset({"acc_bias", "out_scale", "input_scale", "input_zero"})
+ZERO_FOLDED, ZERO_CONST, ZERO_CODE, ZERO_OFFSET = range(4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """One factor of a scale: ``group`` columns share a value; ``single``: the whole matrix."""
+
+    element: str
+    group: int
+    single: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """All that the buffers' shapes and the C kernels depend on."""
+
+    op: str
+    n: int
+    k: int  # stored columns
+    k_in: int  # input features
+    experts: int
+    element: str
+    bits: int
+    width: int  # bits a code takes in the blocks: 4 or 8
+    bias: int
+    shift: int
+    zero: int
+    scales: tuple[Factor, ...]
+    offsets: tuple[Factor, ...]
+    gather: bool
+    bias_dtype: str  # "" = no bias
+    act_dtype: str
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.n // ROWS)
+
+    @property
+    def per(self) -> int:
+        """Codes of one row in 32 bits."""
+        return 32 // self.width
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of codes that one matrix takes."""
+        return self.blocks * ROWS * self.k * self.width // 8
+
+    def text(self) -> str:
+        """Compact JSON; the argument of the torch ops. Inverse of ``layout_from_text``."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=4096)
+def layout_from_text(text: str) -> Layout:
+    """The ``Layout`` of a text, cached: called by the torch ops on every call."""
+    fields = json.loads(text)
+    for name in ("scales", "offsets"):
+        fields[name] = tuple(Factor(**f) for f in fields[name])
+    return Layout(**fields)
+
+
+def _factor_problem(s: Scale, k: int) -> Rejected | None:
+    if s.inverse:
+        return Rejected(axis="scales", have="a stored divisor", need="a multiplier")
+    if not s.static:
+        return Rejected(axis="scales", have="a run-time scale", need="a stored scale")
+    r, c = s.grain
+    if s.grain == TENSOR:
+        if s.element != "f32":
+            return Rejected(axis="scales", have=f"per tensor {s.element}", need="per tensor f32")
+        return None
+    if r != 1:
+        return Rejected(axis="scales", have=f"grain {s.grain}", need="one row per value")
+    if c % _STEP and c < k:
+        return Rejected(axis="group", have=str(c), need=f"a multiple of {_STEP}")
+    return None
+
+
+def _factor(s: Scale, k: int) -> Factor:
+    group = s.grain[1] if 0 < s.grain[1] < k else k
+    return Factor(element=s.element, group=group, single=s.grain == TENSOR)
+
+
+def _scale_problem(scales: tuple[Scale, ...], k: int, what: str) -> Rejected | None:
+    if not 1 <= len(scales) <= 2:
+        return Rejected(axis=what, have=f"{len(scales)} factors", need="one or two factors")
+    for s in scales:
+        if problem := _factor_problem(s, k):
+            return problem
+    fine, coarse = _factor(scales[0], k).group, _factor(scales[-1], k).group
+    if coarse % fine and coarse != k:
+        return Rejected(axis=what, have=f"groups {fine} and {coarse}", need="nested groups")
+    return None
+
+
+def _element_problem(spec: QuantSpec, table: bool) -> Rejected | None:
+    e = spec.element
+    if spec.blocks:
+        return Rejected(axis="blocks", have=spec.blocks, need="codes with scales")
+    plain = (e.kind == "uint" and 2 <= e.bits <= 8) or (e.kind, e.bits) == ("int", 8)
+    by_table = e.name == "fp4_e2m1" or (e.kind == "int" and 2 <= e.bits <= 4)
+    if not plain and not by_table:
+        need = "uint2 to uint8, int2 to int4, int8 or fp4_e2m1"
+        return Rejected(axis="element", have=e.name, need=need)
+    if by_table and not table:
+        return Rejected(axis="element", have=e.name, need="uint or int8 without AVX-512")
+    return None
+
+
+def _zero(spec: QuantSpec) -> tuple[int, int, int]:
+    """(kind, bias, shift) of the module's table."""
+    e, zero = spec.element, spec.zero
+    unsigned = e.kind == "uint"
+    if zero is None or zero.kind == "const":
+        value = 0 if zero is None else zero.value
+        if not unsigned and e.bits == 8:
+            return (ZERO_CONST if value else ZERO_FOLDED), 0, value
+        if e.bits < 8:
+            return ZERO_FOLDED, value, 0
+        return (ZERO_FOLDED if value == 128 else ZERO_CONST), 128, value - 128
+    half = 1 << (e.bits - 1) if unsigned else 0
+    if zero.kind == "code":
+        return ZERO_CODE, half, 0
+    return ZERO_OFFSET, (half if e.bits == 8 else 0), 0
+
+
+def _zero_problem(spec: QuantSpec, k: int) -> Rejected | None:
+    e, zero = spec.element, spec.zero
+    if zero is None:
+        return None
+    if zero.kind == "const":
+        room = 1 << (e.bits - 1) if 4 < e.bits < 8 else 128
+        if e.kind == "float" or not 0 <= zero.value <= room:
+            return Rejected(axis="zero", have=str(zero.value), need=f"0 to {room}")
+        return None
+    if e.kind != "uint" and (e.kind, e.bits) != ("int", 8):
+        return Rejected(axis="zero", have=f"{zero.kind} of {e.name}", need="an integer element")
+    if zero.kind == "code":
+        if not zero.element.startswith("uint"):
+            return Rejected(axis="zero", have=zero.element, need="unsigned zero codes")
+        if spec.scales[0].grain == TENSOR:
+            return Rejected(axis="zero", have="one zero per tensor", need="one per row or group")
+        return None
+    if problem := _scale_problem(zero.levels, k, "offset"):
+        return problem
+    if _factor(zero.levels[0], k).group != _factor(spec.scales[0], k).group:
+        return Rejected(axis="offset", have="a grid of its own", need="the grid of the scale")
+    return None
+
+
+def describe(op: OpSpec, *, ops: tuple[str, ...], table: bool) -> Layout | Rejected:
+    """What the kernels need to know of ``op``, or the first reason why they cannot run it.
+
+    Args:
+        ops: operations on offer.
+        table: whether 4-bit codes may be read through a table (AVX-512).
+    """
+    if op.op not in ops:
+        return Rejected(axis="op", have=op.op, need=" or ".join(ops))
+    if op.device[0] != "cpu":
+        return Rejected(axis="device", have=op.device[0], need="cpu")
+    roles = sorted({role for role, _ in op.operands})
+    if roles != ["weight"]:
+        return Rejected(axis="operands", have=", ".join(roles), need="weight only")
+    spec = op.weight
+    n, k_in = op.size("n"), op.size("k")
+    k = op.size("k_stored", k_in)
+    if problem := _element_problem(spec, table):
+        return problem
+    if problem := _scale_problem(spec.scales, k, "scales") or _zero_problem(spec, k):
+        return problem
+    if k % _STEP or k == 0:
+        return Rejected(axis="in_features", have=str(k), need=f"a multiple of {_STEP}")
+    if n == 0:
+        return Rejected(axis="out_features", have="0", need="at least one row")
+    if op.packing != CANONICAL:
+        return Rejected(axis="packing", have=str(op.packing), need="the canonical packing")
+    if spec.gather and op.op == "embedding":
+        return Rejected(axis="gather", have="reordered columns", need="columns in order")
+    if extra := sorted(_SIDE & op.features):
+        return Rejected(axis="features", have=", ".join(extra), need="none of them")
+    if op.act_dtype not in _FLOATS:
+        return Rejected(axis="act_dtype", have=op.act_dtype, need=" or ".join(_FLOATS))
+    bias = next((f.partition(":")[2] for f in op.features if f.startswith("bias:")), "float32")
+    if "bias" in op.features and bias not in _FLOATS:
+        return Rejected(axis="bias", have=bias, need=" or ".join(_FLOATS))
+    kind, code_bias, shift = _zero(spec)
+    levels = spec.zero.levels if spec.zero is not None else ()
+    return Layout(
+        op=op.op,
+        n=n,
+        k=k,
+        k_in=k_in,
+        experts=op.size("experts", 0),
+        element=spec.element.name,
+        bits=spec.element.bits,
+        width=4 if spec.element.bits <= 4 else 8,
+        bias=code_bias,
+        shift=shift,
+        zero=kind,
+        scales=tuple(_factor(s, k) for s in spec.scales),
+        offsets=tuple(_factor(s, k) for s in levels),
+        gather=spec.gather,
+        bias_dtype=bias if "bias" in op.features else "",
+        act_dtype=op.act_dtype,
+    )

@@ -1,0 +1,50 @@
+"""The instruction sets to run the kernels with, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from quant_core.spec import QuantSpec
+from quant_kernels_cpu.library import ISAS, library, unavailable
+
+from .made import SPECS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = unavailable()
+    for item in items:
+        if reason and "isa" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.skip(reason=f"no CPU kernels: {reason}"))
+
+
+@pytest.fixture(params=ISAS[1:])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set of this processor in turn."""
+    monkeypatch.delenv("QUANT_CPU_ISA", raising=False)
+    if ISAS.index(request.param) > library().isa:
+        pytest.skip(f"this processor has {ISAS[library().isa]} at most")
+    monkeypatch.setenv("QUANT_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads of tiny layers only wait for each other where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads() -> Callable[[int], None]:
+    """``torch.set_num_threads`` for one test; the number is put back after each."""
+    return torch.set_num_threads
+
+
+@pytest.fixture(params=SPECS)
+def spec(request: pytest.FixtureRequest) -> QuantSpec:
+    return SPECS[request.param]
