@@ -37,17 +37,20 @@ static int exact_in_bf16(const qk_op *op) {
     return 1;
 }
 
-/* y = x W^T for the segments; `isa` is at most qk_isa(). 0, 1 (no memory) or 3 (no such isa). */
-int qk_linear(const qk_op *op, const qk_tensors *t, const void *x, int64_t xtype, void *y,
-              const qk_segment *segs, int64_t segments, int64_t isa) {
+/* y = x W^T. Returns 0, 1 (no memory) or 3 (no such instruction set). */
+int qk_linear(const qk_call *c) {
     const int64_t threads = omp_get_max_threads();
+    const qk_segment one = {0, 0, c->count}, *segs = c->segments ? c->segments : &one;
+    const int64_t n = c->segments ? c->count : 1;
 #ifdef QK_HAVE_BF16
-    if (isa >= ISA_BF16 && xtype == QK_BF16 && exact_in_bf16(op))
-        return qk_linear_bf16(op, t, x, xtype, y, segs, segments, threads);
+    if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c->op))
+        return qk_linear_bf16(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
 #endif
 #ifdef QK_HAVE_AVX512
-    if (isa >= ISA_AVX512) return qk_linear_avx512(op, t, x, xtype, y, segs, segments, threads);
+    if (c->isa >= ISA_AVX512)
+        return qk_linear_avx512(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
 #endif
-    if (isa >= ISA_AVX2) return qk_linear_avx2(op, t, x, xtype, y, segs, segments, threads);
+    if (c->isa >= ISA_AVX2)
+        return qk_linear_avx2(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
     return 3;
 }

@@ -46,6 +46,18 @@ typedef struct {
     int64_t expert, start, count;
 } qk_segment;
 
+/* What Python packs for one call; descriptor.py writes it as 64-bit words (CALL). */
+typedef struct {
+    const qk_op *op;
+    qk_tensors tensors;
+    const void *x;
+    int64_t xtype;
+    void *y;
+    int64_t isa; /* at most qk_isa() */
+    const qk_segment *segments; /* NULL: one matrix and `count` tokens */
+    int64_t count;
+} qk_call;
+
 /* y = x W^T + bias for the tokens of every segment; x and y are row-major of type `xtype`.
  * Returns 0, or 1 when memory for scratch is not there. */
 typedef int qk_linear_fn(const qk_op *, const qk_tensors *, const void *x, int64_t xtype, void *y,

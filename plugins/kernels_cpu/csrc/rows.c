@@ -101,12 +101,14 @@ static void row(const qk_op *op, const qk_tensors *t, int64_t n, void *out, int6
     }
 }
 
-/* out[i] = dequantized row ids[i], in stored column order. 0, or 2 for an id outside [0, n). */
-int qk_rows(const qk_op *op, const qk_tensors *t, const int64_t *ids, int64_t count, void *out,
-            int64_t type) {
-    for (int64_t i = 0; i < count; i++)
+/* y[i] = dequantized row x[i] (int64), in stored column order. 0, or 2 for an id outside [0, n). */
+int qk_rows(const qk_call *c) {
+    const qk_op *op = c->op;
+    const int64_t *ids = c->x;
+    for (int64_t i = 0; i < c->count; i++)
         if (ids[i] < 0 || ids[i] >= op->n) return 2;
-#pragma omp parallel for schedule(static) if (count * op->k > 1 << 14)
-    for (int64_t i = 0; i < count; i++) row(op, t, ids[i], out, type, i * op->k);
+#pragma omp parallel for schedule(static) if (c->count * op->k > 1 << 14)
+    for (int64_t i = 0; i < c->count; i++)
+        row(op, &c->tensors, ids[i], c->y, c->xtype, i * op->k);
     return 0;
 }

@@ -56,8 +56,7 @@ def _load() -> Library | str:
     if c.qk_version() != _VERSION:
         return f"{_FILE.name} has interface {c.qk_version()}, expected {_VERSION}; build it again"
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    c.qk_linear.argtypes = [*[pointer] * 3, integer, *[pointer] * 2, *[integer] * 2]
-    c.qk_rows.argtypes = [*[pointer] * 3, integer, pointer, integer]
+    c.qk_linear.argtypes = c.qk_rows.argtypes = [ctypes.c_char_p]
     c.qk_repack.argtypes = [*[pointer] * 2, *[integer] * 6]
     c.qk_repack.restype = None
     isa = c.qk_isa()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from ctypes import Array, byref
+from ctypes import Array, addressof
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quant_core.errors import LayoutError, LimitError
 from quant_kernels_cpu.blocks import buffer_shapes
-from quant_kernels_cpu.descriptor import DTYPES, Segment, Tensors, c_op, tensor_slots
+from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, tensor_slots
 from quant_kernels_cpu.library import library
 from quant_kernels_cpu.support import layout_from_text
 
@@ -36,8 +36,9 @@ _lib.define("embedding(Tensor ids, Tensor[] tensors, str layout) -> Tensor")
 class _Call:
     """What a call needs besides its tensors, looked up once per layout text."""
 
-    op: Any  # pointer to the C struct
-    slots: tuple[int, ...]
+    op: Any  # the C struct; kept alive here
+    address: int  # of it
+    slots: tuple[int | None, ...]
     n: int
     k: int
     k_in: int
@@ -50,15 +51,21 @@ def _call(text: str) -> _Call:
     layout = layout_from_text(text)
     dtype: torch.dtype = getattr(torch, layout.act_dtype)
     slots = tensor_slots(tuple(buffer_shapes(layout)))
-    op = byref(c_op(layout))
-    return _Call(op, slots, layout.n, layout.k, layout.k_in, layout.experts, dtype)
+    op = c_op(layout)
+    n, k, k_in, experts = layout.n, layout.k, layout.k_in, layout.experts
+    return _Call(op, addressof(op), slots, n, k, k_in, experts, dtype)
 
 
-def _addresses(slots: tuple[int, ...], tensors: list[Tensor]) -> Tensors:
-    at: list[int | None] = [None] * 8
-    for slot, t in zip(slots, tensors, strict=True):
-        at[slot] = t.data_ptr()
-    return Tensors(*at)
+def _packed(
+    isa: int, call: _Call, tensors: list[Tensor], x: Tensor, dtype: torch.dtype, y: Tensor,
+    segments: int, count: int,
+) -> bytes:  # fmt: skip
+    """The arguments of one call of C; see ``CALL``."""
+    at = [0 if i is None else tensors[i].data_ptr() for i in call.slots]
+    return CALL.pack(
+        call.address, *at, x.data_ptr(), DTYPES[dtype], y.data_ptr(), isa, segments,
+        count,
+    )  # fmt: skip
 
 
 def _check_status(status: int, what: str) -> None:
@@ -74,30 +81,15 @@ def _check_status(status: int, what: str) -> None:
     )
 
 
-def _into(
-    call: _Call, x: Tensor, tensors: list[Tensor], y: Tensor, segments: Any, count: int
-) -> None:
-    lib = library()
-    status = lib.c.qk_linear(
-        call.op,
-        byref(_addresses(call.slots, tensors)),
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        y.data_ptr(),
-        segments,
-        count,
-        lib.isa,
-    )
-    _check_status(status, "linear")
-
-
 def _linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     call = _call(text)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], call.n)
     count = x.numel() // call.k_in
     if count:
-        _into(call, x, tensors, y, byref(Segment(0, 0, count)), 1)
+        lib = library()
+        packed = _packed(lib.isa, call, tensors, x, x.dtype, y, 0, count)
+        _check_status(lib.c.qk_linear(packed), "linear")
     return y
 
 
@@ -123,7 +115,11 @@ def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str
     y = x.new_zeros(x.shape[0], call.n)
     if active:
         rows = x.new_empty(active, call.n)
-        _into(call, x[order].contiguous(), tensors, rows, segments, len(segments))
+        sorted_x = x[order].contiguous()
+        at, count = addressof(segments), len(segments)
+        lib = library()
+        packed = _packed(lib.isa, call, tensors, sorted_x, x.dtype, rows, at, count)
+        _check_status(lib.c.qk_linear(packed), "grouped_linear")
         y[order] = rows
     return y
 
@@ -133,15 +129,9 @@ def _embedding(ids: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     out = torch.empty(*ids.shape, call.k, dtype=call.dtype)
     flat = ids.reshape(-1).long().contiguous()
     if flat.numel():
-        status = library().c.qk_rows(
-            call.op,
-            byref(_addresses(call.slots, tensors)),
-            flat.data_ptr(),
-            flat.numel(),
-            out.data_ptr(),
-            DTYPES[call.dtype],
-        )
-        _check_status(status, "embedding")
+        lib = library()
+        packed = _packed(lib.isa, call, tensors, flat, call.dtype, out, 0, flat.numel())
+        _check_status(lib.c.qk_rows(packed), "embedding")
     return out
 
 
