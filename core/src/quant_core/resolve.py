@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,10 +28,18 @@ import regex
 
 from quant_core.errors import ConfigError, printable
 
-__all__ = ["MAX_REGEX_PATTERNS", "NamePattern", "first_match", "unmatched"]
+__all__ = [
+    "MAX_REGEX_PATTERNS",
+    "NamePattern",
+    "check_count",
+    "first_match",
+    "numberless",
+    "unmatched",
+]
 
 MAX_REGEX_PATTERNS = 1_000
 _MAX_PATTERN_LENGTH = 4_096
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 _MATCH_SECONDS = 0.25  # for one pattern against one name; real ones take microseconds
 
 
@@ -152,3 +161,8 @@ def unmatched(patterns: Sequence[NamePattern], names: Iterable[str]) -> list[Nam
                 continue
         left.append(p)
     return left
+
+
+def numberless(module: str) -> str:
+    """``module`` with layer and expert numbers replaced by ``*``: equal for siblings."""
+    return _NUMBER.sub("*", module)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quant_core.errors import ConfigError
-from quant_plugin_awq.detect import detect, numberless
+from quant_core.resolve import numberless
+from quant_plugin_awq.detect import detect
 
 BLOCK = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
 OLD = {"w_bit": 4, "q_group_size": 64, "version": "GEMM", "zero_point": True}

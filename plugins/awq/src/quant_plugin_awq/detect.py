@@ -10,7 +10,6 @@ All files that state something must agree. Only headers and JSON are read here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,22 +17,17 @@ from typing import Any
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import quantization_config
 from quant_core.errors import ConfigError, printable
+from quant_core.resolve import numberless
 from quant_core.spec import FormatMatch, TensorInfo
 from quant_plugin_awq.config import AwqConfig, parse_config, stated
 from quant_plugin_awq.geometry import padded_groups
 
-__all__ = ["SIDE_FILES", "detect", "numberless"]
+__all__ = ["SIDE_FILES", "detect"]
 
 SIDE_FILES = ("quant_config.json", "quantize_config.json", "quantization_config.json")
 _PACKED = frozenset({"qweight", "qzeros", "scaled_zeros"})
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
 Block = Mapping[str, Any]
-
-
-def numberless(module: str) -> str:
-    """``module`` with layer and expert numbers replaced by ``*``."""
-    return _NUMBER.sub("*", module)
 
 
 def _method(block: Block) -> str | None:

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, printable, summarize
 from quant_core.intspec import SCALE_ELEMENTS
+from quant_core.resolve import numberless
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
 from quant_plugin_awq.checks import check_header, header_sizes, resolve_group
 from quant_plugin_awq.config import AwqConfig
-from quant_plugin_awq.detect import numberless
 from quant_plugin_awq.geometry import TILED
 from quant_plugin_awq.scheme import AwqScheme, build_scheme
 
