@@ -16,6 +16,8 @@ GOLDEN = [
     "QuantError",
     "__version__",
     "as_config",
+    "convert",
+    "diff",
     "hookimpl",
     "install",
     "load_model",

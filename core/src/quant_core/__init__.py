@@ -20,6 +20,8 @@ _EXPORTS = {
     "open_checkpoint": "quant_core.checkpoint.open",
     "plan": "quant_core.plan",
     "load_tensor": "quant_core.load",
+    "convert": "quant_core.convert",
+    "diff": "quant_core.convert",
     "load_model": "quant_core.engines.transformers",
     "install": "quant_core.engines.transformers",
     "as_config": "quant_core.engines.transformers",

@@ -19,6 +19,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
+    from quant_core.convert.fit import Fit
+    from quant_core.convert.target import Target
     from quant_core.kernels.base import Kernel
     from quant_core.scheme import Scheme
     from quant_core.spec import (
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
         OpSpec,
         ParamSpec,
         PluginInfo,
+        QuantSpec,
         Unquantized,
     )
+    from quant_core.tensors import LayerTensors
 
 __all__ = ["GROUP", "hook_names", "hookimpl", "hookspec"]
 
@@ -134,7 +138,80 @@ def block_types() -> Mapping[str, BlockType]:  # type: ignore[empty-body]
 def make_config(plan: Any) -> Mapping[str, Any]:  # type: ignore[empty-body]
     """The ``quantization_config`` block that describes this plan in your format.
 
-    Called by writers, on the plugin that owns the target format. Since API 0.1.
+    Called once by writers, on the plugin that owns the target format. ``plan`` is a
+    ``quant_core.plan.Plan`` in the model's own names whose members have your schemes; its
+    ``match`` is None unless it was read from your format. Since API 0.1.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` if the layers differ in what your config states once.
+    """
+
+
+@hookspec
+def fit_scheme(  # type: ignore[empty-body]
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    """Which of your schemes holds this matrix?
+
+    Called on the target's plugin by ``convert``, for every matrix, twice: while everything is
+    surveyed, before a byte is written, and again while writing. The answer must depend on the
+    arguments only. The tensors may be rewritten by exact rewrites (``quant_core.rewrites``,
+    ``quant_core.convert.steps``): another grain, packing or scale type, a constant zero as codes,
+    int8 as uint8. Core writes what your scheme serializes, reads it back through it, and compares
+    the weights bit by bit: an inexact answer that names no loss is an error of the plugin.
+
+    Args:
+        layer: the member in the model's own names; of a stack, the whole stack.
+        tensors: one matrix, to be kept unchanged.
+        operands: role -> meaning of all operands of its scheme, "input" among them when
+            activations are quantized.
+        options: the user's, and what ``settle_options`` made of them. Refuse keys you do not
+            know (``quant_core.convert.fit.check_options``).
+        allow_inexact: whether a loss may be taken.
+
+    Returns:
+        A ``Fit``: scheme, tensors, what is lost. A scheme of None means that this layer (an
+        embedding, say) is written as floats.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` with the reason and what can be done. All refusals of
+            a checkpoint are reported together. Since API 0.1.
+    """
+
+
+@hookspec
+def settle_options(  # type: ignore[empty-body]
+    schemes: Mapping[str, Sequence[Scheme]], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Do these layers go into one checkpoint, and if not, under which options would they?
+
+    Called after all matrices were fitted, with the schemes of each member (one per matrix of a
+    stack). A format that states a group size once answers options with one that divides all; one
+    that stores a stack as one tensor answers with the type that holds every expert. If the answer
+    differs from ``options``, the survey is repeated under it, up to three times. A plugin without
+    this hook takes the schemes as they are. Since API 0.1.
+    """
+
+
+@hookspec
+def write_checkpoint(target: Target, folder: Path) -> Sequence[Path]:  # type: ignore[empty-body]
+    """Write a checkpoint in your own container.
+
+    Called once, for a target format whose container is not safetensors. ``folder`` is a fresh
+    temporary folder that core renames, or removes if anything is raised. Take the values one
+    matrix at a time from ``target.matrix`` and ``target.parameter``; metadata of the model from
+    ``target.source.checkpoint`` and ``target.config``.
+
+    Returns:
+        The files that were written, the main one first.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` if names or metadata cannot be written completely.
+        Since API 0.1.
     """
 
 

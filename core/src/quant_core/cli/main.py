@@ -19,7 +19,7 @@ from quant_core.errors import QuantError
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
-COMMANDS = ("formats", "plugins", "inspect", "explain", "verify", "run")
+COMMANDS = ("formats", "plugins", "inspect", "explain", "verify", "run", "convert", "diff")
 
 OK, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 3, 130
 
@@ -27,7 +27,7 @@ OK, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 3, 130
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Loads no plugin."""
     parser = argparse.ArgumentParser(
-        prog="quant", description="Inspect, check and run quantized checkpoints."
+        prog="quant", description="Inspect, check, run and convert quantized checkpoints."
     )
     parser.add_argument("--version", action="version", version=f"quant-core {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -1,0 +1,196 @@
+"""The second pass: write a ``Target`` into a fresh folder and put it in place as a whole.
+
+    .NAME.<pid>.tmp/   everything is written here, read back by its own plugin, then renamed
+
+Whatever stops the run, an error, a signal or a full disk, ``NAME`` does not exist or is what it
+was; the temporary folder is removed unless the process is killed outright.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quant_core.checkpoint.files import io_error
+from quant_core.checkpoint.open import open_checkpoint
+from quant_core.checkpoint.write import write_safetensors
+from quant_core.convert.side_files import copy_side_files, write_json
+from quant_core.convert.target import Target
+from quant_core.errors import CheckpointError, LayoutError, PluginError, printable, summarize
+from quant_core.plan import param_sources
+from quant_core.plan import plan as make_plan
+from quant_core.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["check_destination", "write_target"]
+
+
+def _single_file(target: Target, path: Path) -> bool:
+    """Whether ``path`` names one file of the target's own container."""
+    suffixes = target.source.registry.plugins[target.format].info.containers
+    return bool(suffixes) and path.name.endswith(suffixes)
+
+
+def check_destination(path: Path) -> None:
+    """Refuse a destination that holds something.
+
+    Raises:
+        CheckpointError: ``Q-CKPT-EXISTS``, or ``Q-CKPT-IO``.
+    """
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as err:
+        raise io_error(path, err, "cannot be written") from err
+    if taken:
+        raise CheckpointError(
+            f"{printable(path)}: exists already, expected a new name or an empty folder. "
+            "Choose another destination or remove this one.",
+            code="Q-CKPT-EXISTS",
+            path=path,
+        )
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A fresh folder beside ``path``, removed in the end."""
+    folder = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    made = [p for p in path.parents if not p.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except OSError as err:
+        raise io_error(folder, err, "cannot be written") from err
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            try:
+                parent.rmdir()
+            except OSError:  # someone else put something there meanwhile
+                break
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # gone already where it was renamed
+
+
+def _tensors(target: Target, step: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors under the names they are stored by, one matrix at a time."""
+    for name, member in target.plan.quantized.items():
+        for expert in member.layer.experts or (None,):
+            stored = target.matrix(name, expert)
+            for param in member.params:
+                if param.name not in stored:
+                    continue
+                sources = param_sources(member.layer, param, expert)
+                if len(sources) != 1 or sources[0][1]:
+                    raise LayoutError(
+                        f"{name}.{param.name}: is stored as {len(sources)} parts of other tensors, "
+                        "expected a tensor of its own. Choose another target format.",
+                        code="Q-LAYOUT-REPRESENT",
+                        tensor=name,
+                        plugin=target.format,
+                    )
+                yield sources[0][0], stored[param.name]
+        step(name)
+    for name in target.plan.dense:
+        yield name, target.parameter(name)
+
+
+def _write_safetensors(
+    target: Target, folder: Path, max_shard_bytes: int, step: Callable[[str], None]
+) -> list[str]:
+    block = target.source.registry.call_one(target.format, "make_config", plan=target.plan)
+    if block is None:
+        raise PluginError(
+            f"plugin {target.format!r}: has no make_config hook, expected one beside "
+            "fit_scheme. Choose another target format.",
+            code="Q-PLUGIN-RESULT",
+            plugin=target.format,
+        )
+    warnings = copy_side_files(target.source, folder)
+    write_json(folder / "config.json", {**target.config, "quantization_config": dict(block)})
+    write_safetensors(
+        folder,
+        _tensors(target, step),
+        max_shard_bytes=max_shard_bytes,
+        metadata={"format": "pt"},
+        stem="model",
+    )
+    return warnings
+
+
+def _check_result(target: Target, path: Path) -> list[str]:
+    """Plan what was written by its own plugin: names, shapes, config and schemes agree."""
+    with open_checkpoint(path) as checkpoint:
+        result = make_plan(checkpoint, format=target.format, registry=target.source.registry)
+        want, have = target.plan.quantized, result.quantized
+        odd = sorted(want.keys() ^ have.keys())
+        odd += [n for n in want.keys() & have.keys() if _label(want[n]) != _label(have[n])]
+        if odd:
+            raise PluginError(
+                f"plugin {target.format!r}: what it wrote reads back differently in {len(odd)} "
+                f"modules: {summarize(odd)}; expected the same schemes. "
+                "This is a bug of the plugin; nothing was written.",
+                code="Q-PLUGIN-RESULT",
+                plugin=target.format,
+                tensor=odd[0],
+            )
+        return list(result.warnings)
+
+
+def _label(member: object) -> object:
+    scheme = getattr(member, "scheme", None)
+    return scheme.shape if isinstance(scheme, Scheme) else None
+
+
+def write_target(
+    target: Target, path: Path, *, max_shard_bytes: int, step: Callable[[str], None]
+) -> list[str]:
+    """Write everything, check it, and rename it to ``path``.
+
+    Args:
+        path: a folder that is absent or empty; for containers of one file also the file.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        CheckpointError: ``Q-CKPT-EXISTS``, ``Q-CKPT-IO``.
+        LayoutError: ``Q-LAYOUT-REPRESENT`` if the config or the container cannot hold the whole.
+    """
+    check_destination(path)
+    registry = target.source.registry
+    with _temporary(path) as folder:
+        if registry.implements(target.format, "write_checkpoint"):
+            files = registry.call_one(
+                target.format, "write_checkpoint", target=target, folder=folder
+            )
+            if _single_file(target, path):
+                warnings = _check_result(target, Path(files[0]))
+                _place(Path(files[0]), path)
+                return warnings
+            warnings = copy_side_files(target.source, folder)
+            write_json(folder / "config.json", target.config)
+        else:
+            warnings = _write_safetensors(target, folder, max_shard_bytes, step)
+        warnings += _check_result(target, folder)
+        _place(folder, path)
+    return warnings
+
+
+def _place(found: Path, path: Path) -> None:
+    try:
+        os.replace(found, path)
+        fd = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as err:
+        raise io_error(path, err, "cannot be written") from err
