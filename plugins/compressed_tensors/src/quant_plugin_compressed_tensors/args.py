@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quant_core.errors import ConfigError, printable
+from quant_core.fields import Fields
 
 __all__ = ["PRESETS", "QuantArgs", "bad_value", "parse_args"]
 
@@ -25,7 +26,6 @@ INT_BITS = (2, 3, 4, 5, 6, 7, 8)
 FLOAT_BITS = (4, 6, 8)
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _GROUPED = ("group", "tensor_group")
-_MAX_GROUP = 1 << 20  # no layer has more input features
 _KEYS = frozenset(
     "num_bits type symmetric strategy group_size block_structure dynamic actorder scale_dtype "
     "zp_dtype observer observer_kwargs".split()
@@ -89,73 +89,50 @@ class QuantArgs:
         }
 
 
-class _Reader:
-    """Typed access to one object of arguments."""
+def _choice(read: Fields, key: str, allowed: tuple[str, ...]) -> str | None:
+    value = read.text(key)
+    if value is not None and value not in allowed:
+        raise read.fail(key, f"one of {', '.join(allowed)}", "Correct it.")
+    return value
 
-    def __init__(self, raw: Mapping[str, Any], file: str, where: str) -> None:
-        self.raw, self.file, self.where = raw, file, where
 
-    def fail(self, key: str, expected: str, fix: str, code: str = "Q-CFG-VALUE") -> ConfigError:
-        return bad_value(self.file, f"{self.where}.{key}", self.raw.get(key), expected, fix, code)
+def _bits(read: Fields, kind: str) -> int:
+    value = read.raw.get("num_bits", 8)
+    allowed = INT_BITS if kind == "int" else FLOAT_BITS
+    if type(value) is not int or value not in allowed:
+        fix = "Correct it to the width the tensors were made with."
+        raise read.fail("num_bits", f"one of {allowed} for type {kind!r}", fix)
+    return value
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key, default)
-        if type(value) is not bool:
-            raise self.fail(key, "true or false", "Restore the value the tool wrote.")
-        return value
 
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str | None:
-        value = self.raw.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, str) or value.lower() not in allowed:
-            raise self.fail(key, f"one of {', '.join(allowed)}", "Correct it.")
-        return value.lower()
+def _block(read: Fields) -> tuple[int, int]:
+    value: Any = read.raw.get("block_structure")
+    if value is None:
+        return (0, 0)
+    if isinstance(value, str):  # older files: "128x128"
+        parts = value.split("x")
+        value = [int(p) for p in parts if p.isascii() and p.isdigit() and len(p) < 8]
+        value = value if len(value) == len(parts) else None
+    good = isinstance(value, list | tuple) and len(value) == 2
+    if not good or not all(type(v) is int and v > 0 for v in value):
+        raise read.fail("block_structure", "two positive integers", "List rows, columns.")
+    return (value[0], value[1])
 
-    def bits(self, kind: str) -> int:
-        value = self.raw.get("num_bits", 8)
-        allowed = INT_BITS if kind == "int" else FLOAT_BITS
-        if type(value) is not int or value not in allowed:
-            fix = "Correct it to the width the tensors were made with."
-            raise self.fail("num_bits", f"one of {allowed} for type {kind!r}", fix)
-        return value
 
-    def group_size(self) -> int | None:
-        value = self.raw.get("group_size")
-        if value is None:
-            return None
-        if type(value) is not int or not (value == -1 or 0 < value <= _MAX_GROUP):
-            fix = "Use -1 for one scale per channel."
-            raise self.fail("group_size", f"null, -1 or an integer from 1 to {_MAX_GROUP}", fix)
-        return value
+def _dynamic(read: Fields) -> bool | Literal["local"]:
+    value = read.raw.get("dynamic")
+    if isinstance(value, str) and value.lower() == "local":
+        return "local"
+    return bool(read.flag("dynamic"))
 
-    def block(self) -> tuple[int, int]:
-        value: Any = self.raw.get("block_structure")
-        if value is None:
-            return (0, 0)
-        if isinstance(value, str):  # older files: "128x128"
-            parts = value.split("x")
-            value = [int(p) for p in parts if p.isascii() and p.isdigit() and len(p) < 8]
-            value = value if len(value) == len(parts) else None
-        good = isinstance(value, list | tuple) and len(value) == 2
-        if not good or not all(type(v) is int and v > 0 for v in value):
-            raise self.fail("block_structure", "two positive integers", "List rows, columns.")
-        return (value[0], value[1])
 
-    def dynamic(self) -> bool | Literal["local"]:
-        value = self.raw.get("dynamic", False)
-        if isinstance(value, str) and value.lower() == "local":
-            return "local"
-        return self.flag("dynamic", False)
-
-    def actorder(self) -> Literal["", "weight", "group"]:
-        value = self.raw.get("actorder")
-        if value is None or value is False:
-            return ""
-        if value is True:
-            return "group"
-        name = self.choice("actorder", ("weight", "static", "group", "dynamic"))
-        return "group" if name in ("group", "dynamic") else "weight"
+def _actorder(read: Fields) -> Literal["", "weight", "group"]:
+    if isinstance(read.raw.get("actorder"), bool):
+        return "group" if read.flag("actorder") else ""
+    name = _choice(read, "actorder", ("weight", "static", "group", "dynamic"))
+    if name is None:
+        return ""
+    return "group" if name in ("group", "dynamic") else "weight"
 
 
 def parse_args(
@@ -176,10 +153,11 @@ def parse_args(
         raise bad_value(file, where, raw, "an object of arguments", fix, "Q-CFG-TYPE")
     if unknown is not None:
         unknown += [f"{where}.{k}" for k in raw if k not in _KEYS]
-    read = _Reader(raw, file, where)
-    kind = read.choice("type", ("int", "float")) or "int"
-    size, block = read.group_size(), read.block()
-    strategy = read.choice("strategy", STRATEGIES)
+    read = Fields(raw, file, f"{where}.", "compressed_tensors")
+    kind = _choice(read, "type", ("int", "float")) or "int"
+    size = None if raw.get("group_size") is None else read.group_size()
+    block = _block(read)
+    strategy = _choice(read, "strategy", STRATEGIES)
     if strategy is None:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     grouped = strategy in _GROUPED
@@ -190,19 +168,17 @@ def parse_args(
     if (strategy == "block") != (block != (0, 0)):
         fix = "Give rows and columns with strategy 'block', and only there."
         raise read.fail("block_structure", f"to fit strategy {strategy!r}", fix, "Q-CFG-CONFLICT")
-    dtype = raw.get("scale_dtype")
-    if dtype is not None and not isinstance(dtype, str):
-        raise read.fail("scale_dtype", "a dtype name", "Restore the config.", "Q-CFG-TYPE")
+    symmetric = read.flag("symmetric")
     return QuantArgs(
-        bits=read.bits(kind),
+        bits=_bits(read, kind),
         kind=kind,  # type: ignore[arg-type]
-        symmetric=read.flag("symmetric", True),
+        symmetric=symmetric is not False,
         strategy=strategy,
         group_size=size if grouped and size else 0,
         block=block,
-        dynamic=read.dynamic(),
-        actorder=read.actorder(),
-        scale_dtype=(dtype or "").removeprefix("torch."),
+        dynamic=_dynamic(read),
+        actorder=_actorder(read),
+        scale_dtype=(read.text("scale_dtype") or "").removeprefix("torch."),
     )
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quant_core.errors import printable, summarize
+from quant_core.fields import thaw
 from quant_core.resolve import NamePattern
 from quant_plugin_compressed_tensors.args import PRESETS, QuantArgs, bad_value, parse_args
 from quant_plugin_compressed_tensors.matching import Matcher, check_names, is_attention_class
@@ -112,21 +113,12 @@ def _from_text(stored: str, file: str, warnings: tuple[str, ...]) -> CtConfig:
     return replace(parse_config(json.loads(stored), file), warnings=warnings)
 
 
-def _thaw(value: Any) -> Any:
-    """Read-only JSON (mapping proxies, tuples) as plain dicts and lists."""
-    if isinstance(value, Mapping):
-        return {k: _thaw(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_thaw(v) for v in value]
-    return value
-
-
 def _version(block: Mapping[str, Any], file: str) -> tuple[int, int, int]:
     value = block.get("version")
     if value is None:
         return (0, 0, 0)
     found = (
-        re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", value) if isinstance(value, str) else 0
+        re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", value) if isinstance(value, str) else None
     )
     if not found:
         fix = "Restore the version the tool wrote, or remove the key."
@@ -226,7 +218,7 @@ class _Parser:
             not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense"
         ):
             fix = "Export the model without sparse compression."
-            raise bad_value(self.file, "sparsity_config", _thaw(sparsity), "{} or null", fix)
+            raise bad_value(self.file, "sparsity_config", thaw(sparsity), "{} or null", fix)
 
     def check_transforms(self) -> None:
         """Transforms that are part of the stored weights need nothing; others are refused."""
@@ -235,14 +227,14 @@ class _Parser:
         if not isinstance(groups, Mapping):
             fix = "Restore the config the tool wrote."
             raise bad_value(
-                self.file, "transform_config", _thaw(config), "an object", fix, "Q-CFG-TYPE"
+                self.file, "transform_config", thaw(config), "an object", fix, "Q-CFG-TYPE"
             )
         for name, group in groups.items():
             key = f"transform_config.config_groups.{name}"
             uses = group.get("apply") if isinstance(group, Mapping) else None
             if not isinstance(uses, list | tuple) or not all(isinstance(u, Mapping) for u in uses):
                 fix = "Restore the config the tool wrote."
-                raise bad_value(self.file, key, _thaw(group), "'apply' objects", fix, "Q-CFG-TYPE")
+                raise bad_value(self.file, key, thaw(group), "'apply' objects", fix, "Q-CFG-TYPE")
             online = [u.get("location") for u in uses if u.get("location") not in _OFFLINE]
             if online:
                 fix = (
@@ -286,7 +278,7 @@ def parse_config(block: Mapping[str, Any], file: str) -> CtConfig:
         kv_cache=kv_cache,
         file=file,
         warnings=warnings,
-        stored=json.dumps(_thaw(block)),
+        stored=json.dumps(thaw(block)),
     )
     config.name_patterns()  # an invalid expression is reported now, not at the first layer
     return config

@@ -12,10 +12,11 @@ from typing import Any
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.spec import LayerDesc, QuantSpec, TensorInfo
 from quant_plugin_compressed_tensors.args import QuantArgs
 from quant_plugin_compressed_tensors.config import CtConfig, Group
-from quant_plugin_compressed_tensors.scheme import FLOATS, grain_of, input_spec, scheme_name
+from quant_plugin_compressed_tensors.scheme import grain_of, input_spec, scheme_name
 
 __all__ = ["Header"]
 
@@ -51,8 +52,8 @@ class Header:
             "weights": self.weights,
             "inputs": inputs,
             "format": self.group.format,
-            "scale_dtype": self.dtype("weight_scale", FLOATS, "bfloat16"),
-            "input_scale_dtype": self.dtype("input_scale", FLOATS, "bfloat16"),
+            "scale_dtype": self.dtype("weight_scale", SCALE_ELEMENTS, "bfloat16"),
+            "input_scale_dtype": self.dtype("input_scale", SCALE_ELEMENTS, "bfloat16"),
             "has_g_idx": "weight_g_idx" in self.leaves,
             "output_scale": "output_scale" in self.leaves
             and self.path.rpartition(".")[2] in ("k_proj", "v_proj"),
@@ -64,7 +65,7 @@ class Header:
         inputs = self.group.inputs
         if inputs is None:
             return {"weight": weight}
-        dtype = self.dtype("input_scale", FLOATS, "bfloat16")
+        dtype = self.dtype("input_scale", SCALE_ELEMENTS, "bfloat16")
         return {"weight": weight, "input": input_spec(inputs, dtype, self.path, self.config.file)}
 
     # ------------------------------------------------------------------------------------ checks

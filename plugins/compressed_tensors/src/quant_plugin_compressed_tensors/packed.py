@@ -24,10 +24,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from quant_core.errors import LayoutError, printable
+from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.spec import Axis, Element, Packing, ParamSpec, QuantSpec, Scale, Zero
 from quant_plugin_compressed_tensors.args import INT_BITS
 from quant_plugin_compressed_tensors.header import Header
-from quant_plugin_compressed_tensors.scheme import FLOATS, CtScheme, grain_of, scale_shape
+from quant_plugin_compressed_tensors.scheme import CtScheme, grain_of, scale_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,7 +206,7 @@ def build(header: Header) -> PackedScheme:
     )
     weight = QuantSpec(
         element=Element.uint(args.bits),
-        scales=(Scale(element=FLOATS[common["scale_dtype"]], grain=grain_of(args)),),
+        scales=(Scale(element=SCALE_ELEMENTS[common["scale_dtype"]], grain=grain_of(args)),),
         zero=zero,
         gather=args.actorder == "group" and args.strategy == "group",
     )

@@ -13,9 +13,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.errors import ConfigError, printable
+from quant_core.intspec import SCALE_ELEMENTS, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import (
     CHANNEL,
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["FLOATS", "CtScheme", "grain_of", "input_spec", "scale_shape", "scheme_name"]
+__all__ = ["CtScheme", "grain_of", "input_spec", "scale_shape", "scheme_name"]
 
-FLOATS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # dtype -> scale element
 KV_RULE = "KV-cache scales present, not applied"
 _FP8 = Element(name="fp8_e4m3", bits=8, kind="float")
 
@@ -82,7 +82,7 @@ def input_spec(args: QuantArgs, scale_dtype: str, where: str, file: str) -> Quan
         and args.strategy in grains
         and args.dynamic != "local"
         and (args.dynamic or args.strategy == "tensor")
-        and args.scale_dtype in ("", *FLOATS)
+        and args.scale_dtype in ("", *SCALE_ELEMENTS)
     )
     if not supported:
         raise ConfigError(
@@ -102,7 +102,7 @@ def input_spec(args: QuantArgs, scale_dtype: str, where: str, file: str) -> Quan
         element=element,
         scales=(
             Scale(
-                element="f32" if dynamic else FLOATS[scale_dtype],
+                element="f32" if dynamic else SCALE_ELEMENTS[scale_dtype],
                 grain=grains[args.strategy],
                 static=not dynamic,
                 peak=half_range if dynamic and args.symmetric and not fp8 else 0.0,
@@ -211,7 +211,7 @@ class CtScheme(Scheme):
             ParamSpec(
                 name=name,
                 shape=(1,),
-                dtypes=(*FLOATS, "int8"),
+                dtypes=(*SCALE_ELEMENTS, "int8"),
                 axes=fixed,
                 role="output_scale",
                 need="ignored",
@@ -223,7 +223,7 @@ class CtScheme(Scheme):
             ParamSpec(
                 name="bias",
                 shape=(n,),
-                dtypes=tuple(FLOATS),
+                dtypes=tuple(SCALE_ELEMENTS),
                 axes=(Axis(tag="out"),),
                 role="bias",
                 need="required" if layer.bias else "optional",
@@ -235,42 +235,10 @@ class CtScheme(Scheme):
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:
         from quant_plugin_compressed_tensors import layout
 
-        self.check(layer, tensors)
+        check_tensors(layer, self.params(layer), tensors, plugin="compressed_tensors")
         return layout.canonicalize(self, layer.stored, tensors)
 
     def serialize(self, layer: LayerDesc, tensors: LayerTensors) -> dict[str, Tensor]:
         from quant_plugin_compressed_tensors import layout
 
         return layout.serialize(self, layer.stored, tensors)
-
-    def check(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> None:
-        """Presence, shapes and dtypes; a loader that checked the header finds nothing here."""
-        for param in self.params(layer):
-            name = f"{layer.stored}.{param.name}"
-            value: Any = tensors.get(param.name)
-            if value is None:
-                if param.need == "required":
-                    raise CheckpointError(
-                        f"{name}: is missing, expected shape {param.shape}. "
-                        "The checkpoint is incomplete; download or export it again.",
-                        code="Q-TENSOR-MISSING",
-                        tensor=name,
-                        expected=param.shape,
-                        plugin="compressed_tensors",
-                    )
-                continue
-            shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-            for what, actual, expected, good, code in (
-                ("shape", shape, param.shape, shape == param.shape, "Q-LAYOUT-SHAPE"),
-                ("dtype", dtype, param.dtypes, dtype in param.dtypes, "Q-LAYOUT-DTYPE"),
-            ):
-                if not good:
-                    raise LayoutError(
-                        f"{name}: has {what} {actual}, expected {expected}. "
-                        "Check the layer's config group, or export the checkpoint again.",
-                        code=code,
-                        tensor=name,
-                        expected=expected,
-                        actual=actual,
-                        plugin="compressed_tensors",
-                    )

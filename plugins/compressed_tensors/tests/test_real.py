@@ -1,0 +1,168 @@
+"""Checkpoints made by llm-compressor 0.14.0.1 (compressed-tensors 0.19.0): logits within the bound
+of their reference. Their weights and bytes are checked with all other checkpoints in tests/."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quant_core.build import Builder
+from quant_core.checkpoint.open import open_checkpoint
+from quant_core.engines.transformers import load_model
+from quant_core.errors import ConfigError
+from quant_core.load import load_tensor
+from quant_core.nn import QuantComposite, QuantLinear
+from quant_core.packing import unpack
+from quant_core.plan import plan
+
+pytestmark = pytest.mark.shared
+WEIGHT_ONLY = (
+    "ct-w3a16-gptq",
+    "ct-w4a16-awq-asym",
+    "ct-w4a16-g128-sym-rtn",
+    "ct-w8a16-g128",
+    "ct-moe-w4a16-g128",
+    "ct-spinquant-r1r2-w4a16",
+)
+ACTIVATIONS = ("ct-w8a8-int8-dynamic-gptq", "ct-w8a8-int8-static-asym-act", "ct-w4afp8")
+
+
+def _expected(folder):
+    tensors = open_checkpoint(folder / "expected.safetensors")
+    meta = json.loads((folder / "expected.json").read_text())
+    return tensors.read("input_ids"), tensors.read("logits"), meta
+
+
+def _distances(model, ids, want, meta):
+    with torch.inference_mode():
+        got = model(ids.view(1, -1)).logits[0]
+    d = (got - want).abs()
+    within = meta["bound"].get("positions", {}).get("within", 0)
+    return {
+        "max": d.max().item(),
+        "mean": d.mean().item(),
+        "top1": int((got.argmax(-1) == want.argmax(-1)).sum()),
+        "positions": int((d.amax(dim=-1) <= within).sum()),
+    }
+
+
+def _within(found, bound):
+    least = bound.get("positions", {}).get("at_least", 0)
+    return (
+        found["max"] <= bound["max"]
+        and found["mean"] <= bound["mean"]
+        and found["top1"] >= bound["top1"]
+        and found["positions"] >= least
+    )
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY + ACTIVATIONS)
+def test_logits_are_within_the_bound(shared, name):
+    ids, want, meta = _expected(shared / name)
+    model = load_model(shared / name, dtype=torch.float32)
+    found = _distances(model, ids, want, meta)
+    assert _within(found, meta["bound"]), found
+
+
+def _without_activation_quantization(model):
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            operands = tuple(o for o in module.op.operands if o[0] != "input")
+            module.op = replace(module.op, operands=operands)
+            module._bind()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_logits_miss_the_bound_without_activation_quantization(shared, name):
+    ids, want, meta = _expected(shared / name)
+    model = load_model(shared / name, dtype=torch.float32)
+    _without_activation_quantization(model)
+    found = _distances(model, ids, want, meta)
+    assert not _within(found, meta["bound"])
+    # as far off as the producer measured, to the digits it gave
+    assert found["mean"] == pytest.approx(meta["distance_without_act_quant"], rel=0.02)
+
+
+def test_run_time_scale_over_127_instead_of_half_the_range_is_farther_off(shared):
+    name = "ct-w8a8-int8-dynamic-gptq"
+    ids, want, meta = _expected(shared / name)
+    model = load_model(shared / name, dtype=torch.float32)
+    right = _distances(model, ids, want, meta)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            changed = tuple(
+                (r, replace(s, scales=(replace(s.scales[0], peak=127.0),))) if r == "input"
+                else (r, s)
+                for r, s in module.op.operands
+            )  # fmt: skip
+            module.op = replace(module.op, operands=changed)
+            module._bind()
+    wrong = _distances(model, ids, want, meta)
+    assert wrong["mean"] > 2 * right["mean"]
+
+
+def test_kv_scales_do_not_stop_the_load_and_their_absence_shows(shared):
+    name = "ct-kvfp8-w4a16"
+    ids, want, meta = _expected(shared / name)
+    planned = plan(open_checkpoint(shared / name))
+    assert planned.warnings == ["KV-cache scales present, not applied (2 attention modules)"]
+    assert len(planned.ledger.skipped) == 4
+    found = _distances(load_model(shared / name, dtype=torch.float32), ids, want, meta)
+    # everything but the cache is right: exactly as far off as the producer without it
+    assert found["mean"] == pytest.approx(meta["distance_without_kv_quant"], abs=1e-6)
+
+
+def test_rotation_at_run_time_is_refused(shared):
+    with pytest.raises(ConfigError, match="R4") as err:
+        plan(open_checkpoint(shared / "ct-spinquant-r1r2r4-w4a16"))
+    assert err.value.code == "Q-CFG-TRANSFORM"
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("ct-fp8-dynamic", "float-quantized"),
+        ("ct-mxfp4", "mxfp4-pack-quantized"),
+        ("ct-mxfp8", "mxfp8-quantized"),
+        ("ct-nvfp4", "nvfp4-pack-quantized"),
+    ],
+)
+def test_float_formats_are_refused_by_name(shared, name, word):
+    with pytest.raises(ConfigError, match=word) as err:
+        plan(open_checkpoint(shared / name))
+    assert err.value.code == "Q-CFG-VALUE"
+
+
+def test_members_fuse_only_if_their_static_scales_agree(shared):
+    planned = plan(open_checkpoint(shared / "ct-w8a8-int8-static-asym-act"))
+    builder = Builder(plan=planned, dtype=torch.float32)
+    x = torch.randn(5, 256)
+    layers = [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    alike = [planned.members[f"{layers[0]}.{p}_proj"] for p in "qkv"]  # one input
+    unlike = [planned.members[f"{layer}.q_proj"] for layer in layers]
+    for members, kind in ((alike, QuantLinear), (unlike, QuantComposite)):
+        module = builder.linear("fused", members)
+        assert type(module) is kind
+        want = torch.cat([builder.linear(m.layer.name, [m])(x) for m in members], dim=-1)
+        # the same float32 products, summed in another order over 256 columns
+        assert torch.allclose(module(x), want, rtol=1e-5, atol=1e-4)
+
+
+def test_three_bit_words_read_as_padded_miss_the_weights(shared):
+    folder = shared / "ct-w3a16-gptq"
+    planned = plan(open_checkpoint(folder))
+    expected = open_checkpoint(folder / "expected.safetensors")
+    key = next(k for k in expected.tensors if k.startswith("weight."))
+    module = key.removeprefix("weight.").partition("#")[0].removesuffix(".weight")
+    (lt,) = load_tensor(planned, module).matrices
+    want = expected.read(key)
+    assert torch.equal(lt.dequantize()[: want.shape[0]], want)
+    qt = lt.weight
+    padded = replace(qt.packing, straddle=False)
+    n, k = qt.shape[0], qt.codes.shape[1] * 10
+    codes = unpack(qt.codes, 3, (n, k), padded)[:, : want.shape[1]]
+    right = unpack(qt.codes, 3, qt.shape, qt.packing)[:, : codes.shape[1]]
+    assert not torch.equal(codes, right)
