@@ -1,7 +1,7 @@
 """Sizes of one packed layer from its header, checked against the config.
 
                        along K (minus_one, raw)                interleaved
-    N                  columns of scales, or of qweight        columns of scales
+    N                  columns of scales, or of qweight        of scales, or qweight cols*32/b
     K                  length of g_idx, or qweight rows*32/b   rows of qweight
     bits, twice        qweight rows*32/K, qzeros cols*32/N     qweight and qzeros cols*32/N
     G                  rows of scales, checked against group_size
@@ -23,6 +23,7 @@ from quant_plugin_autoround.scheme import AutoRoundScheme, build_scheme
 __all__ = ["scheme_of"]
 
 _INTERLEAVED_BITS = (4, 5, 6, 7)
+_NEEDED = ("qweight", "qzeros", "scales")
 Leaves = Mapping[str, TensorInfo]
 Shape = tuple[int, ...] | None
 
@@ -33,13 +34,17 @@ def _shape(leaves: Leaves, leaf: str, rank: int = 2) -> Shape:
     return info.shape if info is not None and len(info.shape) == rank else None
 
 
-def _out_features(config: AutoRoundConfig, layer: LayerDesc, leaves: Leaves) -> int | None:
+def _out_features(
+    config: AutoRoundConfig, layer: LayerDesc, leaves: Leaves, settings: LayerSettings
+) -> int | None:
     if layer.out_features is not None:
         return layer.out_features
     if scales := _shape(leaves, "scales"):
         return scales[1]
     qweight = _shape(leaves, "qweight")
-    return qweight[1] if qweight and config.dialect != "interleaved" else None
+    if qweight and config.dialect == "interleaved":
+        return qweight[1] * 32 // settings.bits
+    return qweight[1] if qweight else None
 
 
 def _in_features(
@@ -122,10 +127,11 @@ def scheme_of(
         ConfigError: ``Q-CFG-CONFLICT``, ``Q-CFG-VALUE`` for the bits.
         LayoutError: ``Q-LAYOUT-GROUP``.
     """
-    n = _out_features(config, layer, leaves)
+    n = _out_features(config, layer, leaves, settings)
     _check_bits(config, settings, name, _implied_bits(config, layer, leaves, settings, n or 0))
     k = _in_features(config, layer, leaves, settings)
     if not n or not k or settings.group_size is None:
+        absent = next((t for t in _NEEDED if t not in leaves), _NEEDED[0])
         have = ", ".join(f"{leaf} {info.shape}" for leaf, info in leaves.items())
         raise CheckpointError(
             f"{checkpoint.path}: sizes of module {printable(name)!r} cannot be told from what is "
@@ -133,8 +139,8 @@ def scheme_of(
             "The checkpoint is incomplete; download or export it again.",
             code="Q-TENSOR-MISSING",
             path=checkpoint.path,
-            tensor=f"{name}.qweight",
-            expected=("qweight", "qzeros", "scales"),
+            tensor=f"{name}.{absent}",
+            expected=_NEEDED,
             actual=sorted(leaves),
             plugin="autoround",
         )

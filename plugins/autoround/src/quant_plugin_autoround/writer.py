@@ -100,15 +100,21 @@ def config_for(plan: Any) -> Mapping[str, Any]:
         if isinstance(member.scheme, AutoRoundScheme)
         for name in _module_names(member.layer)
     }
-    tensors = plan.checkpoint.tensors
     floats = [
         name
         for member in plan.members.values()
-        if not member.quantized and member.layer.kind != "embedding"
+        if _is_float_matrix(plan, member)
         for name in _module_names(member.layer)
-        if f"{name}.weight" in tensors and len(tensors[f"{name}.weight"].shape) == 2
     ]
     return describe(schemes, floats)
+
+
+def _is_float_matrix(plan: Any, member: Any) -> bool:
+    """A float weight that a reader might take for a packed one."""
+    if member.quantized or member.layer.kind == "embedding":
+        return False
+    tensors = plan.checkpoint.tensors
+    return any(n.endswith(".weight") and len(tensors[n].shape) == 2 for n in member.stored)
 
 
 def _module_names(layer: Any) -> list[str]:

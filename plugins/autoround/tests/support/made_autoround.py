@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from made_words import interleaved, qweight, qweight_interleaved, qzeros, save, weight, words
@@ -13,7 +14,16 @@ from quant_core.checkpoint.open import open_checkpoint
 from quant_core.plan import Plan, plan
 from quant_core.registry import Registry, load_registry
 
-__all__ = ["FORMATS", "config", "layer", "plan_of", "registry", "save", "stored_zeros"]
+__all__ = [
+    "FORMATS",
+    "config",
+    "layer",
+    "plan_of",
+    "registry",
+    "save",
+    "save_tensors",
+    "stored_zeros",
+]
 
 FORMATS = {
     "minus_one": "auto_round:auto_gptq",
@@ -86,6 +96,11 @@ def config(**changes: Any) -> dict[str, Any]:
         "block_name_to_quantize": "model.layers",
     }
     return {k: v for k, v in (base | changes).items() if v is not ...}
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Replace the tensors of a checkpoint on disk."""
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def plan_of(folder: Path) -> Plan:
