@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant_core.checkpoint import discover
 from quant_core.checkpoint.base import Checkpoint, Index
+from quant_core.checkpoint.buffer import read_buffer
 from quant_core.checkpoint.cut import contiguous_part
 from quant_core.checkpoint.files import FilePool, FileState, OpenFile, resolve_inside
 from quant_core.checkpoint.header import BITS, MAX_HEADER_BYTES, MAX_TENSORS
@@ -26,7 +27,6 @@ from quant_core.checkpoint.sniff import changed_error, read_header
 from quant_core.errors import (
     CheckpointError,
     ConfigError,
-    LimitError,
     printable,
     summarize,
 )
@@ -244,17 +244,7 @@ class SafetensorsCheckpoint(Checkpoint):
         first, part, rest = contiguous_part(name, shape, index)
         itemsize = max(bits // 8, 1)
         nbytes = math.prod(part) * itemsize
-        try:  # the device is named: callers may be inside `with torch.device("meta")`
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        except RuntimeError as err:
-            raise LimitError(
-                f"{printable(info.file)}: tensor {printable(name)!r} needs {nbytes} bytes, "
-                "expected them to be free. Free memory or read a part of it.",
-                code="Q-LIMIT-MEMORY",
-                path=self.folder / info.file,
-                tensor=name,
-                expected=nbytes,
-            ) from err
+        buffer = read_buffer(nbytes, path=self.folder / info.file, tensor=name)
         if nbytes:
             self._fill(info, buffer.numpy().data, info.offset + first * itemsize)
         tensor = buffer.view(dtype).view(part)

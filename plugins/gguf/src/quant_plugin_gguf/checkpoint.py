@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quant_core.checkpoint.base import Checkpoint, Index
+from quant_core.checkpoint.buffer import read_buffer
 from quant_core.checkpoint.cut import contiguous_part
 from quant_core.checkpoint.files import FilePool, FileState
 from quant_core.checkpoint.sniff import changed_error
@@ -181,8 +182,8 @@ class GgufCheckpoint(Checkpoint):
             )
         dtype: torch.dtype = getattr(torch, info.dtype) if plain else torch.uint8
         first, part, rest = contiguous_part(name, shape, index)
-        # the device is named: callers may be inside `with torch.device("meta")`
-        data = torch.empty(math.prod(part) * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        nbytes = math.prod(part) * dtype.itemsize
+        data = read_buffer(nbytes, path=self.folder / info.file, tensor=name)
         self._fill(info, data.numpy().data, info.offset + first * dtype.itemsize)
         out = data.view(dtype).view(part)
         return out[rest].contiguous() if rest else out
