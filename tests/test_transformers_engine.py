@@ -58,16 +58,17 @@ def _packed(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, bytes]]:
     return _bytes({f"{n}.{leaf}": t for n, m in modules for leaf, t in m.tensors.items()})
 
 
+@pytest.mark.parametrize("kernels", [None, "torch_ref"], ids=["fastest", "reference"])
 @pytest.mark.parametrize("folder", ALL, ids=lambda d: d.name)
-def test_logits_within_the_producers_bound(folder: Path) -> None:
-    model = load_model(folder, dtype=torch.float32)
+def test_logits_within_the_producers_bound(folder: Path, kernels: str | None) -> None:
+    model = load_model(folder, dtype=torch.float32, kernels=kernels)
     assert _within_bound(model, folder)
     assert _packed(model), "nothing stayed packed"
     assert not [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
 
 
 def test_one_changed_scale_leaves_the_bound(checkpoints: Path) -> None:
-    model = load_model(checkpoints / ACT_ORDER, dtype=torch.float32)
+    model = load_model(checkpoints / ACT_ORDER, dtype=torch.float32, kernels="torch_ref")
     model.model.layers[0].mlp.down_proj.scales_0.mul_(1.25)
     assert not _within_bound(model, checkpoints / ACT_ORDER)
 

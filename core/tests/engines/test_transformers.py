@@ -164,7 +164,7 @@ def test_dtype_that_is_no_activation_dtype_is_refused(
     assert err.value.code == "Q-ENGINE-DTYPE"
 
 
-@pytest.mark.parametrize("found", ["4.57.6", "5.16.1", "5.24.0", "6.0.0", None])
+@pytest.mark.parametrize("found", ["4.57.6", "5.15.1", "5.24.0", "6.0.0", None])
 def test_unsupported_transformers_is_refused_with_the_range(
     found: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -177,7 +177,7 @@ def test_unsupported_transformers_is_refused_with_the_range(
     for call in (install, lambda: load_model(tmp_path), lambda: as_config(tmp_path)):
         with pytest.raises(PluginError, match="pip install") as err:
             call()
-        assert err.value.code == "Q-ENGINE-VERSION"
+        assert err.value.code == ("Q-ENGINE-VERSION" if found else "Q-ENGINE-MISSING")
         assert (found or "not installed") in str(err.value)
 
 
@@ -278,3 +278,38 @@ def test_announcing_code_in_the_config_runs_none(
     with caplog.at_level(logging.WARNING):
         assert _same(load_model(tmp_path), dense)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"model_type": "no_such_model"}])
+def test_config_that_transformers_rejects_names_the_checkpoint(
+    change: dict[str, object], toy: None, tmp_path: Path
+) -> None:
+    _write(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(ConfigError, match=tmp_path.name) as err:
+        load_model(tmp_path)
+    assert err.value.code == "Q-ENGINE-CONFIG"
+
+
+def test_container_states_settings_only_where_no_config_file_does(
+    toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quant_core.checkpoint.safetensors import SafetensorsCheckpoint
+
+    _write(tmp_path)
+    monkeypatch.setattr(
+        SafetensorsCheckpoint, "config_overrides", lambda self: {"rms_norm_eps": 2.0}
+    )
+    assert as_config(tmp_path).rms_norm_eps == CONFIG.rms_norm_eps
+    opener = import_module("quant_core.checkpoint.open")
+    open_checkpoint = opener.open_checkpoint
+
+    def without_config(path: Path) -> Any:
+        checkpoint = open_checkpoint(path)
+        checkpoint.config = {}
+        return checkpoint
+
+    monkeypatch.setattr(opener, "open_checkpoint", without_config)
+    assert as_config(tmp_path).rms_norm_eps == 2.0
+    assert as_config(tmp_path, rms_norm_eps=3.0).rms_norm_eps == 3.0

@@ -90,6 +90,13 @@ class Checkpoint(ABC):
         """
         return {"pretrained_model_name_or_path": str(self.folder)}
 
+    def config_overrides(self) -> Mapping[str, Any]:
+        """Settings of the model's config that this container states and transformers overlooks.
+
+        Used where the config is made from ``pretrained_args`` and not read from a config.json.
+        """
+        return {}
+
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, TensorInfo]]:
         """Stored module path -> {last name component: TensorInfo}, in file order."""

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_core.errors import ConfigError, PluginError, summarize
+from quant_core.errors import ConfigError, PluginError, printable, summarize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SUPPORTED", "as_config", "install", "load_model", "uninstall"]
 
-SUPPORTED = ("5.17", "5.24")
+SUPPORTED = ("5.16", "5.24")
 """transformers versions this engine is tested with: first, and first one too new."""
 
 _lock = threading.Lock()
@@ -45,7 +45,7 @@ def _check_version() -> None:
         raise PluginError(
             f"transformers: {have}, expected >={low},<{high}. "
             f"Run `pip install 'transformers>={low},<{high}'`.",
-            code="Q-ENGINE-VERSION",
+            code="Q-ENGINE-VERSION" if found else "Q-ENGINE-MISSING",
             expected=f">={low},<{high}",
             actual=found or None,
         )
@@ -76,7 +76,8 @@ def install() -> tuple[str, ...]:
         The ``quant_method`` values that are taken over.
 
     Raises:
-        PluginError: ``Q-ENGINE-VERSION`` if transformers is absent or outside ``SUPPORTED``.
+        PluginError: ``Q-ENGINE-MISSING`` without transformers, ``Q-ENGINE-VERSION`` if its version
+            is outside ``SUPPORTED``.
     """
     _check_version()
     from transformers.quantizers import auto
@@ -125,8 +126,9 @@ def as_config(
     ``quantization_config`` of their own. It works without ``install``.
 
     Raises:
-        PluginError: ``Q-ENGINE-VERSION``.
-        ConfigError: ``Q-CFG-KEY`` for an override that the config class does not have.
+        PluginError: ``Q-ENGINE-MISSING``, ``Q-ENGINE-VERSION``.
+        ConfigError: ``Q-CFG-KEY`` for an override that the config class does not have,
+            ``Q-ENGINE-CONFIG`` if transformers rejects the config.
         CheckpointError: the checkpoint cannot be opened.
     """
     _check_version()
@@ -137,12 +139,22 @@ def as_config(
 
     where = Path(os.path.abspath(path))
     with open_checkpoint(where) as checkpoint:
-        arguments = dict(checkpoint.pretrained_args())
+        arguments: dict[str, Any] = dict(checkpoint.pretrained_args())
+        settings = dict(checkpoint.config_overrides()) | config_overrides
         if "model_type" in checkpoint.config:  # a config.json says more than a container can
             arguments = {"pretrained_model_name_or_path": str(checkpoint.folder)}
-    config, unused = AutoConfig.from_pretrained(
-        **arguments, trust_remote_code=False, return_unused_kwargs=True, **config_overrides
-    )
+            settings = config_overrides
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            **arguments, trust_remote_code=False, return_unused_kwargs=True, **settings
+        )
+    except Exception as err:  # transformers raises a dozen types here
+        raise ConfigError(
+            f"{where}: transformers rejects the model's config: {printable(err, 300)}; expected "
+            "one it can build. Restore config.json, or correct the settings passed.",
+            code="Q-ENGINE-CONFIG",
+            path=where,
+        ) from err
     unused = {k: v for k, v in unused.items() if k not in arguments and k in config_overrides}
     if unused:
         raise ConfigError(
@@ -184,9 +196,9 @@ def load_model(
         config_overrides: settings of the model's config, e.g. ``attn_implementation="eager"``.
 
     Raises:
-        PluginError: ``Q-ENGINE-VERSION`` if transformers is absent or not supported.
-        ConfigError: ``Q-ENGINE-DEVICE``, ``Q-ENGINE-DTYPE``, ``Q-ENGINE-MODEL``, or the
-            checkpoint's own config is wrong.
+        PluginError: ``Q-ENGINE-MISSING``, ``Q-ENGINE-VERSION``.
+        ConfigError: ``Q-ENGINE-CONFIG``, ``-DEVICE``, ``-DTYPE``, ``-MODEL``, ``Q-CFG-KEY``, or
+            the checkpoint's own quantization config is wrong.
         CheckpointError, LayoutError, FormatError, KernelError: see their codes; nothing half
             loaded stays.
     """

@@ -137,6 +137,14 @@ class Check:
             want = tuple(state[f"{module}.weight"].shape)
             if found != want or len({k for _, k in shapes}) != 1:
                 wrong.append((members[0].layer.name, found, want))
+        for module, roles in self.layout.experts.items():
+            experts, rows, hidden = state[f"{module}.gate_up_proj"].shape
+            sizes = {"gate": (rows // 2, hidden), "up": (rows // 2, hidden)}
+            sizes["down"] = tuple(state[f"{module}.down_proj"].shape[1:])
+            for role, member in roles.items():
+                found = (len(member.layer.experts), *member.scheme.shape)  # type: ignore[union-attr]
+                if found != (experts, *sizes[role]):
+                    wrong.append((member.layer.name, found, (experts, *sizes[role])))
         if wrong:
             shown = (f"{name} {found} and not {want}" for name, found, want in wrong)
             raise LayoutError(

@@ -95,21 +95,6 @@ def _build_experts(
     builder: Builder, model: nn.Module, module: str, roles: Mapping[str, Member]
 ) -> nn.Module:
     old: Any = model.get_submodule(module)
-    experts, rows, hidden = old.gate_up_proj.shape
-    sizes = {"gate": (rows // 2, hidden), "up": (rows // 2, hidden)}
-    sizes["down"] = tuple(old.down_proj.shape[1:])
-    for role, member in roles.items():
-        found = (len(member.layer.experts), *member.scheme.shape)  # type: ignore[union-attr]
-        if found != (experts, *sizes[role]):
-            raise LayoutError(
-                f"{member.layer.name}: the checkpoint holds {found[0]} experts of {found[1]} x "
-                f"{found[2]}, the model expects {experts} of {sizes[role][0]} x {sizes[role][1]}. "
-                "config.json describes another model, or the checkpoint was cut.",
-                code="Q-LAYOUT-SHAPE",
-                tensor=member.layer.name,
-                expected=(experts, *sizes[role]),
-                actual=found,
-            )
     return builder.experts(module, activation=old.act_fn, **roles)
 
 
