@@ -81,30 +81,33 @@ QK_INLINE vf NAME(product)(const qk_factor f[2], const void *const base[2], cons
 
 /* Add a finished (part of a) group to the outputs: out[m][32] += s (acc - shift x_sum) + o x_sum.
  * `last`: the group ends here; its x_sum counts once. */
-QK_INLINE void NAME(finish)(const NAME(view) *v, int64_t block, int64_t q, int last, int tokens,
-                            vf acc[][NV], const float *sums, float *out) {
+QK_INLINE void NAME(finish)(const NAME(view) *v, int64_t block, int64_t q, int last,
+                            const int tokens, vf acc[][NV], const float *sums, float *out) {
     const qk_op *op = v->op;
     const int64_t k = q * op->group;
     const int kind = last ? (int)op->zero_kind : QK_ZERO_FOLDED;
+#pragma GCC unroll 4
     for (int j = 0; j < NV; j++) {
-        const vf s = NAME(product)(op->scale, v->t.scales, v->scale_groups, block, k, j);
-        vf shift = vset(-op->shift), offset = vset(0.0f);
-        if (kind == QK_ZERO_CODE) {
-            const uint8_t *z = (const uint8_t *)v->t.zeros + (block * v->groups + q) * QK_ROWS;
-            shift = vsub(vset(op->bias), load_u8(z + j * VW));
-        } else if (kind == QK_ZERO_OFFSET) {
-            shift = vset(op->bias);
-            offset = NAME(product)(op->offset, v->t.offset, v->offset_groups, block, k, j);
-        }
-        for (int m = 0; m < tokens; m++) {
-            vf t = acc[m][j], y = vload(out + m * QK_ROWS + j * VW);
-            if (kind != QK_ZERO_FOLDED) {
-                const vf x = vset(sums[m * v->groups + q]);
-                t = vfma(shift, x, t);
-                if (kind == QK_ZERO_OFFSET) y = vfma(offset, x, y);
+        float *y = out + j * VW;
+        if (kind != QK_ZERO_FOLDED) {
+            vf shift = vset(kind == QK_ZERO_CONST ? -op->shift : op->bias);
+            if (kind == QK_ZERO_CODE) {
+                const uint8_t *z = (const uint8_t *)v->t.zeros + (block * v->groups + q) * QK_ROWS;
+                shift = vsub(shift, load_u8(z + j * VW));
             }
-            vstore(out + m * QK_ROWS + j * VW, vfma(s, t, y));
+#pragma GCC unroll 16
+            for (int m = 0; m < tokens; m++)
+                acc[m][j] = vfma(shift, vset(sums[m * v->groups + q]), acc[m][j]);
         }
+        if (kind == QK_ZERO_OFFSET) {
+            const vf o = NAME(product)(op->offset, v->t.offset, v->offset_groups, block, k, j);
+            for (int m = 0; m < tokens; m++)
+                vstore(y + m * QK_ROWS, vfma(o, vset(sums[m * v->groups + q]), vload(y + m * QK_ROWS)));
+        }
+        const vf s = NAME(product)(op->scale, v->t.scales, v->scale_groups, block, k, j);
+#pragma GCC unroll 16
+        for (int m = 0; m < tokens; m++)
+            vstore(y + m * QK_ROWS, vfma(s, acc[m][j], vload(y + m * QK_ROWS)));
     }
 }
 
@@ -208,9 +211,11 @@ static void NAME(expand)(const NAME(view) *v, int64_t block, int64_t k, int64_t 
         }
 }
 
-/* out[tokens][32] += columns [k, stop) of `tokens` rows of x times the panel. */
+/* out[tokens][32] += columns [k, stop) of `tokens` rows of x times the panel. Meanwhile codes at
+ * `ahead` are fetched, `step` bytes a column or pair of columns. */
 QK_INLINE void NAME(tile_tokens)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
-                                 const char *panel, const xelem *x, const float *sums, float *out,
+                                 const char *panel, const char *ahead, int64_t step,
+                                 const xelem *x, const float *sums, float *out,
                                  const int tokens) {
     const qk_op *op = v->op;
     const int64_t ld = op->k;
@@ -224,6 +229,8 @@ QK_INLINE void NAME(tile_tokens)(const NAME(view) *v, int64_t block, int64_t k, 
             for (int j = 0; j < NV; j++) acc[m][j] = vzero();
         for (; k < end; k += KP, panel += QK_ROWS * 4) {
             vp c[NV];
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            ahead += step;
 #pragma GCC unroll 4
             for (int j = 0; j < NV; j++) c[j] = load_panel(panel + j * VW * 4);
 #pragma GCC unroll 16
@@ -238,11 +245,11 @@ QK_INLINE void NAME(tile_tokens)(const NAME(view) *v, int64_t block, int64_t k, 
 }
 
 #define TILE_CASE(N)                                                              \
-    case N: NAME(tile_tokens)(v, block, k, stop, panel, x, sums, out, N); break;
+    case N: NAME(tile_tokens)(v, block, k, stop, panel, ahead, step, x, sums, out, N); break;
 
 static void NAME(tile)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
-                       const char *panel, const xelem *x, const float *sums, float *out,
-                       int64_t tokens) {
+                       const char *panel, const char *ahead, int64_t step, const xelem *x,
+                       const float *sums, float *out, int64_t tokens) {
     switch (tokens) {
         TILE_CASE(1)
         TILE_CASE(2)
@@ -267,7 +274,7 @@ static void NAME(tile)(const NAME(view) *v, int64_t block, int64_t k, int64_t st
 static void NAME(slab)(const NAME(view) *v, int64_t block, int64_t blocks, int64_t tokens,
                        const xelem *x, const float *sums, char *panels, float *out) {
     const qk_op *op = v->op;
-    const int64_t panel_bytes = K_CHUNK / KP * QK_ROWS * 4;
+    const int64_t panel_bytes = K_CHUNK / KP * QK_ROWS * 4, bytes = QK_ROWS * op->width / 8;
     /* even tiles: 13 tokens make 7 + 6, not 12 + 1 */
     const int64_t tiles = qk_div_up(tokens, MAX_TILE), step = qk_div_up(tokens, tiles);
     memset(out, 0, blocks * tokens * QK_ROWS * sizeof(float));
@@ -276,10 +283,15 @@ static void NAME(slab)(const NAME(view) *v, int64_t block, int64_t blocks, int64
         for (int64_t b = 0; b < blocks; b++)
             NAME(expand)(v, block + b, k, stop - k, panels + b * panel_bytes);
         for (int64_t m = 0; m < tokens; m += step)
-            for (int64_t b = 0; b < blocks; b++)
-                NAME(tile)(v, block + b, k, stop, panels + b * panel_bytes, x + m * op->k,
-                           sums + m * v->groups, out + (b * tokens + m) * QK_ROWS,
-                           qk_min(step, tokens - m));
+            for (int64_t b = 0; b < blocks; b++) {
+                /* what `expand` reads next: the next chunk, or the first one of a later block */
+                const int64_t at = stop < op->k ? (block + b) * op->k + stop
+                                                : (block + blocks + b) * op->k;
+                const char *ahead = (const char *)v->t.codes + at * bytes;
+                NAME(tile)(v, block + b, k, stop, panels + b * panel_bytes, ahead,
+                           m == 0 ? KP * bytes : 0, x + m * op->k, sums + m * v->groups,
+                           out + (b * tokens + m) * QK_ROWS, qk_min(step, tokens - m));
+            }
     }
 }
 
