@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import logging
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--fixtures-only", action="store_true", help="skip SmolLM2")
     args = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
+    logging.getLogger("quant_core").setLevel(logging.ERROR)  # what lies beside the weights
     if not args.fixtures_only:
         show_smollm(args.new_tokens)
     return 0 if show_fixtures() else 1
