@@ -29,6 +29,7 @@ from quant_core.errors import ConfigError, LayoutError, QuantError, printable, s
 from quant_core.nn import BoundMember, QuantModule, matrices
 from quant_core.packing import repack
 from quant_core.plan import Member, Plan, param_sources
+from quant_core.registry import registry
 from quant_core.rewrites import slice_out
 from quant_core.scheme import Scheme
 from quant_core.spec import TensorInfo
@@ -43,7 +44,7 @@ __all__ = ["Provenance", "attach_save", "save_model"]
 
 log = logging.getLogger("quant_core")
 
-_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf|onnx)(\.index\.json)?$")
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|onnx)(\.index\.json)?$")
 _SIDE_BYTES = 64 << 20  # larger files beside the weights are not configuration
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -166,8 +167,10 @@ def _copy_side_files(provenance: Provenance, folder: Path) -> None:
             provenance.folder,
         )
         return
+    containers = tuple(c for p in registry().plugins.values() for c in p.info.containers)
     for file in sorted(provenance.folder.iterdir()):
-        wanted = file.is_file() and not _WEIGHTS.search(file.name) and file.name[0] != "."
+        weights = _WEIGHTS.search(file.name) or file.name.endswith(containers)
+        wanted = file.is_file() and not weights and file.name[0] != "."
         if not wanted or file.name in provenance.files or file.stat().st_size > _SIDE_BYTES:
             continue
         target = folder / file.name
