@@ -157,6 +157,20 @@ class GgufCheckpoint(Checkpoint):
             "gguf_file": self.file.name,
         }
 
+    def config_overrides(self) -> Mapping[str, Any]:
+        """Sizes of the experts, which transformers 5.23 leaves at its own defaults.
+
+        It also takes every file for a dense feed-forward of ``feed_forward_length``; in a file
+        whose layers are all experts that length describes nothing.
+        """
+        prefix = self.metadata.get("general.architecture")
+        keys = {
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        }
+        found = {name: self.metadata.get(f"{prefix}.{key}") for key, name in keys.items()}
+        return {name: value for name, value in found.items() if isinstance(value, int) and value}
+
     # --------------------------------------------------------------------------- reading
 
     def close(self) -> None:
