@@ -31,6 +31,7 @@ _NEEDED = {"rows": [*_AVX2, "-ffp-contract=off"], "kernel_avx2": _AVX2}
 _OPTIONAL = {
     "AVX512": ("kernel_avx512", _AVX512),
     "BF16": ("kernel_bf16", [*_AVX512, "-mavx512bf16"]),
+    "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
 }
 _VERSION = 1  # of the C interface; library.py checks it
 

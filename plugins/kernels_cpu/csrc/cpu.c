@@ -54,3 +54,15 @@ int qk_linear(const qk_call *c) {
         return qk_linear_avx2(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
     return 3;
 }
+
+/* The same with activations rounded to int8 per group (kernel_w4a8.c). */
+int qk_linear_int8(const qk_call *c) {
+#ifdef QK_HAVE_VNNI
+    const qk_segment one = {0, 0, c->count}, *segs = c->segments ? c->segments : &one;
+    return qk_linear_w4a8(c->op, &c->tensors, c->x, c->xtype, c->y, segs,
+                          c->segments ? c->count : 1, omp_get_max_threads());
+#else
+    (void)c;
+    return 3;
+#endif
+}

@@ -30,54 +30,11 @@
  */
 #include <omp.h>
 
-#include "common.h"
+#include "factors.h"
 
 #define K_CHUNK 1024 /* columns of a panel: 64 KiB of bfloat16 a block of rows */
 #define M_SLAB 256   /* tokens whose accumulators are kept at once */
 #define MAX_BLOCKS 4 /* blocks of rows that share one pass over x */
-
-typedef struct {
-    const qk_op *op;
-    qk_tensors t;
-    int64_t groups, scale_groups[2], offset_groups[2]; /* per row */
-    code_table table;
-} NAME(view);
-
-static void NAME(make_view)(NAME(view) *v, const qk_op *op, const qk_tensors *t, int64_t expert) {
-    v->op = op;
-    v->t = qk_expert(op, t, expert);
-    v->groups = qk_div_up(op->k, op->group);
-    for (int i = 0; i < 2; i++) {
-        v->scale_groups[i] = op->scale[i].type ? qk_div_up(op->k, op->scale[i].group) : 0;
-        v->offset_groups[i] = op->offset[i].type ? qk_div_up(op->k, op->offset[i].group) : 0;
-    }
-    v->table = make_table(op);
-}
-
-/* VW values of a factor: rows [VW * vec, VW * (vec + 1)) of a block, the group of column k. */
-QK_INLINE vf NAME(factor)(const qk_factor *f, const void *base, int64_t block, int64_t groups,
-                          int64_t k, int vec) {
-    const int64_t at = (block * groups + k / f->group) * QK_ROWS + vec * VW;
-    const uint8_t *bytes = (const uint8_t *)base + at;
-    const uint16_t *halves = (const uint16_t *)base + at;
-    switch (f->type) {
-    case QK_F32: return vload((const float *)base + at);
-    case QK_F16: return load_f16(halves);
-    case QK_BF16: return load_bf16(halves);
-    case QK_U8: return load_u8(bytes);
-    case QK_I8: return load_i8(bytes);
-    case QK_SINGLE: return vset(*(const float *)base);
-    default: return load_table(f->table, bytes);
-    }
-}
-
-/* Product of the factors of a scale (or offset), coarsest first. */
-QK_INLINE vf NAME(product)(const qk_factor f[2], const void *const base[2], const int64_t groups[2],
-                           int64_t block, int64_t k, int vec) {
-    vf fine = NAME(factor)(&f[0], base[0], block, groups[0], k, vec);
-    if (!f[1].type) return fine;
-    return vmul(NAME(factor)(&f[1], base[1], block, groups[1], k, vec), fine);
-}
 
 /* Add a finished (part of a) group to the outputs: out[m][32] += s (acc - shift x_sum) + o x_sum.
  * `last`: the group ends here; its x_sum counts once. */

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["KERNELS", "WnA16"]
+__all__ = ["KERNELS", "W4A8", "WnA16"]
 
+_BEHIND = 1e5  # more than any exact kernel of this package costs, less than the reference
 _BYTES_PER_US = 15e3  # 15 GB/s: codes read by two cores of a server
 
 
@@ -30,6 +31,7 @@ class WnA16:
 
     name = "cpu_wna16"
     OPS: tuple[str, ...] = ("linear", "grouped_linear", "embedding")
+    int8 = False  # activations rounded
 
     def _layout(self, op: OpSpec) -> Layout | Rejected:
         if op.device[0] != "cpu":  # says more than a missing library does
@@ -131,12 +133,45 @@ class WnA16:
         from quant_kernels_cpu import ops
 
         layout = self._bound(op)
+        int8 = self.int8
         runs: dict[str, Callable[..., Tensor]] = {
-            "linear": ops.run_linear,
-            "grouped_linear": ops.run_grouped,
+            "linear": ops.run_linear_int8 if int8 else ops.run_linear,
+            "grouped_linear": ops.run_grouped_int8 if int8 else ops.run_grouped,
             "embedding": ops.run_embedding,
         }
         return functools.partial(runs[op.op], layout.text(), layout.k_in)
+
+
+class W4A8(WnA16):
+    """Activations rounded to int8, one scale per group of columns; see csrc/kernel_w4a8.c.
+
+    Its cost puts it behind ``cpu_wna16``, which runs everything it runs: it changes results by
+    about a percent, so it runs only where ``kernels=`` or ``QUANT_KERNELS`` names it.
+    """
+
+    name = "cpu_w4a8"
+    OPS = ("linear", "grouped_linear")
+    int8 = True
+
+    def _layout(self, op: OpSpec) -> Layout | Rejected:
+        layout = super()._layout(op)
+        if isinstance(layout, Rejected):
+            return layout
+        if not library().vnni:
+            return Rejected(axis="processor", have="no VNNI", need="AVX512-VNNI")
+        if layout.width != 4 or not layout.element.startswith("uint"):
+            return Rejected(axis="element", have=layout.element, need="uint2 to uint4")
+        group = layout.scales[0].group
+        if group > 128 and group % 128 and group < layout.k:
+            return Rejected(axis="group", have=str(group), need="at most 128, or a multiple")
+        return layout
+
+    def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        answer = super().accepts(op)
+        if isinstance(answer, Rejected):
+            return answer
+        note = "rounds activations to int8 per group; runs only when named"
+        return Accepted(exact=False, cost=_BEHIND + answer.cost, note=note)
 
 
 def _check_part(
@@ -195,4 +230,4 @@ def _check_range(what: str, start: int, stop: int, size: int) -> None:
         )
 
 
-KERNELS: tuple[Kernel, ...] = (WnA16(),)
+KERNELS: tuple[Kernel, ...] = (WnA16(), W4A8())

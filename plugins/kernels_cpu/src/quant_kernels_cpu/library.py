@@ -56,7 +56,8 @@ def _load() -> Library | str:
     if c.qk_version() != _VERSION:
         return f"{_FILE.name} has interface {c.qk_version()}, expected {_VERSION}; build it again"
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    c.qk_linear.argtypes = c.qk_rows.argtypes = [ctypes.c_char_p]
+    for function in (c.qk_linear, c.qk_linear_int8, c.qk_rows):
+        function.argtypes = [ctypes.c_char_p]
     c.qk_repack.argtypes = [*[pointer] * 2, *[integer] * 6]
     c.qk_repack.restype = None
     isa = c.qk_isa()
@@ -79,7 +80,7 @@ def _limited(limit: str) -> Library | str:
             actual=limit,
         )
     isa = min(found.isa, ISAS.index(limit))
-    return Library(found.c, isa, found.vnni and limit == ISAS[-1])
+    return Library(found.c, isa, found.vnni and limit != "avx2")
 
 
 def unavailable() -> str:

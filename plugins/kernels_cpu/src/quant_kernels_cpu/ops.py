@@ -2,6 +2,7 @@
 
     quant_cpu::linear(x, tensors, layout) -> y                   x [..., K] -> [..., N]
     quant_cpu::grouped_linear(x, experts, tensors, layout) -> y  x [T, K], experts [T] -> [T, N]
+    quant_cpu::linear_int8, quant_cpu::grouped_linear_int8       the same, x rounded to int8
     quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
 
 ``layout`` is ``Layout.text()``; ``tensors`` are the buffers in the order of ``buffer_shapes``.
@@ -24,12 +25,13 @@ from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, tensor_slo
 from quant_kernels_cpu.library import library
 from quant_kernels_cpu.support import layout_from_text
 
-__all__ = ["run_embedding", "run_grouped", "run_linear"]
-
-_lib = torch.library.Library("quant_cpu", "DEF")
-_lib.define("linear(Tensor x, Tensor[] tensors, str layout) -> Tensor")
-_lib.define("grouped_linear(Tensor x, Tensor experts, Tensor[] tensors, str layout) -> Tensor")
-_lib.define("embedding(Tensor ids, Tensor[] tensors, str layout) -> Tensor")
+__all__ = [
+    "run_embedding",
+    "run_grouped",
+    "run_grouped_int8",
+    "run_linear",
+    "run_linear_int8",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def _check_status(status: int, what: str) -> None:
     )
 
 
-def _linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+def _run_linear(name: str, x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     call = _call(text)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], call.n)
@@ -89,7 +91,7 @@ def _linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     if count:
         lib = library()
         packed = _packed(lib.isa, call, tensors, x, x.dtype, y, 0, count)
-        _check_status(lib.c.qk_linear(packed), "linear")
+        _check_status(getattr(lib.c, name)(packed), "linear")
     return y
 
 
@@ -109,7 +111,7 @@ def _segments(experts: Tensor, total: int) -> tuple[Tensor, Array[Segment], int]
     return order[:start], (Segment * len(segments))(*segments), start
 
 
-def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+def _run_grouped(name: str, x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     call = _call(text)
     order, segments, active = _segments(experts.reshape(-1), call.experts)
     y = x.new_zeros(x.shape[0], call.n)
@@ -119,7 +121,7 @@ def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str
         at, count = addressof(segments), len(segments)
         lib = library()
         packed = _packed(lib.isa, call, tensors, sorted_x, x.dtype, rows, at, count)
-        _check_status(lib.c.qk_linear(packed), "grouped_linear")
+        _check_status(getattr(lib.c, name)(packed), "grouped_linear")
         y[order] = rows
     return y
 
@@ -149,12 +151,28 @@ def _fake_embedding(ids: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     return torch.empty(*ids.shape, layout.k, dtype=dtype, device=ids.device)
 
 
-_IMPLS: tuple[tuple[str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
-    ("linear", _linear, _fake_linear),
-    ("grouped_linear", _grouped_linear, _fake_grouped),
-    ("embedding", _embedding, _fake_embedding),
+_linear = functools.partial(_run_linear, "qk_linear")
+_linear_int8 = functools.partial(_run_linear, "qk_linear_int8")
+_grouped_linear = functools.partial(_run_grouped, "qk_linear")
+_grouped_linear_int8 = functools.partial(_run_grouped, "qk_linear_int8")
+
+_LINEAR = "(Tensor x, Tensor[] tensors, str layout) -> Tensor"
+_GROUPED = "(Tensor x, Tensor experts, Tensor[] tensors, str layout) -> Tensor"
+_OPS: tuple[tuple[str, str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+    ("linear", _LINEAR, _linear, _fake_linear),
+    ("linear_int8", _LINEAR, _linear_int8, _fake_linear),
+    ("grouped_linear", _GROUPED, _grouped_linear, _fake_grouped),
+    ("grouped_linear_int8", _GROUPED, _grouped_linear_int8, _fake_grouped),
+    (
+        "embedding",
+        "(Tensor ids, Tensor[] tensors, str layout) -> Tensor",
+        _embedding,
+        _fake_embedding,
+    ),
 )
-for _name, _impl, _fake in _IMPLS:
+_lib = torch.library.Library("quant_cpu", "DEF")
+for _name, _schema, _impl, _fake in _OPS:
+    _lib.define(_name + _schema)
     _lib.impl(_name, _impl, "CPU")
     torch.library.register_fake(f"quant_cpu::{_name}", _fake, lib=_lib)
 
@@ -170,9 +188,10 @@ def _check_x(x: Tensor, k: int) -> None:
         )
 
 
-_linear_op = torch.ops.quant_cpu.linear.default
-_grouped_op = torch.ops.quant_cpu.grouped_linear.default
-_embedding_op = torch.ops.quant_cpu.embedding.default
+_ops = torch.ops.quant_cpu
+_linear_op, _linear_int8_op = _ops.linear.default, _ops.linear_int8.default
+_grouped_op, _grouped_int8_op = _ops.grouped_linear.default, _ops.grouped_linear_int8.default
+_embedding_op = _ops.embedding.default
 
 
 def run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
@@ -180,9 +199,21 @@ def run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     return _linear_op(x, tensors, text)
 
 
+def run_linear_int8(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
+    _check_x(x, k)
+    return _linear_int8_op(x, tensors, text)
+
+
 def run_grouped(text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
     _check_x(x, k)
     return _grouped_op(x, experts, tensors, text)
+
+
+def run_grouped_int8(
+    text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor
+) -> Tensor:
+    _check_x(x, k)
+    return _grouped_int8_op(x, experts, tensors, text)
 
 
 def run_embedding(text: str, k: int, tensors: list[Tensor], ids: Tensor) -> Tensor:
