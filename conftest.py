@@ -1,4 +1,4 @@
-"""Fixtures of the tests that cross packages, and a last line saying which checkpoints they used."""
+"""Fixtures of all test suites, and last lines saying which checkpoints they used and the counts."""
 
 from __future__ import annotations
 
