@@ -140,6 +140,9 @@ static void NAME(decode)(const NAME(view) *v, int64_t block, int64_t tokens, con
         DECODE_CASE(3)
 #if MAX_DECODE > 3
         DECODE_CASE(4)
+        DECODE_CASE(5)
+        DECODE_CASE(6)
+        DECODE_CASE(7)
 #endif
     }
 }
