@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from quant_core.errors import LayoutError
+from quant_core.errors import KernelError, LayoutError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
 from quant_core.spec import OpSpec
 from quant_kernels_cpu.library import ISAS, library, unavailable
@@ -43,10 +43,10 @@ class WnA16:
     def _bound(self, op: OpSpec) -> Layout:
         layout = self._layout(op)
         if isinstance(layout, Rejected):
-            raise LayoutError(
+            raise KernelError(
                 f"{self.name} was asked to run what it rejects: {layout}. Choose a kernel that "
                 "accepts the operation.",
-                code="Q-LAYOUT-KERNEL",
+                code="Q-KERNEL-NONE",
                 expected=layout.need,
                 actual=layout.have,
             )
@@ -223,7 +223,7 @@ def _check_range(what: str, start: int, stop: int, size: int) -> None:
         raise LayoutError(
             f"{what} of the part reach from {start} to {stop}, expected 0 to {size}. The part is "
             "larger than the layer.",
-            code="Q-LAYOUT-RANGE",
+            code="Q-LAYOUT-SHAPE",
             tensor=what,
             expected=size,
             actual=(start, stop),

@@ -75,7 +75,7 @@ def _limited(limit: str) -> Library | str:
         raise KernelError(
             f"QUANT_CPU_ISA is {limit!r}, expected one of {', '.join(ISAS[1:])}. "
             "Correct or unset the variable.",
-            code="Q-KERNEL-OPTION",
+            code="Q-KERNEL-NONE",
             expected=ISAS[1:],
             actual=limit,
         )
@@ -93,13 +93,13 @@ def library() -> Library:
     """The loaded library.
 
     Raises:
-        KernelError: ``Q-KERNEL-LIBRARY`` if there is none; ``unavailable`` says so beforehand.
+        KernelError: ``Q-KERNEL-NONE`` if there is none; ``unavailable`` says so beforehand.
     """
     found = _limited(os.environ.get("QUANT_CPU_ISA", ""))
     if isinstance(found, str):
         raise KernelError(
             f"no compiled CPU kernels: {found}. Install quant-kernels-cpu with a C compiler.",
-            code="Q-KERNEL-LIBRARY",
+            code="Q-KERNEL-NONE",
             actual=found,
         )
     return found
