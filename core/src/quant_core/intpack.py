@@ -101,6 +101,9 @@ def check_symmetric(
         ConfigError: ``Q-CFG-CONFLICT`` if zeros have other values.
     """
     half = 1 << (bits - 1)
+    row = torch.full((1, n), half, dtype=torch.uint8)
+    if bool((qzeros == write_zeros(row, bits, packing, minus_one=minus_one)).all()):
+        return  # the usual case: equal words, nothing to unpack
     zeros = read_zeros(qzeros, bits, n, packing, minus_one=minus_one)
     if bool((zeros == half).all()):
         return
