@@ -22,7 +22,7 @@ from quant_core.packing import (
     unpack,
     word_slice,
 )
-from quant_core.packing_words import has_fast_path
+from quant_core.packing_words import has_fast_path, view_as
 from quant_core.spec import CANONICAL, Packing
 
 torch.set_num_threads(1)
@@ -342,3 +342,10 @@ def test_planes_that_do_not_sum_to_bits_raise_layout_error() -> None:
     with pytest.raises(LayoutError) as err:
         pack(random_codes(1, 32, 3), 3, Packing(planes=(2, 2)))
     assert err.value.code == "Q-LAYOUT-ELEMENT"
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_view_as_single_word_with_an_odd_stride_is_read(step):
+    words = torch.tensor([[0, 0x04030201, 9, 9, 9, 9]], dtype=torch.int32)[:, 1::step][:, :1]
+    assert view_as(words, torch.uint8).tolist() == [[1, 2, 3, 4]]
+    assert view_as(words.t(), torch.uint8).tolist() == [[1, 2, 3, 4]]

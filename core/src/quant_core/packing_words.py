@@ -50,12 +50,13 @@ def has_fast_path(bits: int, shape: tuple[int, int], packing: Packing) -> bool:
 def view_as(data: Tensor, dtype: torch.dtype) -> Tensor:
     """The bytes of ``data``, row-major, read as ``dtype``; the last axis changes its length.
 
-    Goes through one flat axis, since torch keeps odd strides on axes of length one. Copies when
-    the data are not contiguous or do not start on a word of ``dtype``.
+    Goes through one flat axis of stride one, since torch keeps odd strides on axes of length one,
+    also in ``view(-1)``. Copies when the data are not contiguous or do not start on a word of
+    ``dtype``.
     """
     old = data.element_size()
     new = torch.empty((), dtype=dtype).element_size()
-    flat = data.contiguous().view(-1)
+    flat = data.contiguous().as_strided((data.numel(),), (1,))
     if flat.storage_offset() * old % new:
         flat = flat.clone()
     return flat.view(dtype).view(*data.shape[:-1], data.shape[-1] * old // new)
