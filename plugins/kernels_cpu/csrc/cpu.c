@@ -1,4 +1,5 @@
 /* Run-time dispatch; the only unit compiled for the baseline instruction set. */
+#include <cpuid.h>
 #include <omp.h>
 
 #include "qk.h"
@@ -22,6 +23,18 @@ int qk_has_vnni(void) {
 #ifdef QK_HAVE_VNNI
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
+#else
+    return 0;
+#endif
+}
+
+/* Matrix units for bfloat16 that the system has switched on: torch's matmul uses them. */
+int qk_has_amx(void) {
+#ifdef QK_HAVE_AVX512
+    unsigned a, b, c, d, low, high;
+    if (qk_isa() < ISA_AVX512 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (d >> 22 & 1) && (d >> 24 & 1) && (low >> 17 & 3) == 3;
 #else
     return 0;
 #endif
@@ -61,6 +74,17 @@ int qk_linear_int8(const qk_call *c) {
     const qk_segment one = {0, 0, c->count}, *segs = c->segments ? c->segments : &one;
     return qk_linear_w4a8(c->op, &c->tensors, c->x, c->xtype, c->y, segs,
                           c->segments ? c->count : 1, omp_get_max_threads());
+#else
+    (void)c;
+    return 3;
+#endif
+}
+
+/* Blocks [x, x + count) as bfloat16 weights at y, [k][count * 32]; `x` is a number here. */
+int qk_dense(const qk_call *c) {
+#ifdef QK_HAVE_AVX512
+    qk_dense_avx512(c->op, &c->tensors, (int64_t)(intptr_t)c->x, c->count, c->y);
+    return 0;
 #else
     (void)c;
     return 3;

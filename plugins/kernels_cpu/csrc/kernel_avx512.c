@@ -35,3 +35,44 @@ static float x_sum(const float *x, int64_t n) {
     qk_token_f32(x, xtype, row, op, (const int32_t *)(gather), out)
 
 #include "kernel.h"
+
+/* Blocks [block, block + blocks) as bfloat16 weights [k][blocks * 32], for a matmul of torch's own
+ * where that has matrix units. Scaled and rounded: what the matmul itself would do to a weight. */
+static void dense_block(const view_avx512 *v, int64_t block, uint16_t *out, int64_t ld) {
+    const qk_op *op = v->op;
+    const int width = (int)op->width, per = width == 4 ? PER4 : PER8;
+    const uint8_t *codes = (const uint8_t *)v->t.codes + block * QK_ROWS * op->k * width / 8;
+    for (int64_t q = 0; q < v->groups; q++) {
+        const int64_t k0 = q * op->group, k1 = qk_min(op->k, k0 + op->group);
+        for (int j = 0; j < NV; j++) {
+            const vf s = NAME(product)(op->scale, v->t.scales, v->scale_groups, block, k0, j);
+            vf shift = vset(op->zero_kind == QK_ZERO_OFFSET ? op->bias : -op->shift), o = vzero();
+            if (op->zero_kind == QK_ZERO_CODE) {
+                const uint8_t *z = (const uint8_t *)v->t.zeros + (block * v->groups + q) * QK_ROWS;
+                shift = vsub(vset(op->bias), load_u8(z + j * VW));
+            }
+            if (op->zero_kind == QK_ZERO_OFFSET)
+                o = NAME(product)(op->offset, v->t.offset, v->offset_groups, block, k0, j);
+            const uint8_t *at = codes + k0 / per * QK_ROWS * 4 + j * VW * 4;
+            for (int64_t k = k0; k < k1; k += per, at += QK_ROWS * 4) {
+                const vi w = vload_codes(at);
+                for (int i = 0; i < per; i++) {
+                    const vf c = width == 4 ? code4(w, i, v->table) : code8(w, i);
+                    float value[VW];
+                    vstore(value, vfma(vadd(c, shift), s, o));
+                    for (int r = 0; r < VW; r++)
+                        out[(k + i) * ld + j * VW + r] = qk_to_bf16(value[r]);
+                }
+            }
+        }
+    }
+}
+
+void qk_dense_avx512(const qk_op *op, const qk_tensors *t, int64_t block, int64_t blocks,
+                     uint16_t *out) {
+    view_avx512 v;
+    make_view_avx512(&v, op, t, 0);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < blocks; b++)
+        dense_block(&v, block + b, out + b * QK_ROWS, blocks * QK_ROWS);
+}

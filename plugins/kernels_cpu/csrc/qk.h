@@ -64,6 +64,7 @@ typedef int qk_linear_fn(const qk_op *, const qk_tensors *, const void *x, int64
                          const qk_segment *, int64_t segments, int64_t threads);
 
 qk_linear_fn qk_linear_avx2, qk_linear_avx512, qk_linear_bf16, qk_linear_w4a8;
+void qk_dense_avx512(const qk_op *, const qk_tensors *, int64_t block, int64_t blocks, uint16_t *out);
 
 static inline int64_t qk_div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t qk_min(int64_t a, int64_t b) { return a < b ? a : b; }

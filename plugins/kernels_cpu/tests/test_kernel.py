@@ -288,6 +288,7 @@ REFUSED = {
     "offset": _changed(zero=Zero(kind="offset", levels=(Scale(element="f16", grain=CHANNEL),))),
     "packing": replace(_changed(), packing=Packing(word="int32", k_major=True)),
     "features": replace(_changed(), features=frozenset({"acc_bias"})),
+    "features ": replace(_changed(), features=frozenset({"transform_0_0:float32:96"})),
     "act_dtype": replace(_changed(), act_dtype="float64"),
     "gather": replace(_changed(gather=True), op="embedding"),
 }

@@ -31,6 +31,7 @@ class Library:
     c: ctypes.CDLL
     isa: int
     vnni: bool
+    amx: bool  # torch's bfloat16 matmul has matrix units
 
 
 def _share_openmp() -> None:
@@ -56,14 +57,14 @@ def _load() -> Library | str:
     if c.qk_version() != _VERSION:
         return f"{_FILE.name} has interface {c.qk_version()}, expected {_VERSION}; build it again"
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    for function in (c.qk_linear, c.qk_linear_int8, c.qk_rows):
+    for function in (c.qk_linear, c.qk_linear_int8, c.qk_rows, c.qk_dense):
         function.argtypes = [ctypes.c_char_p]
     c.qk_repack.argtypes = [*[pointer] * 2, *[integer] * 6]
     c.qk_repack.restype = None
     isa = c.qk_isa()
     if isa == 0:
         return "the processor has no AVX2"
-    return Library(c, isa, bool(c.qk_has_vnni()))
+    return Library(c, isa, bool(c.qk_has_vnni()), bool(c.qk_has_amx()))
 
 
 @functools.cache
@@ -80,7 +81,8 @@ def _limited(limit: str) -> Library | str:
             actual=limit,
         )
     isa = min(found.isa, ISAS.index(limit))
-    return Library(found.c, isa, found.vnni and limit != "avx2")
+    wide = limit != "avx2"
+    return Library(found.c, isa, found.vnni and wide, found.amx and wide)
 
 
 def unavailable() -> str:

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from quant_core.errors import LayoutError, LimitError
 from quant_kernels_cpu.blocks import buffer_shapes
 from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, tensor_slots
-from quant_kernels_cpu.library import library
-from quant_kernels_cpu.support import layout_from_text
+from quant_kernels_cpu.library import Library, library
+from quant_kernels_cpu.support import ROWS, layout_from_text
 
 __all__ = [
     "run_embedding",
@@ -32,6 +33,9 @@ __all__ = [
     "run_linear",
     "run_linear_int8",
 ]
+
+_AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
+_PANEL_BLOCKS = 16  # 512 columns: 4 MiB of bfloat16 at 4096 input features
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +63,13 @@ def _call(text: str) -> _Call:
 
 
 def _packed(
-    isa: int, call: _Call, tensors: list[Tensor], x: Tensor, dtype: torch.dtype, y: Tensor,
+    isa: int, call: _Call, tensors: list[Tensor], x: int, dtype: torch.dtype, y: Tensor,
     segments: int, count: int,
 ) -> bytes:  # fmt: skip
     """The arguments of one call of C; see ``CALL``."""
     at = [0 if i is None else tensors[i].data_ptr() for i in call.slots]
     return CALL.pack(
-        call.address, *at, x.data_ptr(), DTYPES[dtype], y.data_ptr(), isa, segments,
+        call.address, *at, x, DTYPES[dtype], y.data_ptr(), isa, segments,
         count,
     )  # fmt: skip
 
@@ -83,6 +87,25 @@ def _check_status(status: int, what: str) -> None:
     )
 
 
+def _by_panels(lib: Library, call: _Call, x: Tensor, tensors: list[Tensor], y: Tensor) -> None:
+    """y = x W^T through panels of bfloat16 weights and torch's matmul, for its matrix units."""
+    x, y = x.view(-1, call.k_in), y.view(-1, call.n)
+    gather, bias = (call.slots[i] for i in (6, 7))
+    if gather is not None:  # -1 picks the appended zero column
+        x = F.pad(x, (0, 1))[:, tensors[gather].long()]
+    panel = x.new_empty(call.k * _PANEL_BLOCKS * ROWS)
+    for start in range(0, -(-call.n // ROWS), _PANEL_BLOCKS):
+        blocks = min(_PANEL_BLOCKS, -(-call.n // ROWS) - start)
+        first, stop = start * ROWS, min(call.n, (start + blocks) * ROWS)
+        w = panel[: call.k * blocks * ROWS].view(call.k, blocks * ROWS)
+        packed = _packed(lib.isa, call, tensors, start, x.dtype, w, 0, blocks)
+        _check_status(lib.c.qk_dense(packed), "linear")
+        part = (x @ w)[:, : stop - first]
+        if bias is not None:
+            part = part + tensors[bias][first:stop]
+        y[:, first:stop] = part
+
+
 def _run_linear(name: str, x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     call = _call(text)
     x = x.contiguous()
@@ -90,7 +113,10 @@ def _run_linear(name: str, x: Tensor, tensors: list[Tensor], text: str) -> Tenso
     count = x.numel() // call.k_in
     if count:
         lib = library()
-        packed = _packed(lib.isa, call, tensors, x, x.dtype, y, 0, count)
+        if lib.amx and count >= _AMX_TOKENS and x.dtype == torch.bfloat16 and name == "qk_linear":
+            _by_panels(lib, call, x, tensors, y)
+            return y
+        packed = _packed(lib.isa, call, tensors, x.data_ptr(), x.dtype, y, 0, count)
         _check_status(getattr(lib.c, name)(packed), "linear")
     return y
 
@@ -120,7 +146,7 @@ def _run_grouped(name: str, x: Tensor, experts: Tensor, tensors: list[Tensor], t
         sorted_x = x[order].contiguous()
         at, count = addressof(segments), len(segments)
         lib = library()
-        packed = _packed(lib.isa, call, tensors, sorted_x, x.dtype, rows, at, count)
+        packed = _packed(lib.isa, call, tensors, sorted_x.data_ptr(), x.dtype, rows, at, count)
         _check_status(getattr(lib.c, name)(packed), "grouped_linear")
         y[order] = rows
     return y
@@ -132,7 +158,7 @@ def _embedding(ids: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     flat = ids.reshape(-1).long().contiguous()
     if flat.numel():
         lib = library()
-        packed = _packed(lib.isa, call, tensors, flat, call.dtype, out, 0, flat.numel())
+        packed = _packed(lib.isa, call, tensors, flat.data_ptr(), call.dtype, out, 0, flat.numel())
         _check_status(lib.c.qk_rows(packed), "embedding")
     return out
 

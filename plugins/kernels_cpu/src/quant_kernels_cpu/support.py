@@ -24,7 +24,7 @@ __all__ = ["ROWS", "Factor", "Layout", "describe", "layout_from_text"]
 ROWS = 32  # output rows of a block
 _STEP = 16  # columns that every loop of the C kernels takes at once
 _FLOATS = ("bfloat16", "float16", "float32")
-_SIDE = frozenset({"acc_bias", "out_scale", "input_scale", "input_zero"})
+_FEATURES = ("bias", "gather")  # and what says more of them: "bias:float16", "tied:embedding"
 ZERO_FOLDED, ZERO_CONST, ZERO_CODE, ZERO_OFFSET = range(4)
 
 
@@ -204,8 +204,9 @@ def describe(op: OpSpec, *, ops: tuple[str, ...], table: bool) -> Layout | Rejec
         return Rejected(axis="packing", have=str(op.packing), need="the canonical packing")
     if spec.gather and op.op == "embedding":
         return Rejected(axis="gather", have="reordered columns", need="columns in order")
-    if extra := sorted(_SIDE & op.features):
-        return Rejected(axis="features", have=", ".join(extra), need="none of them")
+    known = (*_FEATURES, "tied")
+    if extra := sorted(f for f in op.features if f.partition(":")[0] not in known):
+        return Rejected(axis="features", have=", ".join(extra), need=" or ".join(_FEATURES))
     if op.act_dtype not in _FLOATS:
         return Rejected(axis="act_dtype", have=op.act_dtype, need=" or ".join(_FLOATS))
     bias = next((f.partition(":")[2] for f in op.features if f.startswith("bias:")), "float32")
