@@ -1,0 +1,256 @@
+"""Quantized linear layers on the CPU: our kernels, torch's own ops and bf16, interleaved.
+
+    python benchmarks/cpu_layers.py                          the table of docs/performance.md
+    python benchmarks/cpu_layers.py --shape 4096x14336 --tokens 1 --json out.json
+
+Every round runs each candidate once, so that a slow moment of the machine slows all of them alike;
+reported are the median time and the median of the ratios to bf16 ``F.linear`` of the same round.
+Weights are cold: each candidate rotates over copies that together exceed ``--cold`` MiB.
+``read_gb_s`` is the speed of summing 256 MiB in the same run, the ceiling for few tokens; ``error``
+the Frobenius error of up to 8 tokens against a float64 product with the same dequantized weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant_core.kernels.choose import choose
+from quant_core.registry import registry
+from quant_core.spec import CHANNEL, Element, OpSpec, QuantSpec, Scale, Zero, group
+from quant_core.tensors import LayerTensors, QuantizedTensor
+
+MIB = 1 << 20
+Run = Callable[[Tensor], Tensor]
+
+
+def int4_layer(n: int, k: int, size: int, *, seed: int = 0) -> LayerTensors:
+    """A random asymmetric 4-bit layer with float16 scales."""
+    g = torch.Generator().manual_seed(seed)
+    grid = (n, k // size)
+    qt = QuantizedTensor(
+        spec=QuantSpec(
+            element=Element.uint(4),
+            scales=(Scale(element="f16", grain=group(size)),),
+            zero=Zero(kind="code"),
+        ),
+        shape=(n, k),
+        codes=torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=g),
+        scales=((torch.rand(grid, generator=g) * 0.004 + 0.004).half(),),
+        zeros=torch.randint(6, 10, grid, dtype=torch.uint8, generator=g),
+    )
+    return LayerTensors(operands={"weight": qt})
+
+
+def int8_layer(n: int, k: int, *, seed: int = 0) -> LayerTensors:
+    """A random symmetric 8-bit layer with one float32 scale a row."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=g).view(torch.uint8)
+    qt = QuantizedTensor(
+        spec=QuantSpec(element=Element.int(8), scales=(Scale(element="f32", grain=CHANNEL),)),
+        shape=(n, k),
+        codes=codes,
+        scales=(torch.rand(n, 1, generator=g) * 2e-4 + 1e-4,),
+    )
+    return LayerTensors(operands={"weight": qt})
+
+
+def rotate(runs: Sequence[Run]) -> Run:
+    """One copy of the weights after another."""
+    turn = itertools.cycle(runs)
+    return lambda x: next(turn)(x)
+
+
+def copies(nbytes: int, cold_mib: int) -> int:
+    return max(1, min(64, -(-cold_mib * MIB // nbytes)))
+
+
+def ours(lt: LayerTensors, name: str, cold_mib: int) -> tuple[Run, int]:
+    """The named kernel on copies of a layer, and the bytes one copy takes."""
+    n, k = lt.weight.shape
+    op = OpSpec(
+        op="linear",
+        operands=(("weight", lt.weight.spec),),
+        sizes=(("n", n), ("k", k), ("k_stored", k)),
+    )
+    choice = choose(op, registry(), kernels=name)
+    buffers = choice.kernel.allocate(choice.op)
+    choice.kernel.load_(buffers, choice.op, lt, {"row": 0})
+    bound = choice.kernel.bind(choice.op)
+    nbytes = sum(t.numel() * t.element_size() for t in buffers.values())
+    sets = [[t.clone() for t in buffers.values()] for _ in range(copies(nbytes, cold_mib))]
+    return rotate([lambda x, s=s: bound(s, x) for s in sets]), nbytes
+
+
+def torch_int4(lt: LayerTensors, size: int, cold_mib: int) -> tuple[Run, int]:
+    """``torch.ops.aten._weight_int4pack_mm_for_cpu``: value (q - 8) * scale + zero, in bfloat16."""
+    from quant_core.dequantize import unpack_codes
+
+    qt = lt.weight
+    assert qt.zeros is not None
+    scale = qt.scales[0].float()
+    both = torch.stack([scale, (8 - qt.zeros.float()) * scale], dim=-1).transpose(0, 1)
+    params = both.contiguous().bfloat16()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_codes(qt).int(), 1)
+    nbytes = packed.numel() * packed.element_size() + params.numel() * 2
+    sets = [(packed.clone(), params.clone()) for _ in range(copies(nbytes, cold_mib))]
+    op = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return rotate([lambda x, s=s: op(x, s[0], size, s[1]) for s in sets]), nbytes
+
+
+def torch_int8(lt: LayerTensors, cold_mib: int) -> tuple[Run, int]:
+    """``torch.ops.aten._weight_int8pack_mm``."""
+    codes, scale = lt.weight.codes.view(torch.int8), lt.weight.scales[0].view(-1).bfloat16()
+    sets = [codes.clone() for _ in range(copies(codes.numel(), cold_mib))]
+    op = torch.ops.aten._weight_int8pack_mm
+    return rotate([lambda x, w=w: op(x, w, scale) for w in sets]), codes.numel()
+
+
+def dense(lt: LayerTensors, cold_mib: int) -> tuple[Run, int]:
+    """bf16 ``F.linear``: the anchor of every ratio."""
+    w = lt.dequantize().bfloat16()
+    nbytes = w.numel() * 2
+    sets = [w.clone() for _ in range(copies(nbytes, cold_mib))]
+    return rotate([lambda x, w=w: F.linear(x, w) for w in sets]), nbytes
+
+
+def candidates(n: int, k: int, tokens: int, cold: int) -> dict[str, tuple[Run, int, LayerTensors]]:
+    """Name -> (run, bytes of weights, layer) of all that runs at this size."""
+    i8 = int8_layer(n, k)
+    layers = {size: int4_layer(n, k, size) for size in (32, 128) if k % size == 0}
+    first = next(iter(layers.values()))
+    out = {"bf16 F.linear": (*dense(first, cold), first)}
+    for size, lt in layers.items():
+        out[f"w4a16 g{size}"] = (*ours(lt, "cpu_wna16", cold), lt)
+        out[f"w4a8 g{size}"] = (*ours(lt, "cpu_w4a8", cold), lt)
+        if tokens <= 64:  # 5 to 13 times slower than bf16 above: nothing to compare with
+            out[f"torch int4pack g{size}"] = (*torch_int4(lt, size, cold), lt)
+    out["w8a16 channel"] = (*ours(i8, "cpu_wna16", cold), i8)
+    if tokens <= 64:
+        out["torch int8pack"] = (*torch_int8(i8, cold), i8)
+    return out
+
+
+def read_speed(nbytes: int = 256 * MIB) -> float:
+    """GB/s of reading memory that no cache holds."""
+    data = torch.ones(nbytes // 8, dtype=torch.int64)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return nbytes / best / 1e9
+
+
+def measure(runs: dict[str, Run], x: Tensor, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds per call of every round."""
+    loops = {}
+    for name, run in runs.items():
+        run(x)
+        start = time.perf_counter()
+        run(x)
+        loops[name] = max(1, int(seconds / (time.perf_counter() - start)))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(loops[name]):
+                run(x)
+            times[name].append((time.perf_counter() - start) / loops[name])
+    return times
+
+
+def bench(n: int, k: int, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    found = candidates(n, k, tokens, args.cold)
+    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).bfloat16()
+    times = measure({name: run for name, (run, _, _) in found.items()}, x, args.rounds, args.round)
+    anchor = times["bf16 F.linear"]
+    rows = []
+    for name, (run, nbytes, lt) in found.items():
+        exact = F.linear(x[:8].double(), lt.dequantize().double())
+        seconds = statistics.median(times[name])
+        rows.append(
+            {
+                "shape": f"{n}x{k}",
+                "tokens": tokens,
+                "kernel": name,
+                "us": seconds * 1e6,
+                "ratio": statistics.median(a / t for a, t in zip(anchor, times[name])),
+                "weight_gb_s": nbytes / seconds / 1e9,
+                "tflops": 2 * tokens * n * k / seconds / 1e12,
+                "error": float((run(x)[:8].double() - exact).norm() / exact.norm()),
+            }
+        )
+    return rows
+
+
+def overhead_us(calls: int = 3000) -> float:
+    """Microseconds of a call whose layer is too small to matter."""
+    run, _ = ours(int4_layer(32, 32, 32), "cpu_wna16", 0)
+    x, best = torch.randn(1, 32).bfloat16(), float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            run(x)
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best * 1e6
+
+
+def machine() -> dict[str, Any]:
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        models = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "kernels": metadata.version("quant-kernels-cpu"),
+        "load": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", nargs="*", default=["4096x14336", "4096x4096", "576x1536"])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 8, 64, 512])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--round", type=float, default=0.02, help="seconds per candidate and round")
+    parser.add_argument("--cold", type=int, default=256, help="MiB of weights to rotate over")
+    parser.add_argument("--json", help="write the rows here")
+    args = parser.parse_args()
+    info = machine() | {"read_gb_s": read_speed(), "call_us": overhead_us()}
+    print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in info.items()))
+    print(
+        f"{'shape':>12} {'M':>4}  {'kernel':<20} {'us':>9} {'x bf16':>7} {'GB/s':>6} {'error':>8}"
+    )
+    rows = []
+    for shape, tokens in itertools.product(args.shape, args.tokens):
+        n, k = (int(v) for v in shape.split("x"))
+        for r in bench(n, k, tokens, args):
+            rows.append(r)
+            print(
+                f"{r['shape']:>12} {r['tokens']:>4}  {r['kernel']:<20} {r['us']:>9.0f} "
+                f"{r['ratio']:>7.2f} {r['weight_gb_s']:>6.1f} {r['error']:>8.1e}",
+                flush=True,
+            )
+    info["load_after"] = os.getloadavg()[0]
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump({"machine": info, "rows": rows}, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
