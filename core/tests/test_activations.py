@@ -15,6 +15,7 @@ from quant_core.kernels.activations import fake_quantize, static_shape, unsuppor
 from quant_core.kernels.base import Rejected
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.spec import CHANNEL, TENSOR, Element, QuantSpec, Scale, Zero, group
+from with_input import with_input
 
 X = torch.tensor(
     [
@@ -183,17 +184,11 @@ def test_dtype_is_kept_zeros_stay_zeros_and_nan_is_seen(name):
     assert got[2].isfinite().all()
 
 
-def _with_input(op, spec, *features):
-    return replace(
-        op, operands=(*op.operands, ("input", spec)), features=op.features | set(features)
-    )
-
-
 @pytest.mark.parametrize("name", ["int8_token", "int8_token_zero", "fp8_token"])
 def test_linear_multiplies_the_rounded_activations(name):
     lt = make_layer(SPECS["uint4_code"], bias=True)
     kernel = ReferenceKernel()
-    op = _with_input(make_op("linear", lt), RULES[name])
+    op = with_input(make_op("linear", lt), RULES[name])
     buffers = kernel.allocate(op)
     kernel.load_(buffers, op, lt, {"row": 0})
     x = torch.randn(3, 5, 96)
@@ -215,7 +210,7 @@ def test_static_input_comes_back_from_the_buffers():
         input_zero=torch.tensor([219], dtype=torch.uint8),
     )
     kernel = ReferenceKernel()
-    op = _with_input(make_op("linear", lt), spec, "input_scale", "input_zero")
+    op = with_input(make_op("linear", lt), spec, "input_scale", "input_zero")
     assert static_shape(op)["input_scale"] == ((1,), torch.bfloat16)
     buffers = kernel.allocate(op)
     kernel.load_(buffers, op, lt, {"row": 0})
@@ -224,14 +219,14 @@ def test_static_input_comes_back_from_the_buffers():
     assert torch.equal(back.input_zero, lt.input_zero)
 
 
-FP4 = Element(name="fp4_e2m1", bits=4, kind="float")
+NF4 = Element(name="nf4", bits=4, kind="lut")
 STATIC_ROWS = QuantSpec(element=Element.int(8), scales=(Scale(element="f32", grain=CHANNEL),))
 
 
 @pytest.mark.parametrize(
     "spec",
     [
-        dynamic(FP4, CHANNEL),
+        dynamic(NF4, CHANNEL),
         replace(RULES["int8_token"], scales=2 * RULES["int8_token"].scales),
         STATIC_ROWS,
         dynamic(Element.int(8), (0, 4)),
@@ -240,7 +235,7 @@ STATIC_ROWS = QuantSpec(element=Element.int(8), scales=(Scale(element="f32", gra
     ids=["element", "two factors", "static per token", "columns", "float with zero"],
 )
 def test_inputs_that_cannot_be_computed_are_rejected_with_a_reason(spec):
-    op = _with_input(make_op("linear", make_layer(SPECS["uint4_code"])), spec)
+    op = with_input(make_op("linear", make_layer(SPECS["uint4_code"])), spec)
     answer = unsupported_input(op)
     assert isinstance(answer, Rejected)
     assert ReferenceKernel().accepts(op) == answer

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quant_core.errors import LayoutError
 from quant_core.fuse import Composite, fuse
 from quant_core.kernels.choose import Choice, choose
+from quant_core.kernels.transforms import transform_features
 from quant_core.load import read_matrix
 from quant_core.nn import (
     BoundMember,
@@ -55,7 +56,7 @@ def _features(lt: LayerTensors) -> frozenset[str]:
         names.add(f"bias:{str(lt.bias.dtype).removeprefix('torch.')}")
     if lt.weight.gather is not None:
         names.add("gather")
-    return frozenset(names)
+    return frozenset(names) | transform_features(lt.transforms)
 
 
 def _check_size(
@@ -136,6 +137,7 @@ class Builder:
             act_dtype=str(self.dtype).removeprefix("torch."),
             device=(self.device.partition(":")[0], ""),
             features=_features(lt),
+            transforms=tuple(t for t, _ in lt.transforms),
         )  # fmt: skip
 
     def _bind(
@@ -216,7 +218,11 @@ class Builder:
         buffers = choice.kernel.allocate(choice.op, self.device)
         for i, e in enumerate(ids):
             lt = first if i == 0 else read_matrix(self.plan, member, e)
-            if lt.weight.spec != first.weight.spec or lt.weight.shape != first.weight.shape:
+            same = [t for t, _ in lt.transforms] == [t for t, _ in first.transforms]
+            same = same and lt.weight.spec == first.weight.spec
+            books = zip(lt.weight.codebook, first.weight.codebook)
+            same = same and all(torch.equal(a, b) for a, b in books)
+            if not same or lt.weight.shape != first.weight.shape:
                 raise LayoutError(
                     f"{name}: expert {e} is {lt.weight.spec.label} {lt.weight.shape}, expert "
                     f"{ids[0]} is {first.weight.spec.label} {first.weight.shape}; expected one "

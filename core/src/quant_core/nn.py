@@ -155,7 +155,8 @@ def matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, Layer
         one = qt.with_tensors(tensors, shape=qt.shape[1:])
         names = ("bias", "acc_bias", "out_scale", "input_scale", "input_zero")
         side = {n: None if (t := getattr(lt, n)) is None else t[e] for n in names}
-        yield e, LayerTensors(operands={"weight": one}, **side)  # type: ignore[arg-type]
+        transforms = tuple((t, tuple(v[e] for v in values)) for t, values in lt.transforms)
+        yield e, LayerTensors(operands={"weight": one}, transforms=transforms, **side)  # type: ignore[arg-type]
 
 
 class QuantLinear(QuantModule):

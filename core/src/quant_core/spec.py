@@ -96,18 +96,26 @@ class Element:
 class Scale:
     """One factor of a scale. Factors are listed finest first and multiply coarsest first.
 
-    ``element`` names how the stored value is read: ``f16 bf16 f32``, ``fp8_e4m3``, ``e8m0``, or
-    ``uint<b>`` / ``int<b>`` (raw bits in uint8).
+    ``element`` names how the stored value is read: ``f16 bf16 f32``, ``fp8_e4m3``, ``e8m0``,
+    ``uint<b>`` / ``int<b>`` (raw bits in uint8), or ``lut8``: the last codebook at that index.
+    With ``add`` the value is added to the product of the coarser factors (a scale that is itself
+    quantized around a mean).
 
     A symmetric scale computed at run time is max|x| / peak: 127 for int8, 448 for fp8_e4m3, and
-    127.5 where a producer takes half the range of the codes.
+    127.5 where a producer takes half the range of the codes. The value is kept within ``least`` and
+    ``most`` (0 = no bound), then rounded if ``element`` is a small float. For e8m0 ``rule`` names
+    how the exponent is chosen (``numerics.MX_RULES``; "" = "rceil").
     """
 
     element: str
     grain: Grain
     static: bool = True  # False: computed at run time (activations)
     inverse: bool = False  # the stored value is 1/s and is applied by DIVISION
+    add: bool = False  # a summand, not a factor
     peak: float = 0.0  # run-time scales only; 0 = the element's largest value
+    least: float = 0.0  # run-time scales only
+    most: float = 0.0  # run-time scales only
+    rule: str = ""  # run-time e8m0 scales only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +123,8 @@ class Zero:
     """What is subtracted from a code, or added to the scaled code.
 
     const   W = (c - value) * s
-    code    W = (c - z) * s,  z of ``element``, on the grid of the finest scale
+    code    W = (c - z) * s,  z of ``element``, on the grid of the finest scale; an integer, or
+            a float of f16, bf16 or f32
     offset  W = c * s + o,    o = product of ``levels``, with factors of its own
     """
 
@@ -127,13 +136,18 @@ class Zero:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantSpec:
-    """The meaning of one quantized operand: hashable, JSON-able, the key kernels choose on."""
+    """The meaning of one quantized operand: hashable, JSON-able, the key kernels choose on.
+
+    ``ties`` is where values halfway between two codes go when codes are made at run time
+    (``numerics.casts``); stored codes have it behind them.
+    """
 
     element: Element
     scales: tuple[Scale, ...] = ()
     zero: Zero | None = None
     gather: bool = False  # columns are reordered, ragged or padded
     blocks: str = ""  # opaque block type with its own reference; no element, scales or zero apply
+    ties: Literal["even", "down", "up", "away"] = "even"
 
     @property
     def label(self) -> str:
@@ -152,7 +166,9 @@ class QuantSpec:
                 if r == 1
                 else f"block({r},{c})"
             )
-            parts.append(f"{grain}:{s.element}" + ("/inv" if s.inverse else ""))
+            marks = ("/inv" if s.inverse else "") + (f"/{s.rule}" if s.rule else "")
+            marks += "/add" if s.add else ""
+            parts.append(f"{grain}:{s.element}{marks}")
         if self.zero is not None:
             parts.append(
                 f"zero={self.zero.value}" if self.zero.kind == "const" else f"{self.zero.kind}-zero"
@@ -194,12 +210,19 @@ CANONICAL = Packing()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transform:
-    """A map applied around the matmul at ``site``; members fuse only if they agree on it."""
+    """A map applied around the matmul at ``site``; members fuse only if they agree on it.
+
+    Tensors of each kind, applied to x [..., K] before it is quantized (to y, after the bias, at
+    site "output"):
+        scale    one vector [K] or [1]: x * v; ``inverse``: x / v
+        matrix   [b, b], or [K/b, b, b] for ``block`` = b; [K, K] for 0: each block of x @ M
+    """
 
     site: Literal["input", "output", "q", "k", "v"]
     kind: Literal["scale", "hadamard", "matrix", "kron", "lowrank"]
     key: str  # share identity: one matrix for many layers
     block: int = 0  # 0 = whole axis; block-diagonal otherwise
+    inverse: bool = False  # kind "scale": divide by the stored vector
     online: bool = True
     tp: Literal["block", "replicate", "refuse"] = "refuse"
 
@@ -326,11 +349,13 @@ class Axis:
 class ParamSpec:
     """One stored tensor that a scheme expects for a layer (for one expert of a stack).
 
-    ``shape`` is that of the WHOLE layer, whatever the rank. ``need``:
+    ``shape`` is that of the WHOLE layer, whatever the rank; -1 stands for any size (a text).
+    ``need``:
     required  absent = error; cohort = all layers with this scheme name have it, or none;
     optional  may be absent, ``rule`` says why that is right; ignored = present but unused, by
     the named ``rule``.
-    ``sources`` = () means ``layer.stored + "." + name``.
+    ``sources`` = () means ``layer.stored + "." + name``. ``shared``: several layers read the same
+    stored tensor, a matrix that a file holds once.
     """
 
     name: str
@@ -341,6 +366,7 @@ class ParamSpec:
     need: Literal["required", "cohort", "optional", "ignored"] = "required"
     rule: str = ""
     sources: tuple[Source, ...] = ()
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,7 +425,8 @@ class OpSpec:
 
     Sizes: ``n`` out_features, ``k`` in_features (of x), ``k_stored`` columns of the codes (differs
     from ``k`` only with gather), ``experts``, ``top_k``.
-    Features: "bias", "acc_bias", "gather", "tied:embedding", ...
+    Features: "bias", "acc_bias", "gather", "tied:embedding", ... Tensor j of transform i is the
+    feature "transform_<i>_<j>:<dtype>:<shape, x between sizes>".
     """
 
     op: Literal[
@@ -419,6 +446,7 @@ class OpSpec:
     act_dtype: str = "bfloat16"
     device: tuple[str, str] = ("cpu", "")  # type, capability
     features: frozenset[str] = field(default_factory=frozenset)
+    transforms: tuple[Transform, ...] = ()
 
     def size(self, name: str, default: int | None = None) -> int:
         for key, value in self.sizes:

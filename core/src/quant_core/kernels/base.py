@@ -50,6 +50,11 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
+    """See the module's docstring. A kernel that applies transforms has ``TRANSFORMS = True``.
+
+    Core asks no other kernel for an operation that has any.
+    """
+
     name: str
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:

@@ -61,6 +61,9 @@ def _candidates(registry: Registry, op: OpSpec) -> list[tuple[str, Kernel]]:
 
 def _ask(kernel: Kernel, op: OpSpec) -> tuple[OpSpec, Accepted | Rejected]:
     """The kernel's answer for the stored packing, else for the canonical one."""
+    if op.transforms and not getattr(kernel, "TRANSFORMS", False):
+        have = ", ".join(f"{t.kind} at {t.site}" for t in op.transforms)
+        return op, Rejected(axis="transforms", have=have, need="none")
     answer = kernel.accepts(op)
     if isinstance(answer, Rejected) and answer.axis == "packing" and op.packing != CANONICAL:
         op = replace(op, packing=CANONICAL)

@@ -2,7 +2,8 @@
 
     y = x[..., gather] @ W^T (+ bias),   W = dequantize(codes, scales, zeros)
 
-Where the operation has an "input" operand, x is first rounded to its codes and back
+Transforms of the input come first (``quant_core.kernels.transforms``), those of the output last.
+Where the operation has an "input" operand, the transformed x is rounded to its codes and back
 (``quant_core.kernels.activations``), before any gather.
 
 They run every spec on every device, keep the weights packed, and are what each fast kernel is
@@ -27,6 +28,13 @@ from quant_core.dequantize import dequantize
 from quant_core.errors import LayoutError
 from quant_core.kernels.activations import fake_quantize, static_shape, unsupported_input
 from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.transforms import (
+    apply_transforms,
+    held_transforms,
+    transform_buffers,
+    transform_shapes,
+    unsupported_transform,
+)
 from quant_core.numerics import scale_dtype
 from quant_core.packing import WORD_DTYPES, packed_shape
 from quant_core.registry import registry
@@ -38,6 +46,7 @@ __all__ = ["ReferenceKernel"]
 
 _BLOCK_ELEMENTS = 4 << 20  # weights dequantized at once: 16 MiB of float32
 _SIDE = ("bias", "acc_bias", "out_scale", "input_scale", "input_zero")
+_WHOLE = ("gather", "input_scale", "input_zero")  # not cut into rows
 
 _lib = torch.library.Library("quant_core", "DEF")
 
@@ -64,14 +73,15 @@ def _shapes(op: OpSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     for i, s in enumerate(spec.scales):
         out[f"scales_{i}"] = (_grid(s, n, k), scale_dtype(s.element))
     if spec.zero is not None and spec.zero.kind == "code":
-        out["zeros"] = (_grid(spec.scales[0], n, k), torch.uint8)
+        out["zeros"] = (_grid(spec.scales[0], n, k), scale_dtype(spec.zero.element))
     if spec.zero is not None and spec.zero.kind == "offset":
         for i, s in enumerate(spec.zero.levels):
             out[f"offset_{i}"] = (_grid(s, n, k), scale_dtype(s.element))
     if spec.gather:
         out["gather"] = ((k,), torch.int32)
-    if spec.element.kind == "lut":
-        out["codebook_0"] = ((1 << spec.element.bits,), torch.float32)
+    tables = [1 << spec.element.bits] if spec.element.kind == "lut" else []
+    tables += [256] * any(s.element == "lut8" for s in spec.scales)
+    out |= {f"codebook_{i}": ((size,), torch.float32) for i, size in enumerate(tables)}
     return out
 
 
@@ -83,7 +93,7 @@ def _tensor(
     n, k = op.size("n"), op.size("k_stored", op.size("k"))
     experts = op.size("experts", 0)
     pick = (lambda t: t) if expert is None or not experts else (lambda t: t[expert])
-    codebook = (buffers["codebook_0"],) if "codebook_0" in buffers else ()
+    codebook = tuple(t for name, t in buffers.items() if name.startswith("codebook_"))
     levels = spec.zero.levels if spec.zero is not None else ()
     return QuantizedTensor(
         spec=spec,
@@ -156,14 +166,15 @@ _lib.define("embedding_ref(Tensor ids, Tensor[] tensors, str op) -> Tensor")
 
 
 def _named(op: OpSpec, tensors: list[Tensor]) -> dict[str, Tensor]:
-    names = list(_shapes(op)) + [s for s in _SIDE if s in op.features]
+    names = [*_shapes(op), *(s for s in _SIDE if s in op.features), *transform_shapes(op)]
     return dict(zip(names, tensors, strict=True))
 
 
 def _rounded(
     x: Tensor, op: OpSpec, buffers: Mapping[str, Tensor], expert: int | None = None
 ) -> Tensor:
-    """x [T, K] as the operation's "input" operand represents it; x itself without one."""
+    """x [T, K] transformed, and as the "input" operand represents it where there is one."""
+    x = apply_transforms(x, held_transforms(op, buffers, expert), "input")
     spec = op.operand("input")
     if spec is None:
         return x
@@ -180,6 +191,7 @@ def _linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     y = _matmul(_rounded(x.reshape(-1, x.shape[-1]), op, buffers), _tensor(op, buffers))
     if "bias" in buffers:
         y = y + buffers["bias"].to(y.dtype)
+    y = apply_transforms(y, held_transforms(op, buffers), "output")
     return y.view(*x.shape[:-1], op.size("n"))
 
 
@@ -194,7 +206,7 @@ def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: 
         y = _matmul(_rounded(x[rows], op, buffers, expert), _tensor(op, buffers, expert))
         if "bias" in buffers:
             y = y + buffers["bias"][expert].to(y.dtype)
-        out[rows] = y
+        out[rows] = apply_transforms(y, held_transforms(op, buffers, expert), "output")
     return out
 
 
@@ -266,6 +278,7 @@ class ReferenceKernel:
 
     name = "torch_ref"
     OPS = ("linear", "grouped_linear", "embedding")
+    TRANSFORMS = True
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
         if op.op not in self.OPS:
@@ -276,7 +289,7 @@ class ReferenceKernel:
             return Rejected(
                 axis="operands", have=str(sorted(roles)), need=" and ".join(sorted(allowed))
             )
-        odd = unsupported_input(op)
+        odd = unsupported_input(op) or unsupported_transform(op)
         if odd is not None:
             return odd
         spec = op.weight
@@ -310,6 +323,8 @@ class ReferenceKernel:
                     text = next(f for f in op.features if f.startswith("bias:"))
                     dtype = getattr(torch, text.partition(":")[2])
                 out[name] = _poison(torch.empty((*lead, *shape), dtype=dtype, device=device))
+        for name, (shape, dtype) in transform_shapes(op).items():
+            out[name] = _poison(torch.empty((*lead, *shape), dtype=dtype, device=device))
         return out
 
     def load_(
@@ -326,6 +341,7 @@ class ReferenceKernel:
             value = getattr(part, name)
             if value is not None:
                 tensors[name] = value
+        tensors |= transform_buffers(part.transforms)
         if set(tensors) != set(buffers):
             raise LayoutError(
                 f"part carries {sorted(tensors)}, buffers hold {sorted(buffers)}; expected the "
@@ -338,7 +354,7 @@ class ReferenceKernel:
             target = buffers[name]
             if "expert" in at and not name.startswith("codebook"):
                 target = target[at["expert"]]
-            if name in ("gather", "input_scale", "input_zero") or name.startswith("codebook"):
+            if name in _WHOLE or name.startswith(("codebook", "transform")):
                 _copy(name, target, value)
                 continue
             grain = grains.get(name, 1)
@@ -347,7 +363,8 @@ class ReferenceKernel:
 
     def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
         side = {name: buffers.get(name) for name in _SIDE}
-        return LayerTensors(operands={"weight": _tensor(op, buffers)}, **side)  # type: ignore[arg-type]
+        weight = {"weight": _tensor(op, buffers)}
+        return LayerTensors(operands=weight, transforms=held_transforms(op, buffers), **side)  # type: ignore[arg-type]
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         runners: dict[str, Callable[..., Tensor]] = {
