@@ -5,6 +5,7 @@ the arithmetic allows it. All in float32:
 
     S = 1 (* or /) s_last ... (* or /) s_1 (* or /) s_0    coarsest first; inverse factors divide
     a single inverse factor: x * S means x / s_0, one rounding instead of two
+    a level marked ``add`` is added to the product so far
 
     const / code zero:     W = (c - z) * S
     offset:                W = c * S + O,   O from the offset's own factors, like S
@@ -26,7 +27,14 @@ from quant_core.packing import unpack
 from quant_core.spec import Scale
 from quant_core.tensors import QuantizedTensor
 
-__all__ = ["combine_factors", "dense_weight", "dequantize", "scatter_columns", "unpack_codes"]
+__all__ = [
+    "combine_factors",
+    "dense_weight",
+    "dequantize",
+    "level_values",
+    "scatter_columns",
+    "unpack_codes",
+]
 
 
 def _expand(t: Tensor, scale: Scale, shape: tuple[int, int]) -> Tensor:
@@ -40,8 +48,18 @@ def _expand(t: Tensor, scale: Scale, shape: tuple[int, int]) -> Tensor:
     return t
 
 
+def level_values(values: Tensor, scale: Scale, codebook: tuple[Tensor, ...] = ()) -> Tensor:
+    """float32 values of one level, read from the last codebook if its element is ``lut8``."""
+    if scale.element == "lut8" and codebook and values.dtype == torch.uint8:
+        return codebook[-1].float()[values.long()]
+    return decode_scale(values, scale.element)
+
+
 def combine_factors(
-    tensors: tuple[Tensor, ...], scales: tuple[Scale, ...], shape: tuple[int, int]
+    tensors: tuple[Tensor, ...],
+    scales: tuple[Scale, ...],
+    shape: tuple[int, int],
+    codebook: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """S of the module's docstring: float32, broadcastable over ``shape``.
 
@@ -49,8 +67,11 @@ def combine_factors(
     """
     total = torch.ones((), dtype=torch.float32, device=tensors[0].device if tensors else "cpu")
     for values, scale in reversed(list(zip(tensors, scales, strict=True))):
-        factor = _expand(decode_scale(values, scale.element), scale, shape)
-        total = total / factor if scale.inverse else total * factor
+        factor = _expand(level_values(values, scale, codebook), scale, shape)
+        if scale.add:
+            total = total + factor
+        else:
+            total = total / factor if scale.inverse else total * factor
     return total
 
 
@@ -86,7 +107,7 @@ def _apply_scales(values: Tensor, qt: QuantizedTensor) -> Tensor:
         s = spec.scales[0]
         values = values / _expand(decode_scale(qt.scales[0], s.element), s, shape)
     elif spec.scales:
-        values = values * combine_factors(qt.scales, spec.scales, shape)
+        values = values * combine_factors(qt.scales, spec.scales, shape, qt.codebook)
     if zero is not None and zero.kind == "offset":
         values = values + combine_factors(qt.offset, zero.levels, shape)
     return values

@@ -114,7 +114,8 @@ def check_tensors(
             continue
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         fix = "Check bits, group_size and layout in the config, or export the checkpoint again."
-        if shape != param.shape:
+        same_rank = len(shape) == len(param.shape)
+        if not same_rank or any(w not in (s, -1) for s, w in zip(shape, param.shape)):
             raise LayoutError(
                 f"{name}: has shape {shape}, expected {param.shape}. {fix}",
                 code="Q-LAYOUT-SHAPE",
@@ -214,6 +215,7 @@ def check_plain(
         and not levels[0].inverse
         and zero is not None
         and zero.kind in ("const", "code")
+        and (zero.kind == "const" or zero.element not in SCALE_ELEMENTS.values())
     )
     if not plain:
         raise cannot_hold(where, qt.spec.label, holder, want.label, plugin=plugin)

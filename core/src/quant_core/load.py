@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quant_core.dequantize import level_values
 from quant_core.errors import FormatError, LayoutError, printable
-from quant_core.numerics import decode_scale
 from quant_core.plan import Member, Plan, param_sources
 from quant_core.plan import plan as make_plan
 from quant_core.scheme import Scheme
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["LoadedTensor", "load_tensor", "no_such_name", "read_matrix", "read_parameter"]
 
 
-def _check_finite(where: str, name: str, values: Tensor, scale: Scale) -> None:
-    decoded = decode_scale(values, scale.element)
+def _check_finite(
+    where: str, name: str, values: Tensor, scale: Scale, codebook: tuple[Tensor, ...]
+) -> None:
+    decoded = level_values(values, scale, codebook)
+    if decoded.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(decoded))).all()):
+        return  # a NaN anywhere makes both ends NaN
     bad = ~torch.isfinite(decoded)
     if bool(bad.any()):
         first = tuple(int(i) for i in bad.nonzero()[0])
@@ -45,10 +49,10 @@ def _check_values(layer: LayerDesc, lt: LayerTensors) -> None:
         if qt.spec.blocks:
             continue
         for values, scale in zip(qt.scales, qt.spec.scales, strict=True):
-            _check_finite(layer.stored, "scale", values, scale)
+            _check_finite(layer.stored, "scale", values, scale, qt.codebook)
         levels = qt.spec.zero.levels if qt.spec.zero is not None else ()
         for values, scale in zip(qt.offset, levels, strict=True):
-            _check_finite(layer.stored, "offset", values, scale)
+            _check_finite(layer.stored, "offset", values, scale, qt.codebook)
     if lt.bias is not None and not bool(torch.isfinite(lt.bias.float()).all()):
         raise LayoutError(
             f"{layer.stored}: bias holds NaN or infinity, expected finite numbers. "

@@ -95,8 +95,8 @@ class _Stored:
 
 
 def _public_module(checkpoint: Checkpoint, path: str, leaves: Mapping[str, TensorInfo]) -> str:
-    first = next(iter(leaves.values()))
-    return checkpoint.public_name(first.name).rpartition(".")[0]
+    leaf, first = next(iter(leaves.items()))
+    return checkpoint.public_name(first.name).rsplit(".", leaf.count(".") + 1)[0]
 
 
 def _stored_members(checkpoint: Checkpoint) -> Iterator[_Stored]:
@@ -211,10 +211,13 @@ class _Checker:
 
     def _shape(self, param: ParamSpec, info: TensorInfo, index: Index) -> None:
         shape = _indexed_shape(info.shape, index)
-        if shape == param.shape and info.dtype in param.dtypes:
+        fits = len(shape) == len(param.shape) and all(
+            want in (size, -1) for size, want in zip(shape, param.shape)
+        )
+        if fits and info.dtype in param.dtypes:
             return
         where = f"{info.file}: tensor {printable(info.name)!r}"
-        if len(param.sources) < 2 and shape != param.shape:
+        if len(param.sources) < 2 and not fits:
             raise LayoutError(
                 f"{where} has shape {shape}, expected {param.shape}. The checkpoint was cut short, "
                 "or its config describes another layout (bits, group_size).",

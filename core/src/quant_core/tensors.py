@@ -26,7 +26,7 @@ class QuantizedTensor:
         shape    (N, K): logical size; with gather, K counts stored columns
         codes    words of ``packing``; for opaque blocks uint8 (N, bytes per row)
         scales   one per ``spec.scales``: (ceil(N/r), ceil(K/c))
-        zeros    kind "code": uint8 raw codes, on the grid of scales[0]
+        zeros    kind "code": raw codes in uint8, or floats, on the grid of scales[0]
         offset   kind "offset": one per ``spec.zero.levels``
         gather   int32 (K,): input feature of each stored column, -1 = padding
     """

@@ -12,12 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant_core.errors import LimitError, printable
 from quant_core.spec import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Checkpoint", "Index"]
+
+_SMALL_BYTES = 1 << 16
 
 Index = tuple[int | tuple[int, int] | tuple[int, int, int], ...]
 
@@ -54,6 +57,34 @@ class Checkpoint(ABC):
             CheckpointError: ``Q-CKPT-CHANGED`` if the file shrank since it was opened,
                 ``Q-CKPT-IO`` with the OS reason otherwise.
         """
+
+    def read_bytes(self, name: str) -> bytes:
+        """The raw bytes of a small tensor that describes others: sizes, a text.
+
+        For planning, so at most 64 KiB; the safetensors reader imports no torch for it.
+
+        Raises:
+            LimitError: ``Q-LIMIT-COUNT`` for a larger tensor.
+            CheckpointError: as ``read``.
+        """
+        import torch
+
+        self._check_small(name)
+        return bytes(self.read(name).contiguous().flatten().view(torch.uint8).tolist())
+
+    def _check_small(self, name: str) -> None:
+        info = self.tensors.get(name)
+        if info is not None and info.nbytes > _SMALL_BYTES:
+            raise LimitError(
+                f"{printable(info.file)}: tensor {printable(name)!r} has {info.nbytes} bytes, "
+                f"expected at most {_SMALL_BYTES}: it describes other tensors. "
+                "Export the checkpoint again.",
+                code="Q-LIMIT-COUNT",
+                path=info.file,
+                tensor=name,
+                expected=_SMALL_BYTES,
+                actual=info.nbytes,
+            )
 
     def side_file(self, name: str) -> Mapping[str, Any] | None:
         """A JSON file beside the weights, parsed strictly and read-only; None if absent.
@@ -99,10 +130,19 @@ class Checkpoint(ABC):
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, TensorInfo]]:
-        """Stored module path -> {last name component: TensorInfo}, in file order."""
+        """Stored module path -> {rest of the name: TensorInfo}, in file order.
+
+        The rest is the last component, and more where a name continues that of another tensor:
+        ``weight`` and ``weight.absmax`` are two tensors of one module.
+        """
         out: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.tensors.items():
             module, _, leaf = name.rpartition(".")
+            parent = module.rpartition(".")[0]
+            owner = next((p for p in (module, parent) if p in self.tensors), None)
+            if owner is not None:
+                module = owner.rpartition(".")[0]
+                leaf = name[len(module) + 1 :] if module else name
             out.setdefault(module, {})[leaf] = info
         return out
 

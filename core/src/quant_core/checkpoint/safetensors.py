@@ -250,6 +250,14 @@ class SafetensorsCheckpoint(Checkpoint):
         tensor = buffer.view(dtype).view(part)
         return tensor[rest].clone(memory_format=torch.contiguous_format) if rest else tensor
 
+    def read_bytes(self, name: str) -> bytes:
+        info = self._info(name)
+        self._check_small(name)
+        raw = bytearray(info.nbytes)
+        if raw:
+            self._fill(info, memoryview(raw), info.offset)
+        return bytes(raw)
+
     def _fill(self, info: TensorInfo, buffer: memoryview, offset: int) -> None:
         file = self._files[info.file]
         with self._pool.open(file.path) as opened:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quant_core.convert.fit import Losses, cannot_hold
-from quant_core.dequantize import unpack_codes
+from quant_core.dequantize import level_values, unpack_codes
 from quant_core.numerics import decode, decode_scale, scale_dtype
 from quant_core.packing import pack
 from quant_core.rewrites import const_to_code, drop_gather, from_gather, regrain
@@ -160,10 +160,13 @@ def _product(qt: QuantizedTensor, grain: Grain) -> Tensor:
     shape = (qt.shape[0], qt.shape[1])
     total: Tensor | None = None
     for values, scale in reversed(list(zip(qt.scales, qt.spec.scales, strict=True))):
-        decoded = decode_scale(values, scale.element).double()
+        decoded = level_values(values, scale, qt.codebook).double()
         factor = repeat_grid(decoded, scale.grain, grain, shape)
         before = torch.ones_like(factor) if total is None else total
-        total = before / factor if scale.inverse else before * factor
+        if scale.add:
+            total = before + factor
+        else:
+            total = before / factor if scale.inverse else before * factor
     assert total is not None
     return total
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quant_core.dequantize import level_values
 from quant_core.numerics import decode_scale, scale_dtype
 from quant_core.rewrites.grains import common_grain, repeat_grid
 from quant_core.rewrites.refuse import refuse
@@ -62,7 +63,7 @@ def _factor_on(qt: QuantizedTensor, index: int, grain: Grain) -> Tensor:
     """One factor in float32 on the grid of ``grain``."""
     scale = qt.spec.scales[index]
     shape = (qt.shape[-2], qt.shape[-1])
-    values = decode_scale(qt.scales[index], scale.element)
+    values = level_values(qt.scales[index], scale, qt.codebook)
     return repeat_grid(values, scale.grain, grain, shape)
 
 
@@ -73,7 +74,10 @@ def _on_grid(qt: QuantizedTensor, grain: Grain) -> tuple[Tensor, bool]:
     for index in reversed(range(len(qt.scales))):
         factor = _factor_on(qt, index, grain)
         before = torch.ones_like(factor) if total is None else total
-        if qt.spec.scales[index].inverse:
+        if qt.spec.scales[index].add:
+            total = before + factor
+            exact &= torch.equal(before.double() + factor.double(), total.double())
+        elif qt.spec.scales[index].inverse:
             total = before / factor
             exact &= torch.equal(total.double() * factor.double(), before.double())
         else:
