@@ -2,6 +2,7 @@
 
     y = x[..., gather] @ W^T (+ bias),   W = dequantize(codes, scales, zeros)
 
+A layer with a combined output scale is summed in integers (``quant_core.kernels.integer``).
 Transforms of the input come first (``quant_core.kernels.transforms``), those of the output last.
 Where the operation has an "input" operand, the transformed x is rounded to its codes and back
 (``quant_core.kernels.activations``), before any gather.
@@ -28,6 +29,7 @@ from quant_core.dequantize import dequantize
 from quant_core.errors import LayoutError
 from quant_core.kernels.activations import fake_quantize, static_shape, unsupported_input
 from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.integer import combined, input_codes, unsupported_sum, without_scales
 from quant_core.kernels.transforms import (
     apply_transforms,
     held_transforms,
@@ -185,10 +187,26 @@ def _rounded(
     return fake_quantize(x, spec, scale, zero)
 
 
+def _product(
+    x: Tensor, op: OpSpec, buffers: Mapping[str, Tensor], expert: int | None = None
+) -> Tensor:
+    """x [T, K] @ W^T as the operands mean it, before any float bias."""
+    qt = _tensor(op, buffers, expert)
+    spec = op.operand("input")
+    if spec is None or "out_scale" not in op.features:
+        return _matmul(_rounded(x, op, buffers, expert), qt)
+
+    side = {n: buffers[n] if expert is None else buffers[n][expert] for n in _SIDE if n in buffers}
+    moved = apply_transforms(x, held_transforms(op, buffers, expert), "input")
+    codes = input_codes(moved, spec, side["input_scale"], side.get("input_zero"))
+    sums = _matmul(codes, without_scales(qt))
+    return combined(sums, side.get("acc_bias"), side["out_scale"]).to(x.dtype)
+
+
 def _linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     op = op_from_text(op_text)
     buffers = _named(op, tensors)
-    y = _matmul(_rounded(x.reshape(-1, x.shape[-1]), op, buffers), _tensor(op, buffers))
+    y = _product(x.reshape(-1, x.shape[-1]), op, buffers)
     if "bias" in buffers:
         y = y + buffers["bias"].to(y.dtype)
     y = apply_transforms(y, held_transforms(op, buffers), "output")
@@ -203,7 +221,7 @@ def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: 
         if not 0 <= expert < op.size("experts"):
             continue  # a sentinel for "no expert here": contributes nothing
         rows = torch.where(experts == expert)[0]
-        y = _matmul(_rounded(x[rows], op, buffers, expert), _tensor(op, buffers, expert))
+        y = _product(x[rows], op, buffers, expert)
         if "bias" in buffers:
             y = y + buffers["bias"][expert].to(y.dtype)
         out[rows] = apply_transforms(y, held_transforms(op, buffers, expert), "output")
@@ -289,7 +307,7 @@ class ReferenceKernel:
             return Rejected(
                 axis="operands", have=str(sorted(roles)), need=" and ".join(sorted(allowed))
             )
-        odd = unsupported_input(op) or unsupported_transform(op)
+        odd = unsupported_input(op) or unsupported_transform(op) or unsupported_sum(op)
         if odd is not None:
             return odd
         spec = op.weight
