@@ -54,14 +54,15 @@ class Ledger:
     loaded: set[Part] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)  # stored name -> rule
     _claimed_names: set[str] = field(default_factory=set)
+    _shared: set[Part] = field(default_factory=set)
 
-    def claim(self, part: Part, by: str) -> None:
-        """Reserve a part for one reader.
+    def claim(self, part: Part, by: str, *, shared: bool = False) -> None:
+        """Reserve a part for one reader, or for all that say they share it.
 
         Raises:
             CheckpointError: ``Q-TENSOR-DUPLICATE`` if another reader has it.
         """
-        if part in self.claims:
+        if part in self.claims and not (shared and part in self._shared):
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensor {printable(part[0])!r} is claimed by "
                 f"{self.claims[part]!r} and {by!r}, expected one owner. "
@@ -72,7 +73,9 @@ class Ledger:
                 expected=self.claims[part],
                 actual=by,
             )
-        self.claims[part] = by
+        self.claims.setdefault(part, by)
+        if shared:
+            self._shared.add(part)
         self._claimed_names.add(part[0])
 
     def skip(self, name: str, rule: str) -> None:

@@ -207,7 +207,7 @@ class _Checker:
                 self.ledger.skip(name, param.rule or f"ignored by {scheme.name}")
                 continue
             self._shape(param, info, index)
-            self.ledger.claim(part, member.layer.name)
+            self.ledger.claim(part, member.layer.name, shared=param.shared)
 
     def _shape(self, param: ParamSpec, info: TensorInfo, index: Index) -> None:
         shape = _indexed_shape(info.shape, index)
