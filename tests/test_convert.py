@@ -21,6 +21,15 @@ ACT_ORDER = "gptqmodel-4bit-g128-asym-descact"
 MIXED = "gptqmodel-dynamic-4-8bit-skip"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small matrices: waiting for threads of a busy machine would cost more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 

@@ -256,13 +256,16 @@ class _Checker:
                 )
 
 
-def _leftovers(checkpoint: Checkpoint, stored: _Stored, ledger: Ledger) -> list[str]:
+def _tensor_names(checkpoint: Checkpoint, stored: _Stored) -> list[str]:
     paths = stored.paths or (stored.stored,)
+    return [info.name for path in paths for info in checkpoint.modules[path].values()]
+
+
+def _leftovers(checkpoint: Checkpoint, stored: _Stored, ledger: Ledger) -> list[str]:
     return [
-        info.name
-        for path in paths
-        for info in checkpoint.modules[path].values()
-        if not ledger.is_claimed(info.name) and info.name not in ledger.skipped
+        name
+        for name in _tensor_names(checkpoint, stored)
+        if not ledger.is_claimed(name) and name not in ledger.skipped
     ]
 
 
@@ -336,18 +339,24 @@ def plan(
     dense: dict[str, str] = {}
     checker = _Checker(checkpoint, ledger)
     pending: list[_Stored] = []
-    for stored in _stored_members(checkpoint):
-        layer = _describe(stored)
-        member = _plan_member(registry, match, layer, checkpoint)
-        twin = members.get(layer.name)
+    planned = [
+        (stored, _plan_member(registry, match, _describe(stored), checkpoint))
+        for stored in _stored_members(checkpoint)
+    ]
+    for _, member in planned:
+        if member.quantized:
+            checker.member(member)
+    for stored, member in planned:
+        layer, twin = member.layer, members.get(member.layer.name)
         if twin is not None and (twin.quantized or member.quantized):
             raise _stored_twice(checkpoint, layer.name, twin.layer.stored, layer.stored)
         if member.quantized:
-            checker.member(member)
             pending.append(stored)
         else:
             assert isinstance(member.scheme, Unquantized)
             names = _leftovers(checkpoint, stored, ledger)
+            if not names and all(map(ledger.is_claimed, _tensor_names(checkpoint, stored))):
+                continue  # no module: all of its tensors are parts of quantized members
             for name in names:
                 if name.rpartition(".")[2] in member.scheme.ignored:
                     ledger.skip(name, member.scheme.rule)
@@ -396,12 +405,21 @@ def _plan_member(
     return Member(layer=layer, scheme=scheme, params=tuple(params))
 
 
-def _config_warnings(match: FormatMatch | None, members: Mapping[str, Any]) -> list[str]:
+def _names(members: Mapping[str, Member]) -> list[str]:
+    """Public names, and those of the experts of stacks that are stored one by one."""
+    out = list(members)
+    for member in members.values():
+        if "{expert}" in member.layer.stored:
+            out += [member.layer.stored.format(expert=e) for e in member.layer.experts]
+    return out
+
+
+def _config_warnings(match: FormatMatch | None, members: Mapping[str, Member]) -> list[str]:
     """Unknown keys and patterns that match nothing, as the owner's config reports them."""
     config = match.config if match is not None else None
     out = list(getattr(config, "warnings", ()))
     patterns: Sequence[Any] = getattr(config, "name_patterns", tuple)()
-    left = unmatched(patterns, members)
+    left = unmatched(patterns, _names(members)) if patterns else []
     if left:
         shown = summarize(f"{p.purpose}: {p.text}" for p in left)
         out.append(f"{len(left)} name pattern(s) match no module: {shown}")

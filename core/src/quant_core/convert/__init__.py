@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from quant_core.convert.survey import LayerReport
     from quant_core.registry import Registry
 
+_CONTAINER = "write_checkpoint"  # the hook of formats whose container keeps its own metadata
+
 __all__ = ["Result", "convert", "diff", "targets"]
 
 
@@ -125,7 +127,7 @@ def convert(
         found = survey(
             source,
             to,
-            config=model_config(source),
+            config=model_config(source, needed=not source.registry.implements(to, _CONTAINER)),
             options=dict(options or {}),
             allow_inexact=allow_inexact,
             unfit_as_float=unfit_as_float,

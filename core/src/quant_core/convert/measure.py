@@ -24,13 +24,12 @@ class Distance:
     largest: float = 0.0
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Compare two float tensors of one shape."""
+        """Compare two float32 tensors of one shape."""
+        self.reference += float(torch.linalg.vector_norm(a)) ** 2
         if torch.equal(a, b):
-            self.reference += float(a.double().square().sum())
             return
-        delta = a.double() - b.double()
-        self.squared += float(delta.square().sum())
-        self.reference += float(a.double().square().sum())
+        delta = a - b
+        self.squared += float(torch.linalg.vector_norm(delta)) ** 2
         self.largest = max(self.largest, float(delta.abs().max()))
 
     @property
@@ -66,7 +65,7 @@ def distance(
     if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor) and _same(a, b):
         for start, stop in row_blocks(a.shape[0], in_features):
             block = _dense(a, start, stop, in_features)
-            total.reference += float(block.double().square().sum())
+            total.add(block, block)
         return total
     for start, stop in row_blocks(a.shape[0], in_features):
         total.add(_dense(a, start, stop, in_features), _dense(b, start, stop, in_features))

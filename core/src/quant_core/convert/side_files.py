@@ -31,16 +31,19 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def model_config(source: Plan) -> dict[str, Any]:
+def model_config(source: Plan, *, needed: bool = True) -> dict[str, Any]:
     """The model's config without any quantization block.
 
-    Without a config.json, transformers makes one from the container's own metadata.
+    Without a config.json, transformers makes one from the container's own metadata; if it is not
+    ``needed``, the answer is empty then.
 
     Raises:
         ConfigError: ``Q-CFG-MISSING`` if neither gives a config.
     """
     checkpoint = source.checkpoint
-    config = _plain(checkpoint.config) or _converted_config(checkpoint)
+    config = _plain(checkpoint.config)
+    if needed and not config:
+        config = _converted_config(checkpoint)
     for block in (config, config.get("text_config")):
         if isinstance(block, dict):
             for key in _BLOCKS:
@@ -76,11 +79,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def copy_side_files(source: Plan, folder: Path) -> list[str]:
+def copy_side_files(source: Plan, folder: Path, *, tokenizer: bool = True) -> list[str]:
     """Copy tokenizer, generation config, templates, code and licences into ``folder``.
 
-    Weights, config.json and the config files of format plugins are left out. Without tokenizer
-    files, transformers converts the tokenizer of the container's own metadata.
+    Weights, config.json and the config files of format plugins are left out. If a ``tokenizer``
+    is wanted and there are no files of one, transformers converts that of the container's own
+    metadata.
 
     Returns:
         Warnings, one sentence each.
@@ -95,12 +99,13 @@ def copy_side_files(source: Plan, folder: Path) -> list[str]:
     for file in sorted(checkpoint.folder.iterdir()):
         name = file.name
         weights = _WEIGHTS.search(name) or name.endswith(suffixes)
-        if name[0] == "." or name in skipped or weights or not file.is_file():
+        code = name.endswith(".py") and "auto_map" not in checkpoint.config
+        if name[0] == "." or name in skipped or weights or code or not file.is_file():
             continue
         if file.stat().st_size <= _MAX_BYTES and not (folder / name).exists():
             shutil.copyfile(file, folder / name)
             names.append(name)
-    if any(n in names for n in _TOKENIZER):
+    if not tokenizer or any(n in names for n in _TOKENIZER):
         return []
     return _convert_tokenizer(checkpoint, folder)
 

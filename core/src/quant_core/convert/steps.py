@@ -6,9 +6,10 @@ A target's ``fit_scheme`` chains these until the matrix has the spec of one of i
     plain_codes     codes are integers
     in_order        columns lie in the order of the input
     one_scale       one multiplying factor, of a type the target stores
-    integer_zero    an offset (c*s + o) becomes zero codes (c - z)*s, or a finer sym grid
+    integer_zero    an offset (c*s + o) becomes zero codes (c - z)*s
     recenter        unsigned codes around a constant zero: int8 -> uint8, narrow -> wide
     code_zeros      unsigned codes with zeros as codes
+    narrowest       one of these two, in the fewest bits that the target has
     group_columns   one value per row and ``size`` columns
 
 All of them return new objects and take matrices, not stacks.
@@ -37,6 +38,7 @@ __all__ = [
     "group_columns",
     "in_order",
     "integer_zero",
+    "narrowest",
     "one_scale",
     "plain_codes",
     "recenter",
@@ -44,7 +46,7 @@ __all__ = [
     "weight_only",
 ]
 
-_BLOCK_CODES = 16 << 20  # codes held one to a byte at a time
+_BLOCK_CODES = 2 << 20  # codes held one to a byte (and as float32) at a time
 _ANOTHER = "Choose a target that holds it, or quantize the original model for this one."
 
 
@@ -52,9 +54,15 @@ _ANOTHER = "Choose a target that holds it, or quantize the original model for th
 
 
 def weight_only(
-    lt: LayerTensors, operands: Mapping[str, QuantSpec], losses: Losses
+    lt: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    losses: Losses,
+    *,
+    keep_input: bool = False,
 ) -> LayerTensors:
     """A weight and a bias alone. Quantized activations are a loss; the rest is refused.
+
+    With ``keep_input`` the target holds the quantized activations as they are.
 
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT``.
@@ -64,6 +72,8 @@ def weight_only(
     kept += sorted(set(lt.operands) - {"weight"})
     if kept:
         raise cannot_hold(losses.where, f"has {', '.join(kept)}", "a weight and a bias", _ANOTHER)
+    if keep_input:
+        return lt
     if "input" in operands or lt.input_scale is not None or lt.input_zero is not None:
         label = operands["input"].label if "input" in operands else "a static scale"
         losses.lose(
@@ -305,18 +315,50 @@ def code_zeros(qt: QuantizedTensor, bits: int) -> QuantizedTensor | None:
     return replace(qt, spec=spec, codes=codes, packing=CANONICAL, zeros=z.to(torch.uint8))
 
 
-# --------------------------------------------------------------------------------------- offset
+def narrowest(
+    qt: QuantizedTensor, widths: tuple[int, ...], where: str
+) -> tuple[QuantizedTensor, bool]:
+    """Unsigned codes of the first width that holds them, and whether they are symmetric. Exact.
 
+    A constant zero becomes 2**(bits-1), the codes move along; zero codes stay zero codes. The
+    answer depends on the spec and the range of the codes, so experts of one stack agree unless
+    their codes differ in range.
 
-def integer_zero(qt: QuantizedTensor, losses: Losses, *, finer: bool = False) -> QuantizedTensor:
-    """``c*s + o`` as ``(c - z)*s`` with z = -o/s in the range of the codes.
-
-    Where some z is no such integer, that is a loss: z is rounded, or with ``finer`` the weights
-    move to a grid up to 8 times finer, as unsigned 8-bit codes around 128, which costs a
-    sixteenth of a code at most. ``qt`` has one scale (``one_scale``); other zeros are kept.
+    Args:
+        widths: bits the target has, ascending; those below the present ones are not tried.
 
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT``.
+    """
+    zero = qt.spec.zero
+    for bits in (b for b in widths if b >= qt.spec.element.bits):
+        if zero is None or zero.kind == "const":
+            sym = recenter(qt, bits, 1 << (bits - 1))
+            if sym is not None:
+                return sym, True
+        asym = code_zeros(qt, bits)
+        if asym is not None:
+            return asym, False
+    raise cannot_hold(
+        where,
+        f"codes or zero points of {qt.spec.label}",
+        f"unsigned codes of {', '.join(map(str, widths))} bits",
+        "Choose another target format.",
+    )
+
+
+# --------------------------------------------------------------------------------------- offset
+
+
+def integer_zero(qt: QuantizedTensor, losses: Losses, *, wide: bool = False) -> QuantizedTensor:
+    """``c*s + o`` as ``(c - z)*s`` with z = -o/s in the range of the codes.
+
+    Where some z is no such integer, that is a loss: zero points are rounded, or, for a target with
+    8-bit codes (``wide``), each weight is rounded to the nearest of 255 steps of its group, which
+    costs a twentieth of that. ``qt`` has one scale (``one_scale``); other zeros are kept.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` for codes that are not unsigned.
     """
     if qt.spec.zero is None or qt.spec.zero.kind != "offset":
         return qt
@@ -326,15 +368,13 @@ def integer_zero(qt: QuantizedTensor, losses: Losses, *, finer: bool = False) ->
     qt, offset = _offset_on_scale_grid(qt)
     scale = decode_scale(qt.scales[0], _element(qt)).double()
     wanted = torch.where(scale == 0, torch.zeros_like(offset), -offset / scale)
-    top = (1 << qt.spec.element.bits) - 1
-    zeros = wanted.round().clamp(0, top)
-    exact = bool((zeros * scale == -offset).all())
-    if not exact:
-        bad = int((zeros * scale != -offset).sum())
+    zeros = wanted.round().clamp(0, (1 << qt.spec.element.bits) - 1)
+    bad = int((zeros * scale != -offset).sum())
+    if bad:
         found = f"{bad} of {offset.numel()} offsets are no multiple of their scale"
-        if finer:
-            losses.lose(found, "integer zero points", "offsets rounded on a grid of 8-bit codes")
-            return _finer(qt, scale, offset)
+        if wide:
+            losses.lose(found, "integer zero points", "weights rounded to 8-bit codes")
+            return _rounded(qt, scale, offset)
         losses.lose(found, "integer zero points", "zero points rounded to integers")
     spec = replace(qt.spec, zero=Zero(kind="code", element=qt.spec.element.name))
     return replace(qt, spec=spec, zeros=zeros.to(torch.uint8), offset=())
@@ -354,27 +394,22 @@ def _offset_on_scale_grid(qt: QuantizedTensor) -> tuple[QuantizedTensor, Tensor]
     return replace(qt, spec=replace(qt.spec, scales=(level,)), scales=(values,)), offset
 
 
-def _finer(qt: QuantizedTensor, scale: Tensor, offset: Tensor) -> QuantizedTensor:
-    """``c*s + o`` on the grid s/f around 128, f = 8, 4, 2 or 1 per group: the largest that fits.
+def _rounded(qt: QuantizedTensor, scale: Tensor, offset: Tensor) -> QuantizedTensor:
+    """Weights ``c*s + o`` rounded to 8-bit codes around 128, the largest of a group at 127 steps.
 
-    A group of equal weights (scale 0) becomes 64 times a scale of o/64, without loss.
+    A group of equal weights (scale 0) becomes 64 steps of o/64, which is exact.
     """
     top = (1 << qt.spec.element.bits) - 1
-    flat = scale == 0
-    shift = torch.where(flat, torch.zeros_like(offset), offset / scale)
-    factor = torch.ones_like(scale)
-    for f in (2, 4, 8):
-        low, high = (f * shift).round(), (f * (shift + top)).round()
-        factor = torch.where((low >= -128) & (high <= 127), float(f), factor)
-    base = (factor * shift).round().clamp(-128, 127)
-    base = torch.where(flat, 64.0, base)
-    step = torch.where(flat, 0.0, factor)
-    values = torch.where(flat, offset / 64, scale / factor).to(qt.scales[0].dtype)
-    grid = replace(qt, spec=replace(qt.spec, zero=None), offset=(), scales=(values,))
+    ends = torch.maximum(offset.abs(), (offset + top * scale).abs())
+    steps = torch.where(scale == 0, offset / 64, ends / 127).to(qt.scales[0].dtype)
+    wide = steps.double()
+    by, plus = scale / wide, offset / wide
+    by, plus = (torch.where(wide == 0, torch.zeros_like(t), t).float() for t in (by, plus))
+    grid = replace(qt, spec=replace(qt.spec, zero=None), offset=(), scales=(steps,))
 
     def move(at: slice, rows: QuantizedTensor, codes: Tensor) -> Tensor:
-        by, plus = (_spread(t[at].float(), rows) for t in (step, base))
-        return (codes * by + plus).clamp(-128, 127) + 128
+        values = codes * _spread(by[at], rows) + _spread(plus[at], rows)
+        return values.round().clamp(-127, 127) + 128
 
     codes = _map_codes(grid, 8, move)
     assert codes is not None  # clamped to the range above

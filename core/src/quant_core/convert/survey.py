@@ -142,13 +142,19 @@ class _Pass:
         back = scheme.canonicalize(one, stored)
         before = total.squared
         distance(lt.weight, back.weight, scheme.shape[1], total)
-        same_bias = (lt.bias is None) == (back.bias is None) and (
-            lt.bias is None or bool((lt.bias.float() == back.bias.float()).all())  # type: ignore[union-attr]
-        )
-        if (total.squared != before and not fit.losses) or not same_bias:
+        differ = [
+            what
+            for what, same in (
+                ("weights", total.squared == before or fit.losses),
+                ("bias", _equal(lt.bias, back.bias)),
+                ("activations", _same_input(member, lt, scheme, back) or fit.losses),
+            )
+            if not same
+        ]
+        if differ:
             raise PluginError(
-                f"plugin {self.format!r}: fit_scheme named no loss for {layer.name!r}, but the "
-                "weights or the bias read back from what it writes differ. "
+                f"plugin {self.format!r}: fit_scheme named no loss for {layer.name!r}, but "
+                f"{' and '.join(differ)} read back from what it writes differ. "
                 "This is a bug of the plugin; report it there.",
                 code="Q-PLUGIN-RESULT",
                 plugin=self.format,
@@ -183,6 +189,22 @@ class _Pass:
                 stored=stored,
             )
         return out
+
+
+def _same_input(member: Member, lt: LayerTensors, scheme: Scheme, back: LayerTensors) -> bool:
+    """Activations are quantized alike, by stored scales and zeros of the same values."""
+    assert isinstance(member.scheme, Scheme)
+    if member.scheme.operands.get("input") != scheme.operands.get("input"):
+        return False
+    pairs = ((lt.input_scale, back.input_scale), (lt.input_zero, back.input_zero))
+    return all(_equal(a, b) for a, b in pairs)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Both absent, or equal as float32."""
+    if a is None or b is None:
+        return a is b
+    return bool((a.float() == b.float()).all())
 
 
 def _shape(member: Member) -> tuple[int, int]:

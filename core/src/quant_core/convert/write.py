@@ -175,8 +175,9 @@ def write_target(
                 warnings = _check_result(target, Path(files[0]))
                 _place(Path(files[0]), path)
                 return warnings
-            warnings = copy_side_files(target.source, folder)
-            write_json(folder / "config.json", target.config)
+            warnings = copy_side_files(target.source, folder, tokenizer=False)
+            if target.config:
+                write_json(folder / "config.json", target.config)
         else:
             warnings = _write_safetensors(target, folder, max_shard_bytes, step)
         warnings += _check_result(target, folder)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quant_core import hookimpl
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
+    from quant_core.convert.fit import Fit
+    from quant_core.convert.target import Target
     from quant_core.scheme import Scheme
     from quant_core.spec import (
         BlockType,
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
         LayerDesc,
         ParamSpec,
         PluginInfo,
+        QuantSpec,
         Unquantized,
     )
+    from quant_core.tensors import LayerTensors
 
 
 @hookimpl
@@ -67,3 +71,32 @@ def block_types() -> Mapping[str, BlockType]:
     from quant_plugin_gguf.types import opaque_block_types
 
     return opaque_block_types()
+
+
+@hookimpl
+def fit_scheme(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    from quant_plugin_gguf.fit import fit
+
+    return fit(layer, tensors, operands, options, allow_inexact)
+
+
+@hookimpl
+def settle_options(
+    schemes: Mapping[str, Sequence[Scheme]], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    from quant_plugin_gguf.fit import settle
+
+    return settle(schemes, options)
+
+
+@hookimpl
+def write_checkpoint(target: Target, folder: Path) -> Sequence[Path]:
+    from quant_plugin_gguf.writer import write
+
+    return write(target, folder)

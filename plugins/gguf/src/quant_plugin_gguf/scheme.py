@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["GgufConfig", "GgufScheme", "detect", "scheme_for"]
+__all__ = ["TENSOR_SCALE", "GgufConfig", "GgufScheme", "detect", "scheme_for"]
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
-_TENSOR_SCALE = Scale(element="f32", grain=TENSOR)
+TENSOR_SCALE = Scale(element="f32", grain=TENSOR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def scheme_for(
     beside = {leaf: checkpoint.tensors.get(f"{module}.{leaf}") for leaf in ("bias", "scale")}
     spec = spec_of(info.dtype)
     if beside["scale"] is not None and info.dtype == "nvfp4":
-        spec = replace(spec, scales=(*spec.scales, _TENSOR_SCALE))
+        spec = replace(spec, scales=(*spec.scales, TENSOR_SCALE))
     else:
         beside["scale"] = None
     return GgufScheme(

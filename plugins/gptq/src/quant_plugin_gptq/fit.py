@@ -23,7 +23,7 @@ from quant_plugin_gptq.scheme import GptqScheme, weight_spec
 
 if TYPE_CHECKING:
     from quant_core.spec import LayerDesc, QuantSpec
-    from quant_core.tensors import LayerTensors, QuantizedTensor
+    from quant_core.tensors import LayerTensors
 
 __all__ = ["fit", "settle"]
 
@@ -68,9 +68,9 @@ def _fit(
     qt = lt.weight
     steps.plain_codes(qt, where)
     qt = steps.one_scale(qt, tuple(_DTYPES), losses)
-    qt = steps.integer_zero(qt, losses, finer=True)
+    qt = steps.integer_zero(qt, losses, wide=True)
     format = options.get("checkpoint_format")
-    qt, sym = _codes(qt, ALL_BITS if format == "gptq_p" else COMMON_BITS, where)
+    qt, sym = steps.narrowest(qt, ALL_BITS if format == "gptq_p" else COMMON_BITS, where)
     assert layer.inp is not None
     n, k = qt.shape[0], layer.inp.total
     size = min(int(options.get("group_size", qt.spec.scales[0].grain[1] or k)), k)
@@ -95,32 +95,6 @@ def _fit(
         source="config.json",
     )
     return Fit(scheme=scheme, tensors=replace(lt, operands={"weight": qt}), losses=losses.taken())
-
-
-def _codes(
-    qt: QuantizedTensor, widths: tuple[int, ...], where: str
-) -> tuple[QuantizedTensor, bool]:
-    """Unsigned codes of the narrowest width that holds them, and whether they are symmetric.
-
-    A constant zero becomes 2**(bits-1), the codes move along; zero codes stay.
-    """
-    from quant_core.convert import steps
-
-    zero = qt.spec.zero
-    for bits in (b for b in widths if b >= qt.spec.element.bits):
-        if zero is None or zero.kind == "const":
-            sym = steps.recenter(qt, bits, 1 << (bits - 1))
-            if sym is not None:
-                return sym, True
-        asym = steps.code_zeros(qt, bits)
-        if asym is not None:
-            return asym, False
-    raise cannot_hold(
-        where,
-        f"codes or zero points of {qt.spec.label}",
-        f"unsigned codes of {', '.join(map(str, widths))} bits",
-        "Choose another target format.",
-    )
 
 
 def _check_sizes(n: int, k: int, bits: int, planar: bool, where: str) -> None:
