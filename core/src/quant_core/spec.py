@@ -216,6 +216,8 @@ class Transform:
     site "output"):
         scale    one vector [K] or [1]: x * v; ``inverse``: x / v
         matrix   [b, b], or [K/b, b, b] for ``block`` = b; [K, K] for 0: each block of x @ M
+        kron     left [L, L] and right [R, R], K = L * R: x @ kron(left, right), which is
+                 left^T @ X @ right for x seen as X [L, R]
     """
 
     site: Literal["input", "output", "q", "k", "v"]

@@ -18,6 +18,9 @@ G = 1/g), or computed: g = max|x| of the tensor or token / (peak * largest value
 float). The small one is made under it, s = round(max|x| / (peak * g)) or
 round(G * (max|x| / peak)), and x is divided by s * g or s / G.
 
+A float scale of a tensor, token or group under a stored factor f (a clip ratio) is
+max|x| / peak * f.
+
 All arithmetic is float32 (float64 for a float64 x), whatever the dtype of x; NaN and infinity
 are visible as NaN. Codes are never stored: a kernel that multiplies codes must give the same sums.
 
@@ -76,6 +79,9 @@ def _odd_levels(spec: QuantSpec) -> str:
     if not coarse:
         return ""
     outer = coarse[0]
+    if len(coarse) == 1 and fine.element in _WIDE and not fine.static and spec.zero is None:
+        plain = outer.static and outer.grain == TENSOR and outer.element in _WIDE
+        return "" if plain and not outer.inverse else "a stored factor of the tensor"
     if len(coarse) > 1 or fine.static or fine.element not in _SMALL or fine.grain[0] != 1:
         return "one scale, or two of which the finer is a run-time small float per group"
     if outer.element not in _WIDE or outer.rule or (not outer.static and outer.inverse):
@@ -146,7 +152,8 @@ def _symmetric(groups: Tensor, spec: QuantSpec, factor: Tensor | None) -> Tensor
         codes = mx_scale(bounded, spec.element, scale.rule or "rceil", peak)
         return decode_e8m0(codes).to(groups.dtype)
     if scale.element in _WIDE:
-        s = (amax / peak).clamp(min=scale.least, max=scale.most or None)
+        s = amax / peak if factor is None else amax / peak * factor
+        s = s.clamp(min=scale.least, max=scale.most or None)
         return _nonzero(s, torch.finfo(s.dtype).eps)
     inverse = factor is not None and spec.scales[1].inverse
     codes = block_scale(

@@ -29,7 +29,7 @@ __all__ = [
 
 Transforms = tuple[tuple[Transform, tuple[Tensor, ...]], ...]
 
-_KINDS = ("scale", "matrix")
+_KINDS = ("scale", "matrix", "kron")
 _SITES = ("input", "output")
 
 
@@ -88,8 +88,12 @@ def held_transforms(
     return tuple((t, tuple(v)) for t, v in zip(op.transforms, values, strict=True))
 
 
-def _apply_one(x: Tensor, transform: Transform, tensor: Tensor) -> Tensor:
-    values = tensor.to(x.dtype)
+def _apply_one(x: Tensor, transform: Transform, tensors: tuple[Tensor, ...]) -> Tensor:
+    values = tensors[0].to(x.dtype)
+    if transform.kind == "kron":
+        left, right = values, tensors[1].to(x.dtype)
+        grid = x.unflatten(-1, (left.shape[-1], right.shape[-1]))
+        return (left.mT @ grid @ right).flatten(-2)
     if transform.kind == "scale":
         return x / values if transform.inverse else x * values
     blocks = x.unflatten(-1, (-1, values.shape[-1])).unsqueeze(-2)
@@ -103,5 +107,5 @@ def apply_transforms(x: Tensor, transforms: Transforms, site: str) -> Tensor:
         return x
     work = x if x.dtype == torch.float64 else x.float()
     for transform, values in mine:
-        work = _apply_one(work, transform, values[0])
+        work = _apply_one(work, transform, values)
     return work.to(x.dtype)
