@@ -230,8 +230,12 @@ def without_zero_bias(plan: Plan, model: nn.Module, module: str, member: Member)
 def check_bias(plan: Plan, model: nn.Module, module: str, members: Sequence[Member]) -> None:
     wanted = getattr(model.get_submodule(module), "bias", None) is not None
     stored = [_stored_biases(plan, m) for m in members]
-    if wanted and not all(stored):
-        lacking = [f"{m.layer.name}.bias" for m, names in zip(members, stored) if not names]
+    lacking = [
+        f"{m.layer.name}.bias"
+        for m, names in zip(members, stored)
+        if not names and not any(p.role == "acc_bias" for p in m.params)  # it holds the bias
+    ]
+    if wanted and lacking:
         raise missing_error(plan.checkpoint, lacking, f"{module}, which has a bias")
     if not wanted and any(stored):
         extra = [name for names in stored for name in names]
