@@ -222,15 +222,35 @@ def test_quantized_outputs_are_refused(ct):
     fails("Q-CFG-VALUE", parse_config, raw, "config.json", match="output_activations")
 
 
-@pytest.mark.parametrize("location", ["input", "output", "q_attn", "k_cache"])
-def test_transforms_at_run_time_are_refused(ct, location):
-    use = {"targets": ["re:.*down_proj$"], "location": location, "inverse": False, "ignore": []}
+@pytest.mark.parametrize("location", ["q_attn", "k_cache"])
+def test_transforms_inside_the_attention_are_refused(ct, location):
+    use = {"targets": ["re:.*self_attn$"], "location": location, "inverse": False, "ignore": []}
     offline = use | {"location": "weight_input"}
     raw = ct.block(
-        transform_config={"config_groups": {"R4": {"type": "hadamard", "apply": [offline, use]}}}
+        transform_config={"config_groups": {"R3": {"type": "hadamard", "apply": [offline, use]}}}
     )
-    err = fails("Q-CFG-TRANSFORM", parse_config, raw, "config.json", match="R4")
+    err = fails("Q-CFG-TRANSFORM", parse_config, raw, "config.json", match="R3")
     assert err.actual == location
+
+
+@pytest.mark.parametrize("change", [{"type": "random-matrix"}, {"type": None}, {"randomize": True}])
+def test_transforms_of_unverified_kinds_are_refused(ct, change):
+    use = {"targets": ["Linear"], "location": "input"}
+    group = {"type": "hadamard", "apply": [use]} | change
+    raw = ct.block(transform_config={"config_groups": {"R4": group}})
+    fails("Q-CFG-TRANSFORM", parse_config, raw, "config.json", match="R4")
+
+
+def test_transforms_at_inputs_and_outputs_are_read(ct):
+    uses = [{"targets": ["Linear"], "location": at} for at in ("input", "output", "weight_input")]
+    uses[1] |= {"inverse": True, "ignore": ["lm_head"]}
+    group = {"type": "random-hadamard", "head_dim": 64, "apply": uses}
+    config = parse_config(ct.block(transform_config={"config_groups": {"R": group}}), "config.json")
+    first, second = config.transforms
+    assert (first.leaf, first.inverse, first.block) == ("R_input", False, 64)
+    assert (second.leaf, second.inverse) == ("R_output", True)
+    assert first.applies("lm_head", "linear")
+    assert not second.applies("lm_head", "linear")
 
 
 def test_fused_transforms_need_nothing(ct):

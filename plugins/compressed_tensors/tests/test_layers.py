@@ -280,18 +280,24 @@ def test_codes_of_another_format_contradict(ct, write, model):
     raises(ConfigError, "Q-CFG-CONFLICT", ct, write(model(), config), "weight_packed is stored")
 
 
+FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+
+
 @pytest.mark.parametrize(
     ("fmt", "weights", "inputs"),
     [
-        ("nvfp4-pack-quantized",
-         {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, None),
-        ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 32}, None),
-        ("float-quantized", {"num_bits": 8, "type": "float", "group_size": -1}, None),
-        ("naive-quantized", {"num_bits": 8, "type": "float", "group_size": -1}, None),
+        ("int-quantized", {"num_bits": 8, "type": "float", "group_size": -1}, None),
+        ("pack-quantized", FP4, None),
+        ("float-quantized", {"num_bits": 8, "group_size": -1}, None),
+        ("nvfp4-pack-quantized", {"num_bits": 4, "group_size": 32}, None),
         ("pack-quantized", {"num_bits": 4, "group_size": 32},
          {"num_bits": 4, "type": "float", "strategy": "tensor", "dynamic": True}),
         ("pack-quantized", {"num_bits": 4, "group_size": 32},
          {"strategy": "group", "group_size": 32}),
+        ("pack-quantized", {"num_bits": 4, "group_size": 32}, FP4 | {"dynamic": True}),
+        ("pack-quantized", {"num_bits": 4, "group_size": 32},
+         {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True,
+          "symmetric": False}),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(ct, write, model, fmt, weights, inputs):

@@ -12,9 +12,8 @@ import torch
 from quant_core.build import Builder
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.engines.transformers import load_model
-from quant_core.errors import ConfigError
-from quant_core.load import load_tensor
-from quant_core.nn import QuantComposite, QuantLinear
+from quant_core.load import load_tensor, read_matrix
+from quant_core.nn import QuantComposite, QuantLinear, QuantModule
 from quant_core.packing import unpack
 from quant_core.plan import plan
 
@@ -26,8 +25,24 @@ WEIGHT_ONLY = (
     "ct-w8a16-g128",
     "ct-moe-w4a16-g128",
     "ct-spinquant-r1r2-w4a16",
+    "ct-spinquant-r1r2r4-w4a16",
+    "ct-nvfp4a16",
 )
-ACTIVATIONS = ("ct-w8a8-int8-dynamic-gptq", "ct-w8a8-int8-static-asym-act", "ct-w4afp8")
+ACTIVATIONS = (
+    "ct-w8a8-int8-dynamic-gptq",
+    "ct-w8a8-int8-static-asym-act",
+    "ct-w4afp8",
+    "ct-fp8-block128",
+    "ct-fp8-dynamic",
+    "ct-fp8-static-tensor",
+    "ct-mla-fp8-block",
+    "ct-moe-fp8-dynamic",
+    "ct-moe-nvfp4",
+    "ct-mxfp4",
+    "ct-mxfp8",
+    "ct-nvfp4",
+    "ct-mixed-fp8attn-w4mlp-nvfp4last",
+)
 
 
 def _expected(folder):
@@ -69,7 +84,7 @@ def test_logits_are_within_the_bound(shared, name):
 
 def _without_activation_quantization(model):
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantModule):
             operands = tuple(o for o in module.op.operands if o[0] != "input")
             module.op = replace(module.op, operands=operands)
             module._bind()
@@ -115,25 +130,71 @@ def test_kv_scales_do_not_stop_the_load_and_their_absence_shows(shared):
     assert found["mean"] == pytest.approx(meta["distance_without_kv_quant"], abs=1e-6)
 
 
-def test_rotation_at_run_time_is_refused(shared):
-    with pytest.raises(ConfigError, match="R4") as err:
-        plan(open_checkpoint(shared / "ct-spinquant-r1r2r4-w4a16"))
-    assert err.value.code == "Q-CFG-TRANSFORM"
+@pytest.mark.parametrize("change", ["dropped", "not divided"])
+def test_logits_miss_the_bound_without_the_rotation(shared, change):
+    name = "ct-spinquant-r1r2r4-w4a16"
+    ids, want, meta = _expected(shared / name)
+    model = load_model(shared / name, dtype=torch.float32)
+    rotated = [m for m in model.modules() if isinstance(m, QuantLinear) and m.op.transforms]
+    assert len(rotated) == 2  # both layers share the one matrix that the file holds
+    for module in rotated:
+        for i, transform in enumerate(module.op.transforms):
+            value = getattr(module, f"transform_{i}_0")
+            if transform.kind == "scale":
+                value.fill_(1.0)
+            elif change == "dropped":
+                value.copy_(torch.eye(len(value)))
+    found = _distances(model, ids, want, meta)
+    assert not _within(found, meta["bound"])
+    assert found["mean"] > 100 * meta["bound"]["mean"]
 
 
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [
-        ("ct-fp8-dynamic", "float-quantized"),
-        ("ct-mxfp4", "mxfp4-pack-quantized"),
-        ("ct-mxfp8", "mxfp8-quantized"),
-        ("ct-nvfp4", "nvfp4-pack-quantized"),
-    ],
-)
-def test_float_formats_are_refused_by_name(shared, name, word):
-    with pytest.raises(ConfigError, match=word) as err:
-        plan(open_checkpoint(shared / name))
-    assert err.value.code == "Q-CFG-VALUE"
+@pytest.mark.parametrize("rule", ["rceil", "floor"])
+def test_another_rule_of_the_block_exponent_is_farther_off(shared, rule):
+    name = "ct-mxfp4"
+    ids, want, meta = _expected(shared / name)
+    model = load_model(shared / name, dtype=torch.float32)
+    right = _distances(model, ids, want, meta)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.op = replace(
+                module.op,
+                operands=tuple(
+                    (r, replace(s, scales=(replace(s.scales[0], rule=rule),)))
+                    if r == "input" else (r, s)
+                    for r, s in module.op.operands
+                ),
+            )  # fmt: skip
+            module._bind()
+    assert _distances(model, ids, want, meta)["mean"] > 100 * right["mean"]
+
+
+def test_unequal_global_scales_fuse_without_a_change(shared):
+    planned = plan(open_checkpoint(shared / "ct-nvfp4a16"))
+    builder = Builder(plan=planned, dtype=torch.float32)
+    members = [planned.members[f"model.layers.{i}.self_attn.q_proj"] for i in (0, 1)]
+    factors = {read_matrix(planned, m).weight.scales[1].item() for m in members}
+    assert len(factors) > 1
+    module = builder.linear("both", members)
+    assert isinstance(module, QuantLinear)
+    want = torch.cat([read_matrix(planned, m).dequantize() for m in members])
+    assert torch.equal(module.restore().dequantize(), want)
+
+
+def test_nvfp4_weights_miss_if_the_factor_multiplies_or_nibbles_swap(shared):
+    folder = shared / "ct-nvfp4a16"
+    planned = plan(open_checkpoint(folder))
+    expected = open_checkpoint(folder / "expected.safetensors")
+    key = next(k for k in expected.tensors if k.startswith("weight."))
+    module = key.removeprefix("weight.").partition("#")[0].removesuffix(".weight")
+    qt = read_matrix(planned, planned.members[module]).weight
+    want = expected.read(key)
+    assert torch.equal(qt.dequantize()[: want.shape[0]], want)
+    fine, factor = qt.spec.scales
+    multiplied = replace(qt.spec, scales=(fine, replace(factor, inverse=False)))
+    swapped = qt.codes >> 4 | qt.codes << 4
+    for wrong in (replace(qt, spec=multiplied), replace(qt, codes=swapped)):
+        assert not torch.allclose(wrong.dequantize()[: want.shape[0]], want, rtol=0.1)
 
 
 def test_members_fuse_only_if_their_static_scales_agree(shared):

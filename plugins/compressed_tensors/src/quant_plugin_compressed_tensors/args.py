@@ -19,11 +19,17 @@ from typing import Any, Literal
 
 from quant_core.errors import ConfigError, printable
 from quant_core.fields import Fields
+from quant_core.intspec import SCALE_ELEMENTS
 
-__all__ = ["PRESETS", "QuantArgs", "bad_value", "parse_args"]
+__all__ = ["FLOATS", "FLOAT_SCALES", "PRESETS", "QuantArgs", "bad_value", "parse_args"]
 
 INT_BITS = (2, 3, 4, 5, 6, 7, 8)
-FLOAT_BITS = (4, 6, 8)
+FLOATS: Mapping[int, str] = {8: "fp8_e4m3", 6: "fp6_e2m3", 4: "fp4_e2m1"}
+"""Bits -> the float element of that width."""
+FLOAT_SCALES: Mapping[str, str] = {
+    **SCALE_ELEMENTS, "float8_e4m3fn": "fp8_e4m3", "uint8": "e8m0", "float8_e8m0fnu": "e8m0",
+}  # fmt: skip
+"""Stored dtype of a scale -> its element."""
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _GROUPED = ("group", "tensor_group")
 _KEYS = frozenset(
@@ -98,7 +104,7 @@ def _choice(read: Fields, key: str, allowed: tuple[str, ...]) -> str | None:
 
 def _bits(read: Fields, kind: str) -> int:
     value = read.raw.get("num_bits", 8)
-    allowed = INT_BITS if kind == "int" else FLOAT_BITS
+    allowed = INT_BITS if kind == "int" else tuple(sorted(FLOATS))
     if type(value) is not int or value not in allowed:
         fix = "Correct it to the width the tensors were made with."
         raise read.fail("num_bits", f"one of {allowed} for type {kind!r}", fix)

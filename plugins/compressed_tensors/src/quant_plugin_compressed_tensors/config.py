@@ -10,7 +10,7 @@ A group may also be a preset: ``{"W4A16": ["Linear"]}``. A group's own ``format`
 one, which may be "mixed-precision"; without any, it follows from the arguments.
 
 Sources: compressed-tensors 0.19.0 ``quantization/quant_config.py``, ``quant_scheme.py``,
-``compressors/format.py``, ``transform/transform_args.py``; 0.9.4 for older keys.
+``compressors/format.py``; 0.9.4 for older keys.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quant_core.errors import printable, summarize
+from quant_core.errors import summarize
 from quant_core.fields import thaw
 from quant_core.resolve import NamePattern
 from quant_plugin_compressed_tensors.args import PRESETS, QuantArgs, bad_value, parse_args
 from quant_plugin_compressed_tensors.matching import Matcher, check_names, is_attention_class
+from quant_plugin_compressed_tensors.transforms import OnlineTransform, parse_transforms
 
 __all__ = ["FORMATS", "CtConfig", "Group", "parse_config"]
 
@@ -42,7 +43,6 @@ FORMATS = (
 )
 _UNSET = ("mixed-precision", "fakequant")  # global only: each group says or implies its own
 _REMOVED = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
-_OFFLINE = ("weight_input", "weight_output")  # transforms that are part of the stored weights
 _INPUTS = ("token", "tensor", "group", "tensor_group", "attn_head")
 
 _KNOWN = frozenset(
@@ -76,6 +76,7 @@ class CtConfig:
     Attributes:
         version: of the writer, (0, 0, 0) if not given; decides packings that shapes cannot.
         kv_cache: how keys and values of the cache are quantized.
+        transforms: those that run with the model.
         stored: the block as JSON text, for writing it back.
     """
 
@@ -83,6 +84,7 @@ class CtConfig:
     ignore: tuple[str, ...] = ()
     version: tuple[int, int, int] = (0, 0, 0)
     kv_cache: QuantArgs | None = None
+    transforms: tuple[OnlineTransform, ...] = ()
     file: str = ""
     warnings: tuple[str, ...] = ()
     stored: str = "{}"
@@ -220,32 +222,6 @@ class _Parser:
             fix = "Export the model without sparse compression."
             raise bad_value(self.file, "sparsity_config", thaw(sparsity), "{} or null", fix)
 
-    def check_transforms(self) -> None:
-        """Transforms that are part of the stored weights need nothing; others are refused."""
-        config = self.block.get("transform_config") or {}
-        groups = config.get("config_groups") or {} if isinstance(config, Mapping) else None
-        if not isinstance(groups, Mapping):
-            fix = "Restore the config the tool wrote."
-            raise bad_value(
-                self.file, "transform_config", thaw(config), "an object", fix, "Q-CFG-TYPE"
-            )
-        for name, group in groups.items():
-            key = f"transform_config.config_groups.{name}"
-            uses = group.get("apply") if isinstance(group, Mapping) else None
-            if not isinstance(uses, list | tuple) or not all(isinstance(u, Mapping) for u in uses):
-                fix = "Restore the config the tool wrote."
-                raise bad_value(self.file, key, thaw(group), "'apply' objects", fix, "Q-CFG-TYPE")
-            online = [u.get("location") for u in uses if u.get("location") not in _OFFLINE]
-            if online:
-                fix = (
-                    f"Transform {printable(name)!r} is applied while the model runs, which is not "
-                    "supported yet; export with transforms fused into the weights."
-                )
-                expected = " or ".join(_OFFLINE)
-                raise bad_value(
-                    self.file, f"{key}.apply.location", online[0], expected, fix, "Q-CFG-TRANSFORM"
-                )
-
 
 def parse_config(block: Mapping[str, Any], file: str) -> CtConfig:
     """A checked config.
@@ -256,7 +232,7 @@ def parse_config(block: Mapping[str, Any], file: str) -> CtConfig:
 
     Raises:
         ConfigError: ``Q-CFG-VALUE``, ``Q-CFG-TYPE``, ``Q-CFG-CONFLICT``, ``Q-CFG-REGEX``,
-            ``Q-CFG-VERSION``, ``Q-CFG-TRANSFORM`` for transforms applied at run time.
+            ``Q-CFG-VERSION``, ``Q-CFG-TRANSFORM`` for a transform that cannot be applied.
     """
     inner = block.get("quantization_config")
     if isinstance(inner, Mapping):  # older files nest it beside sparsity_config
@@ -264,8 +240,8 @@ def parse_config(block: Mapping[str, Any], file: str) -> CtConfig:
         block.pop("quantization_config")
     parser = _Parser(block, file)
     parser.check_status()
-    parser.check_transforms()
     groups = parser.groups()
+    transforms = parse_transforms(block.get("transform_config"), file, parser.unknown)
     kv_cache = parser.args(block.get("kv_cache_scheme"), "kv_cache_scheme")
     unknown = parser.unknown
     warnings = (
@@ -276,6 +252,7 @@ def parse_config(block: Mapping[str, Any], file: str) -> CtConfig:
         ignore=check_names(block.get("ignore") or (), file, "ignore"),
         version=_version(block, file),
         kv_cache=kv_cache,
+        transforms=transforms,
         file=file,
         warnings=warnings,
         stored=json.dumps(thaw(block)),

@@ -16,9 +16,13 @@ from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.spec import LayerDesc, QuantSpec, TensorInfo
 from quant_plugin_compressed_tensors.args import QuantArgs
 from quant_plugin_compressed_tensors.config import CtConfig, Group
-from quant_plugin_compressed_tensors.scheme import grain_of, input_spec, scheme_name
+from quant_plugin_compressed_tensors.inputs import input_spec
+from quant_plugin_compressed_tensors.scheme import grain_of, scheme_name
+from quant_plugin_compressed_tensors.transforms import rotations_of
 
 __all__ = ["Header"]
+
+_SINGLE = ("weight_scale", "weight_global_scale", "input_scale", "input_global_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,10 @@ class Header:
 
     def common(self, n: int, k: int) -> dict[str, Any]:
         """The fields that all schemes share."""
-        inputs = self.group.inputs
+        inputs, config, kind = self.group.inputs, self.config, self.layer.kind
+        rotations = rotations_of(
+            config.transforms, self.path, kind, (n, k), self.checkpoint, config.file
+        )
         return {
             "name": scheme_name(self.weights, inputs),
             "shape": (n, k),
@@ -55,6 +62,9 @@ class Header:
             "scale_dtype": self.dtype("weight_scale", SCALE_ELEMENTS, "bfloat16"),
             "input_scale_dtype": self.dtype("input_scale", SCALE_ELEMENTS, "bfloat16"),
             "has_g_idx": "weight_g_idx" in self.leaves,
+            "scalars": frozenset(n for n in _SINGLE if self.shape(n, 0) is not None),
+            "rotations": rotations,
+            "transforms": tuple(t for r in rotations for t in r.transforms),
             "output_scale": "output_scale" in self.leaves
             and self.path.rpartition(".")[2] in ("k_proj", "v_proj"),
             "source": self.config.file,
@@ -115,7 +125,11 @@ class Header:
             )
         if args.dynamic:
             raise self.conflict("weights.dynamic", args.dynamic, False, "Weights are stored.")
-        if args.symmetric and "weight_zero_point" in self.leaves:
+        self.check_zero_points()
+
+    def check_zero_points(self) -> None:
+        """Stored zero points against ``symmetric``."""
+        if self.weights.symmetric and "weight_zero_point" in self.leaves:
             fix = "Set symmetric to false if the weights have zero points."
             raise self.conflict("weights.symmetric", True, "weight_zero_point", fix)
 
@@ -126,7 +140,7 @@ class Header:
             LayoutError: ``Q-LAYOUT-GROUP``, with the group size that the shapes imply.
         """
         size = grain_of(self.weights)[1]
-        if self.weights.strategy != "group" or not size:
+        if self.weights.strategy not in ("group", "tensor_group"):
             return
         info, shape = self.leaves.get("weight_scale"), self.shape("weight_scale")
         stored = shape[1] if shape else None

@@ -22,17 +22,23 @@ from quant_plugin_compressed_tensors.config import CtConfig, Group
 from quant_plugin_compressed_tensors.detect import KV_LEAVES
 from quant_plugin_compressed_tensors.header import Header
 from quant_plugin_compressed_tensors.scheme import KV_RULE, CtScheme
+from quant_plugin_compressed_tensors.transforms import TRANSFORM_RULE
 
 __all__ = ["BUILDERS", "scheme_for"]
 
-BUILDERS: Mapping[tuple[str, str], str] = {
-    ("pack-quantized", "int"): "packed",
-    ("int-quantized", "int"): "plain",
-    ("naive-quantized", "int"): "plain",
+BUILDERS: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("pack-quantized", "int"): ("packed", "weight_packed"),
+    ("int-quantized", "int"): ("plain", "weight"),
+    ("naive-quantized", "int"): ("plain", "weight"),
+    ("naive-quantized", "float"): ("floats", "weight"),
+    ("float-quantized", "float"): ("floats", "weight"),
+    ("mxfp8-quantized", "float"): ("floats", "weight"),
+    ("mxfp6-pack-quantized", "float"): ("floats", "weight_packed"),
+    ("mxfp4-pack-quantized", "float"): ("floats", "weight_packed"),
+    ("nvfp4-pack-quantized", "float"): ("floats", "weight_packed"),
 }
-"""(format, kind of the weights) -> module of this package that builds its schemes."""
+"""(format, kind of the weights) -> module of this package that builds its schemes, codes' name."""
 
-_CODES = {"packed": "weight_packed", "plain": "weight"}  # name of the codes, by module
 _QUANTIZED = frozenset(
     "weight_packed weight_scale weight_zero_point weight_g_idx weight_shape "
     "weight_global_scale".split()
@@ -86,12 +92,24 @@ def _unquantized(
 ) -> Unquantized:
     """The rule by which nothing is quantized here; an error if the config says otherwise."""
     path, leaves = next(iter(modules.items()))
+    parent, _, leaf = path.rpartition(".")
+    if any(t.leaf == leaf and t.applies(parent, "linear") for t in config.transforms):
+        return Unquantized(rule=TRANSFORM_RULE, evidence=parent, ignored=frozenset({"weight"}))
     kv = KV_LEAVES & leaves.keys()
     if kv and "weight" not in leaves:
         return Unquantized(rule=KV_RULE, evidence=", ".join(sorted(kv)), ignored=frozenset(kv))
+    weight = leaves.get("weight")
+    if weight is not None and any(t.applies(path, layer.kind) for t in config.transforms):
+        raise ConfigError(
+            f"{config.file}: transform_config targets {printable(path)!r}, whose weight is not "
+            "quantized; expected quantized layers only. Export with the transform fused.",
+            code="Q-CFG-TRANSFORM",
+            path=config.file,
+            tensor=path,
+            plugin="compressed_tensors",
+        )
     if entry := config.matcher.ignored(path, layer.kind):
         return Unquantized(rule="ignore", evidence=f"entry {entry!r}")
-    weight = leaves.get("weight")
     if weight is None or len(weight.shape) != 2:
         return Unquantized(rule="no quantized tensor stored", evidence=path)
     found = config.group_of(path, layer.kind)
@@ -178,12 +196,12 @@ def _builder(config: CtConfig, group: Group, path: str, leaves: Leaves) -> str:
             tensor=path,
             plugin="compressed_tensors",
         )
-    module = BUILDERS.get((group.format, group.weights.kind))
-    if module is None:
+    found = BUILDERS.get((group.format, group.weights.kind))
+    if found is None:
         known = ", ".join(f"{f} ({k})" for f, k in BUILDERS)
         raise ConfigError(
             f"{config.file}: {printable(path)!r} is stored as {group.format!r} with weights "
-            f"{group.weights.label}, which is not supported yet; expected one of {known}. "
+            f"{group.weights.label}, which is not supported; expected one of {known}. "
             "Export the checkpoint in one of these formats.",
             code="Q-CFG-VALUE",
             path=config.file,
@@ -192,8 +210,8 @@ def _builder(config: CtConfig, group: Group, path: str, leaves: Leaves) -> str:
             actual=group.format,
             plugin="compressed_tensors",
         )
-    wanted, other = _CODES[module], {"weight_packed": "weight", "weight": "weight_packed"}
-    wrong = other[wanted]
+    module, wanted = found
+    wrong = "weight" if wanted == "weight_packed" else "weight_packed"
     if wrong in leaves and wanted not in leaves:
         raise ConfigError(
             f"{config.file}: format of {printable(path)!r} is {group.format!r} (config group "

@@ -29,13 +29,24 @@ from quant_core.packing import pack, repack, unpack
 from quant_core.rewrites import from_gather, to_gather
 from quant_core.spec import CANONICAL, Packing
 from quant_core.tensors import LayerTensors, QuantizedTensor
+from quant_plugin_compressed_tensors.layout_rotations import read_rotations, stored_rotations
 
 if TYPE_CHECKING:
+    from quant_plugin_compressed_tensors.floats import FloatScheme
     from quant_plugin_compressed_tensors.packed import PackedScheme
     from quant_plugin_compressed_tensors.plain import PlainScheme
     from quant_plugin_compressed_tensors.scheme import CtScheme
 
-__all__ = ["canonicalize", "read_packed", "read_plain", "serialize", "write_packed", "write_plain"]
+__all__ = [
+    "canonicalize",
+    "read_float",
+    "read_packed",
+    "read_plain",
+    "serialize",
+    "write_float",
+    "write_packed",
+    "write_plain",
+]
 
 
 def _bad(code: str, tensor: str, found: str, expected: str, fix: str) -> LayoutError:
@@ -56,6 +67,31 @@ def _grid(scheme: CtScheme, values: Tensor) -> Tensor:
 
 def _ungrid(scheme: CtScheme, values: Tensor) -> Tensor:
     return values.reshape(1) if scheme.weights.strategy == "tensor" else values.contiguous()
+
+
+def _scales(scheme: CtScheme, where: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The factors of the weight, finest first; small floats as bytes.
+
+    Raises:
+        LayoutError: ``Q-VALUE-SCALE`` for a factor of 0 that divides.
+    """
+    scale = _grid(scheme, tensors["weight_scale"])
+    if scale.element_size() == 1:
+        scale = scale.view(torch.uint8)
+    if len(scheme.weight.scales) == 1:
+        return (scale,)
+    factor = tensors["weight_global_scale"]
+    _check_positive(f"{where}.weight_global_scale", factor)
+    return (scale, factor.reshape(1, 1))
+
+
+def _stored_scales(scheme: CtScheme, scales: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Inverse of ``_scales``."""
+    names = ("weight_scale", "weight_global_scale")[: len(scales)]
+    out = {"weight_scale": _ungrid(scheme, scales[0].view(getattr(torch, scheme.scale_dtype)))}
+    if len(scales) == 2:
+        out["weight_global_scale"] = scales[1].reshape(1)
+    return {n: out[n].reshape(()) if n in scheme.scalars else out[n] for n in names}
 
 
 # ---------------------------------------------------------------------- int8 values <-> raw codes
@@ -164,7 +200,37 @@ def write_plain(
     return out
 
 
-# ----------------------------------------------------------------------------------- both formats
+# ---------------------------------------------------------------------------------- small floats
+
+
+def read_float(
+    scheme: FloatScheme, where: str, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, Packing, Tensor | None]:
+    """Codes as stored, as bytes.
+
+    Raises:
+        LayoutError: ``Q-VALUE-WEIGHT`` for NaN among fp8 codes.
+    """
+    if scheme.packed:
+        return tensors["weight_packed"], CANONICAL, None
+    codes = tensors["weight"].view(torch.uint8)
+    nans = int(((codes & 0x7F) == 0x7F).sum())
+    if nans:
+        found = f"{nans} of {codes.numel()} codes are NaN"
+        fix = "The quantization overflowed; quantize again."
+        raise _bad("Q-VALUE-WEIGHT", f"{where}.weight", found, "finite values", fix)
+    return codes, CANONICAL, None
+
+
+def write_float(scheme: FloatScheme, codes: Tensor, packing: Packing) -> dict[str, Tensor]:
+    """Inverse of ``read_float``; codes may come in any packing."""
+    codes = repack(codes, scheme.bits, scheme.shape, packing, CANONICAL)
+    if scheme.packed:
+        return {"weight_packed": codes}
+    return {"weight": codes.view(torch.float8_e4m3fn)}
+
+
+# ------------------------------------------------------------------------------------ all formats
 
 
 def _check_g_idx(scheme: CtScheme, where: str, g_idx: Tensor, groups: int) -> bool:
@@ -189,40 +255,44 @@ def _check_g_idx(scheme: CtScheme, where: str, g_idx: Tensor, groups: int) -> bo
     return True
 
 
-def _check_input_scale(where: str, scale: Tensor) -> None:
+def _check_positive(tensor: str, scale: Tensor) -> None:
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         found = f"has value {scale.flatten()[0].item()}"
         fix = "Calibrate and quantize again."
-        raise _bad("Q-VALUE-SCALE", f"{where}.input_scale", found, "a finite positive scale", fix)
+        raise _bad("Q-VALUE-SCALE", tensor, found, "a finite positive scale", fix)
 
 
 def canonicalize(scheme: CtScheme, where: str, tensors: Mapping[str, Tensor]) -> LayerTensors:
     """Stored tensors of one layer to canonical form; shapes and dtypes were checked.
 
     Raises:
-        LayoutError: ``Q-LAYOUT-SHAPE``, ``Q-VALUE-CODE``, ``Q-VALUE-GIDX``, ``Q-VALUE-SCALE``.
+        LayoutError: ``Q-LAYOUT-SHAPE``, ``Q-VALUE-CODE``, ``Q-VALUE-GIDX``, ``Q-VALUE-SCALE``,
+            ``Q-VALUE-WEIGHT``, ``Q-VALUE-ROTATION``.
     """
     codes, packing, zeros = scheme.read_codes(where, tensors)
-    scale = _grid(scheme, tensors["weight_scale"])
+    scales = _scales(scheme, where, tensors)
     qt = QuantizedTensor(
         spec=replace(scheme.weight, gather=False),
         shape=scheme.shape,
         codes=codes,
         packing=packing,
-        scales=(scale,),
+        scales=scales,
         zeros=zeros,
     )
     g_idx = tensors.get("weight_g_idx")
-    if g_idx is not None and _check_g_idx(scheme, where, g_idx, scale.shape[-1]):
+    if g_idx is not None and _check_g_idx(scheme, where, g_idx, scales[0].shape[-1]):
         qt = to_gather(qt, g_idx, scheme.weights.group_size)
-    input_scale, input_zero = tensors.get("input_scale"), tensors.get("input_zero_point")
+    name = scheme.input_scale_name
+    input_scale, input_zero = tensors.get(name), tensors.get("input_zero_point")
     if input_scale is not None:
-        _check_input_scale(where, input_scale)
+        _check_positive(f"{where}.{name}", input_scale)
+        input_scale = input_scale.reshape(1)
     return LayerTensors(
         operands={"weight": qt},
         bias=tensors.get("bias"),
         input_scale=input_scale,
         input_zero=None if input_zero is None else input_zero.view(torch.uint8),
+        transforms=read_rotations(scheme.rotations, where, tensors),
     )
 
 
@@ -238,9 +308,10 @@ def _check_representable(scheme: CtScheme, where: str, tensors: LayerTensors) ->
         and (qt.shape == scheme.shape or qt.gather is not None)
         and (qt.gather is None or scheme.has_g_idx)
     )
-    static = scheme.inputs is not None and not scheme.inputs.dynamic
+    static = bool(scheme.input_scale_name)
     extras = [name for name in ("acc_bias", "out_scale") if getattr(tensors, name) is not None]
-    extras += ["transforms"] if tensors.transforms else []
+    same_maps = tuple(t for t, _ in tensors.transforms) == scheme.transforms
+    extras += [] if same_maps else ["other transforms"]
     extras += ["input_scale"] if (tensors.input_scale is not None) != static else []
     if extras or not same:
         what = f"a weight with {', '.join(extras)}" if extras else f"{qt.spec.label} {qt.shape}"
@@ -282,13 +353,15 @@ def serialize(scheme: CtScheme, where: str, tensors: LayerTensors) -> dict[str, 
     if zeros is None and scheme.zero_dtype and spec_zero is not None:
         zeros = torch.full(qt.scales[0].shape, spec_zero.value, dtype=torch.uint8)
     out = scheme.write_codes(qt.codes, qt.packing, zeros)
-    out["weight_scale"] = _ungrid(scheme, qt.scales[0])
+    out |= _stored_scales(scheme, qt.scales)
     if g_idx is not None:
         out["weight_g_idx"] = g_idx
     if tensors.input_scale is not None:
-        out["input_scale"] = tensors.input_scale
+        name = scheme.input_scale_name
+        out[name] = tensors.input_scale.reshape(() if name in scheme.scalars else (1,))
     if tensors.input_zero is not None:
         out["input_zero_point"] = tensors.input_zero.view(torch.int8)
+    out |= stored_rotations(scheme.rotations, tensors.transforms)
     if tensors.bias is not None:
         out["bias"] = tensors.bias
     return out

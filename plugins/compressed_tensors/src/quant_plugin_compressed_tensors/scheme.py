@@ -3,7 +3,8 @@
     W[n, k] = (v[n, k] - z) * weight_scale       z = 0 if symmetric
 
 The storage of the codes v differs by format; each has a module of its own with a subclass:
-``packed`` (pack-quantized) and ``plain`` (int-quantized, naive-quantized).
+``packed`` (pack-quantized), ``plain`` (int-quantized, naive-quantized integers) and ``floats``
+(fp8, fp6, fp4). Activations are in ``inputs``.
 Imports no torch; ``layout`` holds the tensor code.
 """
 
@@ -15,41 +16,52 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from quant_core.errors import ConfigError, printable
 from quant_core.intspec import SCALE_ELEMENTS, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import (
     CHANNEL,
     TENSOR,
     Axis,
-    Element,
     Grain,
     LayerDesc,
     Packing,
     ParamSpec,
-    QuantSpec,
-    Scale,
-    Zero,
     group,
 )
-from quant_plugin_compressed_tensors.args import QuantArgs
+from quant_plugin_compressed_tensors.args import FLOAT_SCALES, QuantArgs
+from quant_plugin_compressed_tensors.inputs import input_spec
+from quant_plugin_compressed_tensors.transforms import Rotation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["CtScheme", "grain_of", "input_spec", "scale_shape", "scheme_name"]
+__all__ = [
+    "KV_RULE",
+    "CtScheme",
+    "grain_of",
+    "input_spec",
+    "scalar_or",
+    "scale_shape",
+    "scheme_name",
+]
 
 KV_RULE = "KV-cache scales present, not applied"
-_FP8 = Element(name="fp8_e4m3", bits=8, kind="float")
+
+
+def _word(args: QuantArgs) -> str:
+    """``8``, ``fp8``, ``mxfp4``, ``nvfp4``."""
+    if args.kind == "int":
+        return str(args.bits)
+    mx = args.group_size == 32 and (args.bits < 8 or FLOAT_SCALES.get(args.scale_dtype) == "e8m0")
+    kind = "nvfp" if args.strategy == "tensor_group" else "mxfp" if mx else "fp"
+    return f"{kind}{args.bits}"
 
 
 def scheme_name(weights: QuantArgs, inputs: QuantArgs | None) -> str:
-    """``w4a16``, ``w8a8``, ``w4afp8``."""
-    acts = "16" if inputs is None else str(inputs.bits)
-    prefix = "fp" if inputs is not None and inputs.kind == "float" else ""
-    return f"w{weights.bits}a{prefix}{acts}"
+    """``w4a16``, ``w8a8``, ``w4afp8``, ``wfp8afp8``, ``wnvfp4anvfp4``, ``wmxfp4a16``."""
+    return f"w{_word(weights)}a{'16' if inputs is None else _word(inputs)}"
 
 
 def grain_of(args: QuantArgs) -> Grain:
@@ -69,47 +81,9 @@ def scale_shape(args: QuantArgs, n: int, k: int) -> tuple[int, ...]:
     return (-(-n // r) if r else 1, -(-k // c) if c else 1)
 
 
-def input_spec(args: QuantArgs, scale_dtype: str, where: str, file: str) -> QuantSpec:
-    """What quantized input activations mean.
-
-    Raises:
-        ConfigError: ``Q-CFG-VALUE`` for arguments that are not supported.
-    """
-    fp8 = args.kind == "float" and args.bits == 8
-    grains = {"token": CHANNEL, "tensor": TENSOR, "group": group(args.group_size or 1)}
-    supported = (
-        (args.kind == "int" or (fp8 and args.symmetric))
-        and args.strategy in grains
-        and args.dynamic != "local"
-        and (args.dynamic or args.strategy == "tensor")
-        and args.scale_dtype in ("", *SCALE_ELEMENTS)
-    )
-    if not supported:
-        raise ConfigError(
-            f"{file}: input activations of {printable(where)} are {args.label}, expected integers "
-            "or fp8 with a run-time scale per token, group or tensor, or a stored one per tensor. "
-            "Other kinds are not supported yet; export with one of these.",
-            code="Q-CFG-VALUE",
-            path=file,
-            tensor=where,
-            actual=args.label,
-            plugin="compressed_tensors",
-        )
-    element = _FP8 if fp8 else Element.int(args.bits)
-    dynamic = bool(args.dynamic)
-    half_range = ((1 << args.bits) - 1) / 2  # the producer's max|x| maps to 127.5, not 127
-    return QuantSpec(
-        element=element,
-        scales=(
-            Scale(
-                element="f32" if dynamic else SCALE_ELEMENTS[scale_dtype],
-                grain=grains[args.strategy],
-                static=not dynamic,
-                peak=half_range if dynamic and args.symmetric and not fp8 else 0.0,
-            ),
-        ),
-        zero=None if args.symmetric else Zero(kind="code", element=element.name),
-    )
+def scalar_or(scheme: CtScheme, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Stored shape of a tensor; () if the file holds the single value without an axis."""
+    return () if name in scheme.scalars else shape
 
 
 def _param(
@@ -129,6 +103,8 @@ class CtScheme(Scheme):
         scale_dtype, input_scale_dtype: stored dtypes.
         zero_dtype: stored dtype of the zero points, "" if none are stored.
         has_g_idx: whether ``weight_g_idx`` is stored; it is written back if so.
+        scalars: stored tensors of a single value that have no axis.
+        rotations: matrices applied around the matmul while the model runs.
         output_scale: whether an older kind of KV-cache scale lies beside the weights.
         source: file of the config, for messages.
     """
@@ -140,6 +116,8 @@ class CtScheme(Scheme):
     input_scale_dtype: str = "bfloat16"
     zero_dtype: str = ""
     has_g_idx: bool = False
+    scalars: frozenset[str] = frozenset()
+    rotations: tuple[Rotation, ...] = ()
     output_scale: bool = False
     source: str = field(default="", compare=False)
 
@@ -158,8 +136,11 @@ class CtScheme(Scheme):
         return self.weights.actorder != "group" or self.weights.strategy != "group"
 
     @property
-    def _static_input(self) -> bool:
-        return self.inputs is not None and not self.inputs.dynamic
+    def input_scale_name(self) -> str:
+        """Stored tensor with the static scale of activations; "" if there is none."""
+        if self.inputs is None or self.inputs.dynamic is True:
+            return ""
+        return "input_global_scale" if self.inputs.dynamic == "local" else "input_scale"
 
     @abstractmethod
     def codes_params(self) -> tuple[ParamSpec, ...]:
@@ -194,7 +175,7 @@ class CtScheme(Scheme):
 
     def params(self, layer: LayerDesc) -> Sequence[ParamSpec]:
         n, k = self.shape
-        scale = scale_shape(self.weights, n, k)
+        scale = scalar_or(self, "weight_scale", scale_shape(self.weights, n, k))
         out = [
             *self.codes_params(),
             _param("weight_scale", scale, self.scale_dtype, self.scale_axes(), "scales"),
@@ -203,8 +184,10 @@ class CtScheme(Scheme):
         if self.has_g_idx or not self.ordered:
             columns = (Axis(tag="in"),)
             out.append(_param("weight_g_idx", (k,), "int32", columns, "gather"))
-        if self._static_input:
-            out.append(_param("input_scale", (1,), self.input_scale_dtype, fixed, "input_scale"))
+        if name := self.input_scale_name:
+            dtype = "float32" if name == "input_global_scale" else self.input_scale_dtype
+            shape = scalar_or(self, name, (1,))
+            out.append(_param(name, shape, dtype, fixed, "input_scale"))
             if self.inputs is not None and not self.inputs.symmetric:
                 out.append(_param("input_zero_point", (1,), "int8", fixed, "input_zero"))
         out += [
@@ -219,6 +202,7 @@ class CtScheme(Scheme):
             )
             for name in (("output_scale", "output_zero_point") if self.output_scale else ())
         ]
+        out += [rotation.param for rotation in self.rotations]
         out.append(
             ParamSpec(
                 name="bias",
