@@ -5,11 +5,11 @@
  * group, so that nothing is rounded to the type of x on the way:
  *
  *     y[m, n] = sum over groups q of   s[n, q] (sum over k in q of x[m, k] c[n, k] - z x_sum[m, q])
- *                                    + o[n, q] x_sum[m, q]
+ *                                    + o[n, q] x_sum[m, q]        x_sum: sum over k in q of x[m, k]
  *
  * Two ways through a block of 32 rows. Few tokens: codes are expanded in registers and used at
- * once (`decode`). Many tokens: a chunk of K is expanded to a panel that stays in the L2 cache and
- * is used for every tile of tokens (`tile`). Each output is computed by one thread in a fixed
+ * once (`decode`). Many tokens: a chunk of K is expanded to a panel of c - z that stays in the L2
+ * cache and is used for every tile of tokens (`tile`). Each output is computed by one thread in a fixed
  * order, whatever the number of threads.
  *
  * Primitives:
@@ -22,6 +22,7 @@
  *     PARTS(tokens)       sums kept per output there, to hide the latency of mac
  *     vload_codes load_panel store_panel   64 * VW / 16 bytes
  *     code4(v, s, tab) code8(v, s)   step s of a vector of codes
+ *     shifted_code(v, s, tab, width, shift)   the same plus a float32 vector of integers
  *     bcast(x) mac(acc, c, x)
  *     vzero vadd vsub vmul vfma vset vload vstore   float32 arithmetic
  *     load_f16 load_bf16 load_u8 load_i8 load_table
@@ -36,22 +37,27 @@
 #define M_SLAB 256   /* tokens whose accumulators are kept at once */
 #define MAX_BLOCKS 4 /* blocks of rows that share one pass over x */
 
-/* Add a finished (part of a) group to the outputs: out[m][32] += s (acc - shift x_sum) + o x_sum.
- * `last`: the group ends here; its x_sum counts once. */
-QK_INLINE void NAME(finish)(const NAME(view) *v, int64_t block, int64_t q, int last,
+/* What a packed code still lacks of c - z (or of c, where an offset follows): VW rows. */
+QK_INLINE vf NAME(shift)(const NAME(view) *v, int64_t block, int64_t q, int vec) {
+    const qk_op *op = v->op;
+    if (op->zero_kind == QK_ZERO_CONST) return vset(-op->shift);
+    if (op->zero_kind != QK_ZERO_CODE) return vset(op->bias);
+    const uint8_t *z = (const uint8_t *)v->t.zeros + (block * v->groups + q) * QK_ROWS;
+    return vsub(vset(op->bias), load_u8(z + vec * VW));
+}
+
+/* Add a finished (part of a) group to the outputs: out[m][32] += s (acc + shift x_sum) + o x_sum.
+ * `kind` is what is left to do for zero points: nothing in the middle of a group, whose x_sum
+ * counts once, and nothing that a panel has done. */
+QK_INLINE void NAME(finish)(const NAME(view) *v, int64_t block, int64_t q, const int kind,
                             const int tokens, vf acc[][NV], const float *sums, float *out) {
     const qk_op *op = v->op;
     const int64_t k = q * op->group;
-    const int kind = last ? (int)op->zero_kind : QK_ZERO_FOLDED;
 #pragma GCC unroll 4
     for (int j = 0; j < NV; j++) {
         float *y = out + j * VW;
         if (kind != QK_ZERO_FOLDED) {
-            vf shift = vset(kind == QK_ZERO_CONST ? -op->shift : op->bias);
-            if (kind == QK_ZERO_CODE) {
-                const uint8_t *z = (const uint8_t *)v->t.zeros + (block * v->groups + q) * QK_ROWS;
-                shift = vsub(shift, load_u8(z + j * VW));
-            }
+            const vf shift = NAME(shift)(v, block, q, j);
 #pragma GCC unroll 16
             for (int m = 0; m < tokens; m++)
                 acc[m][j] = vfma(shift, vset(sums[m * v->groups + q]), acc[m][j]);
@@ -121,7 +127,7 @@ QK_INLINE void NAME(decode_tokens)(const NAME(view) *v, int64_t block, const xel
         const int64_t k = q * op->group, stop = qk_min(op->k, k + op->group);
         vf total[MAX_DECODE][NV];
         NAME(decode_group)(v, codes + k / per * QK_ROWS * 4, stop - k, x + k, tokens, width, total);
-        NAME(finish)(v, block, q, 1, tokens, total, sums, out);
+        NAME(finish)(v, block, q, (int)op->zero_kind, tokens, total, sums, out);
     }
 }
 
@@ -149,26 +155,42 @@ static void NAME(decode)(const NAME(view) *v, int64_t block, int64_t tokens, con
 
 /* ------------------------------------------------------------------------------ many tokens */
 
-/* Columns [k, k + columns) of one block as a panel [columns / KP][32] of expanded codes. */
-static void NAME(expand)(const NAME(view) *v, int64_t block, int64_t k, int64_t columns,
-                         char *panel) {
+/* Columns [k, stop) of one block as a panel [columns / KP][32] of expanded codes, less their zero
+ * points: c - z is an integer of at most 9 bits, exact in every vp. */
+QK_INLINE void NAME(expand_width)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
+                                  char *panel, const int width, const int shifted) {
     const qk_op *op = v->op;
-    const int width = (int)op->width, per = width == 4 ? PER4 : PER8;
-    const uint8_t *codes = (const uint8_t *)v->t.codes +
-                           (block * op->k + k) * QK_ROWS * width / 8;
-    for (int64_t i = 0; i < columns; i += per, codes += QK_ROWS * 4)
-        for (int j = 0; j < NV; j++) {
-            const vi w = vload_codes(codes + j * VW * 4);
-            char *at = panel + (i / KP * NV + j) * VW * 4;
-            if (width == 4)
-#pragma GCC unroll 8
-                for (int s = 0; s < PER4 / KP; s++)
-                    store_panel(at + s * NV * VW * 4, code4(w, s, v->table));
-            else
+    const int per = width == 4 ? PER4 : PER8;
+    const uint8_t *codes = (const uint8_t *)v->t.codes + (block * op->k + k) * QK_ROWS * width / 8;
+    while (k < stop) {
+        const int64_t q = k / op->group, end = qk_min(stop, (q + 1) * op->group);
+        vf shift[NV];
 #pragma GCC unroll 4
-                for (int s = 0; s < PER8 / KP; s++)
-                    store_panel(at + s * NV * VW * 4, code8(w, s));
-        }
+        for (int j = 0; j < NV; j++) shift[j] = NAME(shift)(v, block, q, j);
+        for (; k < end; k += per, codes += QK_ROWS * 4, panel += per / KP * QK_ROWS * 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) {
+                const vi w = vload_codes(codes + j * VW * 4);
+                char *at = panel + j * VW * 4;
+#pragma GCC unroll 8
+                for (int s = 0; s < per / KP; s++) {
+                    const vp c = shifted      ? shifted_code(w, s, v->table, width, shift[j])
+                                 : width == 4 ? code4(w, s, v->table)
+                                              : code8(w, s);
+                    store_panel(at + s * QK_ROWS * 4, c);
+                }
+            }
+    }
+}
+
+static void NAME(expand)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
+                         char *panel) {
+    const int64_t kind = v->op->zero_kind;
+    const int shifted = kind == QK_ZERO_CODE || kind == QK_ZERO_CONST;
+    if (v->op->width == 4 && shifted) NAME(expand_width)(v, block, k, stop, panel, 4, 1);
+    else if (v->op->width == 4) NAME(expand_width)(v, block, k, stop, panel, 4, 0);
+    else if (shifted) NAME(expand_width)(v, block, k, stop, panel, 8, 1);
+    else NAME(expand_width)(v, block, k, stop, panel, 8, 0);
 }
 
 /* out[tokens][32] += columns [k, stop) of `tokens` rows of x times the panel. Meanwhile codes at
@@ -200,7 +222,8 @@ QK_INLINE void NAME(tile_tokens)(const NAME(view) *v, int64_t block, int64_t k, 
                 for (int j = 0; j < NV; j++) acc[m][j] = mac(acc[m][j], c[j], b);
             }
         }
-        NAME(finish)(v, block, q, end == group_end, tokens, acc, sums, out);
+        const int offset = op->zero_kind == QK_ZERO_OFFSET && end == group_end;
+        NAME(finish)(v, block, q, offset ? QK_ZERO_OFFSET : QK_ZERO_FOLDED, tokens, acc, sums, out);
     }
 }
 
@@ -241,7 +264,7 @@ static void NAME(slab)(const NAME(view) *v, int64_t block, int64_t blocks, int64
     for (int64_t k = 0; k < op->k; k += K_CHUNK) {
         const int64_t stop = qk_min(op->k, k + K_CHUNK);
         for (int64_t b = 0; b < blocks; b++)
-            NAME(expand)(v, block + b, k, stop - k, panels + b * panel_bytes);
+            NAME(expand)(v, block + b, k, stop, panels + b * panel_bytes);
         for (int64_t m = 0; m < tokens; m += step)
             for (int64_t b = 0; b < blocks; b++) {
                 /* what `expand` reads next: the next chunk, or the first one of a later block */
@@ -304,9 +327,11 @@ static void NAME(prepare)(const NAME(view) *v, const qk_segment *seg, const void
 int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t xtype, void *y,
                     const qk_segment *segs, int64_t segments, int64_t threads) {
     int64_t tokens = 0, most = 0;
+    int use_sums = op->zero_kind == QK_ZERO_OFFSET; /* panels do without them otherwise */
     for (int64_t s = 0; s < segments; s++) {
         tokens += segs[s].count;
         if (segs[s].count > most) most = segs[s].count;
+        if (segs[s].count <= MAX_DECODE && op->zero_kind != QK_ZERO_FOLDED) use_sums = 1;
     }
     if (tokens == 0) return 0;
     const int64_t end = segs[segments - 1].start + segs[segments - 1].count;
@@ -319,7 +344,7 @@ int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t
     const int copy = t->gather != NULL || xtype != XTYPE;
     const int64_t row_bytes = copy ? qk_div_up(end * op->k * (int64_t)sizeof(xelem), 64) * 64 : 0;
     const int64_t sum_bytes =
-        op->zero_kind ? qk_div_up(end * groups * (int64_t)sizeof(float), 64) * 64 : 0;
+        use_sums ? qk_div_up(end * groups * (int64_t)sizeof(float), 64) * 64 : 0;
     const int64_t panel_bytes = few ? 0 : (int64_t)MAX_BLOCKS * K_CHUNK / KP * QK_ROWS * 4;
     const int64_t acc_bytes = MAX_BLOCKS * qk_min(most, M_SLAB) * QK_ROWS * (int64_t)sizeof(float);
     const int64_t own = panel_bytes + qk_div_up(acc_bytes, 64) * 64;

@@ -53,6 +53,10 @@ QK_INLINE vp code8(vi v, int s) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * s), 24));
 }
 
+QK_INLINE vp shifted_code(vi v, int s, code_table bias, int width, vf shift) {
+    return _mm256_add_ps(width == 4 ? code4(v, s, bias) : code8(v, s), shift);
+}
+
 static float x_sum(const float *x, int64_t n) {
     __m256 sum = _mm256_setzero_ps();
     for (int64_t i = 0; i < n; i += 8) sum = _mm256_add_ps(sum, _mm256_loadu_ps(x + i));

@@ -25,6 +25,10 @@ QK_INLINE vp code4(vi v, int s, code_table table) {
 
 QK_INLINE vp code8(vi v, int s) { return qk_signed_byte(v, s); }
 
+QK_INLINE vp shifted_code(vi v, int s, code_table table, int width, vf shift) {
+    return _mm512_add_ps(width == 4 ? code4(v, s, table) : code8(v, s), shift);
+}
+
 static float x_sum(const float *x, int64_t n) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
@@ -46,11 +50,9 @@ static void dense_block(const view_avx512 *v, int64_t block, uint16_t *out, int6
         const int64_t k0 = q * op->group, k1 = qk_min(op->k, k0 + op->group);
         for (int j = 0; j < NV; j++) {
             const vf s = NAME(product)(op->scale, v->t.scales, v->scale_groups, block, k0, j);
-            vf shift = vset(op->zero_kind == QK_ZERO_OFFSET ? op->bias : -op->shift), o = vzero();
-            if (op->zero_kind == QK_ZERO_CODE) {
-                const uint8_t *z = (const uint8_t *)v->t.zeros + (block * v->groups + q) * QK_ROWS;
-                shift = vsub(vset(op->bias), load_u8(z + j * VW));
-            }
+            const int folded = op->zero_kind == QK_ZERO_FOLDED;
+            const vf shift = folded ? vzero() : NAME(shift)(v, block, q, j);
+            vf o = vzero();
             if (op->zero_kind == QK_ZERO_OFFSET)
                 o = NAME(product)(op->offset, v->t.offset, v->offset_groups, block, k0, j);
             const uint8_t *at = codes + k0 / per * QK_ROWS * 4 + j * VW * 4;

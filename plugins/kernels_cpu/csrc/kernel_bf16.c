@@ -10,7 +10,10 @@
 
 typedef uint16_t xelem;
 typedef __m512i vp; /* 16 rows x (k, k + 1) */
-typedef __m512i code_table;
+typedef struct {
+    __m512i pairs; /* bfloat16 values, twice: the lookup may ignore all but four index bits */
+    __m512 wide;   /* float32 values */
+} code_table;
 
 #define load_panel(p) _mm512_load_si512(p)
 #define store_panel(p, v) _mm512_store_si512(p, v)
@@ -22,23 +25,35 @@ QK_INLINE vp bcast(const uint16_t *x) {
     return _mm512_set1_epi32(pair);
 }
 
-/* The 16 values twice, so that the lookup may ignore all but four of its five index bits. */
 static inline code_table make_table(const qk_op *op) {
     uint16_t t[32];
     for (int i = 0; i < 32; i++) t[i] = qk_to_bf16(op->table[i % 16]);
-    return _mm512_loadu_si512(t);
+    return (code_table){_mm512_loadu_si512(t), _mm512_loadu_ps(op->table)};
 }
 
 /* Columns (2 s, 2 s + 1) of 8. */
 QK_INLINE vp code4(vi v, int s, code_table table) {
-    return _mm512_permutexvar_epi16(s ? _mm512_srli_epi16(v, 4 * s) : v, table);
+    return _mm512_permutexvar_epi16(s ? _mm512_srli_epi16(v, 4 * s) : v, table.pairs);
 }
 
-/* Columns (2 s, 2 s + 1) of 4: integers up to 8 bits leave the low half of a float32 zero. */
+/* Integers of up to 9 bits leave the low half of a float32 zero. */
+QK_INLINE vp pair(__m512 even, __m512 odd) {
+    return _mm512_or_si512(_mm512_castps_si512(odd),
+                           _mm512_srli_epi32(_mm512_castps_si512(even), 16));
+}
+
+/* Columns (2 s, 2 s + 1) of 4. */
 QK_INLINE vp code8(vi v, int s) {
-    const __m512i even = _mm512_castps_si512(qk_signed_byte(v, 2 * s));
-    const __m512i odd = _mm512_castps_si512(qk_signed_byte(v, 2 * s + 1));
-    return _mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
+    return pair(qk_signed_byte(v, 2 * s), qk_signed_byte(v, 2 * s + 1));
+}
+
+QK_INLINE vp shifted_code(vi v, int s, code_table table, int width, vf shift) {
+    const __m512 even = width == 8 ? qk_signed_byte(v, 2 * s)
+                                   : _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * s), table.wide);
+    const __m512 odd =
+        width == 8 ? qk_signed_byte(v, 2 * s + 1)
+                   : _mm512_permutexvar_ps(_mm512_srli_epi32(v, 16 + 4 * s), table.wide);
+    return pair(_mm512_add_ps(even, shift), _mm512_add_ps(odd, shift));
 }
 
 static float x_sum(const uint16_t *x, int64_t n) {

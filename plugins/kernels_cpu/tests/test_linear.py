@@ -161,6 +161,19 @@ def test_groups_whose_codes_equal_the_constant_add_exactly_nothing(isa, name):
     assert torch.equal(run(x), run(y))
 
 
+@pytest.mark.parametrize("m", [8, 33])
+def test_panels_of_codes_that_equal_their_zero_point_give_exact_zeros(isa, m):
+    """Fewer tokens subtract z times the sum of x instead: zero within float32 sums only."""
+    lt = make_layer(SPECS["uint4 g32 f16 code"], 40, 96)
+    z = lt.weight.zeros[7].repeat_interleave(32)
+    codes = lt.weight.codes.clone()
+    codes[7] = z[0::2] | (z[1::2] << 4)
+    lt.operands["weight"] = lt.weight.with_tensors({**lt.weight.tensors(), "codes": codes})
+    got = bind(lt, make_op("linear", lt, 96))(torch.randn(m, 96).bfloat16())
+    assert (got[:, 7] == 0).all()
+    assert (got[:, 8] != 0).any()
+
+
 def test_outlier_keeps_its_precision(isa):
     lt = make_layer(SPECS["uint4 g32 f16 code"], 40, 96)
     w, run = dense_weight(lt.weight), bind(lt, make_op("linear", lt, 96))
