@@ -103,3 +103,41 @@ def test_embedding_follows_float_casts():
     assert embedding(torch.tensor([1])).dtype == torch.float32
     embedding.to(torch.bfloat16)
     assert embedding(torch.tensor([1])).dtype == torch.bfloat16
+
+
+class _Elsewhere(torch.Tensor):
+    """A tensor that says it lies on another type of device."""
+
+    device = torch.device("xpu")
+
+
+def test_another_type_of_device_asks_for_a_kernel_and_restores_where_the_bytes_are(monkeypatch):
+    module = _module(QuantLinear, "uint4_code", "linear")
+    before = module.restore()
+    asked = []
+
+    def rechoose(op):
+        asked.append(op.device[0])
+        return choose(make_op("linear", make_layer(SPECS["uint4_code"])), toy.toy_registry())
+
+    module._rechoose = rechoose
+    kernel = type(module.kernel)
+    allocate = kernel.allocate
+    monkeypatch.setattr(kernel, "allocate", lambda self, op, device: allocate(self, op, "cpu"))
+    module._apply(lambda t: t.as_subclass(_Elsewhere))
+    assert asked == ["xpu"]
+    after = module.restore()
+    assert torch.equal(after.weight.codes, before.weight.codes)
+    assert torch.equal(after.weight.scales[0], before.weight.scales[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_moving_to_a_gpu_and_back_keeps_every_bit(linear):
+    linear._rechoose = lambda op: choose(op, toy.toy_registry())
+    before, x = _bits(linear), torch.randn(3, 96)
+    want = linear(x)
+    linear.to("cuda")
+    assert torch.allclose(linear(x.cuda()).cpu(), want, rtol=1e-4, atol=1e-3)
+    linear.to("cpu")
+    assert all(torch.equal(before[k], v) for k, v in _bits(linear).items())

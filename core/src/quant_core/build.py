@@ -25,8 +25,8 @@ from quant_core.nn import (
     QuantGrouped,
     QuantLinear,
     QuantModule,
+    with_packing,
 )
-from quant_core.packing import repack
 from quant_core.plan import Member, Plan
 from quant_core.registry import Registry
 from quant_core.registry import registry as default_registry
@@ -35,15 +35,6 @@ from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = ["Builder"]
-
-
-def _with_packing(lt: LayerTensors, op: OpSpec) -> LayerTensors:
-    qt = lt.weight
-    if qt.spec.blocks or qt.packing == op.packing:
-        return lt
-    n, k = qt.shape
-    codes = repack(qt.codes, qt.spec.element.bits, (n, k), qt.packing, op.packing)
-    return replace(lt, operands={"weight": replace(qt, codes=codes, packing=op.packing)})
 
 
 def _features(lt: LayerTensors) -> frozenset[str]:
@@ -147,7 +138,7 @@ class Builder:
         choice = self._choose(op)
         self.choices.append((name, choice))
         buffers = choice.kernel.allocate(choice.op, self.device)
-        choice.kernel.load_(buffers, choice.op, _with_packing(lt, choice.op), {"row": 0})
+        choice.kernel.load_(buffers, choice.op, with_packing(lt, choice.op.packing), {"row": 0})
         return cls(choice, buffers, members, self._choose)
 
     # ---------------------------------------------------------------------------------- layers
@@ -233,7 +224,7 @@ class Builder:
                     actual=lt.weight.spec.label,
                 )
             choice.kernel.load_(
-                buffers, choice.op, _with_packing(lt, choice.op), {"row": 0, "expert": i}
+                buffers, choice.op, with_packing(lt, choice.op.packing), {"row": 0, "expert": i}
             )
         bound = BoundMember(
             name=member.layer.name, start=0, stop=first.weight.shape[0],

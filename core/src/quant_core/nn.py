@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant_core.gradients import grouped_with_grad, linear_with_grad, wants_grad
 from quant_core.kernels.base import Kernel
 from quant_core.kernels.choose import Choice, Decision
+from quant_core.packing import repack
 from quant_core.spec import OpSpec, Packing
 from quant_core.tensors import LayerTensors
 
@@ -93,7 +95,13 @@ class QuantModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """Move, never cast: ``fn`` sees the bytes of each buffer, which no float cast changes."""
-        old = self.op.device[0]
+        if not self._names:
+            return self
+        here = getattr(self, self._names[0]).device
+        target = fn(torch.empty(0, dtype=torch.uint8, device=here)).device
+        if target.type not in (here.type, "meta") and self._rechoose is not None:
+            self._rebind(target)
+            return self
         for name in self._names:
             value = getattr(self, name)
             raw = value.contiguous().view(torch.uint8)
@@ -101,30 +109,25 @@ class QuantModule(nn.Module):
             if moved.dtype != torch.uint8:  # .type(...) casts integers too: keep only the move
                 moved = raw.to(moved.device)
             self._buffers[name] = moved.view(value.dtype)
-        device = self._buffers[self._names[0]].device.type if self._names else old  # type: ignore[union-attr]
-        if device not in (old, "meta") and self._rechoose is not None:
-            self._rebind(device)
         return self
 
-    def _rebind(self, device: str) -> None:
-        """Choose again for another device type and load through the canonical form."""
+    def _rebind(self, device: torch.device) -> None:
+        """Choose again for another type of device and load through the canonical form.
+
+        The canonical tensors are restored where the buffers are, by the kernel that wrote them.
+        """
         assert self._rechoose is not None
         canonical = self.restore()
-        choice = self._rechoose(replace(self.op, device=(device, "")))
-        if choice.kernel.name != self.kernel.name or choice.op.packing != self.op.packing:
-            buffers = choice.kernel.allocate(choice.op, device)
-            for expert, part in matrices(canonical, self.op.size("experts", 0)):
-                choice.kernel.load_(
-                    buffers,
-                    choice.op,
-                    part,
-                    {"row": 0} if expert is None else {"row": 0, "expert": expert},
-                )
-            for name in self._names:
-                del self._buffers[name]
-            for name, value in buffers.items():
-                self.register_buffer(name, value)
-            self._names = tuple(buffers)
+        choice = self._rechoose(replace(self.op, device=(device.type, "")))
+        buffers = choice.kernel.allocate(choice.op, str(device))
+        for expert, part in matrices(canonical, self.op.size("experts", 0)):
+            at = {"row": 0} if expert is None else {"row": 0, "expert": expert}
+            choice.kernel.load_(buffers, choice.op, with_packing(part, choice.op.packing), at)
+        for name in self._names:
+            del self._buffers[name]
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self._names = tuple(buffers)
         self.op, self.kernel, self.trace = choice.op, choice.kernel, choice.trace
         self._bind()
 
@@ -142,6 +145,18 @@ class QuantModule(nn.Module):
                 "use .restore().dequantize() for a float32 copy"
             )
         return super().__getattr__(name)
+
+
+def with_packing(lt: LayerTensors, packing: Packing) -> LayerTensors:
+    """``lt`` with its codes in another physical order; bit-exact."""
+    qt = lt.weight
+    if qt.spec.blocks or qt.packing == packing:
+        return lt
+    n, k = qt.shape
+    codes = repack(qt.codes, qt.spec.element.bits, (n, k), qt.packing, packing)
+    return replace(
+        lt, operands={**lt.operands, "weight": replace(qt, codes=codes, packing=packing)}
+    )
 
 
 def matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, LayerTensors]]:
@@ -182,9 +197,12 @@ class QuantLinear(QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         owner = self._owner
+        run, values = self._run, self._values()
         if owner is not None:
-            return owner._run_tied(owner._values(), x)  # type: ignore[no-any-return]
-        return self._run(self._values(), x)
+            run, values = owner._run_tied, owner._values()
+        if wants_grad(x):
+            return linear_with_grad(self, run, values, x)
+        return run(values, x)  # type: ignore[no-any-return]
 
     def restore(self) -> LayerTensors:
         return super().restore() if self._owner is None else self._owner.restore()
@@ -235,6 +253,8 @@ class QuantGrouped(QuantModule):
     """One stack of experts: x [T, K], expert index [T] -> [T, N]."""
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        if wants_grad(x):
+            return grouped_with_grad(self, self._run, x, experts)
         return self._run(self._values(), x, experts)
 
 
