@@ -9,7 +9,7 @@ import toy
 from quant_core.errors import CheckpointError
 from quant_core.ledger import Ledger
 
-PART = ("m.rotation.weight", None)
+PART = ("m.rotation.weight", ())
 
 
 @pytest.fixture

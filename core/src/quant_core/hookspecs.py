@@ -90,6 +90,23 @@ def detect_format(checkpoint: Checkpoint) -> FormatMatch | None:
 
 
 @hookspec
+def split_modules(  # type: ignore[empty-body]
+    match: FormatMatch, checkpoint: Checkpoint
+) -> Mapping[str, Sequence[LayerDesc]]:
+    """Which stored modules hold several members?
+
+    Called once per plan, before ``make_scheme``, on the plugin that owns the checkpoint. Without
+    an answer each stored module is one member, and experts stored one by one form a stack. A
+    format that stores gate and up of all experts in one tensor names both members here; their
+    schemes then say by ``ParamSpec.sources`` which part of the tensor is whose.
+
+    Returns:
+        Stored module path -> its members, in the model's own names. Every tensor of such a module
+        must belong to one of them. Since API 0.1.
+    """
+
+
+@hookspec
 def make_scheme(  # type: ignore[empty-body]
     match: FormatMatch, layer: LayerDesc, checkpoint: Checkpoint
 ) -> Scheme | Unquantized:

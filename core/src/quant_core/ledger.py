@@ -1,7 +1,7 @@
 """Every stored tensor is accounted for: loaded, skipped by a named rule, or an error.
 
-The ledger knows the parts of each stored tensor (one part a tensor, or one an expert where a
-stack is read expert by expert). A part is claimed while planning and ticked off while loading.
+The ledger knows the parts of each stored tensor: the whole, or the cuts that are read, an expert or
+its even rows. A part is claimed while planning and ticked off while loading.
 Header checks report all problems of one kind at once.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from quant_core.checkpoint.base import Checkpoint
+from quant_core.checkpoint.base import Checkpoint, Index
 from quant_core.errors import CheckpointError, printable, summarize
 
 __all__ = ["Ledger", "missing_error", "unexpected_error"]
 
-Part = tuple[str, int | None]
-"""(stored name, expert whose slice is meant; None = the whole tensor)."""
+Part = tuple[str, Index]
+"""(stored name, the cut that is meant; () = the whole tensor)."""
 
 
 def missing_error(checkpoint: Checkpoint, names: Iterable[str], needed_by: str) -> CheckpointError:
@@ -103,9 +103,9 @@ class Ledger:
             CheckpointError: ``Q-TENSOR-UNREAD`` naming the parts.
         """
         left = [
-            f"{name}[{expert}]" if expert is not None else name
-            for name, expert in self.claims
-            if (name, expert) not in self.loaded and name not in self.skipped
+            f"{name}[{', '.join(map(str, index))}]" if index else name
+            for name, index in self.claims
+            if (name, index) not in self.loaded and name not in self.skipped
         ]
         if left:
             raise CheckpointError(

@@ -15,7 +15,7 @@ from quant_core.errors import FormatError, LayoutError, printable
 from quant_core.plan import Member, Plan, param_sources
 from quant_core.plan import plan as make_plan
 from quant_core.scheme import Scheme
-from quant_core.spec import EXPERT, LayerDesc, Scale, Unquantized
+from quant_core.spec import LayerDesc, Scale, Unquantized
 from quant_core.tensors import LayerTensors
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def read_matrix(plan: Plan, member: Member, expert: int | None = None) -> LayerT
         for name, index in param_sources(layer, param, expert):
             if name in plan.checkpoint.tensors:
                 parts.append(plan.checkpoint.read(name, index))
-                sliced = any(EXPERT in s.index for s in param.sources)
-                plan.ledger.load((name, expert if sliced else None))
+                plan.ledger.load((name, index))
         if parts:
             tensors[param.name] = parts[0] if len(parts) == 1 else torch.cat(parts)
     one = layer
@@ -97,7 +96,7 @@ def read_parameter(plan: Plan, name: str) -> Tensor:
     """A float tensor by its public name, as the model wants it."""
     stored = plan.dense[name]
     value = plan.checkpoint.read_parameter(stored)
-    plan.ledger.load((stored, None))
+    plan.ledger.load((stored, ()))
     return value
 
 

@@ -92,6 +92,7 @@ class _Stored:
     leaves: Mapping[str, TensorInfo]
     experts: tuple[int, ...] = ()
     paths: tuple[str, ...] = ()
+    layer: LayerDesc | None = None  # where the owner of the format says what the member is
 
 
 def _public_module(checkpoint: Checkpoint, path: str, leaves: Mapping[str, TensorInfo]) -> str:
@@ -99,10 +100,16 @@ def _public_module(checkpoint: Checkpoint, path: str, leaves: Mapping[str, Tenso
     return checkpoint.public_name(first.name).rsplit(".", leaf.count(".") + 1)[0]
 
 
-def _stored_members(checkpoint: Checkpoint) -> Iterator[_Stored]:
-    """Modules of the header, experts of one name gathered into one stack."""
+def _stored_members(
+    checkpoint: Checkpoint, split: Mapping[str, Sequence[LayerDesc]]
+) -> Iterator[_Stored]:
+    """Modules of the header, or the members in them; experts of one name become one stack."""
     stacks: dict[tuple[str, str], dict[int, str]] = {}
     for path, leaves in checkpoint.modules.items():
+        if path in split:
+            for layer in split[path]:
+                yield _Stored(layer.name, layer.stored, leaves, layer.experts, (path,), layer)
+            continue
         name = _public_module(checkpoint, path, leaves)
         numbered = _EXPERT_NUMBER.match(name)
         in_stored = _EXPERT_NUMBER.match(path)
@@ -129,6 +136,8 @@ def _stored_members(checkpoint: Checkpoint) -> Iterator[_Stored]:
 
 
 def _describe(s: _Stored) -> LayerDesc:
+    if s.layer is not None:
+        return s.layer
     last = s.name.rpartition(".")[2]
     kind = "experts" if s.experts else "embedding" if last in _EMBEDDING_NAMES else "linear"
     return LayerDesc(kind=kind, name=s.name, stored=s.stored, experts=s.experts)  # type: ignore[arg-type]
@@ -157,9 +166,8 @@ def member_parts(member: Member) -> Iterator[tuple[ParamSpec, str, Index, Part]]
     layer = member.layer
     for expert in layer.experts or (None,):
         for param in member.params:
-            per_slice = any(EXPERT in s.index for s in param.sources)
             for name, index in param_sources(layer, param, expert):
-                yield param, name, index, (name, expert if per_slice else None)
+                yield param, name, index, (name, index)
 
 
 def _indexed_shape(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
@@ -341,7 +349,7 @@ def plan(
     pending: list[_Stored] = []
     planned = [
         (stored, _plan_member(registry, match, _describe(stored), checkpoint))
-        for stored in _stored_members(checkpoint)
+        for stored in _stored_members(checkpoint, _split_modules(registry, match, checkpoint))
     ]
     for _, member in planned:
         if member.quantized:
@@ -362,7 +370,7 @@ def plan(
                     ledger.skip(name, member.scheme.rule)
                     continue
                 _check_float(checkpoint, checkpoint.tensors[name], member.scheme)
-                ledger.claim((name, None), layer.name)
+                ledger.claim((name, ()), layer.name)
                 public = checkpoint.public_name(name)
                 if public in dense:
                     raise _stored_twice(checkpoint, public, dense[public], name)
@@ -373,7 +381,9 @@ def plan(
     checker.finish()
     extra = [name for stored in pending for name in _leftovers(checkpoint, stored, ledger)]
     if extra:
-        raise unexpected_error(checkpoint, extra, "only the tensors of the layer's scheme")
+        raise unexpected_error(
+            checkpoint, dict.fromkeys(extra), "only the tensors of the layer's scheme"
+        )
     result = Plan(
         checkpoint=checkpoint,
         match=match,
@@ -385,6 +395,16 @@ def plan(
     )
     result.warnings += _config_warnings(match, members)
     return result
+
+
+def _split_modules(
+    registry: Registry, match: FormatMatch | None, checkpoint: Checkpoint
+) -> Mapping[str, Sequence[LayerDesc]]:
+    if match is None:
+        return {}
+    answer = registry.call_one(match.plugin, "split_modules", match=match, checkpoint=checkpoint)
+    found: Mapping[str, Sequence[LayerDesc]] = {} if answer is None else answer
+    return found
 
 
 def _plan_member(

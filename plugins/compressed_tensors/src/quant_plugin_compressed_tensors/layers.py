@@ -94,7 +94,7 @@ def _unquantized(
     path, leaves = next(iter(modules.items()))
     parent, _, leaf = path.rpartition(".")
     if any(t.leaf == leaf and t.applies(parent, "linear") for t in config.transforms):
-        return Unquantized(rule=TRANSFORM_RULE, evidence=parent, ignored=frozenset({"weight"}))
+        return Unquantized(rule=TRANSFORM_RULE, evidence=parent)
     kv = KV_LEAVES & leaves.keys()
     if kv and "weight" not in leaves:
         return Unquantized(rule=KV_RULE, evidence=", ".join(sorted(kv)), ignored=frozenset(kv))
