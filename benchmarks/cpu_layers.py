@@ -245,7 +245,8 @@ def main() -> None:
             rows.append(r)
             print(
                 f"{r['shape']:>12} {r['tokens']:>4}  {r['kernel']:<20} {r['us']:>9.0f} "
-                f"{r['ratio']:>7.2f} {r['ratio_best']:>6.2f} {r['weight_gb_s']:>6.1f} {r['error']:>8.1e}",
+                f"{r['ratio']:>7.2f} {r['ratio_best']:>6.2f} {r['weight_gb_s']:>6.1f} "
+                f"{r['error']:>8.1e}",
                 flush=True,
             )
     info["load_after"] = os.getloadavg()[0]
