@@ -256,6 +256,7 @@ def _as_stored(lt: LayerTensors, bound: BoundMember) -> LayerTensors:
         out_scale=_cpu(lt.out_scale),
         input_scale=_cpu(lt.input_scale),
         input_zero=_cpu(lt.input_zero),
+        transforms=tuple((t, tuple(v.cpu() for v in values)) for t, values in lt.transforms),
     )
 
 
@@ -272,7 +273,7 @@ def _split(
         info = p.tensors[name]
         if not index:
             part = value if len(sources) == 1 else value[row : row + info.shape[0]]
-            row += info.shape[0]
+            row += info.shape[0] if info.shape else 0
             yield name, part
             continue
         if name not in shared:
