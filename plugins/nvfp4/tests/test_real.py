@@ -1,0 +1,151 @@
+"""Checkpoints made by ModelOpt 0.47.0: logits within the bound of their reference. Their weights
+and bytes are checked with all other checkpoints in tests/."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quant_core.checkpoint.open import open_checkpoint
+from quant_core.engines.transformers import load_model
+from quant_core.load import load_tensor
+from quant_core.nn import QuantModule
+from quant_core.plan import plan
+
+pytestmark = pytest.mark.shared
+WEIGHT_ONLY = ("modelopt-fp8-pb-wo", "modelopt-int4-awq", "modelopt-w4a16-nvfp4")
+ACTIVATIONS = (
+    "modelopt-deepseek-nvfp4-experts", "modelopt-fp8-kvfp8", "modelopt-fp8-pc-pt",
+    "modelopt-mixed-fp8-nvfp4", "modelopt-moe-fp8", "modelopt-moe-nvfp4", "modelopt-mxfp8",
+    "modelopt-nvfp4", "modelopt-nvfp4-awq-lite", "modelopt-nvfp4-kvnvfp4", "modelopt-w4a8-awq",
+)  # fmt: skip
+
+
+def _expected(folder):
+    tensors = open_checkpoint(folder / "expected.safetensors")
+    meta = json.loads((folder / "expected.json").read_text())
+    return tensors.read("input_ids"), tensors.read("logits"), meta
+
+
+def _distances(model, ids, want, meta):
+    with torch.inference_mode():
+        got = model(ids.view(1, -1)).logits[0]
+    d = (got - want).abs()
+    within = meta["bound"].get("positions", {}).get("within", 0)
+    return {
+        "max": d.max().item(),
+        "mean": d.mean().item(),
+        "top1": int((got.argmax(-1) == want.argmax(-1)).sum()),
+        "positions": int((d.amax(dim=-1) <= within).sum()),
+    }
+
+
+def _within(found, bound):
+    least = bound.get("positions", {}).get("at_least", 0)
+    return (
+        found["max"] <= bound["max"]
+        and found["mean"] <= bound["mean"]
+        and found["top1"] >= bound["top1"]
+        and found["positions"] >= least
+    )
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY + ACTIVATIONS)
+def test_logits_are_within_the_bound(checkpoints, name):
+    ids, want, meta = _expected(checkpoints / name)
+    assert meta["activation_quant"] is (name in ACTIVATIONS)
+    model = load_model(checkpoints / name, dtype=torch.float32)
+    found = _distances(model, ids, want, meta)
+    assert _within(found, meta["bound"]), found
+
+
+def _changed(model, change):
+    """``model`` with every operation replaced by ``change`` of it, and bound again."""
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            module.op = change(module.op)
+            module._bind()
+    return model
+
+
+def _float_inputs(op):
+    return replace(op, operands=tuple(o for o in op.operands if o[0] != "input"))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_logits_miss_the_bound_without_activation_quantization(checkpoints, name):
+    ids, want, meta = _expected(checkpoints / name)
+    model = _changed(load_model(checkpoints / name, dtype=torch.float32), _float_inputs)
+    found = _distances(model, ids, want, meta)
+    assert not _within(found, meta["bound"])
+    # as far off as the producer measured, to the digits it gave
+    assert found["mean"] == pytest.approx(meta["distance_without_act_quant"], rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "name", ["modelopt-int4-awq", "modelopt-w4a8-awq", "modelopt-nvfp4-awq-lite"]
+)
+def test_logits_miss_the_bound_without_pre_quant_scale(checkpoints, name):
+    ids, want, meta = _expected(checkpoints / name)
+    model = load_model(checkpoints / name, dtype=torch.float32)
+    count = 0
+    for module in model.modules():
+        for buffer, value in module.named_buffers(recurse=False):
+            if buffer.startswith("transform_"):
+                value.fill_(1)
+                count += 1
+    assert count >= 2
+    assert not _within(_distances(model, ids, want, meta), meta["bound"])
+
+
+def test_swapped_halves_of_a_byte_miss_the_weights(checkpoints):
+    folder = checkpoints / "modelopt-w4a16-nvfp4"
+    planned = plan(open_checkpoint(folder))
+    expected = open_checkpoint(folder / "expected.safetensors")
+    key = next(k for k in expected.tensors if k.startswith("weight."))
+    want = expected.read(key)
+    (lt,) = load_tensor(planned, key.removeprefix("weight.").partition("#")[0]).matrices
+    assert torch.equal(lt.dequantize()[: want.shape[0]], want)
+    codes = lt.weight.codes
+    lt.weight.codes = (codes << 4) | (codes >> 4)
+    assert not torch.allclose(lt.dequantize()[: want.shape[0]], want, rtol=0.5, atol=0)
+
+
+def test_scales_of_the_cache_are_kept_when_saving(checkpoints, tmp_path):
+    folder = checkpoints / "modelopt-nvfp4-kvnvfp4"
+    planned = plan(open_checkpoint(folder))
+    assert planned.warnings == ["KV-cache scales present, not applied (2 attention modules)"]
+    assert len(planned.ledger.skipped) == 4
+    load_model(folder, dtype=torch.float32).save_pretrained(tmp_path)
+    old, new = open_checkpoint(folder), open_checkpoint(tmp_path)
+    assert old.tensors.keys() == new.tensors.keys()
+    for name in old.tensors:
+        a, b = old.read(name), new.read(name)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), name
+    assert plan(new).match.config.kv == "NVFP4"
+
+
+@pytest.mark.parametrize("name", ["modelopt-w4a8-awq", "modelopt-mixed-fp8-nvfp4"])
+def test_either_config_file_alone_is_enough(checkpoints, tmp_path, name):
+    schemes = []
+    for drop in ("hf_quant_config.json", "quantization_config"):
+        folder = tmp_path / drop.partition(".")[0]
+        shutil.copytree(checkpoints / name, folder)
+        if drop.endswith(".json"):
+            (folder / drop).unlink()
+        else:
+            config = json.loads((folder / "config.json").read_text())
+            del config[drop]
+            (folder / "config.json").write_text(json.dumps(config))
+        planned = plan(open_checkpoint(folder))
+        schemes.append({n: m.scheme for n, m in planned.quantized.items()})
+    assert schemes[0] == schemes[1]
+    assert schemes[0]
+    ids, want, meta = _expected(checkpoints / name)
+    model = load_model(tmp_path / "quantization_config", dtype=torch.float32)
+    assert _within(_distances(model, ids, want, meta), meta["bound"])
