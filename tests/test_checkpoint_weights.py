@@ -26,6 +26,7 @@ PREFIXES = (
     "ar-lmhead", "ar-mixed", "ar-moe", "ar-w2", "ar-w3", "ar-w4g128-sym", "ar-w4g64",
     "ct-w3", "ct-w4", "ct-w8", "ct-kvfp8-w4",
     "ct-fp8", "ct-mla", "ct-mixed", "ct-moe", "ct-mxfp", "ct-nvfp4", "ct-spinquant",
+    "modelopt-",
 )  # fmt: skip
 DIRS = checkpoint_dirs(PREFIXES)
 
@@ -101,10 +102,14 @@ def test_every_member_serializes_to_the_stored_bytes(folder):
             lt = read_matrix(p, member, expert)
             stored = member.scheme.serialize(member.layer, lt)
             for param in member.params:
+                if param.need == "ignored":
+                    continue  # not in the canonical form; saving copies it from the source
                 for name, index in param_sources(member.layer, param, expert):
                     if name not in p.checkpoint.tensors:
                         continue
                     want = p.checkpoint.read(name, index)
                     got = stored[param.name]
                     assert got.dtype == want.dtype, name
-                    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), name
+                    assert got.shape == want.shape, name
+                    got, want = (t.reshape(-1).view(torch.uint8) for t in (got, want))
+                    assert torch.equal(got, want), name
