@@ -1,0 +1,49 @@
+"""ModelSlim (Ascend) checkpoints for quant-core: hook implementations only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from quant_core import hookimpl
+from quant_core.spec import PluginInfo
+
+if TYPE_CHECKING:
+    from quant_core.checkpoint.base import Checkpoint
+    from quant_core.scheme import Scheme
+    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, Unquantized
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    stem, older = (
+        "quant_model_description",
+        "w8a8 w8a8_dynamic w8a16 w4a16 w4a8_dynamic w4a4_dynamic",
+    )
+    return PluginInfo(
+        id="modelslim_npu",
+        api=(0, 1),
+        summary="ModelSlim (Ascend): integers, fp8 and MX, static or run-time activations",
+        side_files=(f"{stem}.json", *(f"{stem}_{kind}.json" for kind in older.split())),
+    )
+
+
+@hookimpl
+def detect_format(checkpoint: Checkpoint) -> FormatMatch | None:
+    from quant_plugin_modelslim_npu.detect import detect
+
+    return detect(checkpoint)
+
+
+@hookimpl
+def make_scheme(
+    match: FormatMatch, layer: LayerDesc, checkpoint: Checkpoint
+) -> Scheme | Unquantized:
+    from quant_plugin_modelslim_npu.layers import scheme_for
+
+    return scheme_for(match, layer, checkpoint)
+
+
+@hookimpl
+def create_weights(scheme: Scheme, layer: LayerDesc) -> Sequence[ParamSpec]:
+    return scheme.params(layer)

@@ -1,0 +1,157 @@
+"""Checkpoints made by ModelSlim 26.1.0: logits within the bound of their reference. Their weights
+and bytes are checked with all other checkpoints in tests/."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from quant_core.checkpoint.open import open_checkpoint
+from quant_core.engines.transformers import load_model
+from quant_core.load import load_tensor
+from quant_core.nn import QuantExperts, QuantGrouped, QuantLinear
+from quant_core.plan import plan
+
+pytestmark = pytest.mark.shared
+SETS = (
+    "mixed", "moe-w4a8-g64", "moe-w8a8-dynamic", "mxfp4", "mxfp8", "pdmix", "quarot-w8a8",
+    "w4a4-dynamic", "w4a8-dynamic", "w4a8-g64", "w4a8-mxfp", "w8a16", "w8a8", "w8a8-kvc8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoints):
+    """name -> (model, input ids, expected logits, expected.json); each made once."""
+    cache = {}
+
+    def get(name):
+        if name not in cache:
+            folder = checkpoints / f"msmodelslim-{name}"
+            tensors = open_checkpoint(folder / "expected.safetensors")
+            meta = json.loads((folder / "expected.json").read_text())
+            model = load_model(folder, dtype=torch.float32)
+            cache[name] = model, tensors.read("input_ids"), tensors.read("logits"), meta
+        return cache[name]
+
+    return get
+
+
+def _distances(model, ids, want, meta):
+    with torch.inference_mode():
+        got = model(ids.view(1, -1)).logits[0]
+    d = (got - want).abs()
+    within = meta["bound"].get("positions", {}).get("within", 0)
+    return {
+        "max": d.max().item(),
+        "mean": d.mean().item(),
+        "top1": int((got.argmax(-1) == want.argmax(-1)).sum()),
+        "positions": int((d.amax(dim=-1) <= within).sum()),
+    }
+
+
+def _within(found, bound):
+    least = bound.get("positions", {}).get("at_least", 0)
+    return (
+        found["max"] <= bound["max"]
+        and found["mean"] <= bound["mean"]
+        and found["top1"] >= bound["top1"]
+        and found["positions"] >= least
+    )
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_logits_are_within_the_bound(loaded, name):
+    model, ids, want, meta = loaded(name)
+    found = _distances(model, ids, want, meta)
+    assert _within(found, meta["bound"]), found
+
+
+def _float_layer(module):
+    """The layer without activation quantization: its weight, and the bias that its sum holds."""
+    lt = module.restore()
+    weight = lt.dequantize()
+    bias = lt.bias
+    if lt.acc_bias is not None:
+        zero = int(lt.input_zero.view(torch.int8))
+        codes = lt.weight.codes.view(torch.int8).double()
+        bias = ((lt.acc_bias + zero * codes.sum(1)) * lt.out_scale).float()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight.data = weight
+    if bias is not None:
+        linear.bias.data = bias.float()
+    return linear
+
+
+class _FloatStack(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.weight = module.restore().dequantize()
+
+    def forward(self, x, experts):
+        return torch.einsum("tk,tnk->tn", x, self.weight[experts])
+
+
+def _without_activation_quantization(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            model.set_submodule(name, _float_layer(module))
+        elif isinstance(module, QuantExperts):
+            for part in ("gate", "up", "down"):
+                stack = getattr(module, part)
+                assert isinstance(stack, QuantGrouped)
+                setattr(module, part, _FloatStack(stack))
+
+
+@pytest.mark.parametrize("name", [s for s in SETS if s != "w8a16"])
+def test_logits_miss_the_bound_without_activation_quantization(checkpoints, name):
+    folder = checkpoints / f"msmodelslim-{name}"
+    tensors = open_checkpoint(folder / "expected.safetensors")
+    meta = json.loads((folder / "expected.json").read_text())
+    model = load_model(folder, dtype=torch.float32)
+    _without_activation_quantization(model)
+    found = _distances(model, tensors.read("input_ids"), tensors.read("logits"), meta)
+    assert not _within(found, meta["bound"]), found
+    # as far off as the producer measured
+    assert found["mean"] == pytest.approx(meta["distance_without_act_quant"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "w4a8-mxfp", "w8a8", "mixed", "quarot-w8a8"])
+def test_rounding_follows_the_producers_rule_to_the_last_bit(loaded, name):
+    model, ids, want, meta = loaded(name)
+    assert _distances(model, ids, want, meta)["max"] < 1e-4
+
+
+def test_scale_bias_is_the_sum_of_our_weights(checkpoints):
+    """Computed by the producer from its weights: the order of the packed rows is right."""
+    planned = plan(open_checkpoint(checkpoints / "msmodelslim-w4a8-dynamic"))
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
+        stored = planned.checkpoint.read(f"{name}.scale_bias")
+        weight = load_tensor(planned, name).dequantize()
+        parts = weight.view(weight.shape[0], stored.shape[1], -1)
+        # float32 sums of up to 512 products
+        assert torch.allclose(8 * parts.sum(-1), stored, rtol=1e-5, atol=1e-4)
+        swapped = weight.view(-1, 2, weight.shape[1]).flip(1).reshape(parts.shape)
+        assert not torch.allclose(8 * swapped.sum(-1), stored, rtol=1e-2, atol=1e-2)
+
+
+def test_kv_scales_are_accounted_for(checkpoints):
+    planned = plan(open_checkpoint(checkpoints / "msmodelslim-w8a8-kvc8"))
+    assert planned.warnings == ["KV-cache scales present, not applied (2 attention modules)"]
+    assert set(planned.ledger.skipped.values()) == {"KV-cache scales present, not applied"}
+    assert len(planned.ledger.skipped) == 8
+
+
+@pytest.mark.parametrize("name", ["w8a8", "pdmix", "moe-w4a8-g64"])
+def test_saving_gives_the_stored_bytes_back(checkpoints, loaded, name, tmp_path):
+    source = open_checkpoint(checkpoints / f"msmodelslim-{name}")
+    loaded(name)[0].save_pretrained(tmp_path / "saved")
+    saved = open_checkpoint(tmp_path / "saved")
+    assert saved.tensors.keys() == source.tensors.keys()
+    for tensor in source.tensors:
+        a, b = source.read(tensor), saved.read(tensor)
+        assert a.dtype == b.dtype, tensor
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), tensor
+    assert plan(saved).match.plugin == "modelslim_npu"
