@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from quant_core.engines.transformers_names import Slot
 from quant_core.errors import ConfigError, LayoutError, QuantError, printable, summarize
 from quant_core.nn import BoundMember, QuantModule, matrices
 from quant_core.packing import repack
-from quant_core.plan import Member, Plan, param_sources
+from quant_core.plan import Member, Plan, member_parts, param_sources
 from quant_core.registry import registry
 from quant_core.rewrites import slice_out
 from quant_core.scheme import Scheme
@@ -207,24 +208,39 @@ def _changed(what: str) -> LayoutError:
 
 def _quantized(model: PreTrainedModel, p: Provenance) -> Iterator[tuple[str, Tensor]]:
     found: set[str] = set()
+    cut = {name: _cut_tensors(p, member) for name, member in p.members.items()}
+    left = Counter(tensor for names in cut.values() for tensor in names)
+    shared: dict[str, Tensor] = {}
     for module in model.modules():
         if isinstance(module, QuantModule) and module.owns_buffers:
             whole = module.restore()
             for bound in module.members:
                 found.add(bound.name)
-                yield from _member(p, p.members[bound.name], bound, whole)
+                yield from _member(p, p.members[bound.name], bound, whole, shared)
+                left.subtract(cut[bound.name])
+                complete = [n for n in cut[bound.name] if not left[n] and n in shared]
+                yield from ((n, shared.pop(n)) for n in complete)
     gone = [name for name in p.members if name not in found]
     if gone:
         raise _changed(f"no module holds {summarize(gone)} any more")
 
 
+def _cut_tensors(p: Provenance, member: Member) -> list[str]:
+    """Stored tensors of which experts, or several members, hold a part each."""
+    names = {name for _, name, index, _ in member_parts(member) if index}
+    return sorted(n for n in names if n in p.tensors)
+
+
 def _member(
-    p: Provenance, member: Member, bound: BoundMember, whole: LayerTensors
+    p: Provenance,
+    member: Member,
+    bound: BoundMember,
+    whole: LayerTensors,
+    shared: dict[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stored tensors of one member; those that several experts share are put together."""
+    """Stored tensors of one member; parts of shared ones are put together in ``shared``."""
     layer, scheme = member.layer, member.scheme
     assert isinstance(scheme, Scheme)
-    shared: dict[str, Tensor] = {}
     count = len(layer.experts)
     for (_, part), expert in zip(matrices(whole, count), layer.experts or (None,), strict=True):
         one = layer
@@ -235,7 +251,6 @@ def _member(
             if param.name in values:
                 sources = param_sources(layer, param, expert)
                 yield from _split(p, values[param.name], sources, shared)
-    yield from shared.items()
 
 
 def _as_stored(lt: LayerTensors, bound: BoundMember) -> LayerTensors:
