@@ -31,7 +31,7 @@ FORMAT_IDS = {
 _WORD = re.compile(
     r"(?<![a-z0-9])("
     + "|".join(sorted(map(re.escape, FORMAT_IDS), key=len)[::-1])
-    + r")(?![a-z0-9])"
+    + r")(?![a-z0-9]|_e\dm\d)"  # element types such as fp8_e4m3 are no formats
 )
 
 
@@ -106,6 +106,7 @@ def name_of(path: Path) -> str:
         "def f():\n    import quant_plugin_other\n",
         'x = "Q4 in NVFP4 blocks"',
         'x = {"compressed-tensors": 1}',
+        'x = "fp8 or fp8_e4m3"',
     ],
 )
 def test_format_ids_sees_a_format_name(broken: str) -> None:
@@ -118,6 +119,7 @@ def test_format_ids_sees_a_format_name(broken: str) -> None:
         '"""AWQ is a format."""',
         "x = 'awquard'",
         "# gguf",
+        'x = "fp8_e4m3"',
         'def f():\n    """GPTQ."""\n',
         "import os",
     ],

@@ -49,13 +49,13 @@ from quant_core.numerics import (
     scale_dtype,
     tensor_scale,
 )
-from quant_core.numerics.elements import FP8_DTYPES
+from quant_core.numerics.elements import FLOAT8_DTYPES
 from quant_core.spec import CHANNEL, TENSOR, OpSpec, QuantSpec, Scale
 
 __all__ = ["fake_quantize", "static_shape", "unsupported_input"]
 
 _WIDE = ("f32", "bf16", "f16")
-_SMALL = tuple(FP8_DTYPES)
+_SMALL = tuple(FLOAT8_DTYPES)
 
 
 def _odd_scale(scale: Scale) -> str:
@@ -167,7 +167,7 @@ def _symmetric(groups: Tensor, spec: QuantSpec, factor: Tensor | None) -> Tensor
         most=scale.most,
     )
     s = decode_scale(codes, scale.element).to(groups.dtype)
-    s = _nonzero(s, torch.finfo(FP8_DTYPES[scale.element]).eps)
+    s = _nonzero(s, torch.finfo(FLOAT8_DTYPES[scale.element]).eps)
     if factor is None:
         return s
     return s / factor if inverse else s * factor

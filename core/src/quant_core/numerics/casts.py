@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
-from quant_core.numerics.elements import FP8_DTYPES, element_table
+from quant_core.numerics.elements import FLOAT8_DTYPES, element_table
 from quant_core.spec import Element
 
 __all__ = ["TIES", "element_range", "encode", "fn_to_fnuz", "fnuz_to_fn", "round_to"]
@@ -110,8 +110,8 @@ def round_to(values: Tensor, element: Element, ties: str = "even") -> Tensor:
         # 0.5 - 2**-25 + 0.5 rounds up to 1: what is not a tie is rounded as usual
         whole = torch.where((x - x.trunc()).abs() == 0.5, whole, x.abs().round())
         return torch.copysign(whole, x)
-    if element.name in FP8_DTYPES and ties == "even" and x.dtype == torch.float32:
-        return x.to(FP8_DTYPES[element.name]).float()
+    if element.name in FLOAT8_DTYPES and ties == "even" and x.dtype == torch.float32:
+        return x.to(FLOAT8_DTYPES[element.name]).float()
     codes = _nearest(x.abs().nan_to_num(0.0), element.name, ties)
     table = element_table(element.name).to(device=x.device, dtype=x.dtype)
     out = torch.copysign(table[codes], x)
@@ -135,7 +135,7 @@ def encode(values: Tensor, element: Element, ties: str = "even") -> Tensor:
         ).to(torch.uint8)  # fmt: skip
     highest = element_range(element)[1]
     x = _work(values).clamp(-highest, highest)
-    dtype = FP8_DTYPES.get(element.name)
+    dtype = FLOAT8_DTYPES.get(element.name)
     if dtype is not None and ties == "even" and x.dtype == torch.float32:
         return x.to(dtype).contiguous().view(torch.uint8)
     if dtype is None:

@@ -18,14 +18,14 @@ from quant_core.spec import Element
 
 __all__ = [
     "FLOAT_ELEMENTS",
-    "FP8_DTYPES",
+    "FLOAT8_DTYPES",
     "decode",
     "decode_scale",
     "element_table",
     "scale_dtype",
 ]
 
-FP8_DTYPES = {
+FLOAT8_DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
     "fp8_e4m3_fnuz": torch.float8_e4m3fnuz,
@@ -34,7 +34,7 @@ FP8_DTYPES = {
 _WIDE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 _MINI = {"fp4_e2m1": (2, 1), "fp6_e2m3": (2, 3), "fp6_e3m2": (3, 2)}  # exponent, mantissa bits
 
-FLOAT_ELEMENTS = frozenset(FP8_DTYPES) | frozenset(_MINI) | {"e8m0"}
+FLOAT_ELEMENTS = frozenset(FLOAT8_DTYPES) | frozenset(_MINI) | {"e8m0"}
 
 
 def _mini_float_table(exp_bits: int, man_bits: int) -> Tensor:
@@ -59,8 +59,8 @@ def element_table(name: str) -> Tensor:
         return _mini_float_table(*_MINI[name])
     # the device is named: a table first made inside `with torch.device("meta")` is cached
     codes = torch.arange(256, dtype=torch.uint8, device="cpu")
-    if name in FP8_DTYPES:
-        return codes.view(FP8_DTYPES[name]).float()
+    if name in FLOAT8_DTYPES:
+        return codes.view(FLOAT8_DTYPES[name]).float()
     if name == "e8m0":  # 2**(e - 127), 255 = NaN; ldexp keeps the subnormal 2**-127 exact
         table = torch.ldexp(torch.ones(256, device=codes.device), codes.to(torch.int32) - 127)
         table[255] = float("nan")
@@ -101,8 +101,8 @@ def decode(codes: Tensor, element: Element, codebook: tuple[Tensor, ...] = ()) -
     if element.kind == "lut":
         return codebook[0].float()[codes.long()]
     if element.kind == "float":
-        if element.name in FP8_DTYPES and codes.is_contiguous():
-            return codes.view(FP8_DTYPES[element.name]).float()
+        if element.name in FLOAT8_DTYPES and codes.is_contiguous():
+            return codes.view(FLOAT8_DTYPES[element.name]).float()
         return element_table(element.name).to(codes.device)[codes.long()]
     raise LayoutError(
         f"element {element.name!r} of kind {element.kind!r} has no scalar value per code. "
