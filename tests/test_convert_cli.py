@@ -54,7 +54,7 @@ def test_refusal_is_exit_code_1_and_says_how_to_go_on(fixtures, tmp_path, capsys
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Q-LAYOUT-REPRESENT" in captured.err
-    assert "Allow inexact conversion to accept" in captured.err
+    assert "--allow-inexact" in captured.err
     assert list(tmp_path.iterdir()) == []
 
 

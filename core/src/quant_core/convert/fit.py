@@ -71,7 +71,7 @@ class Losses:
                 self.where,
                 "; ".join(found for found, _ in pairs),
                 " and ".join(expected for _, expected in pairs),
-                f"Allow inexact conversion to accept: {'; '.join(self._items)}.",
+                f"Allow inexact conversion (--allow-inexact) to accept: {'; '.join(self._items)}.",
             )
         return tuple(self._items)
 

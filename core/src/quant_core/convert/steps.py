@@ -354,8 +354,8 @@ def integer_zero(qt: QuantizedTensor, losses: Losses, *, wide: bool = False) -> 
     """``c*s + o`` as ``(c - z)*s`` with z = -o/s in the range of the codes.
 
     Where some z is no such integer, that is a loss: zero points are rounded, or, for a target with
-    8-bit codes (``wide``), each weight is rounded to the nearest of 255 steps of its group, which
-    costs a twentieth of that. ``qt`` has one scale (``one_scale``); other zeros are kept.
+    8-bit codes (``wide``), the weights move to a finer grid, which costs a thirtieth of that.
+    ``qt`` has one scale (``one_scale``); other zeros are kept.
 
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT`` for codes that are not unsigned.
@@ -395,23 +395,37 @@ def _offset_on_scale_grid(qt: QuantizedTensor) -> tuple[QuantizedTensor, Tensor]
 
 
 def _rounded(qt: QuantizedTensor, scale: Tensor, offset: Tensor) -> QuantizedTensor:
-    """Weights ``c*s + o`` rounded to 8-bit codes around 128, the largest of a group at 127 steps.
+    """Weights ``c*s + o`` as 8-bit codes around 128, on the best grid that is found per group.
 
-    A group of equal weights (scale 0) becomes 64 steps of o/64, which is exact.
+    A whole multiple of the old grid, ``(c*f + b) * s/f``, errs only by what b rounds away; the best
+    f for which codes stay in range is taken (0.3 % off on real Q4_1 weights), or each weight is
+    rounded to 1/127 of the largest where that is better. A group of equal weights (scale 0) becomes
+    64 steps of o/64, which is exact.
     """
-    top = (1 << qt.spec.element.bits) - 1
+    dtype, top = qt.scales[0].dtype, (1 << qt.spec.element.bits) - 1
     ends = torch.maximum(offset.abs(), (offset + top * scale).abs())
-    steps = torch.where(scale == 0, offset / 64, ends / 127).to(qt.scales[0].dtype)
-    wide = steps.double()
-    by, plus = scale / wide, offset / wide
-    by, plus = (torch.where(wide == 0, torch.zeros_like(t), t).float() for t in (by, plus))
-    grid = replace(qt, spec=replace(qt.spec, zero=None), offset=(), scales=(steps,))
+    step = torch.where(scale == 0, offset / 64, ends / 127).to(dtype).double()
+    by, plus = scale / step, offset / step
+    error = step.abs() / 12**0.5  # of rounding to nearest, root mean square
+    for factor in range(1, 255 // top + 1):
+        grid = (scale / factor).to(dtype).double()
+        base = (offset / grid).round()
+        low = (base * grid - offset).abs()
+        high = ((base + factor * top) * grid - offset - top * scale).abs()
+        better = (base >= -128) & (base + factor * top <= 127) & (torch.maximum(low, high) < error)
+        error = torch.where(better, torch.maximum(low, high), error)
+        step = torch.where(better, grid, step)
+        by = torch.where(better, float(factor), by)
+        plus = torch.where(better, base, plus)
+    by, plus = (torch.where(step == 0, torch.zeros_like(t), t).float() for t in (by, plus))
+    spec = replace(qt.spec, zero=None)
+    grid8 = replace(qt, spec=spec, offset=(), scales=(step.to(dtype),))
 
     def move(at: slice, rows: QuantizedTensor, codes: Tensor) -> Tensor:
         values = codes * _spread(by[at], rows) + _spread(plus[at], rows)
-        return values.round().clamp(-127, 127) + 128
+        return values.round().clamp(-128, 127) + 128
 
-    codes = _map_codes(grid, 8, move)
+    codes = _map_codes(grid8, 8, move)
     assert codes is not None  # clamped to the range above
-    spec = replace(grid.spec, element=Element.uint(8), zero=Zero(kind="const", value=128))
-    return replace(grid, spec=spec, codes=codes, packing=CANONICAL, zeros=None)
+    spec = replace(spec, element=Element.uint(8), zero=Zero(kind="const", value=128))
+    return replace(grid8, spec=spec, codes=codes, packing=CANONICAL, zeros=None)

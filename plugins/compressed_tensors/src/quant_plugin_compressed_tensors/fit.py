@@ -1,0 +1,170 @@
+"""Which compressed-tensors scheme holds a canonical matrix: integers of 2 to 8 bits.
+
+    float activations        pack-quantized
+    quantized activations    int-quantized, arguments made from their meaning
+
+    option      values                        default
+    group_size  a divisor of the groups       the layer's own
+
+Activation order is kept as ``weight_g_idx`` (actorder "group").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from quant_core.convert.fit import Fit, Losses, check_options
+from quant_core.errors import ConfigError, LayoutError
+from quant_core.intspec import SCALE_ELEMENTS
+from quant_core.spec import CHANNEL, TENSOR, Element, QuantSpec, Zero
+from quant_plugin_compressed_tensors.args import INT_BITS, QuantArgs
+from quant_plugin_compressed_tensors.inputs import input_spec
+from quant_plugin_compressed_tensors.packed import PackedScheme
+from quant_plugin_compressed_tensors.plain import PlainScheme
+from quant_plugin_compressed_tensors.scheme import CtScheme, scheme_name
+
+if TYPE_CHECKING:
+    from quant_core.spec import LayerDesc
+    from quant_core.tensors import LayerTensors, QuantizedTensor
+
+__all__ = ["fit"]
+
+_OPTIONS: Mapping[str, tuple[Any, ...]] = {"group_size": ()}
+_DTYPES = {element: dtype for dtype, element in SCALE_ELEMENTS.items()}
+_SCALES = ("f16", "bf16", "f32")
+
+
+def fit(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    """See the hook ``fit_scheme``.
+
+    Embeddings are written as floats, and so is an lm_head that does not fit exactly.
+    """
+    check_options(options, _OPTIONS, "compressed_tensors")
+    as_floats = Fit(scheme=None, tensors=tensors)
+    if layer.kind == "embedding":
+        return as_floats
+    if layer.name.rpartition(".")[2] != "lm_head":
+        return _fit(layer, tensors, operands, options, allow_inexact)
+    try:
+        return _fit(layer, tensors, operands, options, False)
+    except LayoutError:
+        return as_floats
+
+
+def _inputs(
+    lt: LayerTensors, operands: Mapping[str, QuantSpec], where: str
+) -> tuple[QuantArgs | None, str]:
+    """Arguments that mean the input's spec, and the dtype of its stored scale.
+
+    None without quantized activations, or with some that this format has no arguments for.
+    """
+    spec = operands.get("input")
+    if spec is None or len(spec.scales) != 1:
+        return None, "bfloat16"
+    scale = spec.scales[0]
+    strategy = {CHANNEL: "token", TENSOR: "tensor"}.get(scale.grain, "group")
+    args = QuantArgs(
+        bits=spec.element.bits,
+        kind="int" if spec.element.kind == "int" else "float",
+        symmetric=spec.zero is None,
+        strategy=strategy,
+        group_size=scale.grain[1] if strategy == "group" else 0,
+        dynamic=not scale.static,
+    )
+    dtype = "bfloat16"
+    if lt.input_scale is not None:
+        dtype = str(lt.input_scale.dtype).removeprefix("torch.")
+    try:
+        means = input_spec(args, dtype, where, "config.json")
+    except (ConfigError, KeyError):
+        return None, dtype
+    return (args if means == spec else None), dtype
+
+
+def _fit(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    from quant_core.convert import steps
+
+    where, losses = layer.name, Losses(layer.name, allow_inexact)
+    inputs, input_dtype = _inputs(tensors, operands, where)
+    lt = steps.weight_only(tensors, operands, losses, keep_input=inputs is not None)
+    qt = lt.weight
+    steps.plain_codes(qt, where)
+    qt = steps.one_scale(qt, _SCALES, losses)
+    qt = steps.integer_zero(qt, losses, wide=True)
+    qt, sym = steps.narrowest(qt, INT_BITS, where)
+    assert layer.inp is not None
+    k = layer.inp.total
+    stated = int(options.get("group_size", qt.spec.scales[0].grain[1]))  # 0: whole rows
+    if qt.gather is not None and stated in (0, k):
+        qt = steps.in_order(qt, k, where)  # one group: the order has no meaning
+    qt = steps.group_columns(qt, stated or k, where)
+    if stated:  # a group as wide as the row stays a group: one config group for all layers
+        level = replace(qt.spec.scales[0], grain=(1, stated))
+        qt = replace(qt, spec=replace(qt.spec, scales=(level,)))
+    weights = QuantArgs(
+        bits=qt.spec.element.bits,
+        symmetric=sym,
+        strategy="group" if stated else "channel",
+        group_size=stated,
+        actorder="" if qt.gather is None else "group",
+    )
+    scheme, qt = _scheme(qt, weights, inputs, input_dtype, (qt.shape[0], k), operands)
+    return Fit(scheme=scheme, tensors=replace(lt, operands={"weight": qt}), losses=losses.taken())
+
+
+def _scheme(
+    qt: QuantizedTensor,
+    weights: QuantArgs,
+    inputs: QuantArgs | None,
+    input_dtype: str,
+    shape: tuple[int, int],
+    operands: Mapping[str, QuantSpec],
+) -> tuple[CtScheme, QuantizedTensor]:
+    """The scheme, and the weight as its storage format means it."""
+    plain = inputs is not None
+    if plain and weights.bits == 8:
+        qt = _signed(qt)
+    common: dict[str, Any] = {
+        "name": scheme_name(weights, inputs),
+        "shape": shape,
+        "operands": {"weight": qt.spec, **({"input": operands["input"]} if plain else {})},
+        "weights": weights,
+        "inputs": inputs,
+        "scale_dtype": _DTYPES[qt.spec.scales[0].element],
+        "input_scale_dtype": input_dtype,
+        "has_g_idx": qt.gather is not None,
+        "source": "config.json",
+    }
+    if plain:
+        zeros = "" if weights.symmetric else "int8"
+        return PlainScheme(**common, format="int-quantized", zero_dtype=zeros), qt
+    zeros = "" if weights.symmetric else "int32"
+    return PackedScheme(**common, format="pack-quantized", zero_dtype=zeros), qt
+
+
+def _signed(qt: QuantizedTensor) -> QuantizedTensor:
+    """uint8 codes around 128, or with uint8 zeros, as int8 values: the top bit flips."""
+    from quant_core.rewrites import repack
+    from quant_core.spec import CANONICAL
+
+    qt = repack(qt, CANONICAL)
+    if qt.zeros is None:
+        zero, zeros = None, None
+    else:
+        zero, zeros = Zero(kind="code", element="int8"), qt.zeros ^ 0x80
+    spec = replace(qt.spec, element=Element.int(8), zero=zero)
+    return replace(qt, spec=spec, codes=qt.codes ^ 0x80, zeros=zeros)
