@@ -65,8 +65,13 @@ def quantization_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     return block
 
 
+def _readers(registry: Registry) -> list[str]:
+    """Plugins that read a format; kernel families read none."""
+    return [plugin_id for plugin_id, _ in registry.implementations("detect_format")]
+
+
 def _installed(registry: Registry) -> str:
-    return summarize(sorted(registry.plugins)) or "none"
+    return summarize(_readers(registry)) or "none"
 
 
 def _unknown(checkpoint: Checkpoint, registry: Registry, found: str, method: str) -> FormatError:
@@ -82,7 +87,7 @@ def _unknown(checkpoint: Checkpoint, registry: Registry, found: str, method: str
         code="Q-FMT-UNKNOWN",
         path=checkpoint.path,
         tensor="quant_method" if method else None,
-        expected=sorted(registry.plugins),
+        expected=_readers(registry),
         actual=method or found,
     )
 
