@@ -269,7 +269,8 @@ class MsScheme(Scheme):
                     rule="" if layer.bias else "linear without bias",
                 )
             )
-        return tuple(found)
+        stored = dict(self.dtypes)
+        return tuple(p for p in found if p.need != "ignored" or p.name in stored)
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:
         from quant_plugin_modelslim_npu import layout
