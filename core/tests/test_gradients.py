@@ -67,3 +67,10 @@ def test_without_gradients_nothing_is_recorded():
     with torch.no_grad():
         y = module(torch.randn(1, 96, requires_grad=True))
     assert not y.requires_grad
+
+
+def test_compiled_forward_is_one_graph_also_where_gradients_are_on():
+    module = _bound(QuantLinear, [make_layer(SPECS["uint4_code"])], "linear")
+    x = torch.randn(2, 96, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), module(x.detach()))

@@ -25,8 +25,11 @@ __all__ = ["grouped_with_grad", "linear_with_grad", "wants_grad"]
 
 
 def wants_grad(x: Tensor) -> bool:
-    """Whether a gradient has to flow back to ``x``."""
-    return torch.is_grad_enabled() and x.requires_grad
+    """Whether a gradient has to flow back to ``x``.
+
+    Never while compiling: a compiled forward is one graph of opaque ops, for inference.
+    """
+    return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
 
 
 def _weight(module: QuantModule, dtype: torch.dtype) -> Tensor:
