@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | clean. Needs Python >= 3.11, make and pip.
+# make setup | demo | test | check | bench | clean | test-transformers-low. Needs Python >= 3.11, make and pip.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ JOBS ?= 2
 # Each worker computes on one thread: more of them than cores only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test test-fast check format bench clean
+.PHONY: setup demo test test-fast test-transformers-low check format bench clean
 
 setup: $(STAMP)
 
@@ -49,8 +49,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# llama.cpp comes prebuilt inside the wheel cyllama; --no-deps, for only its library is wanted.
 bench: setup
-	$(BIN)/python benchmarks/bench.py
+	$(PIP) install -q -c constraints.txt --no-deps cyllama==0.2.18
+	$(BIN)/python benchmarks/bench.py 2>/dev/null
+
+# The engine tests on the oldest transformers that is supported, in an environment of their own.
+test-transformers-low: setup
+	tests/run_transformers_low.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
