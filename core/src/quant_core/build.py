@@ -239,9 +239,15 @@ class Builder:
         gate: Member,
         up: Member,
         down: Member,
-        activation: Callable[[Tensor], Tensor],
+        activation: Callable[[Tensor], Tensor] | None,
+        gating: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> QuantExperts:
-        """The routed experts of one layer; gate, up and down may be of different types."""
+        """The routed experts of one layer; gate, up and down may be of different types.
+
+        Args:
+            activation: act of act(gate) * up; None if there is a gating.
+            gating: what is computed of gate and up instead.
+        """
         counts = {m.layer.name: m.layer.experts for m in (gate, up, down)}
         if len(set(counts.values())) != 1:
             raise LayoutError(
@@ -257,4 +263,5 @@ class Builder:
             self._stack(f"{name}.down", down),
             activation,
             len(gate.layer.experts),
+            gating,
         )

@@ -23,6 +23,7 @@ from quant_core.tensors import LayerTensors
 
 __all__ = [
     "BoundMember",
+    "ClampedSwiglu",
     "QuantEmbedding",
     "QuantExperts",
     "QuantLinear",
@@ -258,8 +259,25 @@ class QuantGrouped(QuantModule):
         return self._run(self._values(), x, experts)
 
 
+class ClampedSwiglu(nn.Module):
+    """(u + 1) * g * sigmoid(alpha * g), g = min(gate, limit), u = clamp(up, -limit, limit)."""
+
+    def __init__(self, limit: float, alpha: float) -> None:
+        super().__init__()
+        self.limit, self.alpha = limit, alpha
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+    def extra_repr(self) -> str:
+        return f"limit={self.limit}, alpha={self.alpha}"
+
+
 class QuantExperts(nn.Module):
-    """Routed experts: out[t] = sum_j w[t, j] * down_e(act(gate_e(x)) * up_e(x)), e = index[t, j].
+    """Routed experts: out[t] = sum_j w[t, j] * down_e(gating(gate_e(x), up_e(x))), e = index[t, j].
+
+    The gating is act(gate) * up unless another one is given.
 
     Shapes:
         hidden_states (T, H), top_k_index (T, k) int64, top_k_weights (T, k) -> (T, H)
@@ -271,15 +289,23 @@ class QuantExperts(nn.Module):
         gate: nn.Module,
         up: nn.Module | None,
         down: nn.Module,
-        activation: Callable[[Tensor], Tensor],
+        activation: Callable[[Tensor], Tensor] | None,
         num_experts: int,
+        gating: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.gate = gate  # holds gate and up when they are fused; ``up`` is None then
         self.up = up
         self.down = down
         self.activation = activation
+        self.gating = gating
         self.num_experts = num_experts
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.gating is not None:
+            return self.gating(gate, up)
+        assert self.activation is not None, "Builder.experts sees to it"
+        return self.activation(gate) * up
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         tokens, top_k = top_k_index.shape
@@ -289,6 +315,6 @@ class QuantExperts(nn.Module):
             gate, up = self.gate(x, experts).chunk(2, dim=-1)
         else:
             gate, up = self.gate(x, experts), self.up(x, experts)
-        y = self.down(self.activation(gate) * up, experts)
+        y = self.down(self._gated(gate, up), experts)
         y = y * top_k_weights.reshape(-1, 1)
         return y.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)

@@ -227,3 +227,16 @@ def test_three_bit_words_read_as_padded_miss_the_weights(shared):
     codes = unpack(qt.codes, 3, (n, k), padded)[:, : want.shape[1]]
     right = unpack(qt.codes, 3, qt.shape, qt.packing)[:, : codes.shape[1]]
     assert not torch.equal(codes, right)
+
+
+@pytest.mark.parametrize(
+    "name", ["ct-spinquant-r1r2r4-w4a16", "ct-moe-nvfp4", "ct-mixed-fp8attn-w4mlp-nvfp4last"]
+)
+def test_saving_gives_the_stored_bytes_back(shared, tmp_path, name):
+    load_model(shared / name, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    old, new = open_checkpoint(shared / name / "model.safetensors"), open_checkpoint(tmp_path)
+    assert set(old.tensors) == set(new.tensors)
+    for tensor in old.tensors:
+        a, b = old.read(tensor), new.read(tensor)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), tensor
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), tensor

@@ -21,6 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from quant_core.engines.transformers_experts import (
+    expert_sizes,
+    has_expert_bias,
+    is_replaceable,
+)
 from quant_core.engines.transformers_names import Layout
 from quant_core.engines.transformers_tied import Tied
 from quant_core.errors import LayoutError, summarize
@@ -112,7 +117,7 @@ class Check:
             )
         for module in self.layout.experts:
             old = self.model.get_submodule(module)
-            if not _plain_experts(old):
+            if not is_replaceable(old):
                 raise LayoutError(
                     f"{module}: {type(old).__name__} computes more than down(act(gate(x)) * "
                     "up(x)) with [experts, out, in] weights, expected only that. "
@@ -138,13 +143,11 @@ class Check:
             if found != want or len({k for _, k in shapes}) != 1:
                 wrong.append((members[0].layer.name, found, want))
         for module, roles in self.layout.experts.items():
-            experts, rows, hidden = state[f"{module}.gate_up_proj"].shape
-            sizes = {"gate": (rows // 2, hidden), "up": (rows // 2, hidden)}
-            sizes["down"] = tuple(state[f"{module}.down_proj"].shape[1:])
+            sizes = expert_sizes(self.model.get_submodule(module))
             for role, member in roles.items():
                 found = (len(member.layer.experts), *member.scheme.shape)  # type: ignore[union-attr]
-                if found != (experts, *sizes[role]):
-                    wrong.append((member.layer.name, found, (experts, *sizes[role])))
+                if found != sizes[role]:
+                    wrong.append((member.layer.name, found, sizes[role]))
         if wrong:
             shown = (f"{name} {found} and not {want}" for name, found, want in wrong)
             raise LayoutError(
@@ -190,19 +193,6 @@ class Check:
         return _ZERO_BIAS if not bool(self.plan.checkpoint.read(stored).any()) else ""
 
 
-def _plain_experts(module: Any) -> bool:
-    from transformers.integrations.moe import _default_apply_gate
-
-    extras = ("is_transposed", "has_bias", "has_post_expert_norm")
-    return (
-        isinstance(getattr(module, "act_fn", None), nn.Module)
-        and getattr(type(module), "_apply_gate", None) is _default_apply_gate
-        and getattr(module, "is_concatenated", False)
-        and getattr(module, "has_gate", False)
-        and not any(getattr(module, name, False) for name in extras)
-    )
-
-
 def _stored_names(plan: Plan, member: Member) -> list[str]:
     names = dict.fromkeys(name for _, name, _, _ in member_parts(member))
     return [n for n in names if n in plan.checkpoint.tensors]
@@ -228,7 +218,8 @@ def without_zero_bias(plan: Plan, model: nn.Module, module: str, member: Member)
 
 
 def check_bias(plan: Plan, model: nn.Module, module: str, members: Sequence[Member]) -> None:
-    wanted = getattr(model.get_submodule(module), "bias", None) is not None
+    old = model.get_submodule(module)
+    wanted = getattr(old, "bias", None) is not None or has_expert_bias(old)
     stored = [_stored_biases(plan, m) for m in members]
     lacking = [
         f"{m.layer.name}.bias"

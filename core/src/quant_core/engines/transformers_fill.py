@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quant_core.build import Builder
 from quant_core.engines.transformers_check import Check, check_bias, without_zero_bias
+from quant_core.engines.transformers_experts import gating_of
 from quant_core.engines.transformers_names import Layout, Slot, arrange
 from quant_core.engines.transformers_tied import Tied
 from quant_core.errors import LayoutError, printable
@@ -95,7 +96,15 @@ def _build_experts(
     builder: Builder, model: nn.Module, module: str, roles: Mapping[str, Member]
 ) -> nn.Module:
     old: Any = model.get_submodule(module)
-    return builder.experts(module, activation=old.act_fn, **roles)
+    gating = gating_of(old)
+    return builder.experts(
+        module,
+        gate=roles["gate"],
+        up=roles["up"],
+        down=roles["down"],
+        activation=None if gating is not None else old.act_fn,
+        gating=gating,
+    )
 
 
 # --------------------------------------------------------------------------------- float tensors

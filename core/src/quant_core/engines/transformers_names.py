@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from quant_core.engines.transformers_experts import weight_leaf
 from quant_core.errors import CheckpointError, LayoutError, printable
 from quant_core.plan import Member, Plan
 
@@ -175,6 +176,13 @@ def arrange(plan: Plan, model: PreTrainedModel) -> Layout:
 
 
 def _place_member(rename: _Renamer, layout: Layout, name: str, member: Member) -> None:
+    role = member.layer.role
+    if member.layer.experts and role:  # a part of a stack that is stored as the model has it
+        found = rename(f"{name.rpartition('.')[0]}.{weight_leaf(role)}")
+        if found is not None and found.converter is None:
+            module = found.target.rpartition(".")[0]
+            _add(layout.experts.setdefault(module, {}), role, member)
+            return
     key = f"{_as_one_expert(name) if member.layer.experts else name}.weight"
     found = rename(key)
     if found is None:

@@ -211,12 +211,17 @@ def _quantized(model: PreTrainedModel, p: Provenance) -> Iterator[tuple[str, Ten
     cut = {name: _cut_tensors(p, member) for name, member in p.members.items()}
     left = Counter(tensor for names in cut.values() for tensor in names)
     shared: dict[str, Tensor] = {}
+    once = {name: True for m in p.members.values() for name in _common_tensors(m)}
     for module in model.modules():
         if isinstance(module, QuantModule) and module.owns_buffers:
             whole = module.restore()
             for bound in module.members:
                 found.add(bound.name)
-                yield from _member(p, p.members[bound.name], bound, whole, shared)
+                for name, value in _member(p, p.members[bound.name], bound, whole, shared):
+                    if once.get(name, True):
+                        yield name, value
+                    if name in once:
+                        once[name] = False
                 left.subtract(cut[bound.name])
                 complete = [n for n in cut[bound.name] if not left[n] and n in shared]
                 yield from ((n, shared.pop(n)) for n in complete)
@@ -229,6 +234,11 @@ def _cut_tensors(p: Provenance, member: Member) -> list[str]:
     """Stored tensors of which experts, or several members, hold a part each."""
     names = {name for _, name, index, _ in member_parts(member) if index}
     return sorted(n for n in names if n in p.tensors)
+
+
+def _common_tensors(member: Member) -> list[str]:
+    """Stored tensors that other members read as well, whole: written by the first of them."""
+    return [name for param, name, _, _ in member_parts(member) if param.shared]
 
 
 def _member(
