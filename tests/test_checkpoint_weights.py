@@ -25,7 +25,7 @@ PREFIXES = (
     "ar-w4g128-gptq", "ar-w4g128-asym-awq", "gguf-", "ar-gguf-",
     "ar-lmhead", "ar-mixed", "ar-moe", "ar-w2", "ar-w3", "ar-w4g128-sym", "ar-w4g64",
     "ct-w3", "ct-w4", "ct-w8", "ct-kvfp8-w4",
-    "ct-fp8", "ct-mla", "ct-mixed", "ct-moe", "ct-mxfp", "ct-nvfp4", "ct-spinquant",
+    "hf-gptoss", "ct-fp8", "ct-mla", "ct-mixed", "ct-moe", "ct-mxfp", "ct-nvfp4", "ct-spinquant",
     "modelopt-", "msmodelslim-",
 )  # fmt: skip
 DIRS = checkpoint_dirs(PREFIXES)
@@ -69,6 +69,10 @@ def _by_stored_name(p: Plan, name: str) -> str:
 
 
 def _weight(p: Plan, name: str, expert: int | None) -> torch.Tensor:
+    if name.endswith(".experts.gate_up_proj"):  # rows of gate and up in turn
+        parts = (name.replace("gate_up", part) for part in ("gate", "up"))
+        pair = [load_tensor(p, part, expert=expert).dequantize() for part in parts]
+        return torch.stack(pair, dim=1).flatten(0, 1)
     if name in p.members:
         return load_tensor(p, name, expert=expert).dequantize()
     public = _by_stored_name(p, name)

@@ -1,0 +1,59 @@
+"""MXFP4 experts as gpt-oss stores them, for quant-core: hook implementations only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quant_core import hookimpl
+from quant_core.spec import PluginInfo
+
+if TYPE_CHECKING:
+    from quant_core.checkpoint.base import Checkpoint
+    from quant_core.scheme import Scheme
+    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, Unquantized
+
+
+@hookimpl
+def plugin_info() -> PluginInfo:
+    return PluginInfo(
+        id="mxfp4",
+        api=(0, 1),
+        summary="gpt-oss: experts in fp4 blocks of 32 with one power of two each",
+        quant_methods=("mxfp4",),
+    )
+
+
+@hookimpl
+def detect_format(checkpoint: Checkpoint) -> FormatMatch | None:
+    from quant_plugin_mxfp4.detect import detect
+
+    return detect(checkpoint)
+
+
+@hookimpl
+def split_modules(match: FormatMatch, checkpoint: Checkpoint) -> Mapping[str, Sequence[LayerDesc]]:
+    from quant_plugin_mxfp4.layers import expert_members
+
+    return expert_members(checkpoint)
+
+
+@hookimpl
+def make_scheme(
+    match: FormatMatch, layer: LayerDesc, checkpoint: Checkpoint
+) -> Scheme | Unquantized:
+    from quant_plugin_mxfp4.layers import scheme_for
+
+    return scheme_for(match, layer, checkpoint)
+
+
+@hookimpl
+def create_weights(scheme: Scheme, layer: LayerDesc) -> Sequence[ParamSpec]:
+    return scheme.params(layer)
+
+
+@hookimpl
+def make_config(plan: Any) -> Mapping[str, Any]:
+    from quant_plugin_mxfp4.config import config_for
+
+    return config_for(plan)
