@@ -71,6 +71,13 @@ TABLE: dict[str, dict[str, Cell]] = {
     "ct-w4a16-awq-asym": {},
     "ct-moe-w4a16-g128": {},
     "ct-w8a16-g128": {"awq": WIDE},
+    "hqq-4bit-g64": {  # float zero points, float32 scales
+        "awq": Cell("no multiple of their scale", bound=0.12, loss="rounded to integers"),
+        "gptq": MINIMA,
+        "autoround": MINIMA,
+        "compressed_tensors": MINIMA,
+        "gguf": Cell("not f16 exactly", bound=0.001, loss="float16 minima"),
+    },
     "ct-w8a8-int8-dynamic-gptq": {
         "awq": WIDE,
         "gptq": FLOAT_ACT,

@@ -218,6 +218,20 @@ def test_wide_target_finds_a_grid_that_holds_half_codes_and_constants():
     assert out.scales[0][1].item() == 2.0 / 64
 
 
+def test_float_zero_points_become_integers_where_they_are():
+    zero = Zero(kind="code", element="f16")
+    qt = made([[0, 15]], scales=[("f16", CHANNEL, [[0.5]])], zero=zero)
+    qt.zeros = torch.tensor([[7.0]], dtype=F16)
+    out = steps.integer_zero(qt, no_loss())
+    assert (out.zeros.tolist(), out.zeros.dtype) == ([[7]], torch.uint8)
+    assert out.dequantize().tolist() == qt.dequantize().tolist() == [[-3.5, 4.0]]
+    qt.zeros = torch.tensor([[7.5]], dtype=F16)
+    losses = Losses("layer", allowed=True)
+    fine = steps.integer_zero(qt, losses, wide=True)
+    assert losses.taken()
+    assert fine.dequantize().tolist() == [[-3.75, 3.75]]
+
+
 # --------------------------------------------------------------------------------- order, options
 
 

@@ -109,10 +109,14 @@ def _integers(
         raise cannot_hold(where, found, f"a multiple of {_BLOCK}", _SMALLER)
     qt = steps.one_scale(qt, ("f16",), losses)
     qt = steps.group_columns(qt, _BLOCK, where)
-    if qt.spec.zero is not None and qt.spec.zero.kind == "offset":
-        if wanted in ("", "q4_1") and (offset := _with_offset(qt, losses, force=bool(wanted))):
+    if steps.has_float_zeros(qt) and losses.allowed and wanted in ("", "q4_1"):
+        losses.lose("zero points are floats", "minima", "zero points stored as float16 minima")
+        qt = steps.zeros_as_offset(qt)
+    if qt.spec.zero is not None and qt.spec.zero.kind == "offset" and wanted in ("", "q4_1"):
+        force = bool(wanted) or losses.allowed
+        if (offset := _with_offset(qt, losses, force=force)) is not None:
             return offset
-        qt = steps.integer_zero(qt, losses, wide=True)
+    qt = steps.integer_zero(qt, losses, wide=True)
     for name in (wanted,) if wanted else TYPES:
         out = _minima(qt, losses, force=bool(wanted)) if name == "q4_1" else _centered(qt, name)
         if out is not None:
