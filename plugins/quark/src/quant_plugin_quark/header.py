@@ -1,0 +1,122 @@
+"""What the header says of one quantized module, and the errors where config and header disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quant_core.checkpoint.base import Checkpoint
+from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.spec import Axis, LayerDesc, ParamSpec, TensorInfo
+from quant_plugin_quark.args import LayerArgs
+from quant_plugin_quark.config import QuarkConfig
+
+__all__ = ["FIXED", "Header"]
+
+FIXED = Axis(tag="fixed", cut="replicate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """One module (one expert of a stack) as it is stored."""
+
+    config: QuarkConfig
+    args: LayerArgs
+    layer: LayerDesc
+    checkpoint: Checkpoint
+    path: str
+    leaves: Mapping[str, TensorInfo]
+
+    def dtype(self, leaf: str, allowed: Mapping[str, Any], default: str) -> str:
+        """Stored dtype if it is allowed, else ``default`` (core then reports the tensor)."""
+        info = self.leaves.get(leaf)
+        return info.dtype if info is not None and info.dtype in allowed else default
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: str, axes: tuple[Axis, ...], role: str
+    ) -> ParamSpec:
+        """A required tensor. One with a value per tensor or row may have a last axis of 1."""
+        info = self.leaves.get(name)
+        if len(shape) < 2 and info is not None and info.shape == (*shape, 1):
+            shape, axes = info.shape, (*axes, FIXED)
+        return ParamSpec(name=name, shape=shape, dtypes=(dtype,), axes=axes, role=role)
+
+    def sizes(self, shape: tuple[int, ...] | None) -> tuple[int, int]:
+        """(N, K): the engine's, else those that the stored shapes imply.
+
+        Raises:
+            CheckpointError: ``Q-TENSOR-MISSING`` if nothing tells them.
+        """
+        n, k = self.layer.out_features, self.layer.in_features
+        if n is not None and k is not None:
+            return (n, k)
+        if shape is not None and len(shape) == 2:
+            return (shape[0], shape[1])
+        have = ", ".join(f"{name} {info.shape}" for name, info in self.leaves.items())
+        raise CheckpointError(
+            f"{self.checkpoint.path}: sizes of {printable(self.path)!r} cannot be told from what "
+            f"is stored ({printable(have)}), expected a matrix 'weight' and its weight_scale. "
+            "The checkpoint is incomplete; download or export it again.",
+            code="Q-TENSOR-MISSING",
+            path=self.checkpoint.path,
+            tensor=f"{self.path}.weight",
+            expected="weight",
+            actual=sorted(self.leaves),
+            plugin="quark",
+        )
+
+    def unsupported(self, what: str, expected: str) -> ConfigError:
+        """Arguments that this plugin has no scheme for."""
+        return ConfigError(
+            f"{self.config.file}: {what} of {printable(self.path)!r} ({self.args.where}), expected "
+            f"{expected}. Not supported; export the model with one of these.",
+            code="Q-CFG-VALUE",
+            path=self.config.file,
+            tensor=self.path,
+            expected=expected,
+            actual=what,
+            plugin="quark",
+        )
+
+    def conflict(self, key: str, said: object, found: object, fix: str) -> ConfigError:
+        """Config and stored tensors contradict each other."""
+        return ConfigError(
+            f"{self.config.file}: {key} is {said!r} for {printable(self.path)!r} "
+            f"({self.args.where}), but the stored tensors say {found!r}; expected both to agree. "
+            f"{fix}",
+            code="Q-CFG-CONFLICT",
+            path=self.config.file,
+            tensor=self.path,
+            expected=found,
+            actual=said,
+            plugin="quark",
+        )
+
+    def check_groups(self, k: int, size: int, axis: int) -> int:
+        """Number of groups of a row, checked against the stored scales.
+
+        Args:
+            axis: of ``weight_scale`` along which the groups run.
+
+        Raises:
+            LayoutError: ``Q-LAYOUT-GROUP``, with the group size that the shapes imply.
+        """
+        info = self.leaves.get("weight_scale")
+        stored = info.shape[axis] if info is not None and len(info.shape) == 2 else None
+        groups = -(-k // size)
+        if k % size == 0 and stored in (None, groups):
+            return groups
+        implied = f"group_size {k // stored}" if stored and k % stored == 0 else "another one"
+        found = f"{stored} scales a row" if k % size == 0 else f"in_features {k}"
+        raise LayoutError(
+            f"{info.file if info else self.checkpoint.path}: {printable(self.path)!r} has {found}, "
+            f"expected groups of {size} to fill {k} input features. The shapes imply {implied}; "
+            f"check group_size in {self.config.file}.",
+            code="Q-LAYOUT-GROUP",
+            path=info.file if info else None,
+            tensor=f"{self.path}.weight_scale",
+            expected=size,
+            actual=stored,
+            plugin="quark",
+        )

@@ -1,0 +1,392 @@
+"""Stored Quark tensors to canonical ones and back, exactly.
+
+Stored words are kept as they are, described by a ``Packing``. Eight 4-bit codes a word,
+
+    pack_method "reorder"    bits high to low hold the codes  7 5 3 1 6 4 2 0
+    pack_method "order"                                       7 6 5 4 3 2 1 0
+
+which run along the outputs if there is a scale per group (the matrix is stored transposed), else
+along the inputs. int4 codes are two's complement in the file; the canonical ones are unsigned, so
+each has its top bit flipped:
+
+    W = v * s = (c - 8) * s        c = v + 8 = v xor 8
+
+Source: amd-quark 0.13 ``torch/utils/pack.py``, facts only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quant_core.errors import ConfigError, LayoutError
+from quant_core.packing import pack, repack, unpack
+from quant_core.spec import CHANNEL, TENSOR, Grain, Packing
+from quant_core.tensors import LayerTensors, QuantizedTensor
+from quant_plugin_quark.transforms import PRESCALE, ROTATION, Rotation
+
+if TYPE_CHECKING:
+    from quant_plugin_quark.scheme import QuarkScheme
+
+__all__ = ["canonicalize", "serialize"]
+
+_TOP_BITS = -0x77777778  # 0x88888888 as int32: the top bit of each of eight nibbles
+_FP8_NAN = {"fp8_e4m3": (0x7F, 0x7F), "fp8_e5m2": (0x7F, 0x7D)}  # mask, first NaN code
+
+
+def _bad(code: str, tensor: str, found: str, expected: str, fix: str) -> LayoutError:
+    return LayoutError(
+        f"{tensor}: {found}, expected {expected}. {fix}",
+        code=code,
+        tensor=tensor,
+        expected=expected,
+        actual=found,
+        plugin="quark",
+    )
+
+
+# ------------------------------------------------------------------------------------------ scales
+
+
+def _grid(values: Tensor, grain: Grain, transposed: bool) -> Tensor:
+    """A stored scale or zero point as [ceil(N/r), ceil(K/c)]."""
+    if grain == TENSOR:
+        return values.reshape(1, 1)
+    if grain == CHANNEL:
+        return values.reshape(-1, 1)
+    return values.t().contiguous() if transposed else values
+
+
+def _ungrid(values: Tensor, grain: Grain, transposed: bool, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of ``_grid``."""
+    if grain not in (TENSOR, CHANNEL) and transposed:
+        values = values.t()
+    return values.reshape(shape).contiguous()
+
+
+def _check_finite(tensor: str, scale: Tensor) -> None:
+    """No NaN and no infinity; bytes are e8m0 exponents.
+
+    Raises:
+        LayoutError: ``Q-VALUE-SCALE`` with the count and the first index.
+    """
+    bad = scale == 255 if scale.dtype == torch.uint8 else ~torch.isfinite(scale.float())
+    if bool(bad.any()):
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        found = f"{int(bad.sum())} of {bad.numel()} scales are not finite (first at {first})"
+        fix = "The quantization overflowed; quantize again."
+        raise _bad("Q-VALUE-SCALE", tensor, found, "finite scales", fix)
+
+
+def _scales(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    out = []
+    for name, level in zip(scheme.scale_names, scheme.weight.scales, strict=True):
+        scale = tensors[name]
+        if level.element == "e8m0":
+            scale = scale.view(torch.uint8)
+        _check_finite(f"{where}.{name}", scale)
+        if scale.element_size() == 1:
+            scale = scale.view(torch.uint8)
+        out.append(_grid(scale, level.grain, scheme.transposed))
+    return tuple(out)
+
+
+def _stored_scales(scheme: QuarkScheme, scales: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Inverse of ``_scales``."""
+    out = {}
+    for name, level, scale in zip(scheme.scale_names, scheme.weight.scales, scales, strict=True):
+        param = scheme.stored(name)
+        values = _ungrid(scale, level.grain, scheme.transposed, param.shape)
+        out[name] = values.view(getattr(torch, param.dtypes[0]))
+    return out
+
+
+# ------------------------------------------------------------------------------------- zero points
+
+
+def _check_null(scheme: QuarkScheme, tensor: str, values: Tensor) -> None:
+    """All zero points are 0.
+
+    Raises:
+        ConfigError: ``Q-CFG-CONFLICT``; the config says symmetric.
+    """
+    count = int(values.count_nonzero())
+    if count:
+        raise ConfigError(
+            f"{tensor}: {count} of {values.numel()} values are not 0, expected zeros only because "
+            f"{scheme.source} says symmetric. Set symmetric to false if the zero points count.",
+            code="Q-CFG-CONFLICT",
+            path=scheme.source,
+            tensor=tensor,
+            expected=0,
+            actual=count,
+            plugin="quark",
+        )
+
+
+def _byte_codes(values: Tensor, tensor: str, element: str) -> Tensor:
+    """Zero points of one value each as raw codes in uint8.
+
+    Raises:
+        LayoutError: ``Q-VALUE-CODE`` outside the range of ``element``.
+    """
+    low, high = (-128, 127) if element == "int8" else (0, 255)
+    if values.dtype == torch.int32:
+        bad = (values < low) | (values > high)
+        if bool(bad.any()):
+            found = f"{int(bad.sum())} of {bad.numel()} zero points are out of range"
+            fix = "The tensor is damaged; export the checkpoint again."
+            raise _bad("Q-VALUE-CODE", tensor, found, f"{low} to {high}", fix)
+        values = values.to(torch.int8 if low else torch.uint8)
+    return values.view(torch.uint8)
+
+
+def _zeros(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Zero points on the grid of the finest scale; None if the spec has none of its own."""
+    if not scheme.zero_name:
+        return None
+    stored, grain = tensors[scheme.zero_name], scheme.weight.scales[0].grain
+    tensor = f"{where}.{scheme.zero_name}"
+    if scheme.zeros == "null":
+        _check_null(scheme, tensor, stored)
+        return None
+    if scheme.zeros == "float":
+        _check_finite(tensor, stored)
+        return _grid(stored, grain, scheme.transposed)
+    if scheme.zero_packing is not None:
+        rows = stored.shape[0] if scheme.transposed else 1
+        words = stored.reshape(rows, -1)
+        codes = unpack(words, scheme.bits, (rows, scheme.shape[0]), scheme.zero_packing)
+    elif scheme.bits < 8:  # one 4-bit value for all, not packed
+        codes = (stored & ((1 << scheme.bits) - 1)).to(torch.uint8)
+    else:
+        codes = _byte_codes(stored, tensor, scheme.weight.element.name)
+    codes = codes ^ 8 if scheme.signed else codes
+    return _grid(codes, grain, scheme.transposed)
+
+
+def _stored_zeros(scheme: QuarkScheme, zeros: Tensor | None) -> dict[str, Tensor]:
+    """Inverse of ``_zeros``."""
+    if not scheme.zero_name:
+        return {}
+    param = scheme.stored(scheme.zero_name)
+    dtype = getattr(torch, param.dtypes[0])
+    if zeros is None:
+        return {param.name: torch.zeros(param.shape, dtype=dtype)}
+    grain = scheme.weight.scales[0].grain
+    if scheme.zeros == "float":
+        return {param.name: _ungrid(zeros, grain, scheme.transposed, param.shape)}
+    codes = zeros ^ 8 if scheme.signed else zeros
+    if scheme.zero_packing is not None:
+        rows = codes.t().contiguous()  # [G, N], or [1, N] for a scale per channel
+        return {param.name: pack(rows, scheme.bits, scheme.zero_packing).reshape(param.shape)}
+    if scheme.bits < 8:
+        value = codes.to(torch.int32)
+        value = (value ^ 8) - 8 if scheme.signed else value
+        return {param.name: value.reshape(param.shape)}
+    signed = scheme.weight.element.kind == "int"
+    values = codes.contiguous().view(torch.int8 if signed else torch.uint8)
+    values = values if values.dtype == dtype else values.to(dtype)
+    return {param.name: _ungrid(values, grain, scheme.transposed, param.shape)}
+
+
+# ------------------------------------------------------------------------------------------- codes
+
+
+def _codes(scheme: QuarkScheme, where: str, stored: Tensor) -> Tensor:
+    """Words as stored; floats and int8 as bytes.
+
+    Raises:
+        LayoutError: ``Q-VALUE-WEIGHT`` for NaN (or infinity) among fp8 codes.
+    """
+    if scheme.signed:
+        return stored ^ _TOP_BITS
+    if stored.dtype == torch.int32:
+        return stored
+    codes = stored.view(torch.uint8)
+    if scheme.weight.element.name in _FP8_NAN:
+        mask, first = _FP8_NAN[scheme.weight.element.name]
+        nans = int(((codes & mask) >= first).sum())
+        if nans:
+            found = f"{nans} of {codes.numel()} codes are NaN"
+            fix = "The quantization overflowed; quantize again."
+            raise _bad("Q-VALUE-WEIGHT", f"{where}.weight", found, "finite values", fix)
+    return codes
+
+
+def _stored_codes(scheme: QuarkScheme, codes: Tensor, packing: Packing) -> Tensor:
+    """Inverse of ``_codes``; codes may come in any packing."""
+    words = repack(codes, scheme.bits, scheme.shape, packing, scheme.packing)
+    if scheme.signed:
+        return _zero_padding(scheme, words ^ _TOP_BITS)
+    return words.view(getattr(torch, scheme.stored("weight").dtypes[0]))
+
+
+def _zero_padding(scheme: QuarkScheme, words: Tensor) -> Tensor:
+    """Codes that fill up the last word are 0 in two's complement."""
+    axis = 0 if scheme.packing.axis == "out" else 1
+    left = scheme.shape[axis] % 8
+    if not left:
+        return words
+    order = scheme.packing.order or tuple(range(8))
+    keep = sum(0xF << (4 * order[i]) for i in range(left))
+    words = words.clone()
+    words[:, -1] &= keep - (1 << 32) if keep >> 31 else keep
+    return words
+
+
+# --------------------------------------------------------------------------------------- rotations
+
+
+def _read_rotation(
+    rotation: Rotation, where: str, tensors: Mapping[str, Tensor]
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Tensors of each transform of ``rotation``.
+
+    Raises:
+        LayoutError: ``Q-VALUE-ROTATION`` unless signs are +-1 and the matrix is orthogonal.
+    """
+    matrix, n = tensors[ROTATION], rotation.size
+    work = matrix.double()
+    square = work @ work.T
+    want = torch.eye(n, dtype=torch.float64) * (n if rotation.signs else 1)
+    # float64 entries were trained in lower precision: orthogonal to 1e-3 of a row's length
+    right = torch.equal(square, want) if rotation.signs else (square - want).abs().max() < 1e-3
+    if not bool(right) or (rotation.signs and bool((matrix.abs() != 1).any())):
+        fix = "The tensor is damaged, or of another kind; export the checkpoint again."
+        found = "is no orthogonal matrix"
+        expected = "a Hadamard matrix of signs" if rotation.signs else "an orthogonal matrix"
+        raise _bad("Q-VALUE-ROTATION", f"{where}.{ROTATION}", found, expected, fix)
+    out: list[tuple[Tensor, ...]] = [(matrix,)]
+    if rotation.prescale:
+        _check_finite(f"{where}.{PRESCALE}", tensors[PRESCALE])
+        out.insert(0, (tensors[PRESCALE],))
+    if rotation.signs:
+        out.append((torch.tensor([math.sqrt(n)]),))
+    return tuple(out)
+
+
+def _stored_rotation(scheme: QuarkScheme, tensors: LayerTensors) -> dict[str, Tensor]:
+    """Inverse of ``_read_rotation``."""
+    if scheme.rotation is None:
+        return {}
+    values = [v[0] for _, v in tensors.transforms]
+    if not scheme.rotation.prescale:
+        return {ROTATION: values[0]}
+    return {PRESCALE: values[0], ROTATION: values[1]}
+
+
+# ------------------------------------------------------------------------------------------- layer
+
+
+def _inputs(
+    scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Static scale and zero point of activations.
+
+    Raises:
+        LayoutError: ``Q-VALUE-SCALE`` for a scale that is not finite and positive.
+    """
+    if not scheme.input_scale:
+        return None, None
+    tensor = f"{where}.{scheme.input_scale}"
+    scale = tensors[scheme.input_scale].reshape(1)
+    if not bool(torch.isfinite(scale) & (scale > 0)):
+        found = f"has value {scale.item()}"
+        raise _bad(
+            "Q-VALUE-SCALE", tensor, found, "a finite positive scale", "Calibrate and export again."
+        )
+    if not scheme.input_zero:
+        return scale, None
+    zero, name = tensors[scheme.input_zero].reshape(1), f"{where}.{scheme.input_zero}"
+    spec = scheme.operands["input"]
+    if spec.zero is None:
+        _check_null(scheme, name, zero)
+        return scale, None
+    return scale, _byte_codes(zero, name, spec.element.name)
+
+
+def _stored_inputs(scheme: QuarkScheme, tensors: LayerTensors) -> dict[str, Tensor]:
+    """Inverse of ``_inputs``."""
+    if not scheme.input_scale or tensors.input_scale is None:
+        return {}
+    param = scheme.stored(scheme.input_scale)
+    out = {param.name: tensors.input_scale.reshape(param.shape)}
+    if scheme.input_zero:
+        zero = scheme.stored(scheme.input_zero)
+        dtype = getattr(torch, zero.dtypes[0])
+        if tensors.input_zero is None:
+            out[zero.name] = torch.zeros(zero.shape, dtype=dtype)
+        else:
+            signed = scheme.operands["input"].element.kind == "int"
+            value = tensors.input_zero.view(torch.int8 if signed else torch.uint8)
+            out[zero.name] = value.to(dtype).reshape(zero.shape)
+    return out
+
+
+def canonicalize(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]) -> LayerTensors:
+    """Stored tensors of one layer to canonical form; shapes and dtypes were checked.
+
+    Raises:
+        LayoutError: ``Q-VALUE-CODE``, ``Q-VALUE-SCALE``, ``Q-VALUE-WEIGHT``, ``Q-VALUE-ROTATION``.
+        ConfigError: ``Q-CFG-CONFLICT`` if the zero points of a symmetric weight are not 0.
+    """
+    weight = QuantizedTensor(
+        spec=scheme.weight,
+        shape=scheme.shape,
+        codes=_codes(scheme, where, tensors["weight"]),
+        packing=scheme.packing,
+        scales=_scales(scheme, where, tensors),
+        zeros=_zeros(scheme, where, tensors),
+    )
+    input_scale, input_zero = _inputs(scheme, where, tensors)
+    rotation = scheme.rotation
+    values = () if rotation is None else _read_rotation(rotation, where, tensors)
+    return LayerTensors(
+        operands={"weight": weight},
+        bias=tensors.get("bias"),
+        input_scale=input_scale,
+        input_zero=input_zero,
+        transforms=tuple(zip(scheme.transforms, values, strict=True)),
+    )
+
+
+def _check_representable(scheme: QuarkScheme, where: str, tensors: LayerTensors) -> None:
+    qt = tensors.weight
+    same = qt.spec == scheme.weight and tuple(qt.shape) == scheme.shape and qt.gather is None
+    extras = [name for name in ("acc_bias", "out_scale") if getattr(tensors, name) is not None]
+    same_maps = tuple(t for t, _ in tensors.transforms) == scheme.transforms
+    extras += [] if same_maps else ["other transforms"]
+    static = bool(scheme.input_scale)
+    extras += ["input_scale"] if (tensors.input_scale is not None) != static else []
+    if extras or not same:
+        what = f"a weight with {', '.join(extras)}" if extras else f"{qt.spec.label} {qt.shape}"
+        raise _bad(
+            "Q-LAYOUT-REPRESENT",
+            where,
+            f"{what} cannot be stored as Quark {scheme.name}",
+            f"{scheme.weight.label} {scheme.shape}",
+            "Write a format that can hold it.",
+        )
+
+
+def serialize(scheme: QuarkScheme, where: str, tensors: LayerTensors) -> dict[str, Tensor]:
+    """Exact inverse of ``canonicalize``.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` naming what this layer's storage cannot hold.
+    """
+    _check_representable(scheme, where, tensors)
+    qt = tensors.weight
+    out = {"weight": _stored_codes(scheme, qt.codes, qt.packing)}
+    out |= _stored_scales(scheme, qt.scales)
+    out |= _stored_zeros(scheme, qt.zeros)
+    out |= _stored_inputs(scheme, tensors)
+    out |= _stored_rotation(scheme, tensors)
+    if tensors.bias is not None:
+        out["bias"] = tensors.bias
+    return out
