@@ -1,0 +1,70 @@
+"""Is this an FP8 checkpoint? Only its config says so: other formats store the same tensors.
+
+The method must be exactly ``fp8`` or ``fbgemm_fp8``. Names that merely contain "fp8" (mxfp8,
+w4afp8) are other formats. Headers and JSON only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from quant_core.checkpoint.base import Checkpoint
+from quant_core.detect import quantization_config
+from quant_core.presence import siblings_of
+from quant_core.spec import FormatMatch, TensorInfo
+from quant_plugin_fp8.config import METHODS, Fp8Config, parse_config
+
+__all__ = ["INPUT_NAMES", "KV_LEAVES", "SCALE_NAMES", "detect", "is_quantized"]
+
+SCALE_NAMES = ("weight_scale_inv", "weight_scale")
+INPUT_NAMES = ("input_scale", "activation_scale")
+KV_LEAVES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "output_scale",
+                       "prob_output_scale"})  # fmt: skip
+"""Last name components of scales of a quantized KV cache."""
+
+
+def is_quantized(path: str, leaves: Mapping[str, TensorInfo]) -> bool:
+    """Whether a module stores codes or scales."""
+    weight = leaves.get("weight")
+    if weight is not None and (weight.dtype.startswith("float8") or weight.dtype in _BYTES):
+        return True
+    return any(name in leaves for name in (*SCALE_NAMES, *INPUT_NAMES))
+
+
+_BYTES = ("uint8", "int8")
+
+
+def _cache_warnings(config: Fp8Config, checkpoint: Checkpoint) -> tuple[str, ...]:
+    owners = [m for m, leaves in checkpoint.modules.items() if KV_LEAVES & leaves.keys()]
+    if owners:
+        return (f"KV-cache scales present, not applied ({len(owners)} modules)",)
+    if config.kv_cache:
+        return (
+            f"{config.file}: kv_cache_scheme is set, but no scales are stored; the cache stays "
+            "unquantized",
+        )
+    return ()
+
+
+def detect(checkpoint: Checkpoint) -> FormatMatch | None:
+    """The claim of this plugin.
+
+    Raises:
+        ConfigError: the config names this format but is malformed or not supported.
+    """
+    block = quantization_config(checkpoint)
+    method = None if block is None else block.get("quant_method")
+    if block is None or not isinstance(method, str) or method.strip().lower() not in METHODS:
+        return None
+    config = parse_config(block, "config.json")
+    return FormatMatch(
+        plugin="fp8",
+        level="declared",
+        evidence=f"quant_method {method!r}",
+        config=replace(
+            config,
+            quantized=siblings_of(checkpoint, is_quantized),
+            warnings=config.warnings + _cache_warnings(config, checkpoint),
+        ),
+    )
