@@ -23,6 +23,8 @@ KV_LEAVES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale"
                        "prob_output_scale"})  # fmt: skip
 """Last name components of scales of a quantized KV cache."""
 
+_BYTES = ("uint8", "int8")
+
 
 def is_quantized(path: str, leaves: Mapping[str, TensorInfo]) -> bool:
     """Whether a module stores codes or scales."""
@@ -30,9 +32,6 @@ def is_quantized(path: str, leaves: Mapping[str, TensorInfo]) -> bool:
     if weight is not None and (weight.dtype.startswith("float8") or weight.dtype in _BYTES):
         return True
     return any(name in leaves for name in (*SCALE_NAMES, *INPUT_NAMES))
-
-
-_BYTES = ("uint8", "int8")
 
 
 def _cache_warnings(config: Fp8Config, checkpoint: Checkpoint) -> tuple[str, ...]:
