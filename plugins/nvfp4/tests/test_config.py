@@ -72,6 +72,7 @@ def test_cache_of_another_kind_is_refused(mo):
     odd = {"num_bits": 3, "type": "float"}
     refused(mo.block(kv_cache_scheme=odd), "Q-CFG-VALUE", "kv_cache_scheme")
     refused(mo.block(kv_cache_scheme=[1]), "Q-CFG-VALUE", "kv_cache_scheme")
+    refused(mo.block(kv_cache_scheme={"type": [], "num_bits": {}}), "Q-CFG-VALUE", "kv_cache")
 
 
 def test_only_the_cache_may_be_quantized(mo):

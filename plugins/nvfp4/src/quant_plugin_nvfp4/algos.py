@@ -125,7 +125,7 @@ class Algo:
         ``weight_scale_2`` of int4 is the scale of an fp8 copy of the weights that kernels make: it
         divides their group scales and multiplies their sums, so it is there twice and cancels.
         """
-        scales = (Scale(element=scale, grain=self.grain(group_size)),)
+        scales: tuple[Scale, ...] = (Scale(element=scale, grain=self.grain(group_size)),)
         second = Scale(element="f32", grain=TENSOR)
         if self.second and self.weight == "int4":
             scales += (Scale(element="f32", grain=TENSOR, inverse=True), second)

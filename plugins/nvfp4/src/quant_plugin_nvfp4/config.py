@@ -181,8 +181,8 @@ def _kv_algo(read: Fields) -> str:
         key = "kv_cache_scheme"
         value = read.raw.get(key)
     if isinstance(value, Mapping):
-        words = {("float", 8): "FP8", ("int", 8): "INT8", ("float", 4): "NVFP4"}
-        value = words.get((value.get("type", "int"), value.get("num_bits")), "")
+        said = f"{value.get('type', 'int')} {value.get('num_bits')}"
+        value = {"float 8": "FP8", "int 8": "INT8", "float 4": "NVFP4"}.get(said, "")
     elif isinstance(value, str):
         value = value.upper()
     if value is None or (isinstance(value, str) and value in ("NONE", *KV_ALGOS)):

@@ -144,3 +144,10 @@ class ModelOptScheme(Scheme):
         from quant_plugin_nvfp4 import layout
 
         return layout.serialize(self, layer.stored, tensors)
+
+    def quantize(
+        self, layer: LayerDesc, dense: Tensor, stats: Mapping[str, Tensor] | None = None
+    ) -> LayerTensors:
+        from quant_plugin_nvfp4 import rounding
+
+        return rounding.quantize(self, layer, dense, stats)
