@@ -45,8 +45,9 @@ def smollm2() -> Path:
 def _canonical(checkpoint, member):
     """(expert, stored tensors, canonical tensors) of every matrix of a member."""
     matrices: dict[int | None, dict] = {}
-    for param, name, index, part in member_parts(member):
-        matrices.setdefault(part[1], {})[param.name] = checkpoint.read(name, index)
+    for param, name, index, _ in member_parts(member):
+        expert = index[0] if index else None
+        matrices.setdefault(expert, {})[param.name] = checkpoint.read(name, index)
     for expert, tensors in matrices.items():
         yield expert, tensors, member.scheme.canonicalize(member.layer, tensors)
 

@@ -117,7 +117,7 @@ def test_absent_output_is_no_member_and_claims_nothing(model):
     """Tying is the engine's: the embedding's bytes have one owner in the ledger."""
     p = plan(model)
     assert "lm_head" not in p.members
-    assert p.ledger.claims[("token_embd.weight", None)] == "model.embed_tokens"
+    assert p.ledger.claims[("token_embd.weight", ())] == "model.embed_tokens"
     layer = LayerDesc(kind="linear", name="lm_head", stored="output", tied_to="model.embed_tokens")
     with pytest.raises(CheckpointError, match=r"output\.weight"):
         scheme_for(p.match, layer, model)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant_core.checkpoint import discover
 from quant_core.checkpoint.base import Checkpoint, Index
-from quant_core.checkpoint.buffer import read_buffer
+from quant_core.checkpoint.buffer import BufferPool
 from quant_core.checkpoint.cut import contiguous_part
 from quant_core.checkpoint.files import FilePool, FileState, OpenFile, resolve_inside
 from quant_core.checkpoint.header import BITS, MAX_HEADER_BYTES, MAX_TENSORS
@@ -59,6 +59,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.warnings: list[str] = []
         self._limits = (max_header_bytes, max_tensors)
         self._pool = FilePool()
+        self._buffers = BufferPool()
         self._files: dict[str, _File] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self._metadata: dict[str, str] = {}
@@ -226,6 +227,12 @@ class SafetensorsCheckpoint(Checkpoint):
     # ---------------------------------------------------------------------------------- reading
 
     def read(self, name: str, index: Index = ()) -> Tensor:
+        return self._read(name, index, self._buffers)
+
+    def read_parameter(self, stored: str) -> Tensor:
+        return self._read(stored, (), BufferPool())
+
+    def _read(self, name: str, index: Index, buffers: BufferPool) -> Tensor:
         import torch
 
         info = self._info(name)
@@ -244,7 +251,7 @@ class SafetensorsCheckpoint(Checkpoint):
         first, part, rest = contiguous_part(name, shape, index)
         itemsize = max(bits // 8, 1)
         nbytes = math.prod(part) * itemsize
-        buffer = read_buffer(nbytes, path=self.folder / info.file, tensor=name)
+        buffer = buffers.lease(nbytes, path=self.folder / info.file, tensor=name)
         if nbytes:
             self._fill(info, buffer.numpy().data, info.offset + first * itemsize)
         tensor = buffer.view(dtype).view(part)
@@ -282,3 +289,4 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self._pool.close()
+        self._buffers.clear()

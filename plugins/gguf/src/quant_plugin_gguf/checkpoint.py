@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quant_core.checkpoint.base import Checkpoint, Index
-from quant_core.checkpoint.buffer import read_buffer
+from quant_core.checkpoint.buffer import BufferPool
 from quant_core.checkpoint.cut import contiguous_part
 from quant_core.checkpoint.files import FilePool, FileState
 from quant_core.checkpoint.sniff import changed_error
@@ -59,6 +59,7 @@ class GgufCheckpoint(Checkpoint):
         self.config: Mapping[str, Any] = self.side_file("config.json") or {}
         self._states = {p.name: h.state for p, h in zip(parts, headers, strict=True)}
         self._pool = FilePool()
+        self._buffers = BufferPool()
         self._stored: dict[str, StoredTensor] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self.tensors = MappingProxyType(self._tensors)
@@ -175,9 +176,13 @@ class GgufCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self._pool.close()
+        self._buffers.clear()
 
     def read(self, name: str, index: Index = ()) -> Tensor:
         """See ``Checkpoint.read``; the last axis of a block type counts bytes and is never cut."""
+        return self._read(name, index, self._buffers)
+
+    def _read(self, name: str, index: Index, buffers: BufferPool) -> Tensor:
         import torch
 
         info, ggml = self._info(name), self._stored[name].type
@@ -197,7 +202,7 @@ class GgufCheckpoint(Checkpoint):
         dtype: torch.dtype = getattr(torch, info.dtype) if plain else torch.uint8
         first, part, rest = contiguous_part(name, shape, index)
         nbytes = math.prod(part) * dtype.itemsize
-        data = read_buffer(nbytes, path=self.folder / info.file, tensor=name)
+        data = buffers.lease(nbytes, path=self.folder / info.file, tensor=name)
         self._fill(info, data.numpy().data, info.offset + first * dtype.itemsize)
         out = data.view(dtype).view(part)
         return out[rest].contiguous() if rest else out
@@ -227,7 +232,7 @@ class GgufCheckpoint(Checkpoint):
         from quant_plugin_gguf.rows import to_public_rows
 
         info, ggml = self._info(stored), self._stored[stored].type
-        values = self.read(stored)
+        values = self._read(stored, (), BufferPool())  # a model keeps it
         if ggml.kind != "plain":
             values = dequantize_rows(values.flatten(0, -2), ggml.dtype).view(info.shape)
         if heads := self.permuted_heads(stored):
