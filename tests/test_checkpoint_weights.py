@@ -20,7 +20,7 @@ from quant_core.load import load_tensor, read_matrix
 from quant_core.plan import Plan, param_sources, plan
 
 PREFIXES = (
-    "bnb-", "hf-fp8",
+    "bnb-", "hf-fp8", "hqq-", "torchao-",
     "gptqmodel-2", "gptqmodel-3", "gptqmodel-4", "gptqmodel-awq", "gptqmodel-dynamic",
     "ar-w4g128-gptq", "ar-w4g128-asym-awq", "gguf-", "ar-gguf-",
     "ar-lmhead", "ar-mixed", "ar-moe", "ar-w2", "ar-w3", "ar-w4g128-sym", "ar-w4g64",

@@ -61,3 +61,16 @@ def test_nested_scales_without_their_mean_miss_the_weights(checkpoints):
     scales = (torch.zeros(1, 1), *lt.weight.scales[1:])
     wrong = replace(lt.weight, scales=scales).dequantize()[: len(want)]
     assert (wrong - want).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4-dq", "bnb-int8"])
+def test_saved_model_has_the_same_bytes(checkpoints, tmp_path, name):
+    source = open_checkpoint(checkpoints / name)
+    load_model(checkpoints / name, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    saved = open_checkpoint(tmp_path / "saved")
+    planned = plan(source)
+    for member in planned.quantized.values():
+        for leaf in source.modules[member.layer.stored]:
+            stored = f"{member.layer.stored}.{leaf}"
+            assert torch.equal(saved.read(stored), source.read(stored)), stored
+    assert plan(saved).quantized.keys() == planned.quantized.keys()

@@ -28,3 +28,15 @@ def test_logits_are_within_the_bound(checkpoints):
     assert d.mean() <= bound["mean"]
     assert (got.argmax(-1) == want.argmax(-1)).sum() >= bound["top1"]
     assert plan(open_checkpoint(folder)).warnings == []
+
+
+def test_saved_model_has_the_same_bytes(checkpoints, tmp_path):
+    source = open_checkpoint(checkpoints / "hqq-4bit-g64")
+    load_model(source.folder, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    saved = open_checkpoint(tmp_path / "saved")
+    planned = plan(source)
+    for member in planned.quantized.values():
+        for leaf in source.modules[member.layer.stored]:
+            stored = f"{member.layer.stored}.{leaf}"
+            assert torch.equal(saved.read(stored), source.read(stored)), stored
+    assert plan(saved).quantized.keys() == planned.quantized.keys()
