@@ -1,0 +1,61 @@
+"""Is this an MXFP8 checkpoint? Only its config says so: other formats store the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from quant_core.checkpoint.base import Checkpoint
+from quant_core.detect import quantization_config
+from quant_core.presence import siblings_of
+from quant_core.spec import FormatMatch, TensorInfo
+from quant_plugin_mxfp8.config import METHOD, Mxfp8Config, parse_config
+
+__all__ = ["KV_LEAVES", "SCALE_NAMES", "detect", "is_quantized"]
+
+SCALE_NAMES = ("weight_scale_inv", "weight_scale")
+KV_LEAVES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "output_scale"})
+"""Last name components of scales of a quantized KV cache."""
+
+
+def is_quantized(path: str, leaves: Mapping[str, TensorInfo]) -> bool:
+    """Whether a module stores codes or scales."""
+    weight = leaves.get("weight")
+    if weight is not None and (weight.dtype.startswith("float8") or weight.dtype == "uint8"):
+        return True
+    return any(name in leaves for name in SCALE_NAMES)
+
+
+def _cache_warnings(config: Mxfp8Config, checkpoint: Checkpoint) -> tuple[str, ...]:
+    owners = [m for m, leaves in checkpoint.modules.items() if KV_LEAVES & leaves.keys()]
+    if owners:
+        return (f"KV-cache scales present, not applied ({len(owners)} modules)",)
+    if config.kv_cache:
+        return (
+            f"{config.file}: kv_cache_scheme is set, but no scales are stored; the cache stays "
+            "unquantized",
+        )
+    return ()
+
+
+def detect(checkpoint: Checkpoint) -> FormatMatch | None:
+    """The claim of this plugin; reads headers and JSON only.
+
+    Raises:
+        ConfigError: the config names this format but is malformed or not supported.
+    """
+    block = quantization_config(checkpoint)
+    method = None if block is None else block.get("quant_method")
+    if block is None or not isinstance(method, str) or method.strip().lower() != METHOD:
+        return None
+    config = parse_config(block, "config.json")
+    return FormatMatch(
+        plugin="mxfp8",
+        level="declared",
+        evidence=f"quant_method {method!r}",
+        config=replace(
+            config,
+            quantized=siblings_of(checkpoint, is_quantized),
+            warnings=config.warnings + _cache_warnings(config, checkpoint),
+        ),
+    )
