@@ -19,7 +19,8 @@ N, K, G = 16, 64, 32
 
 
 def test_import_of_everything_but_layout_loads_no_torch():
-    names = "args config detect header layers matching packed plain scheme writer".split()
+    names = "args config detect floats header inputs layers matching packed plain scheme".split()
+    names += ["transforms", "writer"]
     imports = ", ".join(f"{plugin.__name__}.{n}" for n in names)
     code = (
         f"import sys, {imports}\n"
@@ -104,3 +105,34 @@ def test_described_version_names_the_packing(ct, write):
     assert err.value.code == "Q-LAYOUT-REPRESENT"
     with pytest.raises(LayoutError):
         config_for(SimpleNamespace(match=None, members={}, checkpoint=SimpleNamespace(tensors={})))
+
+
+def test_described_config_of_float_formats_reads_back(ct, write):
+    fp8 = {
+        "weight": torch.zeros(N, K).to(torch.float8_e4m3fn),
+        "weight_scale": torch.ones(N, 1).bfloat16(),
+    }
+    nvfp4 = {
+        "weight_packed": torch.zeros(N, K // 2, dtype=torch.uint8),
+        "weight_scale": torch.ones(N, K // 16).to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.ones(1),
+        "input_global_scale": torch.ones(1),
+    }
+    mxfp4 = {
+        "weight_packed": torch.zeros(N, K // 2, dtype=torch.uint8),
+        "weight_scale": torch.full((N, K // 32), 127, dtype=torch.uint8),
+    }
+    token = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    nv = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    mx = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    layers = [
+        (fp8, token | {"strategy": "channel", "dynamic": False}, token, "float-quantized"),
+        (nvfp4, nv, nv | {"dynamic": "local"}, "nvfp4-pack-quantized"),
+        (mxfp4, mx | {"scale_dtype": "torch.uint8"}, None, "mxfp4-pack-quantized"),
+    ]
+    planned, schemes = _schemes(ct, write, layers)
+    config = parse_config(describe(schemes), "config.json")
+    for name, scheme in schemes.items():
+        layer = LayerDesc(kind="linear", name=name, stored=name)
+        match = SimpleNamespace(config=config)
+        assert plugin.make_scheme(match, layer, planned.checkpoint) == scheme

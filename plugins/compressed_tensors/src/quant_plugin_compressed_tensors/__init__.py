@@ -11,6 +11,7 @@ from quant_core.spec import PluginInfo
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.convert.fit import Fit
+    from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
     from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
     from quant_core.tensors import LayerTensors
@@ -21,7 +22,7 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="compressed_tensors",
         api=(0, 1),
-        summary="compressed-tensors: packed and plain integers, quantized activations",
+        summary="compressed-tensors: integers, fp8, NVFP4 and MX, quantized activations",
         quant_methods=("compressed-tensors",),
     )
 
@@ -65,3 +66,10 @@ def fit_scheme(
     from quant_plugin_compressed_tensors.fit import fit
 
     return fit(layer, tensors, operands, options, allow_inexact)
+
+
+@hookimpl
+def online_schemes() -> Mapping[str, OnlineScheme]:
+    from quant_plugin_compressed_tensors.online import ONLINE
+
+    return ONLINE

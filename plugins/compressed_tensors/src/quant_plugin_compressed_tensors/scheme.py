@@ -29,7 +29,6 @@ from quant_core.spec import (
     group,
 )
 from quant_plugin_compressed_tensors.args import FLOAT_SCALES, QuantArgs
-from quant_plugin_compressed_tensors.inputs import input_spec
 from quant_plugin_compressed_tensors.transforms import Rotation
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ __all__ = [
     "KV_RULE",
     "CtScheme",
     "grain_of",
-    "input_spec",
     "scalar_or",
     "scale_shape",
     "scheme_name",
@@ -226,3 +224,10 @@ class CtScheme(Scheme):
         from quant_plugin_compressed_tensors import layout
 
         return layout.serialize(self, layer.stored, tensors)
+
+    def quantize(
+        self, layer: LayerDesc, dense: Tensor, stats: Mapping[str, Tensor] | None = None
+    ) -> LayerTensors:
+        from quant_plugin_compressed_tensors.online import quantize
+
+        return quantize(self, layer, dense)
