@@ -26,7 +26,7 @@ PREFIXES = (
     "ar-lmhead", "ar-mixed", "ar-moe", "ar-w2", "ar-w3", "ar-w4g128-sym", "ar-w4g64",
     "ct-w3", "ct-w4", "ct-w8", "ct-kvfp8-w4",
     "hf-gptoss", "ct-fp8", "ct-mla", "ct-mixed", "ct-moe", "ct-mxfp", "ct-nvfp4", "ct-spinquant",
-    "modelopt-", "msmodelslim-",
+    "modelopt-", "msmodelslim-", "quark-",
 )  # fmt: skip
 DIRS = checkpoint_dirs(PREFIXES)
 

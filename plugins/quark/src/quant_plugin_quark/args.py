@@ -160,7 +160,7 @@ def _tensor(raw: Any, file: str, where: str, unknown: list[str]) -> TensorArgs |
     dtype = read.text("dtype")
     if dtype in PLAIN:
         return None
-    if dtype not in ELEMENTS:
+    if dtype is None or dtype not in ELEMENTS:
         fix = "Export the model with a dtype that is supported."
         if dtype == "mx":
             fix = "Exponents between the codes (the older mx export) are not read; export as fp4."

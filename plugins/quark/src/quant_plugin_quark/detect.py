@@ -13,11 +13,11 @@ from quant_core.detect import FLOAT_DTYPES, quantization_config
 from quant_core.errors import ConfigError, summarize
 from quant_core.presence import siblings_of
 from quant_core.spec import FormatMatch, TensorInfo
+from quant_plugin_quark.beside import KV_MODULES
 from quant_plugin_quark.config import QuarkConfig, parse_config
 from quant_plugin_quark.names import first_of
 from quant_plugin_quark.scheme import KV_RULE
 from quant_plugin_quark.transforms import ROTATIONS, SHARED
-from quant_plugin_quark.weights import KV_MODULES
 
 __all__ = ["detect", "is_quantized"]
 

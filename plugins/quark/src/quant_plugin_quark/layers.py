@@ -14,12 +14,13 @@ from quant_core.errors import CheckpointError, ConfigError, printable
 from quant_core.presence import check_stacked, stored_modules, unquantized
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
 from quant_plugin_quark.args import LayerArgs
+from quant_plugin_quark.beside import KV_MODULES
 from quant_plugin_quark.config import QuarkConfig
 from quant_plugin_quark.detect import is_quantized
 from quant_plugin_quark.header import Header
 from quant_plugin_quark.names import first_of
 from quant_plugin_quark.scheme import KV_RULE, QuarkScheme
-from quant_plugin_quark.weights import KV_MODULES, build
+from quant_plugin_quark.weights import build
 
 __all__ = ["scheme_for"]
 

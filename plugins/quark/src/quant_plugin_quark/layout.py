@@ -16,18 +16,22 @@ Source: amd-quark 0.13 ``torch/utils/pack.py``, facts only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from quant_core.errors import ConfigError, LayoutError
 from quant_core.packing import pack, repack, unpack
 from quant_core.spec import CHANNEL, TENSOR, Grain, Packing
 from quant_core.tensors import LayerTensors, QuantizedTensor
-from quant_plugin_quark.transforms import PRESCALE, ROTATION, Rotation
+from quant_plugin_quark.layout_inputs import (
+    read_inputs,
+    read_rotation,
+    stored_inputs,
+    stored_rotation,
+)
+from quant_plugin_quark.values import bad_tensor, byte_codes, check_finite, check_null
 
 if TYPE_CHECKING:
     from quant_plugin_quark.scheme import QuarkScheme
@@ -36,17 +40,6 @@ __all__ = ["canonicalize", "serialize"]
 
 _TOP_BITS = -0x77777778  # 0x88888888 as int32: the top bit of each of eight nibbles
 _FP8_NAN = {"fp8_e4m3": (0x7F, 0x7F), "fp8_e5m2": (0x7F, 0x7D)}  # mask, first NaN code
-
-
-def _bad(code: str, tensor: str, found: str, expected: str, fix: str) -> LayoutError:
-    return LayoutError(
-        f"{tensor}: {found}, expected {expected}. {fix}",
-        code=code,
-        tensor=tensor,
-        expected=expected,
-        actual=found,
-        plugin="quark",
-    )
 
 
 # ------------------------------------------------------------------------------------------ scales
@@ -68,27 +61,13 @@ def _ungrid(values: Tensor, grain: Grain, transposed: bool, shape: tuple[int, ..
     return values.reshape(shape).contiguous()
 
 
-def _check_finite(tensor: str, scale: Tensor) -> None:
-    """No NaN and no infinity; bytes are e8m0 exponents.
-
-    Raises:
-        LayoutError: ``Q-VALUE-SCALE`` with the count and the first index.
-    """
-    bad = scale == 255 if scale.dtype == torch.uint8 else ~torch.isfinite(scale.float())
-    if bool(bad.any()):
-        first = tuple(int(i) for i in bad.nonzero()[0])
-        found = f"{int(bad.sum())} of {bad.numel()} scales are not finite (first at {first})"
-        fix = "The quantization overflowed; quantize again."
-        raise _bad("Q-VALUE-SCALE", tensor, found, "finite scales", fix)
-
-
 def _scales(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     out = []
     for name, level in zip(scheme.scale_names, scheme.weight.scales, strict=True):
         scale = tensors[name]
         if level.element == "e8m0":
             scale = scale.view(torch.uint8)
-        _check_finite(f"{where}.{name}", scale)
+        check_finite(f"{where}.{name}", scale)
         if scale.element_size() == 1:
             scale = scale.view(torch.uint8)
         out.append(_grid(scale, level.grain, scheme.transposed))
@@ -108,43 +87,6 @@ def _stored_scales(scheme: QuarkScheme, scales: tuple[Tensor, ...]) -> dict[str,
 # ------------------------------------------------------------------------------------- zero points
 
 
-def _check_null(scheme: QuarkScheme, tensor: str, values: Tensor) -> None:
-    """All zero points are 0.
-
-    Raises:
-        ConfigError: ``Q-CFG-CONFLICT``; the config says symmetric.
-    """
-    count = int(values.count_nonzero())
-    if count:
-        raise ConfigError(
-            f"{tensor}: {count} of {values.numel()} values are not 0, expected zeros only because "
-            f"{scheme.source} says symmetric. Set symmetric to false if the zero points count.",
-            code="Q-CFG-CONFLICT",
-            path=scheme.source,
-            tensor=tensor,
-            expected=0,
-            actual=count,
-            plugin="quark",
-        )
-
-
-def _byte_codes(values: Tensor, tensor: str, element: str) -> Tensor:
-    """Zero points of one value each as raw codes in uint8.
-
-    Raises:
-        LayoutError: ``Q-VALUE-CODE`` outside the range of ``element``.
-    """
-    low, high = (-128, 127) if element == "int8" else (0, 255)
-    if values.dtype == torch.int32:
-        bad = (values < low) | (values > high)
-        if bool(bad.any()):
-            found = f"{int(bad.sum())} of {bad.numel()} zero points are out of range"
-            fix = "The tensor is damaged; export the checkpoint again."
-            raise _bad("Q-VALUE-CODE", tensor, found, f"{low} to {high}", fix)
-        values = values.to(torch.int8 if low else torch.uint8)
-    return values.view(torch.uint8)
-
-
 def _zeros(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """Zero points on the grid of the finest scale; None if the spec has none of its own."""
     if not scheme.zero_name:
@@ -152,10 +94,10 @@ def _zeros(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]) -> Te
     stored, grain = tensors[scheme.zero_name], scheme.weight.scales[0].grain
     tensor = f"{where}.{scheme.zero_name}"
     if scheme.zeros == "null":
-        _check_null(scheme, tensor, stored)
+        check_null(scheme, tensor, stored)
         return None
     if scheme.zeros == "float":
-        _check_finite(tensor, stored)
+        check_finite(tensor, stored)
         return _grid(stored, grain, scheme.transposed)
     if scheme.zero_packing is not None:
         rows = stored.shape[0] if scheme.transposed else 1
@@ -164,7 +106,7 @@ def _zeros(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]) -> Te
     elif scheme.bits < 8:  # one 4-bit value for all, not packed
         codes = (stored & ((1 << scheme.bits) - 1)).to(torch.uint8)
     else:
-        codes = _byte_codes(stored, tensor, scheme.weight.element.name)
+        codes = byte_codes(stored, tensor, scheme.weight.element.name)
     codes = codes ^ 8 if scheme.signed else codes
     return _grid(codes, grain, scheme.transposed)
 
@@ -214,7 +156,7 @@ def _codes(scheme: QuarkScheme, where: str, stored: Tensor) -> Tensor:
         if nans:
             found = f"{nans} of {codes.numel()} codes are NaN"
             fix = "The quantization overflowed; quantize again."
-            raise _bad("Q-VALUE-WEIGHT", f"{where}.weight", found, "finite values", fix)
+            raise bad_tensor("Q-VALUE-WEIGHT", f"{where}.weight", found, "finite values", fix)
     return codes
 
 
@@ -239,93 +181,7 @@ def _zero_padding(scheme: QuarkScheme, words: Tensor) -> Tensor:
     return words
 
 
-# --------------------------------------------------------------------------------------- rotations
-
-
-def _read_rotation(
-    rotation: Rotation, where: str, tensors: Mapping[str, Tensor]
-) -> tuple[tuple[Tensor, ...], ...]:
-    """Tensors of each transform of ``rotation``.
-
-    Raises:
-        LayoutError: ``Q-VALUE-ROTATION`` unless signs are +-1 and the matrix is orthogonal.
-    """
-    matrix, n = tensors[ROTATION], rotation.size
-    work = matrix.double()
-    square = work @ work.T
-    want = torch.eye(n, dtype=torch.float64) * (n if rotation.signs else 1)
-    # float64 entries were trained in lower precision: orthogonal to 1e-3 of a row's length
-    right = torch.equal(square, want) if rotation.signs else (square - want).abs().max() < 1e-3
-    if not bool(right) or (rotation.signs and bool((matrix.abs() != 1).any())):
-        fix = "The tensor is damaged, or of another kind; export the checkpoint again."
-        found = "is no orthogonal matrix"
-        expected = "a Hadamard matrix of signs" if rotation.signs else "an orthogonal matrix"
-        raise _bad("Q-VALUE-ROTATION", f"{where}.{ROTATION}", found, expected, fix)
-    out: list[tuple[Tensor, ...]] = [(matrix,)]
-    if rotation.prescale:
-        _check_finite(f"{where}.{PRESCALE}", tensors[PRESCALE])
-        out.insert(0, (tensors[PRESCALE],))
-    if rotation.signs:
-        out.append((torch.tensor([math.sqrt(n)]),))
-    return tuple(out)
-
-
-def _stored_rotation(scheme: QuarkScheme, tensors: LayerTensors) -> dict[str, Tensor]:
-    """Inverse of ``_read_rotation``."""
-    if scheme.rotation is None:
-        return {}
-    values = [v[0] for _, v in tensors.transforms]
-    if not scheme.rotation.prescale:
-        return {ROTATION: values[0]}
-    return {PRESCALE: values[0], ROTATION: values[1]}
-
-
 # ------------------------------------------------------------------------------------------- layer
-
-
-def _inputs(
-    scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Static scale and zero point of activations.
-
-    Raises:
-        LayoutError: ``Q-VALUE-SCALE`` for a scale that is not finite and positive.
-    """
-    if not scheme.input_scale:
-        return None, None
-    tensor = f"{where}.{scheme.input_scale}"
-    scale = tensors[scheme.input_scale].reshape(1)
-    if not bool(torch.isfinite(scale) & (scale > 0)):
-        found = f"has value {scale.item()}"
-        raise _bad(
-            "Q-VALUE-SCALE", tensor, found, "a finite positive scale", "Calibrate and export again."
-        )
-    if not scheme.input_zero:
-        return scale, None
-    zero, name = tensors[scheme.input_zero].reshape(1), f"{where}.{scheme.input_zero}"
-    spec = scheme.operands["input"]
-    if spec.zero is None:
-        _check_null(scheme, name, zero)
-        return scale, None
-    return scale, _byte_codes(zero, name, spec.element.name)
-
-
-def _stored_inputs(scheme: QuarkScheme, tensors: LayerTensors) -> dict[str, Tensor]:
-    """Inverse of ``_inputs``."""
-    if not scheme.input_scale or tensors.input_scale is None:
-        return {}
-    param = scheme.stored(scheme.input_scale)
-    out = {param.name: tensors.input_scale.reshape(param.shape)}
-    if scheme.input_zero:
-        zero = scheme.stored(scheme.input_zero)
-        dtype = getattr(torch, zero.dtypes[0])
-        if tensors.input_zero is None:
-            out[zero.name] = torch.zeros(zero.shape, dtype=dtype)
-        else:
-            signed = scheme.operands["input"].element.kind == "int"
-            value = tensors.input_zero.view(torch.int8 if signed else torch.uint8)
-            out[zero.name] = value.to(dtype).reshape(zero.shape)
-    return out
 
 
 def canonicalize(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor]) -> LayerTensors:
@@ -343,9 +199,9 @@ def canonicalize(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor])
         scales=_scales(scheme, where, tensors),
         zeros=_zeros(scheme, where, tensors),
     )
-    input_scale, input_zero = _inputs(scheme, where, tensors)
+    input_scale, input_zero = read_inputs(scheme, where, tensors)
     rotation = scheme.rotation
-    values = () if rotation is None else _read_rotation(rotation, where, tensors)
+    values = () if rotation is None else read_rotation(rotation, where, tensors)
     return LayerTensors(
         operands={"weight": weight},
         bias=tensors.get("bias"),
@@ -365,7 +221,7 @@ def _check_representable(scheme: QuarkScheme, where: str, tensors: LayerTensors)
     extras += ["input_scale"] if (tensors.input_scale is not None) != static else []
     if extras or not same:
         what = f"a weight with {', '.join(extras)}" if extras else f"{qt.spec.label} {qt.shape}"
-        raise _bad(
+        raise bad_tensor(
             "Q-LAYOUT-REPRESENT",
             where,
             f"{what} cannot be stored as Quark {scheme.name}",
@@ -385,8 +241,8 @@ def serialize(scheme: QuarkScheme, where: str, tensors: LayerTensors) -> dict[st
     out = {"weight": _stored_codes(scheme, qt.codes, qt.packing)}
     out |= _stored_scales(scheme, qt.scales)
     out |= _stored_zeros(scheme, qt.zeros)
-    out |= _stored_inputs(scheme, tensors)
-    out |= _stored_rotation(scheme, tensors)
+    out |= stored_inputs(scheme, tensors)
+    out |= stored_rotation(scheme, tensors)
     if tensors.bias is not None:
         out["bias"] = tensors.bias
     return out

@@ -37,22 +37,20 @@ from quant_core.spec import (
     Zero,
 )
 from quant_plugin_quark.args import LayerArgs, TensorArgs
-from quant_plugin_quark.header import FIXED, Header
-from quant_plugin_quark.inputs import input_spec, input_tensor, is_nvfp4
-from quant_plugin_quark.scheme import KV_RULE, QuarkScheme
+from quant_plugin_quark.beside import BYTES, KV_MODULES, cache_params, input_fields
+from quant_plugin_quark.header import Header
+from quant_plugin_quark.inputs import input_spec, is_nvfp4
+from quant_plugin_quark.scheme import QuarkScheme
 from quant_plugin_quark.transforms import rotation_of
 
-__all__ = ["KV_MODULES", "build"]
+__all__ = ["build"]
 
-KV_MODULES = ("q_proj", "k_proj", "v_proj")
-"""Modules whose output scales belong to the attention and its cache."""
 _EXPECTED = (
     "int8, int4, uint4 or uint2 weights with a scale per tensor, output channel or group of "
     "inputs, fp8 so or per block, fp8, fp6 or fp4 in groups of 32 with e8m0 scales, fp4 in groups "
     "of 16 under fp8 scales, or int4 per channel under fp8 per tensor"
 )
 _WORDS = {2: ("uint8", 4), 4: ("int32", 8)}  # bits -> word, codes a word
-_BYTES = ("int8", "uint8", "int32")  # dtypes of zero points that are not packed
 _E8M0 = ("uint8", "float8_e8m0fnu")
 _FP8 = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
@@ -107,13 +105,13 @@ def build(h: Header) -> QuarkScheme:
         raise h.unsupported(args.label, _EXPECTED)
     spec, fields = make(h)
     k = fields["shape"][1]
-    extra = _input_fields(h)
+    extra = input_fields(h)
     rotation = rotation_of(h.leaves, h.path, k, h.config.file)
     operands = {"weight": spec}
     scale_dtype = h.dtype("input_scale", SCALE_ELEMENTS, "bfloat16")
     if (inputs := input_spec(args, scale_dtype, h.path, h.config.file)) is not None:
         operands["input"] = inputs
-    tensors = (*fields.pop("tensors"), *extra.pop("tensors"), *_cache_params(h))
+    tensors = (*fields.pop("tensors"), *extra.pop("tensors"), *cache_params(h))
     return QuarkScheme(
         name=_name(args),
         operands=operands,
@@ -130,35 +128,34 @@ def build(h: Header) -> QuarkScheme:
 
 
 def _zero_fields(
-    h: Header, args: TensorArgs, name: str, packed: Packing | None, grid: ParamSpec
+    h: Header, args: TensorArgs, name: str, packed: Packing | None, shape: tuple[int, ...]
 ) -> tuple[Zero | None, dict[str, Any], tuple[ParamSpec, ...]]:
     """Meaning, fields and stored tensor of the zero points of a weight.
 
-    ``grid`` is the scale that they lie beside.
+    Args:
+        shape: (), (N,) or (G, N): one value for each scale.
     """
-    element = "uint4" if args.dtype == "int4" else args.element.name
     centre = Zero(kind="const", value=8) if args.dtype == "int4" else None
     if args.symmetric and name not in h.leaves:
         return centre, {}, ()
-    kind: Literal["null", "code", "float"]
-    kind = "null" if args.symmetric else "float" if args.float_zero else "code"
-    if kind == "float":
+    out = Axis(tag="out")
+    axes = (Axis(tag="group", per=Fraction(args.group_size or 1)), out)[2 - len(shape) :]
+    if args.float_zero and not args.symmetric:
         dtype = h.dtype(name, SCALE_ELEMENTS, "float32")
-        zero = Zero(kind="code", element=SCALE_ELEMENTS[dtype])
-        param = replace(grid, name=name, dtypes=(dtype,), role="zeros")
-        return zero, {"zero_name": name, "zeros": kind}, (param,)
-    per_tensor = args.grain == TENSOR
-    if packed is None or per_tensor:
-        allowed = dict.fromkeys(_BYTES if packed is None else ("int32",))
-        dtype = h.dtype(name, allowed, next(iter(allowed)))
-        param = h.tensor(name, grid.shape[:2], dtype, grid.axes, "zeros")
-        packed = None
+        param = h.tensor(name, shape, dtype, axes, "zeros")
+        floats = Zero(kind="code", element=SCALE_ELEMENTS[dtype])
+        return floats, {"zero_name": name, "zeros": "float"}, (param,)
+    if packed is None or not shape:
+        allowed = dict.fromkeys((args.dtype, *BYTES) if packed is None else ("int32",))
+        dtype, packed = h.dtype(name, allowed, next(iter(allowed))), None
     else:
-        word, per = _WORDS[args.element.bits]
-        out = replace(grid.axes[-1], per=Fraction(per))
-        shape = (*grid.shape[:-1], -(-grid.shape[-1] // per))
-        param = h.tensor(name, shape, word, (*grid.axes[:-1], out), "zeros")
-    zero = centre if kind == "null" else Zero(kind="code", element=element)
+        dtype, per = _WORDS[args.element.bits]
+        shape = (*shape[:-1], -(-shape[-1] // per))
+        axes = (*axes[:-1], replace(out, per=Fraction(per)))
+    param = h.tensor(name, shape, dtype, axes, "zeros")
+    element = "uint4" if args.dtype == "int4" else args.element.name
+    zero = centre if args.symmetric else Zero(kind="code", element=element)
+    kind = "null" if args.symmetric else "code"
     return zero, {"zero_name": name, "zeros": kind, "zero_packing": packed}, (param,)
 
 
@@ -179,8 +176,9 @@ def _integers(h: Header) -> tuple[QuantSpec, dict[str, Any]]:
     dtype = h.dtype(f"weight_scale{suffix}", SCALE_ELEMENTS, "float32")
     out, inp = Axis(tag="out"), Axis(tag="in")
     if grouped:
-        axes = (Axis(tag="group", per=Fraction(args.group_size)), out)
-        scale = h.tensor("weight_scale", (groups, n), dtype, axes, "scales")
+        shape: tuple[int, ...] = (groups, n)
+        axes: tuple[Axis, ...] = (Axis(tag="group", per=Fraction(args.group_size)), out)
+        scale = h.tensor("weight_scale", shape, dtype, axes, "scales")
         codes = h.tensor(
             "weight", (k, -(-n // per)), word, (inp, replace(out, per=Fraction(per))), "codes"
         )
@@ -191,7 +189,7 @@ def _integers(h: Header) -> tuple[QuantSpec, dict[str, Any]]:
             "weight", (n, -(-k // per)), word, (out, replace(inp, per=Fraction(per))), "codes"
         )
     name = f"weight_zero_point{suffix}"
-    zero, fields, zeros = _zero_fields(h, args, name, zero_packing, scale)
+    zero, fields, zeros = _zero_fields(h, args, name, zero_packing, shape)
     levels = [Scale(element=SCALE_ELEMENTS[dtype], grain=args.grain)]
     tensors = [codes, scale, *zeros]
     if two:
@@ -268,48 +266,6 @@ def _floats(h: Header) -> tuple[QuantSpec, dict[str, Any]]:
         "packing": CANONICAL,
         "scale_names": ("weight_scale", "weight_scale_2")[: len(levels)],
     }
-
-
-# --------------------------------------------------------------------------- beside the weights
-
-
-def _input_fields(h: Header) -> dict[str, Any]:
-    """Stored scale and zero point of static activations."""
-    inputs = h.args.inputs
-    name = input_tensor(inputs)
-    if not name:
-        return {"tensors": ()}
-    dtype = "float32" if len(inputs) == 2 else h.dtype(name, SCALE_ELEMENTS, "bfloat16")
-    tensors = [h.tensor(name, (), dtype, (), "input_scale")]
-    zero = "input_zero_point"
-    has_zero = zero in h.leaves or not inputs[0].symmetric
-    if has_zero:
-        kind = h.dtype(zero, dict.fromkeys(_BYTES), inputs[0].dtype)
-        tensors.append(h.tensor(zero, (), kind, (), "input_zero"))
-    return {
-        "tensors": tuple(tensors),
-        "input_scale": name,
-        "input_zero": zero if has_zero else "",
-    }
-
-
-def _cache_params(h: Header) -> tuple[ParamSpec, ...]:
-    """Scales of keys, values and queries: accounted for, not loaded."""
-    if h.path.rpartition(".")[2] not in KV_MODULES:
-        return ()
-    return tuple(
-        ParamSpec(
-            name=name,
-            shape=h.leaves[name].shape,
-            dtypes=(h.leaves[name].dtype,),
-            axes=(FIXED,) * len(h.leaves[name].shape),
-            role="output_scale",
-            need="ignored",
-            rule=KV_RULE,
-        )
-        for name in ("output_scale", "output_zero_point")
-        if name in h.leaves
-    )
 
 
 def _word(args: tuple[TensorArgs, ...]) -> str:
