@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quant_core.convert.fit import Fit
     from quant_core.convert.target import Target
     from quant_core.kernels.base import Kernel
+    from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
     from quant_core.spec import (
         BlockType,
@@ -233,9 +234,15 @@ def write_checkpoint(target: Target, folder: Path) -> Sequence[Path]:  # type: i
 
 
 @hookspec
-def online_schemes() -> Mapping[str, Any]:  # type: ignore[empty-body]
-    """What can you make from float weights at load time? A short name maps to an online scheme.
+def online_schemes() -> Mapping[str, OnlineScheme]:  # type: ignore[empty-body]
+    """What can you make from float weights at load time?
 
-    A bare name belongs to the plugin with that id; others are spelled ``plugin:name``.
-    Since API 0.1.
+    Called on every plugin once per load that asks for it; must be cheap and import no torch. A
+    user names ``plugin:name``, or the bare name: that belongs to the plugin with that id if it
+    offers such a scheme, else to the one whose ``OnlineScheme.bare`` claims it. Two claims of one
+    bare name are ``Q-PLUGIN-CONFLICT``. The schemes made must ``quantize``; for saving,
+    ``serialize`` and the hook ``make_config`` are used.
+
+    Returns:
+        Name -> ``quant_core.online.OnlineScheme``. Since API 0.1.
     """

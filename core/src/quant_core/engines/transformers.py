@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from quant_core.errors import ConfigError, PluginError, printable, summarize
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from quant_core.engines.transformers_cache import CacheMode
 
 __all__ = ["SUPPORTED", "as_config", "install", "load_model", "uninstall"]
 
@@ -118,6 +120,11 @@ def as_config(
     kernels: str | Sequence[str] | None = None,
     strict: bool = False,
     device: str | None = None,
+    kv_cache: CacheMode | None = None,
+    online: str | None = None,
+    skip: Sequence[str] = (),
+    online_options: Mapping[str, Any] | None = None,
+    requantize: bool = False,
     **config_overrides: Any,
 ) -> PreTrainedConfig:
     """The model's config, made to route through quant-core whatever the checkpoint says of itself.
@@ -128,10 +135,12 @@ def as_config(
     Raises:
         PluginError: ``Q-ENGINE-MISSING``, ``Q-ENGINE-VERSION``.
         ConfigError: ``Q-CFG-KEY`` for an override that the config class does not have,
-            ``Q-ENGINE-CONFIG`` if transformers rejects the config.
+            ``Q-ENGINE-CONFIG`` if transformers rejects the config, ``Q-CFG-CONFLICT`` for
+            settings of online quantization without ``online``.
         CheckpointError: the checkpoint cannot be opened.
     """
     _check_version()
+    _check_online(online, skip=skip, online_options=online_options, requantize=requantize)
     _register()
     from transformers import AutoConfig
 
@@ -159,7 +168,8 @@ def as_config(
     if unused:
         raise ConfigError(
             f"load_model: {summarize(unused)} is no setting of {type(config).__name__}, expected "
-            "dtype, device, strict, kernels, format or a key of config.json. Remove it.",
+            "dtype, device, strict, kernels, format, kv_cache, online, skip, online_options, requantize or "
+            "a key of config.json. Remove it.",
             code="Q-CFG-KEY",
             tensor=next(iter(unused)),
             actual=sorted(unused),
@@ -167,10 +177,40 @@ def as_config(
     from quant_core.engines.transformers_quantizer import QuantCoreConfig
 
     options = QuantCoreConfig(
-        path=str(where), format=format, kernels=kernels, strict=strict, device=device
+        path=str(where),
+        format=format,
+        kernels=kernels,
+        strict=strict,
+        device=device,
+        kv_cache=kv_cache,
+        online=online,
+        skip=skip,
+        online_options=online_options,
+        requantize=requantize,
     )
     config.quantization_config = options.to_dict()
     return config
+
+
+def _check_online(online: str | None, *, skip: object, **others: object) -> None:
+    """Settings of online quantization mean nothing without it; patterns are a list of texts."""
+    if isinstance(skip, str):
+        raise ConfigError(
+            f"skip: is the text {printable(skip)!r}, expected a list of name patterns. "
+            "Write skip=[...].",
+            code="Q-CFG-TYPE",
+            tensor="skip",
+            actual=skip,
+        )
+    given = [name for name, value in {"skip": skip, **others}.items() if value]
+    if given and online is None:
+        raise ConfigError(
+            f"load_model: {summarize(given)} given without online, expected both or neither. "
+            "Say what to quantize to, e.g. online='plugin:name'.",
+            code="Q-CFG-CONFLICT",
+            tensor=given[0],
+            expected="online",
+        )
 
 
 def load_model(
@@ -181,6 +221,11 @@ def load_model(
     strict: bool = False,
     kernels: str | Sequence[str] | None = None,
     format: str | None = None,
+    kv_cache: CacheMode | None = None,
+    online: str | None = None,
+    skip: Sequence[str] = (),
+    online_options: Mapping[str, Any] | None = None,
+    requantize: bool = False,
     **config_overrides: Any,
 ) -> PreTrainedModel:
     """A transformers model of the checkpoint at ``path``, its quantized layers packed.
@@ -193,12 +238,20 @@ def load_model(
         strict: treat warnings (unknown config keys, patterns that match nothing) as errors.
         kernels: names of kernels to allow; default from ``QUANT_KERNELS``, else all.
         format: plugin id to insist on.
+        kv_cache: "checkpoint" rounds keys and values by the scales of the file, "float" does not;
+            default: what the producer's own forward does.
+        online: quantize a float checkpoint while loading it: a scheme that an installed plugin
+            offers, by its bare name or as "plugin:name".
+        skip: patterns of modules that stay floats, see ``online.SkipRules``.
+        online_options: settings of the online scheme.
+        requantize: allow ``online`` for a checkpoint that is quantized already.
         config_overrides: settings of the model's config, e.g. ``attn_implementation="eager"``.
 
     Raises:
         PluginError: ``Q-ENGINE-MISSING``, ``Q-ENGINE-VERSION``.
-        ConfigError: ``Q-ENGINE-CONFIG``, ``-DEVICE``, ``-DTYPE``, ``-MODEL``, ``Q-CFG-KEY``, or
-            the checkpoint's own quantization config is wrong.
+        ConfigError: ``Q-ENGINE-CONFIG``, ``-DEVICE``, ``-DTYPE``, ``-MODEL``, ``-CACHE``, ``Q-CFG-KEY``, or
+            the checkpoint's own quantization config is wrong; ``Q-CFG-CONFLICT`` for ``online``
+            on a quantized checkpoint.
         CheckpointError, LayoutError, FormatError, KernelError: see their codes; nothing half
             loaded stays.
     """
@@ -207,7 +260,17 @@ def load_model(
 
     where = single_device(device if not isinstance(device, str) else {"": device}) or "cpu"
     config = as_config(
-        path, format=format, kernels=kernels, strict=strict, device=where, **config_overrides
+        path,
+        format=format,
+        kernels=kernels,
+        strict=strict,
+        device=where,
+        kv_cache=kv_cache,
+        online=online,
+        skip=skip,
+        online_options=online_options,
+        requantize=requantize,
+        **config_overrides,
     )
     with _quiet():
         model = _model_class(config, path).from_pretrained(

@@ -24,9 +24,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quant_core.build import Builder
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.detect import quantization_config
+from quant_core.engines.transformers_cache import CacheMode, check_mode
 from quant_core.engines.transformers_fill import Filled, fill_model
+from quant_core.engines.transformers_online import online_provenance, replaceable_in
 from quant_core.engines.transformers_save import Provenance, attach_save
 from quant_core.errors import CheckpointError, ConfigError, summarize
+from quant_core.online import OnlineRequest
+from quant_core.online_plan import quantize_plan
 from quant_core.plan import Plan
 from quant_core.plan import plan as make_plan
 
@@ -38,7 +42,8 @@ __all__ = ["METHOD", "QuantCoreConfig", "QuantCoreQuantizer", "single_device"]
 log = logging.getLogger("quant_core")
 
 METHOD = "quant_core"
-_OPTIONS = ("path", "format", "kernels", "strict", "device")
+_ONLINE = ("online", "skip", "online_options", "requantize")
+_OPTIONS = ("path", "format", "kernels", "strict", "device", "kv_cache", *_ONLINE)
 
 
 class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -46,7 +51,8 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Attributes:
         path: the checkpoint; None: where transformers found the weights.
-        format, kernels, strict, device: as in ``load_model``.
+        format, kernels, strict, device, kv_cache, online, skip, online_options, requantize: as in
+            ``load_model``.
         original: the checkpoint's own block, which saving and ``to_dict`` give back.
     """
 
@@ -58,12 +64,32 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         kernels: str | Sequence[str] | None = None,
         strict: bool = False,
         device: str | None = None,
+        kv_cache: CacheMode | None = None,
+        online: str | None = None,
+        skip: Sequence[str] = (),
+        online_options: Mapping[str, Any] | None = None,
+        requantize: bool = False,
         original: Mapping[str, Any] | None = None,
     ) -> None:
         self.quant_method = METHOD
         self.path, self.format, self.kernels = path, format, kernels
         self.strict, self.device = strict, device
+        self.kv_cache = check_mode(kv_cache)
+        self.online, self.skip, self.requantize = online, list(skip), requantize
+        self.online_options = dict(online_options or {})
         self.original = None if original is None else dict(original)
+
+    @property
+    def request(self) -> OnlineRequest | None:
+        """The online quantization that is asked for."""
+        if self.online is None:
+            return None
+        return OnlineRequest(
+            name=self.online,
+            skip=tuple(self.skip),
+            options=self.online_options,
+            requantize=self.requantize,
+        )
 
     @classmethod
     def from_dict(
@@ -171,9 +197,13 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
         try:
             with torch.device("cpu"), open_checkpoint(self._path(checkpoint_files)) as checkpoint:
                 plan = make_plan(checkpoint, format=self.quantization_config.format)
+                block, request = quantization_config(checkpoint), self.quantization_config.request
+                online = None
+                if request is not None:
+                    online = quantize_plan(plan, request, replaceable_in(model, plan))
+                    plan, block = online.plan, online.config
                 self._report(plan)
-                if self.quantization_config.original is None:
-                    block = quantization_config(checkpoint)
+                if online is not None or self.quantization_config.original is None:
                     self.quantization_config.original = None if block is None else _plain(block)
                 builder = Builder(
                     plan=plan,
@@ -181,8 +211,16 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
                     dtype=dtype,
                     kernels=self.quantization_config.kernels,
                 )
-                filled = fill_model(model, plan, builder, model._get_dtype_plan(dtype))
+                filled = fill_model(
+                    model,
+                    plan,
+                    builder,
+                    model._get_dtype_plan(dtype),
+                    kv_cache=self.quantization_config.kv_cache,
+                )
                 self.provenance = Provenance.of(plan, filled)
+                if online is not None:
+                    self.provenance = online_provenance(online, self.provenance)
         finally:
             torch.set_default_dtype(dtype)
         self._hide(model, filled)

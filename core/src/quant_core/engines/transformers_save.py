@@ -27,6 +27,7 @@ from quant_core.checkpoint.open import open_checkpoint
 from quant_core.checkpoint.write import write_safetensors
 from quant_core.engines.transformers_names import Slot
 from quant_core.errors import ConfigError, LayoutError, QuantError, printable, summarize
+from quant_core.kv_states import QuantCache
 from quant_core.nn import BoundMember, QuantModule, matrices
 from quant_core.packing import repack
 from quant_core.plan import Member, Plan, member_parts, param_sources
@@ -64,6 +65,8 @@ class Provenance:
     slots: Mapping[str, Slot]  # public name -> parameter
     skipped: Mapping[str, str]  # stored name -> rule
     files: Mapping[str, bytes]  # config.json and the side files of plugins
+    dropped: frozenset[str] = frozenset()  # files of the source that do not describe the result
+    refusal: str = ""  # why this model cannot be saved
 
     @staticmethod
     def of(plan: Plan, filled: Filled) -> Provenance:
@@ -108,7 +111,8 @@ def save_model(
 
     Raises:
         LayoutError: ``Q-SAVE-CONTAINER`` if the container cannot be written in place,
-            ``Q-SAVE-CHANGED`` if layers were replaced or resized since loading.
+            ``Q-SAVE-CHANGED`` if layers were replaced or resized since loading,
+            ``Q-LAYOUT-REPRESENT`` if layers quantized while loading belong to no one format.
         ConfigError: ``Q-CFG-VALUE`` for an argument that a packed model cannot honour.
         CheckpointError: see ``write_safetensors``.
     """
@@ -129,6 +133,14 @@ def save_model(
             path=provenance.path,
             expected="safetensors",
             actual=provenance.container,
+        )
+    if provenance.refusal:
+        raise LayoutError(
+            f"save_pretrained: {provenance.refusal}; expected layers that one format can hold. "
+            "Quantize all of them, or save the float model.",
+            code="Q-LAYOUT-REPRESENT",
+            path=provenance.path,
+            actual=provenance.refusal,
         )
     if not is_main_process:
         return
@@ -172,7 +184,8 @@ def _copy_side_files(provenance: Provenance, folder: Path) -> None:
     for file in sorted(provenance.folder.iterdir()):
         weights = _WEIGHTS.search(file.name) or file.name.endswith(containers)
         wanted = file.is_file() and not weights and file.name[0] != "."
-        if not wanted or file.name in provenance.files or file.stat().st_size > _SIDE_BYTES:
+        written = file.name in provenance.files or file.name in provenance.dropped
+        if not wanted or written or file.stat().st_size > _SIDE_BYTES:
             continue
         target = folder / file.name
         if not (target.exists() and target.samefile(file)):
@@ -187,6 +200,11 @@ def _stored_tensors(model: PreTrainedModel, p: Provenance) -> Iterator[tuple[str
     for name, tensor in _quantized(model, p):
         written.add(name)
         yield name, tensor
+    for module in model.modules():
+        if isinstance(module, QuantCache):
+            for name, tensor in module.stored().items():
+                written.add(name)
+                yield name, tensor
     for public, slot in p.slots.items():
         name = p.dense[public]
         written.add(name)
