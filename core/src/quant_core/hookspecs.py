@@ -108,6 +108,22 @@ def split_modules(  # type: ignore[empty-body]
 
 
 @hookspec
+def attention_schemes(  # type: ignore[empty-body]
+    match: FormatMatch, checkpoint: Checkpoint
+) -> Mapping[str, Scheme]:
+    """Which attention modules have quantized keys and values?
+
+    Called once per plan, before ``make_scheme`` answers are checked, on the plugin that owns the
+    checkpoint. Usually ``quant_core.kv_cache.cache_schemes`` with the format's own names. Tensors
+    claimed here are not skipped by the schemes of the layers that they lie beside. Without an
+    answer the cache stays float. Must not import torch.
+
+    Returns:
+        Stored path of the attention module -> its ``CacheScheme``. Since API 0.1.
+    """
+
+
+@hookspec
 def make_scheme(  # type: ignore[empty-body]
     match: FormatMatch, layer: LayerDesc, checkpoint: Checkpoint
 ) -> Scheme | Unquantized:

@@ -29,6 +29,7 @@ __all__ = [
     "QuantLinear",
     "QuantModule",
     "matrices",
+    "moved",
 ]
 
 Rechoose = Callable[[OpSpec], Choice]
@@ -104,12 +105,7 @@ class QuantModule(nn.Module):
             self._rebind(target)
             return self
         for name in self._names:
-            value = getattr(self, name)
-            raw = value.contiguous().view(torch.uint8)
-            moved = fn(raw)
-            if moved.dtype != torch.uint8:  # .type(...) casts integers too: keep only the move
-                moved = raw.to(moved.device)
-            self._buffers[name] = moved.view(value.dtype)
+            self._buffers[name] = moved(fn, getattr(self, name))
         return self
 
     def _rebind(self, device: torch.device) -> None:
@@ -146,6 +142,15 @@ class QuantModule(nn.Module):
                 "use .restore().dequantize() for a float32 copy"
             )
         return super().__getattr__(name)
+
+
+def moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """``value`` where ``fn`` of ``Module._apply`` puts it, bit for bit: it sees bytes only."""
+    raw = value.contiguous().view(torch.uint8)
+    there = fn(raw)
+    if there.dtype != torch.uint8:  # .type(...) casts integers too: keep only the move
+        there = raw.to(there.device)
+    return there.view(value.dtype)
 
 
 def with_packing(lt: LayerTensors, packing: Packing) -> LayerTensors:

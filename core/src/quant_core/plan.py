@@ -53,6 +53,8 @@ class Plan:
         match: the owner's claim; None for a plain float checkpoint.
         members: module name -> member, quantized or not.
         dense: parameter name -> stored name of every tensor loaded as it is.
+        attention: module name -> member of attention modules whose keys and values are quantized;
+            apart from ``members``, because it has no weight.
         warnings: one sentence each; errors when planning strictly.
     """
 
@@ -62,6 +64,7 @@ class Plan:
     members: Mapping[str, Member]
     dense: Mapping[str, str]
     ledger: Ledger
+    attention: Mapping[str, Member] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -212,6 +215,8 @@ class _Checker:
                     self.missing.append(name)
                 continue
             if param.need == "ignored":
+                if self.ledger.is_claimed(name):  # a scale of the cache, read by the attention
+                    continue
                 self.ledger.skip(name, param.rule or f"ignored by {scheme.name}")
                 continue
             self._shape(param, info, index)
@@ -351,9 +356,9 @@ def plan(
         (stored, _plan_member(registry, match, _describe(stored), checkpoint))
         for stored in _stored_members(checkpoint, _split_modules(registry, match, checkpoint))
     ]
-    for _, member in planned:
-        if member.quantized:
-            checker.member(member)
+    attention = _attention(registry, match, checkpoint)
+    for member in (*attention.values(), *(m for _, m in planned if m.quantized)):
+        checker.member(member)
     for stored, member in planned:
         layer, twin = member.layer, members.get(member.layer.name)
         if twin is not None and (twin.quantized or member.quantized):
@@ -391,6 +396,7 @@ def plan(
         members=members,
         dense=dense,
         ledger=ledger,
+        attention=attention,
         warnings=[*checkpoint.warnings],
     )
     result.warnings += _config_warnings(match, members)
@@ -405,6 +411,25 @@ def _split_modules(
     answer = registry.call_one(match.plugin, "split_modules", match=match, checkpoint=checkpoint)
     found: Mapping[str, Sequence[LayerDesc]] = {} if answer is None else answer
     return found
+
+
+def _attention(
+    registry: Registry, match: FormatMatch | None, checkpoint: Checkpoint
+) -> dict[str, Member]:
+    if match is None:
+        return {}
+    answer = registry.call_one(
+        match.plugin, "attention_schemes", match=match, checkpoint=checkpoint
+    )
+    found: Mapping[str, Scheme] = {} if answer is None else answer
+    out = {}
+    for path, scheme in found.items():
+        name = checkpoint.public_name(f"{path}.weight").removesuffix(".weight")
+        layer = LayerDesc(kind="attention", name=name, stored=path)
+        checked = _check_scheme(match.plugin, layer, scheme)
+        assert isinstance(checked, Scheme), "attention_schemes answers with schemes only"
+        out[name] = Member(layer=layer, scheme=checked, params=tuple(checked.params(layer)))
+    return out
 
 
 def _plan_member(

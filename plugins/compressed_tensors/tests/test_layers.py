@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, QuantError
+from quant_core.kv_states import QuantCache
 from quant_core.load import load_tensor, read_matrix
 from quant_core.spec import CHANNEL, TENSOR, Unquantized
 from quant_plugin_compressed_tensors.packed import PackedScheme
@@ -310,15 +311,72 @@ def test_what_is_not_supported_is_refused_by_name(ct, write, model, fmt, weights
 # ------------------------------------------------------------------------------------ attention
 
 
-def test_kv_scales_are_accounted_for_and_warned_about(ct, write, model):
-    kv = {f"model.layers.{i}.self_attn.{x}_scale": torch.ones(1) for i in (0, 1) for x in "kv"}
-    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor"}
-    planned = ct.plan(write(model(**kv), ct.block(ct.args(4, G), kv_cache_scheme=scheme)))
+KV = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+
+
+def _cache(value=1.0, layers=(0, 1), suffix="{}_scale"):
+    names = [f"model.layers.{i}.self_attn.{suffix.format(x)}" for i in layers for x in "kv"]
+    return {name: torch.full((1,), value).bfloat16() for name in names}
+
+
+def test_kv_scales_become_attention_members(ct, write, model):
+    planned = ct.plan(write(model(**_cache()), ct.block(ct.args(4, G), kv_cache_scheme=KV)))
+    assert not planned.warnings
+    assert not planned.ledger.skipped
+    assert list(planned.attention) == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    member = planned.attention["model.layers.0.self_attn"]
+    assert {r: s.label for r, s in member.scheme.operands.items()} == {
+        "k": "fp8_e4m3 tensor:bf16", "v": "fp8_e4m3 tensor:bf16",
+    }  # fmt: skip
+    assert (member.scheme.default, member.scheme.site) == (True, "cache")
+    assert not set(_cache()) & set(planned.dense)
+    assert "model.layers.0.self_attn" not in planned.members
+
+
+def test_integer_kv_scales_keep_their_zero_points(ct, write, model):
+    points = {n.replace("scale", "zero_point"): torch.tensor([-3], dtype=torch.int8)
+              for n in _cache()}  # fmt: skip
+    scheme = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": False}
+    planned = ct.plan(
+        write(model(**_cache(0.5), **points), ct.block(ct.args(4, G), kv_cache_scheme=scheme))
+    )
+    member = planned.attention["model.layers.1.self_attn"]
+    lt = read_matrix(planned, member)
+    cache = QuantCache(member.layer, member.scheme, lt)
+    # (c - z) s with c in -128..127, z = -3, s = 0.5: from -62.5 to 65, in halves
+    assert cache.rounded("k", torch.tensor([[0.3, -100.0, 100.0, 64.9]])).tolist() == [
+        [0.5, -62.5, 65.0, 65.0]
+    ]
+    assert {n: t.dtype for n, t in cache.stored().items()} == {
+        n: t.dtype for n, t in (_cache() | points).items() if "layers.1." in n
+    }
+
+
+@pytest.mark.parametrize("lost", ["one scale", "one layer"])
+def test_kv_scale_that_a_layer_lacks_is_missing(ct, write, model, lost):
+    kv = _cache(layers=(0,) if lost == "one layer" else (0, 1))
+    kv.pop("model.layers.1.self_attn.v_scale", None)
+    kv["model.layers.1.self_attn.q_norm.weight"] = torch.ones(8)
+    path = write(model(**kv), ct.block(ct.args(4, G), kv_cache_scheme=KV))
+    err = raises(CheckpointError, "Q-TENSOR-MISSING", ct, path, "model.layers.1.self_attn.v_scale")
+    assert ("model.layers.1.self_attn.k_scale" in str(err)) == (lost == "one layer")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_kv_scale_that_is_not_positive_is_refused(ct, write, model, value):
+    planned = ct.plan(write(model(**_cache(value)), ct.block(ct.args(4, G), kv_cache_scheme=KV)))
+    with pytest.raises(LayoutError, match=r"self_attn\.k_scale") as info:
+        read_matrix(planned, planned.attention["model.layers.0.self_attn"])
+    assert info.value.code == "Q-VALUE-SCALE"
+
+
+@pytest.mark.parametrize("scheme", [KV | {"num_bits": 4}, KV | {"strategy": "attn_head"}])
+def test_kv_scales_of_other_kinds_are_accounted_for_and_warned_about(ct, write, model, scheme):
+    planned = ct.plan(write(model(**_cache()), ct.block(ct.args(4, G), kv_cache_scheme=scheme)))
     assert planned.warnings == ["KV-cache scales present, not applied (2 attention modules)"]
-    assert set(kv) <= set(planned.ledger.skipped)
-    assert not set(kv) & set(planned.dense)
-    config = planned.match.config
-    assert (config.kv_cache.bits, config.kv_cache.kind) == (8, "float")
+    assert set(_cache()) <= set(planned.ledger.skipped)
+    assert not planned.attention
+    assert not set(_cache()) & set(planned.dense)
 
 
 def test_kv_scheme_without_scales_is_warned_about(ct, write, model):
@@ -327,11 +385,19 @@ def test_kv_scheme_without_scales_is_warned_about(ct, write, model):
     assert "no scales are stored" in planned.warnings[0]
 
 
-def test_older_kv_scales_beside_the_weights_are_accounted_for(ct, write, layer):
+def test_older_kv_scales_beside_the_weights_belong_to_the_attention(ct, write, layer):
     tensors = {}
     for x in "kv":
         name = f"model.layers.0.self_attn.{x}_proj"
         tensors |= ct.named(layer(), name) | {f"{name}.output_scale": torch.ones(1).half()}
-    planned = ct.plan(write(tensors, ct.block(ct.args(4, G), ignore=[])))
+    block = ct.block(ct.args(4, G), ignore=[])
+    planned = ct.plan(write(tensors, block))
     assert planned.warnings == ["KV-cache scales present, not applied (2 attention modules)"]
     assert len(planned.ledger.skipped) == 2
+    planned = ct.plan(write(tensors, block | {"kv_cache_scheme": KV}))
+    assert not planned.warnings
+    assert not planned.ledger.skipped
+    (member,) = planned.attention.values()
+    assert [t.stored for t in member.scheme.tensors] == [
+        f"model.layers.0.self_attn.{x}_proj.output_scale" for x in "kv"
+    ]

@@ -68,12 +68,20 @@ def _check_float(plan: Plan, public: str) -> None:
         )
 
 
+def _check_cache(plan: Plan, member: Any) -> None:
+    from quant_core.load import read_matrix
+
+    read_matrix(plan, member)
+
+
 def _steps(plan: Plan) -> Iterator[tuple[str, Any]]:
     """(what, check) for everything there is to read."""
     for name, member in plan.quantized.items():
         for expert in member.layer.experts or (None,):
             what = name if expert is None else f"{name}[{expert}]"
             yield what, lambda m=member, e=expert: _check_matrix(plan, m, e)
+    for name, member in plan.attention.items():
+        yield name, lambda m=member: _check_cache(plan, m)
     for public in plan.dense:
         yield public, lambda p=public: _check_float(plan, p)
 

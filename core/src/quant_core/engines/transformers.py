@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from quant_core.engines.transformers_cache import CacheMode
 
 __all__ = ["SUPPORTED", "as_config", "install", "load_model", "uninstall"]
 
@@ -119,6 +120,7 @@ def as_config(
     kernels: str | Sequence[str] | None = None,
     strict: bool = False,
     device: str | None = None,
+    kv_cache: CacheMode | None = None,
     online: str | None = None,
     skip: Sequence[str] = (),
     online_options: Mapping[str, Any] | None = None,
@@ -166,8 +168,8 @@ def as_config(
     if unused:
         raise ConfigError(
             f"load_model: {summarize(unused)} is no setting of {type(config).__name__}, expected "
-            "dtype, device, strict, kernels, format, online, skip, online_options, requantize or "
-            "a key of config.json. Remove it.",
+            "dtype, device, strict, kernels, format, kv_cache, online, skip, online_options, "
+            "requantize or a key of config.json. Remove it.",
             code="Q-CFG-KEY",
             tensor=next(iter(unused)),
             actual=sorted(unused),
@@ -180,6 +182,7 @@ def as_config(
         kernels=kernels,
         strict=strict,
         device=device,
+        kv_cache=kv_cache,
         online=online,
         skip=skip,
         online_options=online_options,
@@ -218,6 +221,7 @@ def load_model(
     strict: bool = False,
     kernels: str | Sequence[str] | None = None,
     format: str | None = None,
+    kv_cache: CacheMode | None = None,
     online: str | None = None,
     skip: Sequence[str] = (),
     online_options: Mapping[str, Any] | None = None,
@@ -234,6 +238,8 @@ def load_model(
         strict: treat warnings (unknown config keys, patterns that match nothing) as errors.
         kernels: names of kernels to allow; default from ``QUANT_KERNELS``, else all.
         format: plugin id to insist on.
+        kv_cache: "checkpoint" rounds keys and values by the scales of the file, "float" does not;
+            default: what the producer's own forward does.
         online: quantize a float checkpoint while loading it: a scheme that an installed plugin
             offers, by its bare name or as "plugin:name".
         skip: patterns of modules that stay floats, see ``online.SkipRules``.
@@ -243,9 +249,9 @@ def load_model(
 
     Raises:
         PluginError: ``Q-ENGINE-MISSING``, ``Q-ENGINE-VERSION``.
-        ConfigError: ``Q-ENGINE-CONFIG``, ``-DEVICE``, ``-DTYPE``, ``-MODEL``, ``Q-CFG-KEY``, or
-            the checkpoint's own quantization config is wrong; ``Q-CFG-CONFLICT`` for ``online``
-            on a quantized checkpoint.
+        ConfigError: ``Q-ENGINE-CONFIG``, ``-DEVICE``, ``-DTYPE``, ``-MODEL``, ``-CACHE``,
+            ``Q-CFG-KEY``, or the checkpoint's own quantization config is wrong;
+            ``Q-CFG-CONFLICT`` for ``online`` on a quantized checkpoint.
         CheckpointError, LayoutError, FormatError, KernelError: see their codes; nothing half
             loaded stays.
     """
@@ -259,6 +265,7 @@ def load_model(
         kernels=kernels,
         strict=strict,
         device=where,
+        kv_cache=kv_cache,
         online=online,
         skip=skip,
         online_options=online_options,

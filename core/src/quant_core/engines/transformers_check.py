@@ -161,7 +161,8 @@ class Check:
                 actual=wrong[0][1],
             )
 
-    def _rule(self, name: str) -> str:
+    def rule(self, name: str) -> str:
+        """Why the model rightly has no place for a tensor; "" if there is no reason."""
         number = _LAYER_NUMBER.search(name)
         if number is not None and int(number[1]) in self.layers:
             return f"layers {self.layers.start}..{self.layers.stop - 1} are not part of the model"
@@ -173,14 +174,14 @@ class Check:
 
     def _skip_tensor(self, name: str) -> bool:
         stored = self.plan.dense[name]
-        rule = self._rule(name) or self._zero_bias(name, stored)
+        rule = self.rule(name) or self._zero_bias(name, stored)
         if rule:
             self.ledger.skip(stored, rule)
             self.skipped.setdefault(rule, []).append(stored)
         return bool(rule)
 
     def _skip_member(self, member: Member) -> bool:
-        rule = self._rule(f"{member.layer.name}.weight")
+        rule = self.rule(f"{member.layer.name}.weight")
         for stored in _stored_names(self.plan, member) if rule else ():
             self.ledger.skip(stored, rule)
             self.skipped.setdefault(rule, []).append(stored)

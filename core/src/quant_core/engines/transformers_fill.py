@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.build import Builder
+from quant_core.engines.transformers_cache import CacheMode, attach_caches
 from quant_core.engines.transformers_check import Check, check_bias, without_zero_bias
 from quant_core.engines.transformers_experts import gating_of
 from quant_core.engines.transformers_names import Layout, Slot, arrange
@@ -45,13 +46,19 @@ class Filled:
 
 
 def fill_model(
-    model: PreTrainedModel, plan: Plan, builder: Builder, dtypes: Mapping[str, torch.dtype]
+    model: PreTrainedModel,
+    plan: Plan,
+    builder: Builder,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    kv_cache: CacheMode | None = None,
 ) -> Filled:
     """Load all of ``plan`` into ``model``, in place.
 
     Args:
         model: a skeleton on the meta device; parameters have the dtype that is wanted.
         dtypes: name pattern -> dtype of parameters that are kept in another one.
+        kv_cache: as in ``load_model``.
 
     Raises:
         CheckpointError: ``Q-TENSOR-MISSING``, ``Q-TENSOR-UNEXPECTED``, ``Q-TENSOR-DUPLICATE``,
@@ -60,7 +67,8 @@ def fill_model(
     """
     layout = arrange(plan, model)
     tied = Tied(model, layout)
-    Check(plan, model, layout, tied).run()
+    check = Check(plan, model, layout, tied)
+    check.run()
     filled = Filled(slots=dict(layout.slots), left=tied.left)
     for module in [name for name, _ in model.named_modules()]:
         if module in layout.layers:
@@ -75,6 +83,7 @@ def fill_model(
         check_bias(plan, model, module, members)
         model.set_submodule(module, new)
         filled.members |= {m.layer.name: m for m in members}
+    attach_caches(model, plan, layout, mode=kv_cache, device=builder.device, beyond=check.rule)
     _fill_dense(model, plan, layout, builder.device, dtypes)
     tied.apply()
     plan.ledger.check_loaded()

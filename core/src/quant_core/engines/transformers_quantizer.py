@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quant_core.build import Builder
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.detect import quantization_config
+from quant_core.engines.transformers_cache import CacheMode, check_mode
 from quant_core.engines.transformers_fill import Filled, fill_model
 from quant_core.engines.transformers_online import online_provenance, replaceable_in
 from quant_core.engines.transformers_save import Provenance, attach_save
@@ -42,7 +43,7 @@ log = logging.getLogger("quant_core")
 
 METHOD = "quant_core"
 _ONLINE = ("online", "skip", "online_options", "requantize")
-_OPTIONS = ("path", "format", "kernels", "strict", "device", *_ONLINE)
+_OPTIONS = ("path", "format", "kernels", "strict", "device", "kv_cache", *_ONLINE)
 
 
 class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -50,7 +51,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Attributes:
         path: the checkpoint; None: where transformers found the weights.
-        format, kernels, strict, device, online, skip, online_options, requantize: as in
+        format, kernels, strict, device, kv_cache, online, skip, online_options, requantize: as in
             ``load_model``.
         original: the checkpoint's own block, which saving and ``to_dict`` give back.
     """
@@ -63,6 +64,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         kernels: str | Sequence[str] | None = None,
         strict: bool = False,
         device: str | None = None,
+        kv_cache: CacheMode | None = None,
         online: str | None = None,
         skip: Sequence[str] = (),
         online_options: Mapping[str, Any] | None = None,
@@ -72,6 +74,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.path, self.format, self.kernels = path, format, kernels
         self.strict, self.device = strict, device
+        self.kv_cache = check_mode(kv_cache)
         self.online, self.skip, self.requantize = online, list(skip), requantize
         self.online_options = dict(online_options or {})
         self.original = None if original is None else dict(original)
@@ -213,6 +216,7 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
                     plan,
                     builder,
                     model._get_dtype_plan(dtype),
+                    kv_cache=self.quantization_config.kv_cache,
                 )
                 self.provenance = Provenance.of(plan, filled)
                 if online is not None:

@@ -27,6 +27,7 @@ from quant_core.checkpoint.open import open_checkpoint
 from quant_core.checkpoint.write import write_safetensors
 from quant_core.engines.transformers_names import Slot
 from quant_core.errors import ConfigError, LayoutError, QuantError, printable, summarize
+from quant_core.kv_states import QuantCache
 from quant_core.nn import BoundMember, QuantModule, matrices
 from quant_core.packing import repack
 from quant_core.plan import Member, Plan, member_parts, param_sources
@@ -199,6 +200,11 @@ def _stored_tensors(model: PreTrainedModel, p: Provenance) -> Iterator[tuple[str
     for name, tensor in _quantized(model, p):
         written.add(name)
         yield name, tensor
+    for module in model.modules():
+        if isinstance(module, QuantCache):
+            for name, tensor in module.stored().items():
+                written.add(name)
+                yield name, tensor
     for public, slot in p.slots.items():
         name = p.dense[public]
         written.add(name)

@@ -18,8 +18,8 @@ from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import FLOAT_DTYPES
 from quant_core.errors import CheckpointError, ConfigError, printable
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
+from quant_plugin_compressed_tensors.cache import KV_LEAVES
 from quant_plugin_compressed_tensors.config import CtConfig, Group
-from quant_plugin_compressed_tensors.detect import KV_LEAVES
 from quant_plugin_compressed_tensors.header import Header
 from quant_plugin_compressed_tensors.scheme import KV_RULE, CtScheme
 from quant_plugin_compressed_tensors.transforms import TRANSFORM_RULE
