@@ -206,7 +206,7 @@ def cache_schemes(
             operands={role: _spec(element, found) for role, found in by_role.items()},
             tensors=tensors,
             site=site,
-            projections=dict(projections or {}),
+            projections={r: n for r, n in (projections or {}).items() if r in by_role},
             default=default,
             plugin=plugin,
         )

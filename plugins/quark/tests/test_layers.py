@@ -296,6 +296,47 @@ def test_cache_scales_are_accounted_for_by_their_rule(qk, write, fp4):
     assert len(planned.ledger.skipped) == 3
 
 
+def _fp8_outputs(fp4, **changes):
+    outputs = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
+    layer = fp4["global_quant_config"] | {"output_tensors": outputs | changes}
+    return fp4 | {"layer_quant_config": {"*k_proj": layer, "*v_proj": layer}, "exclude": []}
+
+
+def _cached_layer(qk):
+    out = {}
+    for name in (f"{ATTN}.k_proj", f"{ATTN}.v_proj"):
+        out |= qk.named(qk.mxfp4_layer(), name) | {f"{name}.output_scale": torch.ones(())}
+    return out
+
+
+@pytest.mark.parametrize("post_rope", [False, True])
+def test_scales_of_keys_and_values_become_an_attention_member(qk, write, fp4, post_rope):
+    config = _fp8_outputs(fp4) | {"kv_cache_post_rope": post_rope}
+    planned = qk.plan(write(_cached_layer(qk), config))
+    assert not planned.warnings
+    assert not planned.ledger.skipped
+    scheme = planned.attention[ATTN].scheme
+    assert {r: s.label for r, s in scheme.operands.items()} == dict.fromkeys(
+        "kv", "fp8_e4m3 tensor:f32"
+    )
+    assert scheme.site == ("cache" if post_rope else "projection")
+    assert scheme.projections == {"k": "k_proj", "v": "v_proj"}
+
+
+def test_outputs_of_other_kinds_are_accounted_for_and_warned_about(qk, write, fp4):
+    config = _fp8_outputs(fp4, dtype="fp8_e5m2")
+    planned = qk.plan(write(_cached_layer(qk), config))
+    assert planned.warnings == [f"{KV_RULE} (1 attention modules)"]
+    assert not planned.attention
+
+
+def test_scale_of_keys_that_a_layer_lacks_is_missing(qk, write, fp4):
+    tensors = _cached_layer(qk)
+    second = {n.replace("layers.0", "layers.1"): t for n, t in tensors.items()}
+    second.pop(f"{ATTN}.k_proj.output_scale".replace("layers.0", "layers.1"))
+    fails(CheckpointError, "Q-TENSOR-MISSING", qk, write(tensors | second, _fp8_outputs(fp4)))
+
+
 def test_cache_scales_elsewhere_are_unexpected(qk, write, fp4):
     tensors = qk.named(qk.mxfp4_layer()) | {f"{qk.NAME}.output_scale": torch.ones(())}
     fails(CheckpointError, "Q-TENSOR-UNEXPECTED", qk, write(tensors, fp4))

@@ -11,10 +11,8 @@ import torch
 
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.engines.transformers import load_model
-from quant_core.kernels.activations import fake_quantize
 from quant_core.nn import QuantModule
 from quant_core.plan import plan
-from quant_core.spec import TENSOR, Element, QuantSpec, Scale
 
 pytestmark = pytest.mark.shared
 WEIGHT_ONLY = ("quark-uint4-g128-awq",)
@@ -102,37 +100,10 @@ def test_another_rule_of_the_block_exponent_misses_the_bound(shared, rule):
 # ---------------------------------------------------------------------------------- KV-cache scales
 
 
-def test_kv_scales_do_not_stop_the_load_and_their_absence_shows(shared):
-    ids, want, meta = _expected(shared / WITH_CACHE)
-    planned = plan(open_checkpoint(shared / WITH_CACHE))
-    assert planned.warnings == ["KV-cache scales present, not applied (2 attention modules)"]
-    assert len(planned.ledger.skipped) == 4
-    found = _distances(load_model(shared / WITH_CACHE, dtype=torch.float32), ids, want, meta)
-    # everything but the cache is right: exactly as far off as the producer without it
-    assert found["mean"] == pytest.approx(meta["distance_without_kv_quant"], abs=1e-6)
-
-
-def _quantize_keys_and_values(model, checkpoint):
-    """Round outputs of k_proj and v_proj with the stored scales, before the rotary embedding."""
-    spec = QuantSpec(
-        element=Element(name="fp8_e4m3", bits=8, kind="float"),
-        scales=(Scale(element="bf16", grain=TENSOR),),
-    )
-
-    def hook(scale):
-        return lambda module, args, y: fake_quantize(y[0], spec, scale)[None]
-
-    for name, module in model.named_modules():
-        if name.endswith(("k_proj", "v_proj")):
-            scale = checkpoint.read(f"{name}.output_scale").reshape(1)
-            module.register_forward_hook(hook(scale))
-
-
 @pytest.mark.parametrize("activations", [True, False])
-def test_fp8_logits_are_within_the_bound_with_the_cache_quantized(shared, activations):
+def test_fp8_logits_are_within_the_bound_with_keys_and_values_rounded(shared, activations):
     ids, want, meta = _expected(shared / WITH_CACHE)
-    model = load_model(shared / WITH_CACHE, dtype=torch.float32)
-    _quantize_keys_and_values(model, open_checkpoint(shared / WITH_CACHE))
+    model = load_model(shared / WITH_CACHE, dtype=torch.float32, strict=True)
     if not activations:
         _change_inputs(model, lambda spec: None)
     found = _distances(model, ids, want, meta)
@@ -140,6 +111,15 @@ def test_fp8_logits_are_within_the_bound_with_the_cache_quantized(shared, activa
     if not activations:
         off = meta["distance_without_act_quant"]
         assert found["mean"] == pytest.approx(off, rel=0.001)
+
+
+def test_fp8_logits_miss_the_bound_with_a_float_cache(shared):
+    ids, want, meta = _expected(shared / WITH_CACHE)
+    model = load_model(shared / WITH_CACHE, dtype=torch.float32, kv_cache="float")
+    found = _distances(model, ids, want, meta)
+    assert not _within(found, meta["bound"])
+    # everything but the cache is right: exactly as far off as the producer without it
+    assert found["mean"] == pytest.approx(meta["distance_without_kv_quant"], abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------- fault case

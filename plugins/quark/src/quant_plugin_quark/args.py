@@ -116,7 +116,7 @@ class LayerArgs:
     where: str  # path inside the config
     weight: tuple[TensorArgs, ...] = ()
     inputs: tuple[TensorArgs, ...] = ()
-    outputs: bool = False  # outputs are quantized: right for keys and values only
+    outputs: tuple[TensorArgs, ...] = ()  # right for keys and values only
     bias: bool = False
 
     @property
@@ -231,6 +231,6 @@ def parse_layer(raw: Any, file: str, where: str, unknown: list[str]) -> LayerArg
         where=where,
         weight=operand["weight"],
         inputs=operand["input_tensors"],
-        outputs=bool(operand["output_tensors"]),
+        outputs=operand["output_tensors"],
         bias=bool(operand["bias"]),
     )

@@ -46,6 +46,7 @@ class QuarkConfig:
         linear: arguments of the layer type Linear, None if it has none of its own.
         reorder: words of eight 4-bit codes hold them in the order 0 2 4 6 1 3 5 7.
         kv_cache: patterns of modules whose outputs are keys and values of the cache.
+        post_rope: keys are quantized after the rotary embedding, not as they leave k_proj.
         online: a rotation runs with the model.
         siblings: names without numbers of all quantized modules.
         stored: the block as JSON text, for writing it back.
@@ -57,6 +58,7 @@ class QuarkConfig:
     exclude: tuple[NamePattern, ...] = ()
     reorder: bool = True
     kv_cache: tuple[NamePattern, ...] = ()
+    post_rope: bool = False
     online: bool = False
     siblings: frozenset[str] = frozenset()
     file: str = ""
@@ -170,6 +172,7 @@ def parse_config(block: Mapping[str, Any], file: str) -> QuarkConfig:
         exclude=exclude,
         reorder=export.text("pack_method") != "order",
         kv_cache=tuple(pattern(n, "kv_cache_group") for n in export.names("kv_cache_group")),
+        post_rope=bool(Fields(block, file, "", "quark").flag("kv_cache_post_rope")),
         online=_online(block, file),
         file=file,
         warnings=tuple(warnings),

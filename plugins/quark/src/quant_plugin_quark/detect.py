@@ -13,10 +13,9 @@ from quant_core.detect import FLOAT_DTYPES, quantization_config
 from quant_core.errors import ConfigError, summarize
 from quant_core.presence import siblings_of
 from quant_core.spec import FormatMatch, TensorInfo
-from quant_plugin_quark.beside import KV_MODULES
+from quant_plugin_quark.cache import cache_warnings
 from quant_plugin_quark.config import QuarkConfig, parse_config
 from quant_plugin_quark.names import first_of
-from quant_plugin_quark.scheme import KV_RULE
 from quant_plugin_quark.transforms import ROTATIONS, SHARED
 
 __all__ = ["detect", "is_quantized"]
@@ -33,23 +32,6 @@ def is_quantized(path: str, leaves: Mapping[str, TensorInfo]) -> bool:
     weight = leaves.get("weight")
     odd = weight is not None and len(weight.shape) > 1 and weight.dtype not in FLOAT_DTYPES
     return odd or bool(_QUANTIZED & leaves.keys())
-
-
-def _cache_warnings(config: QuarkConfig, checkpoint: Checkpoint) -> Iterator[str]:
-    """What the file says of quantized keys and values is read by nobody yet: say so."""
-    owners = {
-        module.rpartition(".")[0]
-        for module, leaves in checkpoint.modules.items()
-        if "output_scale" in leaves and module.rpartition(".")[2] in KV_MODULES
-    }
-    owners |= {m for m, leaves in checkpoint.modules.items() if "prob_output_scale" in leaves}
-    if owners:
-        yield f"{KV_RULE} ({len(owners)} attention modules)"
-    elif config.kv_cache:
-        yield (
-            f"{config.file}: export.kv_cache_group names keys or values, but no scales of them "
-            "are stored; the cache stays unquantized"
-        )
 
 
 def _float_experts(config: QuarkConfig, checkpoint: Checkpoint) -> Iterator[str]:
@@ -103,7 +85,7 @@ def detect(checkpoint: Checkpoint) -> FormatMatch | None:
         return None
     config = parse_config(block, "config.json")
     _check_rotations(config, checkpoint)
-    extra = (*_cache_warnings(config, checkpoint), *_float_experts(config, checkpoint))
+    extra = (*cache_warnings(config, checkpoint), *_float_experts(config, checkpoint))
     return FormatMatch(
         plugin="quark",
         level="declared",
