@@ -115,6 +115,18 @@ def test_missing_tensor_of_an_int8_weight_is_named(write, bnb, leaf):
     assert f"{bnb.NAME}.{leaf}" in str(err)
 
 
+def test_weight_format_that_one_layer_lost_is_named(write, bnb):
+    tensors = {}
+    for i in range(3):
+        stored, _ = bnb.int8(4, 64, seed=i)
+        tensors |= bnb.named(stored, f"model.layers.{i}.mlp.up_proj")
+    lost = "model.layers.1.mlp.up_proj.weight_format"
+    del tensors[lost]
+    err = _raises(write, bnb, tensors, bnb.EIGHT, CheckpointError)
+    assert err.code == "Q-TENSOR-MISSING"
+    assert lost in str(err)
+
+
 def test_extra_tensor_is_named(write, bnb):
     stored, _ = bnb.four_bit(4, 64)
     extra = {"weight.nested_absmax": torch.ones(1)}

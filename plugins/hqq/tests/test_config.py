@@ -160,6 +160,19 @@ def test_missing_tensor_is_named(write, hqq, leaf):
     assert f"{hqq.NAME}.{leaf}" in str(err)
 
 
+@pytest.mark.parametrize("leaf", ["optimize", "quant_zero", "compute_dtype"])
+def test_description_that_one_layer_lost_is_named(write, hqq, leaf):
+    tensors = {}
+    for i in range(3):
+        stored, _ = hqq.layer(4, 64, seed=i)
+        tensors |= hqq.named(stored, f"model.layers.{i}.mlp.up_proj")
+    lost = f"model.layers.1.mlp.up_proj.{leaf}"
+    del tensors[lost]
+    err = _raises(write, hqq, tensors, hqq.block(), CheckpointError)
+    assert err.code == "Q-TENSOR-MISSING"
+    assert lost in str(err)
+
+
 def test_extra_tensor_is_named(write, hqq):
     stored, _ = hqq.layer(4, 64)
     extra = {"scale_q": torch.ones(1)}

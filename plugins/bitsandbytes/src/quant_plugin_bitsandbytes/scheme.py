@@ -129,11 +129,10 @@ class Int8Scheme(Scheme):
             ),
             ParamSpec(name="SCB", shape=(n,), dtypes=("float32",), axes=(out,), role="scales"),
         ]
-        if self.has_format:
-            specs.append(
-                ParamSpec(name="weight_format", shape=(), dtypes=("uint8",), role="description")
-            )
-        return (*specs, _bias(layer, n))
+        order = ParamSpec(
+            name="weight_format", shape=(), dtypes=("uint8",), role="description", need="cohort"
+        )
+        return (*specs, order, _bias(layer, n))
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:
         from quant_plugin_bitsandbytes import layout

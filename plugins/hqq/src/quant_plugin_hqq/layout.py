@@ -81,7 +81,8 @@ def pack_words(codes: Tensor, meta: Meta) -> Tensor:
 def _check_meta(scheme: HqqScheme, where: str, tensors: Mapping[str, Tensor]) -> None:
     """An expert of a stack is described as the first one."""
     for name, _, _, raw in scheme.meta.stored:
-        found = bytes(tensors[name].reshape(-1).view(torch.uint8).tolist())
+        tensor = tensors.get(name)
+        found = b"" if tensor is None else bytes(tensor.reshape(-1).view(torch.uint8).tolist())
         if found != raw:
             raise LayoutError(
                 f"{where}.{name}: holds {found[:32]!r}, expected {raw[:32]!r} as in the rest of "

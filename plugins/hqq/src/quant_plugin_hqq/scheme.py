@@ -7,7 +7,7 @@ Imports no torch; ``layout`` holds the tensor code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from quant_core.flat import flat_grain
 from quant_core.intspec import SCALE_ELEMENTS, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import Axis, Element, LayerDesc, ParamSpec, QuantSpec, Scale, Zero
-from quant_plugin_hqq.meta import Meta
+from quant_plugin_hqq.meta import NAMES, Meta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,20 @@ class HqqScheme(Scheme):
     zero_dtype: str = "float32"
     source: str = field(default="", compare=False)
 
+    def _descriptions(self) -> Iterator[ParamSpec]:
+        """The small tensors: all layers have one, or none has it."""
+        stored = {name: (dtype, shape) for name, dtype, shape, _ in self.meta.stored}
+        for name in sorted(NAMES):
+            dtype, shape = stored.get(name, ("uint8", ()))
+            yield ParamSpec(
+                name=name,
+                shape=shape,
+                dtypes=(dtype,),
+                axes=(_FIXED,) * len(shape),
+                role="description",
+                need="cohort",
+            )
+
     def params(self, layer: LayerDesc) -> tuple[ParamSpec, ...]:
         meta = self.meta
         groups = (Axis(tag="fixed", per=Fraction(meta.group_size), cut="replicate"), _FIXED)
@@ -57,7 +71,7 @@ class HqqScheme(Scheme):
             param("W_q", self.word_shape, self.word_dtype, "codes"),
             param("scale", (meta.rows, 1), self.scale_dtype, "scales"),
             param("zero", (meta.rows, 1), self.zero_dtype, "zeros"),
-            *(param(name, shape, dtype, "description") for name, dtype, shape, _ in meta.stored),
+            *self._descriptions(),
             ParamSpec(
                 name="bias",
                 shape=(self.shape[0],),
