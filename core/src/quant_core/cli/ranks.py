@@ -8,10 +8,12 @@ largest rank counts: an axis that does not divide evenly is rounded up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from quant_core.plan import Member, member_parts, part_nbytes
+from quant_core.scheme import Scheme
 from quant_core.spec import ParamSpec, TensorInfo
 
 __all__ = ["cut_axis", "rank_bytes"]
@@ -20,6 +22,7 @@ _ALONG_OUT = frozenset(
     "q_proj k_proj v_proj qkv_proj gate_proj up_proj gate_up_proj q_b_proj kv_b_proj lm_head "
     "embed_tokens wte wq wk wv w1 w3 c_attn c_fc fc1 query_key_value dense_h_to_4h".split()
 )
+_COARSEST = 1024  # weights per value, above which a tensor does not grow with both axes
 _ALONG_IN = frozenset("o_proj down_proj out_proj c_proj wo w2 fc2 dense_4h_to_h".split())
 
 
@@ -37,7 +40,13 @@ def _fraction(sizes: Iterable[tuple[str, int]], cut: str | None, ranks: int) -> 
     return 1.0
 
 
-def _param_fraction(param: ParamSpec, cut: str | None, ranks: int) -> float:
+def _param_fraction(
+    param: ParamSpec, matrix: tuple[int, int], cut: str | None, ranks: int
+) -> float:
+    directed = any(axis.tag in ("in", "out", "group") for axis in param.axes)
+    if not directed and math.prod(param.shape) * _COARSEST >= math.prod(matrix):
+        # stored flattened, so no stored axis is cut, but the canonical form is
+        return _fraction(zip(("out", "in"), matrix), cut, ranks)
     cuttable = [
         (axis.tag, size)
         for axis, size in zip(param.axes, param.shape)
@@ -54,12 +63,12 @@ def _float_fraction(info: TensorInfo, cut: str | None, ranks: int) -> float:
 def rank_bytes(member: Member, tensors: Mapping[str, TensorInfo], ranks: int) -> float:
     """Stored bytes of ``member`` on the fullest rank of ``ranks``."""
     cut = cut_axis(member.layer.name)
-    if not member.quantized:
+    if not isinstance(member.scheme, Scheme):
         return sum(
             tensors[n].nbytes * _float_fraction(tensors[n], cut, ranks) for n in member.stored
         )
     return sum(
-        part_nbytes(tensors[name], index) * _param_fraction(param, cut, ranks)
+        part_nbytes(tensors[name], index) * _param_fraction(param, member.scheme.shape, cut, ranks)
         for param, name, index, _ in member_parts(member)
         if name in tensors and param.need != "ignored"
     )
