@@ -68,6 +68,9 @@ def test_logits_are_within_the_bound(shared, name):
     assert _within(found, meta["bound"]), found
 
 
+_REFERENCE = "torch_ref"  # its modules can be bound again for another operation
+
+
 def _change_inputs(model, change):
     """Every module's quantized input as ``change`` makes it; None removes it."""
     for module in model.modules():
@@ -80,7 +83,7 @@ def _change_inputs(model, change):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_logits_miss_the_bound_without_activation_quantization(shared, name):
     ids, want, meta = _expected(shared / name)
-    model = load_model(shared / name, dtype=torch.float32)
+    model = load_model(shared / name, dtype=torch.float32, kernels=_REFERENCE)
     _change_inputs(model, lambda spec: None)
     found = _distances(model, ids, want, meta)
     assert not _within(found, meta["bound"])
@@ -92,7 +95,7 @@ def test_logits_miss_the_bound_without_activation_quantization(shared, name):
 def test_another_rule_of_the_block_exponent_misses_the_bound(shared, rule):
     name = "quark-mxfp4"
     ids, want, meta = _expected(shared / name)
-    model = load_model(shared / name, dtype=torch.float32)
+    model = load_model(shared / name, dtype=torch.float32, kernels=_REFERENCE)
     _change_inputs(model, lambda s: replace(s, scales=(replace(s.scales[0], rule=rule),)))
     assert not _within(_distances(model, ids, want, meta), meta["bound"])
 
@@ -103,7 +106,7 @@ def test_another_rule_of_the_block_exponent_misses_the_bound(shared, rule):
 @pytest.mark.parametrize("activations", [True, False])
 def test_fp8_logits_are_within_the_bound_with_keys_and_values_rounded(shared, activations):
     ids, want, meta = _expected(shared / WITH_CACHE)
-    model = load_model(shared / WITH_CACHE, dtype=torch.float32, strict=True)
+    model = load_model(shared / WITH_CACHE, dtype=torch.float32, strict=True, kernels=_REFERENCE)
     if not activations:
         _change_inputs(model, lambda spec: None)
     found = _distances(model, ids, want, meta)
