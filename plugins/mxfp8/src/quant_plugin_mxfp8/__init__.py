@@ -10,6 +10,7 @@ from quant_core.spec import PluginInfo
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
+    from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
     from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, Unquantized
 
@@ -50,3 +51,10 @@ def make_config(plan: Any) -> Mapping[str, Any]:
     from quant_plugin_mxfp8.config import config_for
 
     return config_for(plan)
+
+
+@hookimpl
+def online_schemes() -> Mapping[str, OnlineScheme]:
+    from quant_plugin_mxfp8.online import ONLINE
+
+    return ONLINE
