@@ -26,14 +26,19 @@ _LIBRARY = "src/quant_kernels_cpu/_kernels.so"
 _FLAGS = "-O3 -std=c11 -D_GNU_SOURCE -fPIC -fopenmp -fno-strict-aliasing -Wall".split()
 _AVX2 = "-mavx2 -mfma -mf16c".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
-# unit -> flags; the first two are needed, each other one defines QK_HAVE_<name> when it compiles
-_NEEDED = {"rows": [*_AVX2, "-ffp-contract=off"], "kernel_avx2": _AVX2}
+# unit -> flags; the first ones are needed, each other one defines QK_HAVE_<name> when it compiles
+_NEEDED = {
+    "rows": [*_AVX2, "-ffp-contract=off"],
+    "kernel_avx2": _AVX2,
+    "kernel_int8_avx2": _AVX2,
+}
 _OPTIONAL = {
     "AVX512": ("kernel_avx512", _AVX512),
     "BF16": ("kernel_bf16", [*_AVX512, "-mavx512bf16"]),
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
+    "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 1  # of the C interface; library.py checks it
+_VERSION = 2  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

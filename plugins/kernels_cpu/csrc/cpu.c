@@ -2,7 +2,7 @@
 #include <cpuid.h>
 #include <omp.h>
 
-#include "qk.h"
+#include "int8.h"
 
 enum { ISA_NONE, ISA_AVX2, ISA_AVX512, ISA_BF16 };
 
@@ -78,6 +78,20 @@ int qk_linear_int8(const qk_call *c) {
     (void)c;
     return 3;
 #endif
+}
+
+/* int8 weights and int8 activations with the codes that the operation names (int8.h). */
+int qk_linear_w8a8(const qk_int8_call *c) {
+    const int64_t threads = omp_get_max_threads();
+    const qk_segment one = {0, 0, c->count}, *segs = c->segments ? c->segments : &one;
+    const int64_t n = c->segments ? c->count : 1;
+#ifdef QK_HAVE_INT8_VNNI
+    if (c->isa >= ISA_AVX512 && qk_has_vnni())
+        return qk_w8a8_vnni(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
+#endif
+    if (c->isa >= ISA_AVX2)
+        return qk_w8a8_avx2(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
+    return 3;
 }
 
 /* Blocks [x, x + count) as bfloat16 weights at y, [k][count * 32]; `x` is a number here. */

@@ -18,10 +18,12 @@ from quant_core.packing import pack, unpack
 from quant_core.spec import CANONICAL
 from quant_kernels_cpu.library import library
 from quant_kernels_cpu.support import ROWS, ZERO_CODE, Layout
+from quant_kernels_cpu.support_int8 import Int8Layout
 
 __all__ = [
     "buffer_shapes",
     "clear_padding_",
+    "int8_buffer_shapes",
     "read_codes",
     "read_grid",
     "write_codes_",
@@ -52,7 +54,29 @@ def buffer_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     return out
 
 
-def clear_padding_(name: str, buffer: Tensor, layout: Layout) -> None:
+def int8_buffer_shapes(layout: Int8Layout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The same for a layer with int8 activations; ``sums`` are those of the weight's codes."""
+    b, n, groups = layout.blocks, layout.n, -(-layout.k // layout.group)
+    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((b, layout.k // layout.per, ROWS, 4), torch.uint8),
+        "scales_0": ((1, 1) if layout.single else (b, groups, ROWS), scale_dtype(layout.scale)),
+    }
+    if layout.sums:
+        out["sums"] = ((b, groups, ROWS), torch.int32)
+    if layout.bias_dtype:
+        out["bias"] = ((n,), getattr(torch, layout.bias_dtype))
+    if layout.acc_bias:
+        out["acc_bias"] = ((n,), torch.int32)
+    if layout.out_scale:
+        out["out_scale"] = ((n,), torch.float32)
+    if layout.input_scale:
+        out["input_scale"] = ((1,), scale_dtype(layout.input_scale))
+    if layout.input_zero:
+        out["input_zero"] = ((1,), torch.uint8)
+    return out
+
+
+def clear_padding_(name: str, buffer: Tensor, layout: Layout | Int8Layout) -> None:
     """Zero the rows that fill up the last block: what is kept does not depend on old memory."""
     used = layout.n % ROWS
     if name == "codes" and used:
@@ -91,7 +115,7 @@ def read_grid(source: Tensor, n: int) -> Tensor:
     return rows[..., :n, :].contiguous()
 
 
-def _stream(codes: Tensor, layout: Layout) -> Tensor:
+def _stream(codes: Tensor, layout: Layout | Int8Layout) -> Tensor:
     """Canonical codes as row-major codes of the width kept: uint8 (rows, K * width / 8)."""
     if layout.bits == layout.width:
         return codes.contiguous()
@@ -99,7 +123,9 @@ def _stream(codes: Tensor, layout: Layout) -> Tensor:
     return single if layout.width == 8 else pack(single, 4, CANONICAL)
 
 
-def _repack(blocks: Tensor, stream: Tensor, row: int, layout: Layout, *, into: bool) -> None:
+def _repack(
+    blocks: Tensor, stream: Tensor, row: int, layout: Layout | Int8Layout, *, into: bool
+) -> None:
     library().c.qk_repack(
         blocks.data_ptr(),
         stream.data_ptr(),
@@ -112,12 +138,12 @@ def _repack(blocks: Tensor, stream: Tensor, row: int, layout: Layout, *, into: b
     )
 
 
-def write_codes_(target: Tensor, row: int, codes: Tensor, layout: Layout) -> None:
+def write_codes_(target: Tensor, row: int, codes: Tensor, layout: Layout | Int8Layout) -> None:
     """Canonical codes (rows, bytes) into target [blocks, K / per, 32, 4] from row ``row`` on."""
     _repack(target, _stream(codes, layout), row, layout, into=True)
 
 
-def read_codes(source: Tensor, layout: Layout) -> Tensor:
+def read_codes(source: Tensor, layout: Layout | Int8Layout) -> Tensor:
     """Inverse of ``write_codes_``: the canonical bytes of all N rows."""
     stream = torch.empty(layout.n, layout.k * layout.width // 8, dtype=torch.uint8)
     _repack(source, stream, 0, layout, into=False)

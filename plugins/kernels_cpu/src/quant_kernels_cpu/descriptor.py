@@ -1,4 +1,4 @@
-"""``Layout`` as the C structs of csrc/qk.h. The structs here mirror that file field by field."""
+"""Layouts as the C structs of csrc/qk.h and csrc/int8.h, which the structs here mirror."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from quant_core.numerics import decode, decode_scale
 from quant_core.spec import Element
 from quant_kernels_cpu.support import Factor, Layout
+from quant_kernels_cpu.support_int8 import Int8Layout
 
-__all__ = ["CALL", "DTYPES", "Segment", "c_op", "tensor_slots"]
+__all__ = ["CALL", "DTYPES", "Segment", "c_op", "c_op_int8", "tensor_slots"]
 
 _F32, _F16, _BF16, _U8, _I8, _TABLE, _SINGLE = range(1, 8)
 DTYPES = {torch.float32: _F32, torch.float16: _F16, torch.bfloat16: _BF16}
@@ -38,6 +39,15 @@ class _Op(ctypes.Structure):
     ]
 
 
+class _Int8Op(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "k", "group", "scale_type", "scale_single")),
+        *((name, ctypes.c_int64) for name in ("bias_type", "input_type", "has_zero")),
+        *((name, ctypes.c_float) for name in ("peak", "least", "most", "lowest", "highest")),
+        ("unused", ctypes.c_float),
+    ]
+
+
 class Segment(ctypes.Structure):
     """Rows [start, start + count) of x belong to ``expert``."""
 
@@ -45,7 +55,10 @@ class Segment(ctypes.Structure):
 
 
 _SLOTS = ("codes", "scales_0", "scales_1", "zeros", "offset_0", "offset_1", "gather", "bias")
-
+_INT8_SLOTS = (
+    *("codes", "scales_0", "sums", "bias"),
+    *("acc_bias", "out_scale", "input_scale", "input_zero"),
+)
 
 CALL = struct.Struct("@15q")
 """Arguments of one call of C as 64-bit words: op, 8 tensors, x, its type, y, isa, segments, count.
@@ -54,9 +67,10 @@ One packed argument takes a third of the time that ctypes needs for fifteen.
 """
 
 
-def tensor_slots(names: tuple[str, ...]) -> tuple[int | None, ...]:
+def tensor_slots(names: tuple[str, ...], *, int8: bool = False) -> tuple[int | None, ...]:
     """For each of the 8 tensors of a call the buffer that holds it; None: not there."""
-    return tuple(names.index(slot) if slot in names else None for slot in _SLOTS)
+    slots = _INT8_SLOTS if int8 else _SLOTS
+    return tuple(names.index(slot) if slot in names else None for slot in slots)
 
 
 @functools.cache
@@ -111,3 +125,23 @@ def c_op(layout: Layout) -> _Op:
     for i, f in enumerate(layout.offsets):
         op.offset[i] = _c_factor(f)
     return op
+
+
+@functools.lru_cache(maxsize=4096)
+def c_op_int8(layout: Int8Layout) -> _Int8Op:
+    """The struct that describes an operation with int8 activations to C."""
+    return _Int8Op(
+        n=layout.n,
+        k=layout.k,
+        group=layout.k if layout.out_scale else layout.group,  # one scale a row serves then
+        scale_type=_WIDE[layout.scale],
+        scale_single=int(layout.single),
+        bias_type=_BIAS[layout.bias_dtype],
+        input_type=_WIDE.get(layout.input_scale, 0),
+        has_zero=int(layout.input_zero),
+        peak=layout.peak,
+        least=layout.least,
+        most=layout.most,
+        lowest=layout.lowest,
+        highest=layout.highest,
+    )

@@ -1,6 +1,8 @@
 """The kernels of this package behind core's contract; torch is imported where it is needed.
 
 cpu_wna16   codes of 2 to 8 bits, float activations, exact products, float32 sums
+cpu_w4a8    the 2 to 4 bit ones with activations rounded to int8, only where it is named
+cpu_w8a8    layers that quantize their activations to int8 (w8a8.py)
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from quant_core.kernels.base import Accepted, Kernel, Rejected
 from quant_core.spec import OpSpec
 from quant_kernels_cpu.library import ISAS, library, unavailable
 from quant_kernels_cpu.support import Layout, describe
+from quant_kernels_cpu.w8a8 import W8A8, check_range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +92,7 @@ class WnA16:
             tensors["bias"] = part.bias
         _check_part(op, layout, part, tensors, buffers)
         row = at.get("row", 0)
-        _check_range("rows", row, row + part.weight.shape[0], layout.n)
+        check_range("rows", row, row + part.weight.shape[0], layout.n)
         for name, value in tensors.items():
             target = buffers[name][at["expert"]] if "expert" in at else buffers[name]
             if name == "codes":
@@ -215,19 +218,7 @@ def _check_part(
 
     if "gather" in tensors and layout.k:
         low, high = (int(v) for v in tensors["gather"].aminmax())
-        _check_range("gather", low + 1, high + 1, layout.k_in)  # -1 is padding
+        check_range("gather", low + 1, high + 1, layout.k_in)  # -1 is padding
 
 
-def _check_range(what: str, start: int, stop: int, size: int) -> None:
-    if start < 0 or stop > size:
-        raise LayoutError(
-            f"{what} of the part reach from {start} to {stop}, expected 0 to {size}. The part is "
-            "larger than the layer.",
-            code="Q-LAYOUT-SHAPE",
-            tensor=what,
-            expected=size,
-            actual=(start, stop),
-        )
-
-
-KERNELS: tuple[Kernel, ...] = (WnA16(), W4A8())
+KERNELS: tuple[Kernel, ...] = (WnA16(), W4A8(), W8A8())

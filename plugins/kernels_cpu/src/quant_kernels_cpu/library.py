@@ -21,7 +21,7 @@ __all__ = ["ISAS", "Library", "library", "unavailable"]
 
 ISAS = ("none", "avx2", "avx512", "bf16")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 1  # of the C interface, as in hatch_build.py
+_VERSION = 2  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def _load() -> Library | str:
     if c.qk_version() != _VERSION:
         return f"{_FILE.name} has interface {c.qk_version()}, expected {_VERSION}; build it again"
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    for function in (c.qk_linear, c.qk_linear_int8, c.qk_rows, c.qk_dense):
+    for function in (c.qk_linear, c.qk_linear_int8, c.qk_linear_w8a8, c.qk_rows, c.qk_dense):
         function.argtypes = [ctypes.c_char_p]
     c.qk_repack.argtypes = [*[pointer] * 2, *[integer] * 6]
     c.qk_repack.restype = None

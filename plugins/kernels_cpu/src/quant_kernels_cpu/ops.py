@@ -3,9 +3,11 @@
     quant_cpu::linear(x, tensors, layout) -> y                   x [..., K] -> [..., N]
     quant_cpu::grouped_linear(x, experts, tensors, layout) -> y  x [T, K], experts [T] -> [T, N]
     quant_cpu::linear_int8, quant_cpu::grouped_linear_int8       the same, x rounded to int8
+    quant_cpu::linear_w8a8, quant_cpu::grouped_linear_w8a8       int8 codes as the layer names them
     quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
 
-``layout`` is ``Layout.text()``; ``tensors`` are the buffers in the order of ``buffer_shapes``.
+``layout`` is ``Layout.text()`` (w8a8: ``Int8Layout.text()``); ``tensors`` are the buffers in the
+order of ``buffer_shapes`` (``int8_buffer_shapes``).
 """
 
 from __future__ import annotations
@@ -21,17 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant_core.errors import LayoutError, LimitError
-from quant_kernels_cpu.blocks import buffer_shapes
-from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, tensor_slots
+from quant_kernels_cpu.blocks import buffer_shapes, int8_buffer_shapes
+from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, c_op_int8, tensor_slots
 from quant_kernels_cpu.library import Library, library
 from quant_kernels_cpu.support import ROWS, layout_from_text
+from quant_kernels_cpu.support_int8 import int8_layout_from_text
 
 __all__ = [
     "run_embedding",
     "run_grouped",
     "run_grouped_int8",
+    "run_grouped_w8a8",
     "run_linear",
     "run_linear_int8",
+    "run_linear_w8a8",
 ]
 
 _AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
@@ -60,6 +65,15 @@ def _call(text: str) -> _Call:
     op = c_op(layout)
     n, k, k_in, experts = layout.n, layout.k, layout.k_in, layout.experts
     return _Call(op, addressof(op), slots, n, k, k_in, experts, dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _call_w8a8(text: str) -> _Call:
+    layout = int8_layout_from_text(text)
+    dtype: torch.dtype = getattr(torch, layout.act_dtype)
+    slots = tensor_slots(tuple(int8_buffer_shapes(layout)), int8=True)
+    op = c_op_int8(layout)
+    return _Call(op, addressof(op), slots, layout.n, layout.k, layout.k, layout.experts, dtype)
 
 
 def _packed(
@@ -106,8 +120,10 @@ def _by_panels(lib: Library, call: _Call, x: Tensor, tensors: list[Tensor], y: T
         y[:, first:stop] = part
 
 
-def _run_linear(name: str, x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
-    call = _call(text)
+def _run_linear(
+    name: str, describe: Callable[[str], _Call], x: Tensor, tensors: list[Tensor], text: str
+) -> Tensor:
+    call = describe(text)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], call.n)
     count = x.numel() // call.k_in
@@ -137,8 +153,11 @@ def _segments(experts: Tensor, total: int) -> tuple[Tensor, Array[Segment], int]
     return order[:start], (Segment * len(segments))(*segments), start
 
 
-def _run_grouped(name: str, x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
-    call = _call(text)
+def _run_grouped(
+    name: str, describe: Callable[[str], _Call],
+    x: Tensor, experts: Tensor, tensors: list[Tensor], text: str,
+) -> Tensor:  # fmt: skip
+    call = describe(text)
     order, segments, active = _segments(experts.reshape(-1), call.experts)
     y = x.new_zeros(x.shape[0], call.n)
     if active:
@@ -171,24 +190,36 @@ def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) 
     return x.new_empty(x.shape[0], layout_from_text(text).n)
 
 
+def _fake_linear_w8a8(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], int8_layout_from_text(text).n)
+
+
+def _fake_grouped_w8a8(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    return x.new_empty(x.shape[0], int8_layout_from_text(text).n)
+
+
 def _fake_embedding(ids: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     layout = layout_from_text(text)
     dtype: torch.dtype = getattr(torch, layout.act_dtype)
     return torch.empty(*ids.shape, layout.k, dtype=dtype, device=ids.device)
 
 
-_linear = functools.partial(_run_linear, "qk_linear")
-_linear_int8 = functools.partial(_run_linear, "qk_linear_int8")
-_grouped_linear = functools.partial(_run_grouped, "qk_linear")
-_grouped_linear_int8 = functools.partial(_run_grouped, "qk_linear_int8")
+_linear = functools.partial(_run_linear, "qk_linear", _call)
+_linear_int8 = functools.partial(_run_linear, "qk_linear_int8", _call)
+_linear_w8a8 = functools.partial(_run_linear, "qk_linear_w8a8", _call_w8a8)
+_grouped_linear = functools.partial(_run_grouped, "qk_linear", _call)
+_grouped_linear_int8 = functools.partial(_run_grouped, "qk_linear_int8", _call)
+_grouped_linear_w8a8 = functools.partial(_run_grouped, "qk_linear_w8a8", _call_w8a8)
 
 _LINEAR = "(Tensor x, Tensor[] tensors, str layout) -> Tensor"
 _GROUPED = "(Tensor x, Tensor experts, Tensor[] tensors, str layout) -> Tensor"
 _OPS: tuple[tuple[str, str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
     ("linear", _LINEAR, _linear, _fake_linear),
     ("linear_int8", _LINEAR, _linear_int8, _fake_linear),
+    ("linear_w8a8", _LINEAR, _linear_w8a8, _fake_linear_w8a8),
     ("grouped_linear", _GROUPED, _grouped_linear, _fake_grouped),
     ("grouped_linear_int8", _GROUPED, _grouped_linear_int8, _fake_grouped),
+    ("grouped_linear_w8a8", _GROUPED, _grouped_linear_w8a8, _fake_grouped_w8a8),
     (
         "embedding",
         "(Tensor ids, Tensor[] tensors, str layout) -> Tensor",
@@ -217,6 +248,7 @@ def _check_x(x: Tensor, k: int) -> None:
 _ops = torch.ops.quant_cpu
 _linear_op, _linear_int8_op = _ops.linear.default, _ops.linear_int8.default
 _grouped_op, _grouped_int8_op = _ops.grouped_linear.default, _ops.grouped_linear_int8.default
+_linear_w8a8_op, _grouped_w8a8_op = _ops.linear_w8a8.default, _ops.grouped_linear_w8a8.default
 _embedding_op = _ops.embedding.default
 
 
@@ -240,6 +272,18 @@ def run_grouped_int8(
 ) -> Tensor:
     _check_x(x, k)
     return _grouped_int8_op(x, experts, tensors, text)
+
+
+def run_linear_w8a8(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
+    _check_x(x, k)
+    return _linear_w8a8_op(x, tensors, text)
+
+
+def run_grouped_w8a8(
+    text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor
+) -> Tensor:
+    _check_x(x, k)
+    return _grouped_w8a8_op(x, experts, tensors, text)
 
 
 def run_embedding(text: str, k: int, tensors: list[Tensor], ids: Tensor) -> Tensor:

@@ -1,0 +1,219 @@
+/* The int8 linear kernel, once for every instruction set; int8.h has the maths. Included by a unit
+ * that defines NAME(f), TILE (most tokens of a tile) and
+ *
+ *     NAME(tile)(w, x, quads, tokens, acc, ld)   acc[m * ld + r] += sum of x u over 4 * quads columns
+ *         w   [quads][32 rows][4] of one block      x   [quads][tokens][4]
+ *
+ * Tokens are quantized once, into tiles whose bytes lie in the order of use. Then each task takes
+ * BLOCKS blocks of rows and runs through a slab of tokens, a chunk of K at a time: the slab's part
+ * of x and one block's part of the weights stay in the L2 cache, sums wait in `acc` for the next
+ * chunk. At the end of a group of weights the sums become doubles under its scale.
+ */
+#include <math.h>
+#include <omp.h>
+
+#include "common.h"
+#include "int8.h"
+
+#define K_CHUNK 1024 /* columns: 32 KiB of one block, 256 KiB of a slab */
+#define M_SLAB 252   /* tokens whose sums are kept at once */
+#define BLOCKS 4
+
+/* One token: codes, their sum per group, and the scale they stand under. A scale of NaN marks
+ * values that no code can stand for; a combined scale saturates infinity instead (oracle:
+ * quant_core.kernels.integer). */
+static inline float qk_quantize(const qk_int8_op *op, const qk_int8_tensors *t,
+                                const float *restrict x, int8_t *restrict q, int32_t *sums) {
+    const int64_t count = op->k, group = op->group;
+    const uint32_t infinity = 0x7f800000;
+    uint32_t top = 0, odd = 0;
+    for (int64_t i = 0; i < count; i++) { /* magnitudes order as their bits do */
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float s;
+    if (op->input_type) {
+        s = qk_read(t->input_scale, op->input_type, 0);
+    } else {
+        memcpy(&s, &top, sizeof s);
+        s = s / op->peak;
+        s = s < op->least ? op->least : s;
+        s = op->most > 0 && s > op->most ? op->most : s;
+        s = s == 0 ? 0x1p-23f : s; /* epsilon of float32: zeros stay zeros */
+    }
+    const float z = t->input_zero ? (float)*t->input_zero : 0, low = op->lowest, high = op->highest;
+    for (int64_t i = 0; i < count; i++) {
+        float v = x[i] / s + z;
+        odd |= v != v;
+        v = v < low ? low : v;
+        v = v > high ? high : v;
+        v += 0x1.8p23f; /* rounds half to even; the code is the low byte */
+        uint32_t bits;
+        memcpy(&bits, &v, sizeof bits);
+        q[i] = (int8_t)bits;
+    }
+    for (int64_t k = 0, g = 0; k < count; k += group, g++) {
+        const int64_t stop = qk_min(count, k + group);
+        int32_t sum = 0;
+        for (int64_t i = k; i < stop; i++) sum += q[i];
+        sums[g] = sum;
+    }
+    if (odd || top > infinity || (top == infinity && !t->out_scale)) return NAN;
+    return t->out_scale ? 1.0f : s;
+}
+
+typedef struct {
+    const int8_t *q;     /* tiles of codes, [k / 4][tokens][4] each */
+    const int32_t *sums; /* [tokens][groups] of codes */
+    const float *scale;  /* [tokens] */
+    int64_t step;        /* tokens of a tile; the last of a segment may have fewer */
+} NAME(codes);
+
+/* What turns the integer sums of one group of one block into its share of y. */
+typedef struct {
+    double scale[QK_ROWS], add[QK_ROWS];
+    int32_t less[QK_ROWS]; /* z sum c */
+} NAME(finish);
+
+static void NAME(make_finish)(NAME(finish) *f, const qk_int8_op *op, const qk_int8_tensors *t,
+                              int64_t block, int64_t groups, int64_t g) {
+    const int64_t at = (block * groups + g) * QK_ROWS;
+    const int64_t count = qk_min(QK_ROWS, op->n - block * QK_ROWS);
+    const int32_t z = t->input_zero && !t->out_scale ? *t->input_zero : 0;
+    memset(f, 0, sizeof *f);
+    for (int64_t r = 0; r < count; r++) {
+        const int64_t n = block * QK_ROWS + r;
+        f->scale[r] = t->out_scale ? t->out_scale[n]
+                                   : qk_read(t->scales, op->scale_type, op->scale_single ? 0 : at + r);
+        f->add[r] = t->acc_bias ? t->acc_bias[n] : 0;
+        f->less[r] = z ? z * t->sums[at + r] : 0;
+    }
+}
+
+/* total[32] (+)= (acc - 128 sum q - z sum c + acc_bias) * scale. Differences wrap, the result fits. */
+QK_INLINE void NAME(add_group)(const NAME(finish) *f, const int32_t *acc, int32_t sum, int first,
+                               double *total) {
+    for (int r = 0; r < QK_ROWS; r++) {
+        const int32_t dot = (int32_t)((uint32_t)acc[r] - 128u * (uint32_t)sum - (uint32_t)f->less[r]);
+        const double part = ((double)dot + f->add[r]) * f->scale[r];
+        total[r] = first ? part : total[r] + part;
+    }
+}
+
+/* Memory of one thread. */
+typedef struct {
+    int32_t *acc;  /* [tokens of a slab][blocks * 32] */
+    double *total; /* the same; only where a row has several groups */
+    float *wide;   /* one token */
+    int8_t *row;
+} NAME(work);
+
+static void NAME(run_task)(const qk_int8_op *op, const qk_int8_tensors *t, int64_t first_block,
+                           int64_t blocks, const qk_segment *seg, const NAME(codes) *c,
+                           const NAME(work) *work, void *y, int64_t ytype) {
+    const int64_t groups = qk_div_up(op->k, op->group), ld = blocks * QK_ROWS, step = c->step;
+    const int64_t slab = seg->count <= TILE ? step : M_SLAB / step * step;
+    const int64_t chunk = seg->count <= TILE ? op->k : K_CHUNK;
+    const uint8_t *codes = (const uint8_t *)t->codes + first_block * QK_ROWS * op->k;
+    for (int64_t m0 = 0; m0 < seg->count; m0 += slab) {
+        const int64_t tokens = qk_min(slab, seg->count - m0), first = seg->start + m0;
+        memset(work->acc, 0, tokens * ld * sizeof(int32_t));
+        for (int64_t k = 0, stop, g = 0; k < op->k; k = stop) {
+            const int64_t end = qk_min(op->k, (g + 1) * op->group);
+            stop = qk_min(end, k + chunk);
+            for (int64_t b = 0; b < blocks; b++)
+                for (int64_t m = 0; m < tokens; m += step) {
+                    const int64_t some = qk_min(step, tokens - m);
+                    NAME(tile)(codes + (b * op->k + k) * QK_ROWS,
+                               c->q + (first + m) * op->k + k * some, (stop - k) / 4, (int)some,
+                               work->acc + m * ld + b * QK_ROWS, ld);
+                }
+            if (stop < end) continue;
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t column = (first_block + b) * QK_ROWS;
+                const int64_t count = qk_min(QK_ROWS, op->n - column);
+                NAME(finish) f;
+                NAME(make_finish)(&f, op, t, first_block + b, groups, g);
+                for (int64_t m = 0; m < tokens; m++) {
+                    double one[QK_ROWS];
+                    const int64_t at = m * ld + b * QK_ROWS, token = first + m;
+                    double *total = groups > 1 ? work->total + at : one;
+                    NAME(add_group)(&f, work->acc + at, c->sums[token * groups + g], g == 0, total);
+                    if (stop < op->k) continue;
+                    float out[QK_ROWS];
+                    for (int r = 0; r < QK_ROWS; r++) out[r] = (float)(total[r] * c->scale[token]);
+                    qk_store(out, count, t->bias, op->bias_type, y, ytype, token * op->n + column,
+                             column);
+                }
+            }
+            if (stop < op->k) memset(work->acc, 0, tokens * ld * sizeof(int32_t));
+            g++;
+        }
+    }
+}
+
+/* Token `m` of a segment, quantized into its place in the tiles. */
+static void NAME(quantize_token)(const qk_int8_op *op, const qk_int8_tensors *t, const void *x,
+                                 int64_t xtype, const qk_segment *seg, int64_t m, int64_t step,
+                                 const NAME(work) *work, int8_t *q, int32_t *sums, float *scale) {
+    const int64_t base = m / step * step, some = qk_min(step, seg->count - base);
+    const int64_t groups = qk_div_up(op->k, op->group), token = seg->start + m;
+    const qk_op shape = {.k = op->k, .k_in = op->k};
+    int8_t *tile = q + (seg->start + base) * op->k + (m - base) * 4;
+    int8_t *row = some == 1 ? tile : work->row;
+    qk_token_f32(x, xtype, token, &shape, NULL, work->wide);
+    scale[token] = qk_quantize(op, t, work->wide, row, sums + token * groups);
+    if (some > 1)
+        for (int64_t i = 0; i < op->k; i += 4) memcpy(tile + i * some, row + i, 4);
+}
+
+static int64_t NAME(tile_step)(int64_t tokens) {
+    return qk_div_up(tokens, qk_div_up(tokens, TILE));
+}
+
+int NAME(qk_w8a8)(const qk_int8_op *op, const qk_int8_tensors *t, const void *x, int64_t xtype,
+                  void *y, const qk_segment *segs, int64_t segments, int64_t threads) {
+    const int64_t end = segs[segments - 1].start + segs[segments - 1].count;
+    if (end == 0) return 0;
+    if (op->n * op->k * end < 1 << 16) threads = 1;
+    int64_t most = 0;
+    for (int64_t s = 0; s < segments; s++) most = segs[s].count > most ? segs[s].count : most;
+    const int64_t groups = qk_div_up(op->k, op->group), rows = qk_div_up(op->n, QK_ROWS);
+    const int64_t per = most <= TILE ? 1 : qk_min(BLOCKS, qk_div_up(rows, threads));
+    const int64_t tasks = qk_div_up(rows, per);
+    const int64_t share = most <= TILE ? qk_div_up(tasks * segments, threads) : 1;
+    const int64_t held = (most <= TILE ? most : M_SLAB) * per * QK_ROWS;
+    const int64_t line = qk_div_up(op->k, 64) * 64, own_bytes = held * (groups > 1 ? 12 : 4) + line * 5;
+    char *scratch = qk_alloc(threads * own_bytes + end * (op->k + (groups + 1) * 4));
+    if (!scratch) return 1;
+    int8_t *q = (int8_t *)(scratch + threads * own_bytes); /* k is a multiple of 16 */
+    int32_t *sums = (int32_t *)(q + end * op->k);
+    float *scale = (float *)(sums + end * groups);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *own = scratch + omp_get_thread_num() * own_bytes;
+        NAME(work) work = {.wide = (float *)own, .row = (int8_t *)own + line * 4};
+        work.acc = (int32_t *)(own + line * 5);
+        work.total = (double *)(work.acc + held);
+        for (int64_t s = 0; s < segments; s++) {
+            const qk_int8_tensors mine = qk_int8_expert(op, t, segs[s].expert);
+            const int64_t step = NAME(tile_step)(segs[s].count);
+#pragma omp for schedule(static) nowait
+            for (int64_t m = 0; m < segs[s].count; m++)
+                NAME(quantize_token)(op, &mine, x, xtype, &segs[s], m, step, &work, q, sums, scale);
+        }
+#pragma omp barrier
+#pragma omp for schedule(dynamic, share) nowait
+        for (int64_t task = 0; task < segments * tasks; task++) {
+            const qk_segment *seg = &segs[task / tasks];
+            const qk_int8_tensors mine = qk_int8_expert(op, t, seg->expert);
+            const int64_t block = task % tasks * per;
+            const NAME(codes) c = {q, sums, scale, NAME(tile_step)(seg->count)};
+            NAME(run_task)(op, &mine, block, qk_min(per, rows - block), seg, &c, &work, y, xtype);
+        }
+    }
+    free(scratch);
+    return 0;
+}
