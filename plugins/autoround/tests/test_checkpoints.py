@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import made_autoround as made
 from quant_core import load_model
 from quant_core.checkpoint.open import open_checkpoint
-from quant_core.errors import ConfigError, QuantError
+from quant_core.errors import QuantError
 from quant_core.load import load_tensor, read_matrix
 from quant_core.nn import QuantModule
 from quant_core.plan import Plan
@@ -27,10 +28,18 @@ NAMES = (
     "ar-lmhead-w4",
     "ar-mixed-bits",
     "ar-moe-w4g64",
+    "ar-mxfp4",
+    "ar-nvfp4",
     "ar-w2g32-asym",
     "ar-w3g128-sym",
     "ar-w4g128-sym",
     "ar-w4g64-asym",
+)
+
+
+PACKED = frozenset(
+    "qweight qzeros scales "
+    "weight_packed weight_scale weight_global_scale input_global_scale".split()
 )
 
 
@@ -56,6 +65,11 @@ def _weights_equal(plan: Plan, folder: Path) -> list[bool]:
             expert = int(number[1]) if number else None
             name = _EXPERT.sub("", module)
             found = load_tensor(plan, name, expert=expert).dequantize()[: want.shape[0]]
+            if "global_scale" in " ".join(plan.checkpoint.tensors):
+                # a divisor: the producer multiplies by its inverse, one float32 ulp apart
+                ulp = torch.nextafter(want.abs(), torch.tensor(torch.inf)) - want.abs()
+                out.append(bool(((found - want).abs() <= ulp).all()))
+                continue
             out.append(torch.equal(found.to(dtype).float(), want.to(dtype).float()))
     return out
 
@@ -102,8 +116,7 @@ def test_all_stored_tensors_and_the_config_come_back(folder: Path) -> None:
             assert back.keys() == plan.checkpoint.modules[path].keys()
             for name, tensor in back.items():
                 stored = plan.checkpoint.read(f"{path}.{name}")
-                assert tensor.dtype == stored.dtype
-                assert torch.equal(tensor, stored), f"{path}.{name}"
+                assert made.same_bytes(tensor, stored), f"{path}.{name}"
     config = plan.registry.call_one("autoround", "make_config", plan=plan)
     assert config == json.loads((folder / "config.json").read_text())["quantization_config"]
 
@@ -112,14 +125,14 @@ def test_logits_within_the_producers_bound(folder: Path) -> None:
     assert _within_bound(folder, folder)
 
 
-@pytest.mark.parametrize("name", ["ar-mixed-bits", "ar-moe-w4g64", "ar-w4g64-asym"])
+@pytest.mark.parametrize("name", ["ar-mixed-bits", "ar-moe-w4g64", "ar-nvfp4", "ar-w4g64-asym"])
 def test_saved_model_holds_the_same_packed_bytes(name: str, tmp_path: Path) -> None:
     folder = _needs(name)
     load_model(folder).save_pretrained(tmp_path)
     source, saved = open_checkpoint(folder), open_checkpoint(tmp_path)
-    packed = [t for t in source.tensors if t.endswith((".qweight", ".qzeros", ".scales"))]
+    packed = [t for t in source.tensors if t.rpartition(".")[2] in PACKED]
     assert len(packed) > 30
-    assert all(torch.equal(source.read(t), saved.read(t)) for t in packed)
+    assert all(made.same_bytes(source.read(t), saved.read(t)) for t in packed)
     assert _weights_equal(made.plan_of(tmp_path), folder) == _weights_equal(
         made.plan_of(folder), folder
     )
@@ -134,12 +147,23 @@ def test_mixed_bits_of_a_real_file_reach_their_layers() -> None:
     assert not plan.members["model.layers.1.self_attn.o_proj"].quantized
 
 
-@pytest.mark.parametrize("name", ["ar-mxfp4", "ar-nvfp4"])
-def test_float_checkpoints_are_refused_and_never_loaded_as_floats(name: str) -> None:
-    for load in (made.plan_of, load_model):
-        with pytest.raises(ConfigError, match=r"4-bit (mx|nv)_fp weights, 4-bit") as err:
-            load(_needs(name))
-        assert (err.value.code, err.value.plugin) == ("Q-CFG-VALUE", "autoround")
+@pytest.mark.parametrize(
+    ("name", "weight", "inputs"),
+    [
+        ("ar-mxfp4", "fp4_e2m1 group(32):e8m0", "fp4_e2m1 group(32):e8m0/floor"),
+        ("ar-nvfp4", "fp4_e2m1 group(16):fp8_e4m3 tensor:f32/inv", None),
+    ],
+)
+def test_small_floats_quantize_their_activations(
+    name: str, weight: str, inputs: str | None
+) -> None:
+    plan = made.plan_of(_needs(name))
+    assert len(plan.quantized) == 14
+    for member in plan.quantized.values():
+        operands = member.scheme.operands  # type: ignore[union-attr]
+        assert operands["weight"].label == weight
+        assert operands["input"].label == (inputs or weight)
+        assert not operands["input"].scales[0].static
 
 
 # -------------------------------------------------------------------------------- negative controls
@@ -159,6 +183,30 @@ def test_zeros_of_the_other_dialect_fail_weights_and_logits(
     copy = _edited(folder, tmp_path / "copy", **changes)
     assert not any(_weights_equal(made.plan_of(copy), folder))
     assert not _within_bound(copy, folder)
+
+
+@pytest.mark.parametrize("change", ["float activations", "another rule"])
+@pytest.mark.parametrize("name", ["ar-mxfp4", "ar-nvfp4"])
+def test_small_floats_miss_the_bound_with_other_activations(name: str, change: str) -> None:
+    if change == "another rule" and name == "ar-nvfp4":
+        pytest.skip("rules of exponents are those of MX")
+    folder = _needs(name)
+    meta = json.loads((folder / "expected.json").read_text())
+    expected = load_file(folder / "expected.safetensors")
+    model = load_model(folder, dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, QuantModule):
+            weight, (role, acts) = module.op.operands
+            scale = replace(acts.scales[0], rule="even")
+            kept = (weight, (role, replace(acts, scales=(scale,))))
+            module.op = replace(module.op, operands=kept if "rule" in change else (weight,))
+            module._bind()
+    with torch.no_grad():
+        got = model(expected["input_ids"][None], use_cache=False).logits[0]
+    mean = (got - expected["logits"]).abs().mean().item()
+    assert mean > meta["bound"]["mean"]
+    if change == "float activations":
+        assert mean == pytest.approx(meta["distance_without_act_quant"], rel=1e-3)
 
 
 def test_interleaved_zeros_off_by_one_fail_weights_and_logits(tmp_path: Path) -> None:

@@ -187,14 +187,14 @@ def test_norms_and_routers_of_a_block_are_unquantized(tmp_path: Path) -> None:
         {"weight": torch.zeros(32, 64, dtype=torch.int8), "weight_scale": torch.ones(32)},
     ],
 )
-def test_float_and_8_bit_weights_are_refused_by_name(
+def test_float_and_8_bit_weights_of_unknown_types_are_refused_by_name(
     tmp_path: Path, leaves: dict[str, Tensor]
 ) -> None:
-    block = made.config(packing_format="auto_round:llm_compressor", data_type="mx_fp")
+    block = made.config(packing_format="auto_round:llm_compressor", data_type="nv_fp4_v2")
     err = fails(made.save(tmp_path, {UP.format(0): leaves}, block))
     assert isinstance(err, ConfigError)
     assert (err.code, err.tensor, err.plugin) == ("Q-CFG-VALUE", UP.format(0), "autoround")
-    assert "4-bit mx_fp weights" in str(err)
+    assert "4-bit nv_fp4_v2 weights" in str(err)
     assert next(iter(leaves)) in str(err)
 
 

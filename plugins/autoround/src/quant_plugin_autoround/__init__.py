@@ -21,7 +21,7 @@ def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="autoround",
         api=(0, 1),
-        summary="AutoRound: integer weights of 2 to 8 bits, mixed per layer",
+        summary="AutoRound: integers of 2 to 8 bits, mixed per layer; MXFP4, MXFP8, NVFP4, FP8",
         side_files=("quantization_config.json",),
         quant_methods=("auto-round", "intel/auto-round"),
     )

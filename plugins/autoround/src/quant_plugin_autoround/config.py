@@ -12,7 +12,7 @@
     minus_one     auto_round:auto_gptq (also if absent)   along K         z - 1
     raw           auto_round, auto_round:gptqmodel        along K         z
     interleaved   auto_round:auto_awq                     along N, 8s     z
-    float         auto_round:llm_compressor, :fp8, ...    not integers: refused per layer
+    float         auto_round:llm_compressor, :fp8, ...    small floats, see ``floats``
 
 Files of AutoRound before 0.4 name the layout in ``backend`` instead; that key is read only where it
 is one of the names above, because later it chooses a kernel.
@@ -76,8 +76,10 @@ class LayerSettings:
     """What the config says of one module.
 
     Attributes:
-        group_size: None where the type of the weights is no integer.
-        activations: how activations are quantized, in words; "" if they stay floats.
+        group_size: None where there are no groups: small floats of other grains.
+        block: rows and columns of a block of small floats.
+        act_bits: of quantized activations; 16 and more: they stay floats.
+        act_group_size: as the file says: None, 0 (tensor), -1 (token) or a size.
         super_groups: scales are quantized themselves.
         rotated: activations are rotated at run time.
         rule: the key of extra_config that decided, "" for the defaults.
@@ -87,10 +89,22 @@ class LayerSettings:
     group_size: int | None
     sym: bool = True
     data_type: str = "int"
-    activations: str = ""
+    block: tuple[int, int] | None = None
+    act_bits: int = 16
+    act_data_type: str = "int"
+    act_group_size: int | None = None
+    act_sym: bool = True
+    act_dynamic: bool = True
     super_groups: bool = False
     rotated: bool = False
     rule: str = ""
+
+    @property
+    def activations(self) -> str:
+        """How activations are quantized, in words; "" if they stay floats."""
+        if self.act_bits >= 16:
+            return ""
+        return f"{self.act_bits}-bit {self.act_data_type} activations"
 
     @property
     def quantized(self) -> bool:
@@ -102,7 +116,7 @@ class LayerSettings:
 
     @property
     def unread(self) -> list[str]:
-        """What of these settings this plugin has no reader for."""
+        """What of these settings has no reader among the integer layers."""
         weights = f"{self.bits}-bit {self.data_type} weights"
         return [
             what
@@ -228,6 +242,17 @@ def _bits(fields: Fields) -> int | None:
     return bits
 
 
+def _block(fields: Fields) -> tuple[int, int] | None:
+    """``group_size`` of small floats in blocks: rows, columns."""
+    value = fields.raw.get("group_size")
+    if not isinstance(value, list | tuple):
+        return None
+    if len(value) != 2 or not all(type(v) is int and 0 < v <= 1 << 20 for v in value):
+        fix = "Restore the config that the tool wrote."
+        raise fields.fail("group_size", "two positive integers, or one size", fix)
+    return (value[0], value[1])
+
+
 def _changes(fields: Fields, data_type: str) -> dict[str, Any]:
     """The settings that one object states; ``data_type`` is that of the defaults."""
     raw = fields.raw
@@ -237,13 +262,20 @@ def _changes(fields: Fields, data_type: str) -> dict[str, Any]:
         "sym": fields.flag("sym"),
     }
     if "group_size" in raw:
-        # other types have sizes of other forms: 0, or a list of two for blocks
+        # other types have sizes of other forms too: 0, or a list of two for blocks
         is_int = (out["data_type"] or data_type) in _INT_TYPES
-        out["group_size"] = fields.group_size() if is_int else None
+        out["block"] = None if is_int else _block(fields)
+        plain = is_int or (out["block"] is None and raw["group_size"] not in (0, None))
+        out["group_size"] = fields.group_size() if plain else None
     changes = {k: v for k, v in out.items() if v is not None}
-    if (act_bits := fields.integer("act_bits", 1, 32)) is not None:
-        kind = fields.text("act_data_type") or "int"
-        changes["activations"] = f"{act_bits}-bit {kind} activations" if act_bits < 16 else ""
+    acts = {
+        "act_bits": fields.integer("act_bits", 1, 32),
+        "act_data_type": fields.text("act_data_type"),
+        "act_group_size": fields.integer("act_group_size", -1, 1 << 20),
+        "act_sym": fields.flag("act_sym"),
+        "act_dynamic": fields.flag("act_dynamic"),
+    }
+    changes |= {k: v for k, v in acts.items() if v is not None}
     if "super_bits" in raw:
         changes["super_groups"] = raw["super_bits"] is not None
     if "rotation_config" in raw:

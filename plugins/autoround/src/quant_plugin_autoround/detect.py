@@ -31,8 +31,11 @@ _MATTERS = (
     "sym",
     "data_type",
     "act_bits",
+    "act_data_type",
     "extra_config",
 )
+
+_CODES = frozenset({"qweight", "weight_packed", "weight_scale", "weight_scale_inv"})
 
 Block = Mapping[str, Any]
 
@@ -66,7 +69,7 @@ def _check_agree(main: Block, side: Block) -> None:
 
 def _with_header(config: AutoRoundConfig, checkpoint: Checkpoint) -> AutoRoundConfig:
     """Add what the header says about the whole checkpoint; done once, used for every layer."""
-    packed = (m for m, leaves in checkpoint.modules.items() if "qweight" in leaves)
+    packed = (m for m, leaves in checkpoint.modules.items() if _CODES & leaves.keys())
     return replace(config, quantized=frozenset(map(numberless, packed)))
 
 

@@ -2,7 +2,7 @@
 
 packed tensors (qweight, ...) stored   AutoRoundScheme, unless extra_config names the module in
                                        full with 16 bits, or asks for what cannot be read
-tensors of another kind of weights     refused: nothing here reads them
+codes and scales of small floats       FloatScheme, see ``floats``; other types are refused
 plain weight stored                    Unquantized, unless the config says otherwise and the
                                        same module of another layer is packed
 """
@@ -15,9 +15,11 @@ from dataclasses import replace
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import FLOAT_DTYPES
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.floatspec import FloatScheme
 from quant_core.resolve import numberless
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
 from quant_plugin_autoround.config import AutoRoundConfig, LayerSettings
+from quant_plugin_autoround.floats import family_of, float_scheme
 from quant_plugin_autoround.scheme import AutoRoundScheme
 from quant_plugin_autoround.sizes import scheme_of
 
@@ -33,7 +35,7 @@ Leaves = Mapping[str, TensorInfo]
 
 def scheme_for(
     match: FormatMatch, layer: LayerDesc, checkpoint: Checkpoint
-) -> AutoRoundScheme | Unquantized:
+) -> AutoRoundScheme | FloatScheme | Unquantized:
     """The scheme of one member.
 
     Raises:
@@ -45,9 +47,8 @@ def scheme_for(
     """
     config: AutoRoundConfig = match.config
     stored = {n: checkpoint.modules.get(n, {}) for n in _module_names(layer)}
-    for name, leaves in stored.items():
-        if foreign := _foreign(leaves):
-            raise _unread(config, name, config.packed_settings(name), foreign)
+    if any(_foreign(leaves) for leaves in stored.values()):
+        return _float_member(config, layer, stored, checkpoint)
     packed = {n: v for n, v in stored.items() if any(p in v for p in _PACKED)}
     floats = [n for n, v in stored.items() if n not in packed and "weight" in v]
     if not packed:
@@ -66,6 +67,29 @@ def scheme_for(
     return scheme_of(config, settings, layer, first, packed[first], checkpoint)
 
 
+def _float_member(
+    config: AutoRoundConfig,
+    layer: LayerDesc,
+    stored: Mapping[str, Leaves],
+    checkpoint: Checkpoint,
+) -> FloatScheme:
+    """A member with tensors of small floats; of a stack all experts must have them."""
+    for name, leaves in stored.items():
+        settings, found = config.packed_settings(name), _foreign(leaves)
+        if not found:
+            other = f"{next(n for n in stored if _foreign(stored[n]))} holds codes"
+            raise _mismatch(checkpoint, name, "holds none", other)
+        if not settings.quantized:
+            said = f"{config.source} says {settings.bits} bits"
+            raise _mismatch(checkpoint, name, "holds codes", said)
+        if not family_of(settings.data_type, settings.bits):
+            raise _unread(config, name, settings, found)
+    first = next(iter(stored))
+    _check_experts(config, stored, first)
+    settings = config.packed_settings(first)
+    return float_scheme(config, settings, layer, first, stored[first], checkpoint)
+
+
 def _module_names(layer: LayerDesc) -> list[str]:
     if "{expert}" not in layer.stored:
         return [layer.stored]
@@ -73,7 +97,7 @@ def _module_names(layer: LayerDesc) -> list[str]:
 
 
 def _foreign(leaves: Leaves) -> list[str]:
-    """Tensors of a kind of quantized layer that is not read here."""
+    """Tensors of a quantized layer whose weights are no integers."""
     found = [name for name in _OTHER if name in leaves]
     weight = leaves.get("weight")
     if weight is not None and weight.dtype not in FLOAT_DTYPES:
@@ -89,8 +113,8 @@ def _unread(
     return ConfigError(
         f"{config.source}: module {printable(name)!r} needs {what} in packing_format "
         f"{config.packing_format!r} (stored: {', '.join(tensors)}), expected integer weights and "
-        "float activations, which is what this plugin reads. Export the model in format "
-        "llm_compressor and load it as compressed-tensors, or quantize it with data_type int.",
+        "float activations, or weights of type mx_fp, nv_fp or fp. Export the model in format "
+        "llm_compressor and load it as compressed-tensors, or quantize it with one of these.",
         code="Q-CFG-VALUE",
         path=config.source,
         tensor=name,

@@ -20,6 +20,7 @@ __all__ = [
     "layer",
     "plan_of",
     "registry",
+    "same_bytes",
     "save",
     "save_tensors",
     "stored_zeros",
@@ -101,6 +102,12 @@ def config(**changes: Any) -> dict[str, Any]:
 def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Replace the tensors of a checkpoint on disk."""
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bytes."""
+    raw = [t.reshape(-1).view(torch.uint8) for t in (a, b)]
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*raw)
 
 
 def plan_of(folder: Path) -> Plan:

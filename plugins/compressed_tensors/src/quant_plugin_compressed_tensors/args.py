@@ -19,17 +19,13 @@ from typing import Any, Literal
 
 from quant_core.errors import ConfigError, printable
 from quant_core.fields import Fields
-from quant_core.intspec import SCALE_ELEMENTS
+from quant_core.floatspec import FLOAT_SCALES
 
 __all__ = ["FLOATS", "FLOAT_SCALES", "PRESETS", "QuantArgs", "bad_value", "parse_args"]
 
 INT_BITS = (2, 3, 4, 5, 6, 7, 8)
 FLOATS: Mapping[int, str] = {8: "fp8_e4m3", 6: "fp6_e2m3", 4: "fp4_e2m1"}
 """Bits -> the float element of that width."""
-FLOAT_SCALES: Mapping[str, str] = {
-    **SCALE_ELEMENTS, "float8_e4m3fn": "fp8_e4m3", "uint8": "e8m0", "float8_e8m0fnu": "e8m0",
-}  # fmt: skip
-"""Stored dtype of a scale -> its element."""
 STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _GROUPED = ("group", "tensor_group")
 _KEYS = frozenset(

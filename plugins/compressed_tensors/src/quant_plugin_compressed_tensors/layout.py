@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
+from quant_core.floatpack import check_positive, read_codes, write_codes
 from quant_core.packing import pack, repack, unpack
 from quant_core.rewrites import from_gather, to_gather
 from quant_core.spec import CANONICAL, Packing
@@ -81,7 +82,7 @@ def _scales(scheme: CtScheme, where: str, tensors: Mapping[str, Tensor]) -> tupl
     if len(scheme.weight.scales) == 1:
         return (scale,)
     factor = tensors["weight_global_scale"]
-    _check_positive(f"{where}.weight_global_scale", factor)
+    check_positive(f"{where}.weight_global_scale", factor, plugin="compressed_tensors")
     return (scale, factor.reshape(1, 1))
 
 
@@ -211,23 +212,18 @@ def read_float(
     Raises:
         LayoutError: ``Q-VALUE-WEIGHT`` for NaN among fp8 codes.
     """
-    if scheme.packed:
-        return tensors["weight_packed"], CANONICAL, None
-    codes = tensors["weight"].view(torch.uint8)
-    nans = int(((codes & 0x7F) == 0x7F).sum())
-    if nans:
-        found = f"{nans} of {codes.numel()} codes are NaN"
-        fix = "The quantization overflowed; quantize again."
-        raise _bad("Q-VALUE-WEIGHT", f"{where}.weight", found, "finite values", fix)
-    return codes, CANONICAL, None
+    name = "weight_packed" if scheme.packed else "weight"
+    return (
+        read_codes(tensors[name], f"{where}.{name}", plugin="compressed_tensors"),
+        CANONICAL,
+        None,
+    )
 
 
 def write_float(scheme: FloatScheme, codes: Tensor, packing: Packing) -> dict[str, Tensor]:
     """Inverse of ``read_float``; codes may come in any packing."""
-    codes = repack(codes, scheme.bits, scheme.shape, packing, CANONICAL)
-    if scheme.packed:
-        return {"weight_packed": codes}
-    return {"weight": codes.view(torch.float8_e4m3fn)}
+    name = "weight_packed" if scheme.packed else "weight"
+    return {name: write_codes(codes, scheme.bits, scheme.shape, packing)}
 
 
 # ------------------------------------------------------------------------------------ all formats
@@ -255,13 +251,6 @@ def _check_g_idx(scheme: CtScheme, where: str, g_idx: Tensor, groups: int) -> bo
     return True
 
 
-def _check_positive(tensor: str, scale: Tensor) -> None:
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        found = f"has value {scale.flatten()[0].item()}"
-        fix = "Calibrate and quantize again."
-        raise _bad("Q-VALUE-SCALE", tensor, found, "a finite positive scale", fix)
-
-
 def canonicalize(scheme: CtScheme, where: str, tensors: Mapping[str, Tensor]) -> LayerTensors:
     """Stored tensors of one layer to canonical form; shapes and dtypes were checked.
 
@@ -285,7 +274,7 @@ def canonicalize(scheme: CtScheme, where: str, tensors: Mapping[str, Tensor]) ->
     name = scheme.input_scale_name
     input_scale, input_zero = tensors.get(name), tensors.get("input_zero_point")
     if input_scale is not None:
-        _check_positive(f"{where}.{name}", input_scale)
+        check_positive(f"{where}.{name}", input_scale, plugin="compressed_tensors")
         input_scale = input_scale.reshape(1)
     return LayerTensors(
         operands={"weight": qt},
