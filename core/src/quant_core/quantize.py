@@ -5,7 +5,7 @@
     s_block, s_tensor              two levels: ``numerics.tensor_scale``, ``numerics.block_scale``
     code = encode(W / S + zero)    S = all factors, as ``dequantize`` combines them
 
-In row blocks, so that beside the result only a few MiB of float32 are held. A scheme whose
+In row blocks, so that beside the result only some MiB of float32 are held. A scheme whose
 producer rounds otherwise does it in its own ``quantize``.
 """
 
@@ -32,9 +32,9 @@ from quant_core.packing import pack
 from quant_core.spec import CANONICAL, Element, Grain, QuantSpec, Scale
 from quant_core.tensors import QuantizedTensor
 
-__all__ = ["check_finite", "quantize_weight"]
+__all__ = ["amax_grid", "check_finite", "encode_weight", "quantize_weight"]
 
-_BLOCK_ELEMENTS = 1 << 20  # weights in work at once: 4 MiB of float32
+_BLOCK_ELEMENTS = 1 << 18  # weights in work at once: 1 MiB of float32, and some such copies
 _LEAST_AMAX = 2.0**-100  # below, a tensor's factor or its inverse leaves float32
 
 
@@ -72,8 +72,11 @@ def check_finite(name: str, dense: Tensor) -> None:
         )
 
 
-def _amax(dense: Tensor, grain: Grain) -> Tensor:
-    """Largest magnitude under each value of a scale: float32 on its grid over [N, K]."""
+def amax_grid(dense: Tensor, grain: Grain) -> Tensor:
+    """Largest magnitude under each value of a scale.
+
+    Shapes:  dense (N, K) float  ->  float32 (ceil(N / rows), ceil(K / columns)) of the grain
+    """
     n, k = dense.shape
     rows, cols = grain[0] or n, grain[1] or k
     parts = []
@@ -84,6 +87,37 @@ def _amax(dense: Tensor, grain: Grain) -> Tensor:
         parts.append(block.unflatten(1, (-1, cols)).unflatten(0, (-1, tall)).amax(dim=(1, 3)))
     grid = torch.cat(parts)
     return grid if grain[0] else grid.amax(dim=0, keepdim=True)
+
+
+def _encode(values: Tensor, spec: QuantSpec, ties: str) -> Tensor:
+    element, zero = spec.element, 0 if spec.zero is None else spec.zero.value
+    if element.kind == "uint" and zero == 1 << (element.bits - 1):
+        # exact: adding the zero to a float would round it once more
+        return encode(values, Element.int(element.bits), ties) ^ zero
+    return encode(values + zero, element, ties)
+
+
+def encode_weight(
+    dense: Tensor, spec: QuantSpec, scales: tuple[Tensor, ...], ties: str = ""
+) -> Tensor:
+    """Codes of a weight under given scales: encode(W / S), constant zero added.
+
+    Shapes:  dense (N, K) float, scales on their grids  ->  codes in the canonical packing
+
+    Args:
+        ties: where a value halfway between two codes goes; "" = as ``spec.ties`` says.
+    """
+    n, k = dense.shape
+    words = []
+    for start, stop in _row_blocks(n, k, align=max(s.grain[0] for s in spec.scales) or 1):
+        cut = tuple(
+            t[start // s.grain[0] : -(-stop // s.grain[0])] if s.grain[0] else t
+            for t, s in zip(scales, spec.scales)
+        )
+        spread = combine_factors(cut, spec.scales, (stop - start, k))
+        codes = _encode(dense[start:stop].float() / spread, spec, ties or spec.ties)
+        words.append(pack(codes, spec.element.bits, CANONICAL))
+    return torch.cat(words)
 
 
 def _one_scale(amax: Tensor, spec: QuantSpec, scale: Scale, rule: str, peak: float) -> Tensor:
@@ -98,7 +132,7 @@ def _scales(
     dense: Tensor, spec: QuantSpec, rule: str, peak: float, least: float
 ) -> tuple[Tensor, ...]:
     fine, *coarse = spec.scales
-    amax = _amax(dense, fine.grain)
+    amax = amax_grid(dense, fine.grain)
     if not coarse:
         return (_one_scale(amax, spec, fine, rule, peak),)
     factor, whole = coarse[0], amax.amax().reshape(1, 1)
@@ -174,15 +208,5 @@ def quantize_weight(
     zero = 0 if spec.zero is None else spec.zero.value
     peak = peak or element_range(spec.element)[1] - zero
     scales = _scales(dense, spec, rule, peak, least)
-    words = []
-    for start, stop in _row_blocks(n, k, align=max(s.grain[0] for s in spec.scales) or 1):
-        cut = tuple(
-            t[start // s.grain[0] : -(-stop // s.grain[0])] if s.grain[0] else t
-            for t, s in zip(scales, spec.scales)
-        )
-        spread = combine_factors(cut, spec.scales, (stop - start, k))
-        codes = encode(dense[start:stop].float() / spread + zero, spec.element, spec.ties)
-        words.append(pack(codes, spec.element.bits, CANONICAL))
-    return QuantizedTensor(
-        spec=spec, shape=(n, k), codes=torch.cat(words), packing=CANONICAL, scales=scales
-    )
+    codes = encode_weight(dense, spec, scales)
+    return QuantizedTensor(spec=spec, shape=(n, k), codes=codes, packing=CANONICAL, scales=scales)

@@ -67,7 +67,7 @@ def online_provenance(online: OnlinePlan, loaded: Provenance) -> Provenance:
             if stored not in loaded.skipped or stored.rpartition(".")[2] == "weight":
                 tensors.pop(stored, None)
         members[name] = online.target[name]
-        has_bias = any(p.name == "bias" for p in member.params)
+        has_bias = member.layer.bias and any(p.name == "bias" for p in member.params)
         tensors |= _infos(members[name], has_bias)
     side_files = {f for p in plan.registry.plugins.values() for f in p.info.side_files}
     config = model_config(plan) | {"quantization_config": online.config}

@@ -16,13 +16,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from quant_core.dequantize import combine_factors
 from quant_core.errors import LayoutError
 from quant_core.intspec import cannot_hold, check_tensors
-from quant_core.numerics import decode_scale, encode, encode_scale, round_up_power_of_two
+from quant_core.numerics import decode_scale, encode_scale, round_up_power_of_two
 from quant_core.packing import repack
+from quant_core.quantize import amax_grid, encode_weight
 from quant_core.spec import CANONICAL, LayerDesc
 from quant_core.tensors import LayerTensors, QuantizedTensor
 from quant_plugin_fp8.scheme import Fp8Scheme
@@ -149,14 +149,6 @@ def serialize(scheme: Fp8Scheme, layer: LayerDesc, tensors: LayerTensors) -> dic
     return out
 
 
-def _amax(dense: Tensor, scheme: Fp8Scheme) -> Tensor:
-    """Largest magnitude of every block: float32 on the grid of the scale."""
-    n, k = dense.shape
-    rows, cols = scheme.grain[0] or n, scheme.grain[1] or k
-    tiles = pad(dense.abs(), (0, -k % cols, 0, -n % rows)).unflatten(1, (-1, cols))
-    return tiles.unflatten(0, (-1, rows)).amax(dim=(1, 3))
-
-
 def quantize(
     scheme: Fp8Scheme, layer: LayerDesc, dense: Tensor, stats: Mapping[str, Tensor] | None = None
 ) -> LayerTensors:
@@ -169,7 +161,6 @@ def quantize(
         LayoutError: ``Q-VALUE-WEIGHT`` for NaN or infinity, ``Q-LAYOUT-REPRESENT`` for a static
             scheme without stats.
     """
-    dense = dense.float()
     bad = int((~torch.isfinite(dense)).sum())
     if bad:
         raise LayoutError(
@@ -188,12 +179,11 @@ def quantize(
             )
         input_scale = (stats["input_amax"].float().reshape(1) / _TOP).clamp(min=2.0**-126)
         input_scale = input_scale.to(getattr(torch, scheme.input_dtype))
-    scale = _amax(dense, scheme) / _TOP
+    scale = amax_grid(dense, scheme.grain) / _TOP
     element = scheme.weight.scales[0].element
     if scheme.ue8m0 or element == "e8m0":
         scale = round_up_power_of_two(scale)
     scale = encode_scale(torch.where(scale == 0, 1.0, scale), element)
-    spread = combine_factors((scale,), scheme.weight.scales, scheme.shape)
-    codes = encode(dense / spread, scheme.weight.element)
+    codes = encode_weight(dense, scheme.weight, (scale,))
     weight = QuantizedTensor(spec=scheme.weight, shape=scheme.shape, codes=codes, scales=(scale,))
     return LayerTensors(operands={"weight": weight}, input_scale=input_scale)

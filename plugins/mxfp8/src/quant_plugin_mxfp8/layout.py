@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from quant_core.errors import LayoutError
 from quant_core.intspec import cannot_hold
-from quant_core.numerics import decode_e8m0, encode, mx_scale
 from quant_core.packing import repack
+from quant_core.quantize import quantize_weight
 from quant_core.spec import CANONICAL
 from quant_core.tensors import LayerTensors, QuantizedTensor
-from quant_plugin_mxfp8.scheme import BLOCK, RULE
+from quant_plugin_mxfp8.scheme import RULE
 
 if TYPE_CHECKING:
     from quant_plugin_mxfp8.scheme import Mxfp8Scheme
@@ -92,19 +91,9 @@ def quantize(scheme: Mxfp8Scheme, where: str, dense: Tensor) -> LayerTensors:
     Raises:
         LayoutError: ``Q-VALUE-WEIGHT`` for NaN or infinity.
     """
-    n, k = scheme.shape
-    dense = dense.float()
     bad = int((~torch.isfinite(dense)).sum())
     if bad:
         fix = "Repair the source checkpoint."
         raise _bad_weights(where, bad, dense.numel(), "NaN or infinite", fix)
-    blocks = pad(dense, (0, -k % BLOCK)).unflatten(1, (-1, BLOCK))
-    scale = mx_scale(blocks.abs().amax(dim=2), scheme.weight.element, RULE)
-    codes = encode(blocks / decode_e8m0(scale)[:, :, None], scheme.weight.element)
-    weight = QuantizedTensor(
-        spec=scheme.weight,
-        shape=(n, k),
-        codes=codes.flatten(1)[:, :k].contiguous(),
-        scales=(scale,),
-    )
+    weight = quantize_weight(where, dense, scheme.weight, rule=RULE)
     return LayerTensors(operands={"weight": weight})

@@ -19,15 +19,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from quant_core.dequantize import combine_factors
 from quant_core.errors import LayoutError
-from quant_core.numerics import block_scale, element_range, encode, encode_scale, mx_scale
-from quant_core.packing import pack
+from quant_core.numerics import block_scale, element_range, encode_scale, mx_scale
+from quant_core.packing import repack
+from quant_core.quantize import amax_grid, encode_weight
 from quant_core.rewrites.transforms import Transforms
-from quant_core.spec import Element, LayerDesc
+from quant_core.spec import CANONICAL, LayerDesc
 from quant_core.tensors import LayerTensors, QuantizedTensor
 from quant_plugin_nvfp4.scheme import SMOOTH
 
@@ -54,23 +53,15 @@ def _needed(stats: Mapping[str, Tensor] | None, name: str, where: str, algo: str
     return stats[name]
 
 
-def _amax(dense: Tensor, grain: tuple[int, int]) -> Tensor:
-    """Largest magnitude under every value of a scale: float32 [rows, columns] of its grid."""
-    n, k = dense.shape
-    rows, cols = grain[0] or n, grain[1] or k
-    tiles = F.pad(dense.abs(), (0, -k % cols, 0, -n % rows)).unflatten(1, (-1, cols))
-    return tiles.unflatten(0, (-1, rows)).amax(dim=(1, 3))
-
-
 def _scales(scheme: ModelOptScheme, dense: Tensor) -> tuple[Tensor, ...]:
     """The factors of the weight, finest first, as they are stored."""
     algo, specs = scheme.algo, scheme.weight.scales
-    amax = _amax(dense, specs[0].grain)
+    amax = amax_grid(dense, specs[0].grain)
     if specs[0].element == "e8m0":
         return (mx_scale(amax, algo.element, "rceil_log2"),)
     if algo.weight == "nvfp4":
         top = _FP8_MAX * (6.0 if algo.input != "fp8" else 1.0)
-        g = dense.abs().amax().reshape(1, 1) / top
+        g = amax.amax().reshape(1, 1) / top
         g = torch.where(g == 0, 1.0, g)
         fine = block_scale(amax, g, least=_LEAST, most=_FP8_MAX)
         one = encode_scale(torch.ones(()), "fp8_e4m3")
@@ -78,19 +69,16 @@ def _scales(scheme: ModelOptScheme, dense: Tensor) -> tuple[Tensor, ...]:
     peak = 7.0 if algo.weight == "int4" else element_range(algo.element)[1]
     fine = amax / peak
     fine = encode_scale(torch.where(fine == 0, 1.0, fine), specs[0].element)
-    second = dense.abs().amax().reshape(1, 1) / _FP8_MAX
+    second = amax.amax().reshape(1, 1) / _FP8_MAX
     second = torch.where(second == 0, 1.0, second)
     return (fine, *(second for _ in specs[1:]))
 
 
 def _codes(scheme: ModelOptScheme, dense: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
     algo = scheme.algo
-    work = dense / combine_factors(scales, scheme.weight.scales, scheme.shape)
-    if algo.weight == "int4":
-        codes = encode(work, Element.int(4)) ^ 8
-    else:
-        codes = encode(work, algo.element, "down" if algo.weight == "mxfp4" else "even")
-    return pack(codes, algo.element.bits, algo.packing)
+    ties = "down" if algo.weight == "mxfp4" else "even"
+    codes = encode_weight(dense, scheme.weight, scales, ties)
+    return repack(codes, algo.element.bits, scheme.shape, CANONICAL, algo.packing)
 
 
 def quantize(
@@ -122,7 +110,7 @@ def quantize(
         )
     if scheme.smoothed:
         smooth = _needed(stats, "pre_quant_scale", where, algo.name)
-        work, transforms = work / smooth.float(), ((SMOOTH, (smooth,)),)
+        work, transforms = work.float() / smooth.float(), ((SMOOTH, (smooth,)),)
     input_scale = None
     spec = scheme.operands.get("input")
     if algo.static_input and spec is not None:
