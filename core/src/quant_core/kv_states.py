@@ -7,6 +7,7 @@ would read from a quantized cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,34 @@ from torch import Tensor, nn
 from quant_core.errors import LayoutError
 from quant_core.kernels.activations import fake_quantize
 from quant_core.nn import moved
-from quant_core.spec import TENSOR, LayerDesc
+from quant_core.spec import TENSOR, LayerDesc, QuantSpec
+from quant_core.spec_json import from_text, to_text
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 if TYPE_CHECKING:
     from quant_core.kv_cache import CacheScheme
 
 __all__ = ["QuantCache", "canonicalize", "serialize"]
+
+_lib = torch.library.Library("quant_core", "FRAGMENT")
+_lib.define("round_states(Tensor x, Tensor scale, Tensor? zero, str spec) -> Tensor")
+
+
+@functools.cache
+def _spec(text: str) -> QuantSpec:
+    spec: QuantSpec = from_text(text)
+    return spec
+
+
+def _round_states(x: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
+    """x [T, features] rounded to the codes of ``spec`` and back; an op, so that graphs stay one."""
+    return fake_quantize(x, _spec(spec), scale, zero) if x.numel() else x.clone()
+
+
+_lib.impl("round_states", _round_states, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "quant_core::round_states", lambda x, scale, zero, spec: torch.empty_like(x), lib=_lib
+)
 
 
 def _check_positive(scheme: CacheScheme, stored: str, scale: Tensor) -> None:
@@ -89,18 +111,25 @@ class QuantCache(nn.Module):
         self.layer, self.scheme = layer, scheme
         self.attention: dict[str, Callable[..., Any]] = {}
         self._specs = dict(scheme.operands)
+        self._texts = {role: to_text(spec) for role, spec in scheme.operands.items()}
         for role, operand in tensors.operands.items():
             self.register_buffer(f"{role}_scale", operand.scales[0])
             self.register_buffer(f"{role}_zero", operand.zeros)
 
     def rounded(self, role: str, x: Tensor) -> Tensor:
-        """``x`` [..., features] as a quantized cache would give it back; others pass unchanged."""
-        spec = self._specs.get(role)
-        if spec is None:
+        """``x`` [..., features] as a quantized cache would give it back; others pass unchanged.
+
+        Gradients pass as if nothing were rounded.
+        """
+        text = self._texts.get(role)
+        if text is None:
             return x
         scale, zero = getattr(self, f"{role}_scale"), getattr(self, f"{role}_zero")
-        flat = fake_quantize(x.reshape(-1, x.shape[-1]), spec, scale, zero)
-        return flat.view(x.shape)
+        flat = x.detach().reshape(-1, x.shape[-1])
+        y: Tensor = torch.ops.quant_core.round_states(flat, scale, zero, text).view(x.shape)
+        if x.requires_grad and torch.is_grad_enabled():
+            return x + (y - x).detach()
+        return y
 
     def rounded_heads(self, role: str, x: Tensor) -> Tensor:
         """The same for ``x`` [batch, heads, tokens, head_dim]."""

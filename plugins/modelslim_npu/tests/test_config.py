@@ -189,7 +189,7 @@ def test_siblings_are_told_apart_at_the_dot(ms, write):
     assert isinstance(planned.members[ten].scheme, Scheme)
 
 
-def test_kv_scales_are_skipped_by_a_rule_with_one_warning(ms, write):
+def test_kv_scales_are_offered_and_those_of_the_softmax_skipped_with_one_warning(ms, write):
     path = "model.layers.0.self_attn"
     layer = ms.layer("W8A8_DYNAMIC") | {
         "kv_cache_scale": torch.ones(ms.N), "kv_cache_offset": torch.zeros(ms.N),
@@ -203,7 +203,11 @@ def test_kv_scales_are_skipped_by_a_rule_with_one_warning(ms, write):
     assert planned.warnings == ["KV-cache scales present, not applied (1 attention modules)"]
     rules = set(planned.ledger.skipped.values())
     assert rules == {"KV-cache scales present, not applied"}
-    assert len(planned.ledger.skipped) == 4
+    assert list(planned.ledger.skipped) == [f"{path}.fa_q.scale"]
+    scheme = planned.attention[path].scheme
+    assert scheme.operands["k"].label == "int8 block(0,1):f32 code-zero"
+    assert scheme.operands["v"].label == "int8 block(0,1):f32"
+    assert not scheme.default
 
 
 def test_experts_of_two_types_are_refused(ms, write):

@@ -11,7 +11,7 @@ from torch import nn
 
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.engines.transformers import load_model
-from quant_core.load import load_tensor
+from quant_core.load import load_tensor, read_matrix
 from quant_core.nn import QuantExperts, QuantGrouped, QuantLinear
 from quant_core.plan import plan
 
@@ -139,9 +139,22 @@ def test_scale_bias_is_the_sum_of_our_weights(checkpoints):
 
 def test_kv_scales_are_accounted_for(checkpoints):
     planned = plan(open_checkpoint(checkpoints / "msmodelslim-w8a8-kvc8"))
-    assert planned.warnings == ["KV-cache scales present, not applied (2 attention modules)"]
-    assert set(planned.ledger.skipped.values()) == {"KV-cache scales present, not applied"}
-    assert len(planned.ledger.skipped) == 8
+    assert not planned.warnings
+    assert not planned.ledger.skipped
+    assert len(planned.attention) == 2
+    for member in planned.attention.values():
+        assert not member.scheme.default  # the producer's own numbers have a float cache
+        lt = read_matrix(planned, member)
+        assert {role: t.scales[0].shape for role, t in lt.operands.items()} == dict.fromkeys(
+            "kv", (1, 128)
+        )
+    # keys after the rotary embedding, which turns features d and d + 32 of a head into each other:
+    # their scales are nearly equal, those of values are not
+    lt = read_matrix(planned, planned.attention["model.layers.0.self_attn"])
+    halves = {role: t.scales[0].view(2, 2, 32)[:, :, :8] for role, t in lt.operands.items()}
+    apart = {role: (h[:, 0] / h[:, 1]).log().abs().mean() for role, h in halves.items()}
+    assert apart["k"] < 0.1
+    assert apart["v"] > 0.3
 
 
 @pytest.mark.parametrize("name", ["w8a8", "pdmix", "moe-w4a8-g64"])

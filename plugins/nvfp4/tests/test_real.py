@@ -130,6 +130,21 @@ def test_scales_of_the_cache_are_kept_when_saving(checkpoints, tmp_path):
     assert plan(new).match.config.kv == "NVFP4"
 
 
+def test_scales_of_an_fp8_cache_are_applied_on_demand(checkpoints, caplog):
+    folder = checkpoints / "modelopt-fp8-kvfp8"
+    ids, want, meta = _expected(folder)
+    assert not plan(open_checkpoint(folder)).warnings
+    plain = load_model(folder, dtype=torch.float32)
+    assert "kv_cache='checkpoint'" in caplog.text
+    assert _within(_distances(plain, ids, want, meta), meta["bound"])
+    rounded = load_model(folder, dtype=torch.float32, kv_cache="checkpoint")
+    assert not _within(_distances(rounded, ids, want, meta), meta["bound"])
+    # the producer's model before export, with its cache quantizers on (and other input scales)
+    memory = open_checkpoint(folder / "expected.safetensors").read("logits_fakequant_f32")
+    before, after = (_distances(m, ids, memory, meta)["mean"] for m in (plain, rounded))
+    assert after < 0.9 * before
+
+
 @pytest.mark.parametrize("name", ["modelopt-w4a8-awq", "modelopt-mixed-fp8-nvfp4"])
 def test_either_config_file_alone_is_enough(checkpoints, tmp_path, name):
     schemes = []

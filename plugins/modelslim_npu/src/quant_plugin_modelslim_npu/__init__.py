@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quant_core import hookimpl
@@ -33,6 +33,13 @@ def detect_format(checkpoint: Checkpoint) -> FormatMatch | None:
     from quant_plugin_modelslim_npu.detect import detect
 
     return detect(checkpoint)
+
+
+@hookimpl
+def attention_schemes(match: FormatMatch, checkpoint: Checkpoint) -> Mapping[str, Scheme]:
+    from quant_plugin_modelslim_npu.cache import schemes
+
+    return schemes(checkpoint)
 
 
 @hookimpl

@@ -13,6 +13,7 @@ from typing import Any
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, ConfigError, printable, summarize
 from quant_core.spec import FormatMatch
+from quant_plugin_modelslim_npu.cache import schemes
 from quant_plugin_modelslim_npu.config import parse_description, tensor_types
 
 __all__ = ["KV_LEAVES", "KV_RULE", "ONLINE_LEAVES", "PATTERN", "detect"]
@@ -103,10 +104,11 @@ def detect(checkpoint: Checkpoint) -> FormatMatch | None:
     config = parse_description(raw, file)
     _check_online(checkpoint, file)
     _check_stored(checkpoint, file, described)
+    offered = schemes(checkpoint)
     holders = [
         m
         for m, leaves in checkpoint.modules.items()
-        if KV_LEAVES & leaves.keys() or m.rpartition(".")[2] in ATTENTION
+        if (KV_LEAVES & leaves.keys() and not offered) or m.rpartition(".")[2] in ATTENTION
     ]
     if holders:
         count = len({m.rpartition(".")[0] for m in holders})

@@ -34,6 +34,13 @@ def detect_format(checkpoint: Checkpoint) -> FormatMatch | None:
 
 
 @hookimpl
+def attention_schemes(match: FormatMatch, checkpoint: Checkpoint) -> Mapping[str, Scheme]:
+    from quant_plugin_nvfp4.cache import schemes
+
+    return schemes(match.config, checkpoint)
+
+
+@hookimpl
 def make_scheme(
     match: FormatMatch, layer: LayerDesc, checkpoint: Checkpoint
 ) -> Scheme | Unquantized:

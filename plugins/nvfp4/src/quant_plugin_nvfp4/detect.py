@@ -18,6 +18,7 @@ from quant_core.ledger import missing_error
 from quant_core.presence import siblings_of
 from quant_core.resolve import numberless
 from quant_core.spec import FormatMatch, TensorInfo
+from quant_plugin_nvfp4.cache import schemes
 from quant_plugin_nvfp4.config import ModelOptConfig, check_agreement, parse_config
 
 __all__ = ["KV_LEAVES", "SIDE_FILE", "detect", "is_quantized"]
@@ -39,7 +40,7 @@ def is_quantized(path: str, leaves: Leaves) -> bool:
 
 
 def _cache_warnings(config: ModelOptConfig, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the file says of a quantized cache is read by nobody yet: say so.
+    """What the file says of a quantized cache and cannot be applied.
 
     Raises:
         CheckpointError: ``Q-TENSOR-MISSING`` if some layers have the scales and others lack them.
@@ -61,6 +62,8 @@ def _cache_warnings(config: ModelOptConfig, checkpoint: Checkpoint) -> tuple[str
     owners = {
         path.rpartition(".")[0] for path, leaves in modules.items() if KV_LEAVES & leaves.keys()
     }
+    if schemes(config, checkpoint):
+        return ()
     if owners:
         return (f"KV-cache scales present, not applied ({len(owners)} attention modules)",)
     if config.kv:
