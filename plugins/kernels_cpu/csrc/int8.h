@@ -54,14 +54,16 @@ qk_int8_fn qk_w8a8_avx2, qk_w8a8_vnni;
 static inline qk_int8_tensors qk_int8_expert(const qk_int8_op *op, const qk_int8_tensors *t,
                                              int64_t e) {
     qk_int8_tensors v = *t;
-    const int64_t rows = qk_div_up(op->n, QK_ROWS) * QK_ROWS, grid = rows * qk_div_up(op->k, op->group);
+    const int64_t rows = qk_div_up(op->n, QK_ROWS) * QK_ROWS;
+    const int64_t grid = rows * qk_div_up(op->k, op->group), scales = op->scale_single ? 1 : grid;
+    const int64_t input_bytes = qk_size(op->input_type);
     v.codes = (const uint8_t *)t->codes + e * rows * op->k;
-    v.scales = (const uint8_t *)t->scales + e * (op->scale_single ? 1 : grid) * qk_size(op->scale_type);
+    v.scales = (const uint8_t *)t->scales + e * scales * qk_size(op->scale_type);
     if (t->sums) v.sums += e * grid;
     if (t->bias) v.bias = (const uint8_t *)t->bias + e * op->n * qk_size(op->bias_type);
     if (t->acc_bias) v.acc_bias += e * op->n;
     if (t->out_scale) v.out_scale += e * op->n;
-    if (t->input_scale) v.input_scale = (const uint8_t *)t->input_scale + e * qk_size(op->input_type);
+    if (t->input_scale) v.input_scale = (const uint8_t *)t->input_scale + e * input_bytes;
     if (t->input_zero) v.input_zero += e;
     return v;
 }

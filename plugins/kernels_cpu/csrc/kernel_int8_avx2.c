@@ -20,7 +20,7 @@ QK_INLINE __m256i join(__m256i a, __m256i b) {
 }
 
 QK_INLINE void tile_of(const uint8_t *w, const int8_t *x, int64_t quads, const int tokens,
-                       int32_t *acc, int64_t ld) {
+                       int32_t *acc) {
     for (int half = 0; half < 2; half++) {
         const uint8_t *row = w + half * QK_ROWS * 2;
         const int8_t *codes = x;
@@ -46,19 +46,18 @@ QK_INLINE void tile_of(const uint8_t *w, const int8_t *x, int64_t quads, const i
         for (int m = 0; m < tokens; m++)
 #pragma GCC unroll 2
             for (int j = 0; j < 2; j++) {
-                __m256i *at = (__m256i *)(acc + m * ld + half * 16 + j * 8);
+                __m256i *at = (__m256i *)(acc + m * QK_ROWS + half * 16 + j * 8);
                 const __m256i more = join(sum[m][2 * j], sum[m][2 * j + 1]);
                 _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), more));
             }
     }
 }
 
-static void NAME(tile)(const uint8_t *w, const int8_t *x, int64_t quads, int tokens, int32_t *acc,
-                       int64_t ld) {
+static void NAME(tile)(const uint8_t *w, const int8_t *x, int64_t quads, int tokens, int32_t *acc) {
     switch (tokens) {
-    case 1: tile_of(w, x, quads, 1, acc, ld); break;
-    case 2: tile_of(w, x, quads, 2, acc, ld); break;
-    case 3: tile_of(w, x, quads, 3, acc, ld); break;
+    case 1: tile_of(w, x, quads, 1, acc); break;
+    case 2: tile_of(w, x, quads, 2, acc); break;
+    case 3: tile_of(w, x, quads, 3, acc); break;
     }
 }
 
