@@ -11,6 +11,7 @@ from quant_core.spec import PluginInfo
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.convert.fit import Fit
+    from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
     from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
     from quant_core.tensors import LayerTensors
@@ -72,3 +73,10 @@ def fit_scheme(
     from quant_plugin_compressed_tensors.fit import fit
 
     return fit(layer, tensors, operands, options, allow_inexact)
+
+
+@hookimpl
+def online_schemes() -> Mapping[str, OnlineScheme]:
+    from quant_plugin_compressed_tensors.online import ONLINE
+
+    return ONLINE

@@ -224,3 +224,10 @@ class CtScheme(Scheme):
         from quant_plugin_compressed_tensors import layout
 
         return layout.serialize(self, layer.stored, tensors)
+
+    def quantize(
+        self, layer: LayerDesc, dense: Tensor, stats: Mapping[str, Tensor] | None = None
+    ) -> LayerTensors:
+        from quant_plugin_compressed_tensors.online import quantize
+
+        return quantize(self, layer, dense)
