@@ -20,7 +20,15 @@ from quant_core.resolve import NamePattern, check_count
 from quant_core.scheme import Scheme
 from quant_core.spec import LayerDesc, Unquantized
 
-__all__ = ["DEFAULT_SKIP", "OnlineRequest", "OnlineScheme", "SkipRules", "find_online", "offers"]
+__all__ = [
+    "DEFAULT_SKIP",
+    "OnlineRequest",
+    "OnlineScheme",
+    "SkipRules",
+    "find_online",
+    "offers",
+    "short_name",
+]
 
 DEFAULT_SKIP = ("lm_head", "embed_out", "gate", "shared_expert_gate", "router")
 """Modules that stay floats unless ``skip`` says otherwise: output embeddings and routers. Input
@@ -117,6 +125,15 @@ def find_online(registry: Registry, name: str) -> tuple[str, OnlineScheme]:
     if not claims:
         raise _unknown(str(name), known)
     return claims[0], known[claims[0]][plugin]
+
+
+def short_name(registry: Registry, plugin: str, name: str) -> str:
+    """The shortest spelling that means this scheme: ``name``, or ``plugin:name``."""
+    try:
+        owner, _ = find_online(registry, name)
+    except (ConfigError, PluginError):
+        owner = ""
+    return name if owner == plugin else f"{plugin}:{name}"
 
 
 # ------------------------------------------------------------------------------ what is asked for

@@ -1,4 +1,4 @@
-"""``quant formats``: which checkpoint formats this installation reads. Imports no torch."""
+"""``quant formats``: which formats this installation reads, and quantizes to. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _collect() -> dict[str, Any]:
     from quant_core.detect import known_formats
+    from quant_core.online import offers, short_name
     from quant_core.registry import registry
 
     reg = registry()
+    made = offers(reg)
     formats = [
         {
             "id": p.id,
@@ -31,6 +33,10 @@ def _collect() -> dict[str, Any]:
             "side_files": list(p.info.side_files),
             "dist": p.dist,
             "version": p.version,
+            "online": {
+                short_name(reg, p.id, name): scheme.summary
+                for name, scheme in made.get(p.id, {}).items()
+            },
         }
         for _, p in sorted(reg.plugins.items())
         if reg.implements(p.id, "detect_format")
@@ -49,6 +55,10 @@ def _render(data: dict[str, Any]) -> Iterator[str]:
     yield from table(("format", "files", "from", "version", "what"), rows, indent="")
     if not rows:
         yield "no formats: quant-core reads none by itself."
+    online = [pair for f in data["formats"] for pair in f["online"].items()]
+    if online:
+        yield ""
+        yield from table(("online=", "what it makes of float weights"), online, indent="")
     if data["available"]:
         yield "more: " + "; ".join(f"pip install {d}" for d in data["available"])
     if data["set_aside"]:

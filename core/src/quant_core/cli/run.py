@@ -21,7 +21,7 @@ HELP = "generate text from a checkpoint, its weights kept packed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """PATH, --prompt, --max-new-tokens, --dtype and --device."""
+    """PATH, --prompt, --max-new-tokens, --dtype, --device, --online and --skip."""
     parser.add_argument("path", metavar="PATH", help="checkpoint folder or file")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--max-new-tokens", type=_count, default=32, metavar="N")
@@ -30,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of activations and of unquantized weights",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", metavar="DEVICE")
+    parser.add_argument(
+        "--online", metavar="NAME",
+        help="quantize a float checkpoint while loading it; `quant formats` lists the names",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="PATTERN",
+        help="with --online: modules that stay floats; may be repeated",
+    )  # fmt: skip
 
 
 def _count(text: str) -> int:
@@ -131,12 +139,19 @@ def _collect(args: argparse.Namespace) -> dict[str, Any]:
     from quant_core.engines.transformers import load_model
 
     start = time.perf_counter()
-    model = load_model(args.path, device=args.device, dtype=getattr(torch, args.dtype))
+    model = load_model(
+        args.path,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        online=args.online,
+        skip=args.skip,
+    )
     load_s = time.perf_counter() - start
     return {
         "path": args.path,
         "dtype": args.dtype,
         "device": args.device,
+        "online": args.online,
         "threads": torch.get_num_threads(),
         "load_s": round(load_s, 3),
         **generate(model, tokenizer, args.prompt, args.max_new_tokens),
