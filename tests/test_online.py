@@ -7,9 +7,6 @@ Bounds are relative distances of the logits, ||q - f|| / ||f||, on the small tra
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -402,77 +399,3 @@ def test_zero_groups_and_outliers(tiny: Mapping[str, Path], name: str, tmp_path:
     assert torch.isfinite(modules[1]).all()
     assert not modules[1][7].any()
     assert abs(float(modules[1][9, 70]) - 1e4) <= 2e3
-
-
-# ------------------------------------------------------------------------------------------ memory
-
-_PROBE = """
-import gc, json, sys
-import torch
-import quant_core
-from quant_core.cli.run import weight_memory
-
-def memory(key):
-    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
-
-small, large, online, hoard = *sys.argv[1:4], sys.argv[4] == "hoard"
-torch.set_num_threads(1)
-warm = quant_core.load_model(small, dtype=torch.bfloat16, online=online)
-gc.collect()
-open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
-plan = quant_core.plan(quant_core.open_checkpoint(large))
-kept = [plan.checkpoint.read(n) for n in plan.checkpoint.tensors] if hoard else []
-model = quant_core.load_model(large, dtype=torch.bfloat16, online=online)
-print(json.dumps({
-    "used": memory("VmHWM") - before,
-    "final": weight_memory(model)["model_bytes"],
-    "float": sum(t.nbytes for t in plan.checkpoint.tensors.values()),
-    "largest": max(t.nbytes for t in plan.checkpoint.tensors.values()),
-}))
-"""
-
-
-def _write_large(folder: Path, layers: int) -> Path:
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": layers}
-    config = LlamaConfig(**SIZES | sizes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="40MB")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("sized")
-    return _write_large(root / "small", 1), _write_large(root / "large", 12)
-
-
-def _measure(models: tuple[Path, Path], name: str, mode: str) -> dict[str, int]:
-    command = [sys.executable, "-c", _PROBE, *map(str, models), name, mode]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    used: dict[str, int] = json.loads(done.stdout)
-    print({k: f"{v / 2**20:.1f} MiB" for k, v in used.items()})
-    return used
-
-
-def _allowed(got: Mapping[str, int]) -> int:
-    """The result, one float matrix, and what is in work of it (measured: 17 and 23 MiB)."""
-    return got["final"] + got["largest"] + 32 * 2**20
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux /proc")
-@pytest.mark.parametrize("name", ["int4", "nvfp4"])
-def test_peak_is_final_and_one_matrix_in_work(sized: tuple[Path, Path], name: str) -> None:
-    got = _measure(sized, name, "load")
-    assert got["float"] > 2 * _allowed(got)
-    assert got["used"] <= _allowed(got)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux /proc")
-def test_peak_check_notices_a_second_copy(sized: tuple[Path, Path]) -> None:
-    got = _measure(sized, "int4", "hoard")
-    assert got["used"] > _allowed(got)
