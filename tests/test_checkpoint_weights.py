@@ -24,6 +24,7 @@ PREFIXES = (
     "gptqmodel-2", "gptqmodel-3", "gptqmodel-4", "gptqmodel-awq", "gptqmodel-dynamic",
     "ar-w4g128-gptq", "ar-w4g128-asym-awq", "gguf-", "ar-gguf-",
     "ar-lmhead", "ar-mixed", "ar-moe", "ar-w2", "ar-w3", "ar-w4g128-sym", "ar-w4g64",
+    "ar-mxfp4", "ar-nvfp4",
     "ct-w3", "ct-w4", "ct-w8", "ct-kvfp8-w4",
     "hf-gptoss", "ct-fp8", "ct-mla", "ct-mixed", "ct-moe", "ct-mxfp", "ct-nvfp4", "ct-spinquant",
     "modelopt-", "msmodelslim-", "quark-",

@@ -207,6 +207,13 @@ def test_asking_for_scales_that_are_not_there_is_an_error(tmp_path):
     assert err.value.code == "Q-ENGINE-CACHE"
 
 
+def test_conversion_says_that_the_scales_are_left_behind(made, tmp_path):
+    result = quant_core.convert(made[0], tmp_path / "out", to="compressed_tensors")
+    assert any("KV cache (2 attention modules) are not carried" in w for w in result.warnings)
+    left = load_model(tmp_path / "out")
+    assert (_logits(left) - made[2]).abs().max() < 1e-5
+
+
 def test_scale_of_zero_is_refused_by_load_and_found_by_verify(tmp_path, capsys):
     from quant_core.cli.main import main
 

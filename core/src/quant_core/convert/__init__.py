@@ -139,6 +139,11 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             step=lambda name: report("write", name, total),
         )
+        if source.attention:
+            warnings.append(
+                f"{checkpoint.path}: scales of a quantized KV cache ({len(source.attention)} "
+                "attention modules) are not carried over; the result has a float cache"
+            )
         return Result(
             source=checkpoint.path,
             path=path,
