@@ -7,6 +7,8 @@ Every round runs each candidate once, so that a slow moment of the machine slows
 reported are the median time, the median of the ratios to bf16 ``F.linear`` of the same round, and
 the ratio of the best times, which says more where other work shares the cores.
 Weights are cold: each candidate rotates over copies that together exceed ``--cold`` MiB.
+Rows ``w8a8`` quantize x inside the call: one scale per token, or a stored one; ``torch _int_mm``
+does the same with torch's ops.
 ``read_gb_s`` is the speed of summing 256 MiB in the same run, the ceiling for few tokens; ``error``
 the Frobenius error of up to 8 tokens against a float64 product with the same dequantized weights.
 """
@@ -21,6 +23,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from quant_core.kernels.choose import choose
 from quant_core.registry import registry
-from quant_core.spec import CHANNEL, Element, OpSpec, QuantSpec, Scale, Zero, group
+from quant_core.spec import CHANNEL, TENSOR, Element, OpSpec, QuantSpec, Scale, Zero, group
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 MIB = 1 << 20
@@ -78,13 +81,27 @@ def copies(nbytes: int, cold_mib: int) -> int:
     return max(1, min(64, -(-cold_mib * MIB // nbytes)))
 
 
-def ours(lt: LayerTensors, name: str, cold_mib: int) -> tuple[Run, int]:
+def int8_input(*, static: bool, zero: bool = False) -> QuantSpec:
+    """int8 activations: one scale per token, or a stored one of the tensor."""
+    grain = TENSOR if static else CHANNEL
+    return QuantSpec(
+        element=Element.int(8),
+        scales=(Scale(element="f32", grain=grain, static=static),),
+        zero=Zero(kind="code", element="int8") if zero else None,
+    )
+
+
+def ours(
+    lt: LayerTensors, name: str, cold_mib: int, acts: QuantSpec | None = None
+) -> tuple[Run, int]:
     """The named kernel on copies of a layer, and the bytes one copy takes."""
     n, k = lt.weight.shape
+    side = {"input_scale": lt.input_scale, "input_zero": lt.input_zero}
     op = OpSpec(
         op="linear",
-        operands=(("weight", lt.weight.spec),),
+        operands=(("weight", lt.weight.spec), *([("input", acts)] if acts else [])),
         sizes=(("n", n), ("k", k), ("k_stored", k)),
+        features=frozenset(f for f, t in side.items() if t is not None),
     )
     choice = choose(op, registry(), kernels=name)
     buffers = choice.kernel.allocate(choice.op)
@@ -119,6 +136,19 @@ def torch_int8(lt: LayerTensors, cold_mib: int) -> tuple[Run, int]:
     return rotate([lambda x, w=w: op(x, w, scale) for w in sets]), codes.numel()
 
 
+def torch_int_mm(lt: LayerTensors, cold_mib: int) -> tuple[Run, int]:
+    """``torch._int_mm`` with a scale per token made and applied by torch's ops."""
+    codes, scale = lt.weight.codes.view(torch.int8), lt.weight.scales[0].view(1, -1)
+    sets = [codes.clone().t() for _ in range(copies(codes.numel(), cold_mib))]
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        s = x.abs().amax(-1, keepdim=True).float() / 127
+        q = (x / s).round().clamp(-128, 127).to(torch.int8)
+        return (torch._int_mm(q, w).float() * s * scale).to(x.dtype)
+
+    return rotate([lambda x, w=w: run(x, w) for w in sets]), codes.numel()
+
+
 def dense(lt: LayerTensors, cold_mib: int) -> tuple[Run, int]:
     """bf16 ``F.linear``: the anchor of every ratio."""
     w = lt.dequantize().bfloat16()
@@ -139,6 +169,13 @@ def candidates(n: int, k: int, tokens: int, cold: int) -> dict[str, tuple[Run, i
         if tokens <= 64:  # 5 to 13 times slower than bf16 above: nothing to compare with
             out[f"torch int4pack g{size}"] = (*torch_int4(lt, size, cold), lt)
     out["w8a16 channel"] = (*ours(i8, "cpu_wna16", cold), i8)
+    out["w8a8 token"] = (*ours(i8, "cpu_w8a8", cold, int8_input(static=False)), i8)
+    stored = replace(i8, input_scale=torch.tensor([4.5 / 127]))
+    out["w8a8 static"] = (*ours(stored, "cpu_w8a8", cold, int8_input(static=True)), i8)
+    shifted = replace(stored, input_zero=torch.tensor([3], dtype=torch.uint8))
+    asym = int8_input(static=True, zero=True)
+    out["w8a8 static asym"] = (*ours(shifted, "cpu_w8a8", cold, asym), i8)
+    out["torch _int_mm"] = (*torch_int_mm(i8, cold), i8)
     if tokens <= 64:
         out["torch int8pack"] = (*torch_int8(i8, cold), i8)
     return out
@@ -175,6 +212,7 @@ def measure(runs: dict[str, Run], x: Tensor, rounds: int, seconds: float) -> dic
 
 def bench(n: int, k: int, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     found = candidates(n, k, tokens, args.cold)
+    found = {f: c for f, c in found.items() if args.only in f or f == "bf16 F.linear"}
     x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).bfloat16()
     times = measure({name: run for name, (run, _, _) in found.items()}, x, args.rounds, args.round)
     anchor = times["bf16 F.linear"]
@@ -230,6 +268,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 8, 64, 512])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--round", type=float, default=0.02, help="seconds per candidate and round")
+    parser.add_argument("--only", default="", help="candidates whose name holds this, and bf16")
     parser.add_argument("--cold", type=int, default=256, help="MiB of weights to rotate over")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()

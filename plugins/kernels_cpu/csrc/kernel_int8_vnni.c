@@ -18,7 +18,7 @@ QK_INLINE __m512i quad(const int8_t *x) {
 QK_INLINE void tile_of(const uint8_t *w, const int8_t *x, int64_t quads, const int tokens,
                        int32_t *acc) {
     const int parts = tokens == 1 ? 4 : tokens <= 3 ? 2 : 1; /* sums that hide the latency */
-    const int64_t ahead = qk_min(quads * QK_ROWS * 4, 1 << 16); /* the next chunk, as far as L2 goes */
+    const int64_t ahead = qk_min(quads * QK_ROWS * 4, 1 << 16); /* the next chunk: fits L2 */
     __m512i sum[TILE][2][MOST_PARTS];
 #pragma GCC unroll 12
     for (int m = 0; m < tokens; m++)
