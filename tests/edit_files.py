@@ -6,6 +6,7 @@ Headers are read and written here from the format descriptions, apart from the c
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,9 @@ def edit_folder(source: Path, target: Path, name: str, mutation: str) -> None:
         if file.name.startswith("expected."):
             continue
         copy = target / file.name
+        if file.is_dir():
+            shutil.copytree(file, copy)
+            continue
         if file.suffix in editors:
             copy.write_bytes(editors[file.suffix](file.read_bytes(), name, mutation))
         else:

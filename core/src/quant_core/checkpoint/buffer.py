@@ -7,8 +7,8 @@ are read into it: 285 MB in pieces of 8 MiB took 0.19 s into new mappings, 0.034
 there (page cache, two cores).
 
 So a checkpoint keeps mappings of tensors that died and leases them again, larger than asked for if
-need be. It never keeps more than a quarter above the largest lease so far (a matrix with its scales
-and zeros), and gives everything back when it is closed or dies. What a model keeps for good, its
+need be. It never keeps more than the largest lease so far, and gives everything back when it is
+closed or dies. What a model keeps for good, its
 float parameters, is read into memory of exactly its size instead, from a pool of its own.
 """
 
@@ -85,7 +85,7 @@ class BufferPool:
         with self._lock:
             self._free.append(mapping)
             self._free.sort(key=len)
-            while sum(map(len, self._free)) > self._largest * 5 // 4:
+            while sum(map(len, self._free)) > max(self._largest, len(mapping)):
                 del self._free[0]
 
     def clear(self) -> None:

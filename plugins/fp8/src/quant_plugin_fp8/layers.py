@@ -18,6 +18,7 @@ from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import LayoutError, printable
 from quant_core.ledger import missing_error
 from quant_core.presence import check_stacked, refuse_skipped, stored_modules, unquantized
+from quant_core.resolve import numberless
 from quant_core.spec import EXPERT, FormatMatch, LayerDesc, Source, TensorInfo, Unquantized
 from quant_plugin_fp8.config import Fp8Config
 from quant_plugin_fp8.detect import INPUT_NAMES, KV_LEAVES, SCALE_NAMES, is_quantized
@@ -138,18 +139,26 @@ def _stacked(
     parent, _, leaf = layer.stored.partition(".{expert}.")
     fused, half = _HALVES.get(leaf, (leaf, 0))
     parts = 2 if leaf in _HALVES else 1
-    info = checkpoint.tensors.get(f"{parent}.{fused}_scale_inv")
-    if info is None:
-        return None, None
+    name = f"{parent}.{fused}_scale_inv"
+    info = checkpoint.tensors.get(name)
     rows, cols = -(-shape[0] // config.block[0]), -(-shape[1] // config.block[1])
+    index = (EXPERT, (half * rows, (half + 1) * rows)) if parts == 2 else (EXPERT,)
+    if info is None:
+        kin = numberless(name)
+        shared = any(t.endswith("_scale_inv") and numberless(t) == kin for t in checkpoint.tensors)
+        # where another layer has such a tensor this one lost it, and core names it
+        return (Source(name=name, index=index) if shared else None), None
     want = (len(layer.experts), parts * rows, cols)
+    if info.shape[1:] == want[1:] and info.shape[0] > want[0]:
+        gone = sorted(set(range(info.shape[0])) - set(layer.experts))
+        names = [f"{layer.stored.format(expert=e)}.weight" for e in gone]
+        raise missing_error(checkpoint, names, f"{name}, which holds {info.shape[0]} experts")
     if info.shape != want:
         raise _shape_error(info, f"{want} for {want[0]} experts of {shape[0]} x {shape[1]}")
     if parts == 2 and shape[0] % config.block[0]:
         raise _shape_error(
             info, f"out_features {shape[0]} of {path} in whole blocks of {config.block[0]} rows"
         )
-    index = (EXPERT, (half * rows, (half + 1) * rows)) if parts == 2 else (EXPERT,)
     return Source(name=info.name, index=index), info
 
 

@@ -30,7 +30,7 @@ def input_fields(h: Header) -> dict[str, Any]:
     dtype = "float32" if len(inputs) == 2 else h.dtype(name, SCALE_ELEMENTS, "bfloat16")
     tensors = [h.tensor(name, (), dtype, (), "input_scale")]
     zero = "input_zero_point"
-    has_zero = zero in h.leaves or not inputs[0].symmetric
+    has_zero = h.expects(zero) or not inputs[0].symmetric
     if has_zero:
         kind = h.dtype(zero, dict.fromkeys(BYTES), inputs[0].dtype)
         tensors.append(h.tensor(zero, (), kind, (), "input_zero"))

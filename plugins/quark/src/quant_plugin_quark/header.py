@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.resolve import numberless
 from quant_core.spec import Axis, LayerDesc, ParamSpec, TensorInfo
 from quant_plugin_quark.args import LayerArgs
 from quant_plugin_quark.config import QuarkConfig
@@ -15,6 +18,20 @@ from quant_plugin_quark.config import QuarkConfig
 __all__ = ["FIXED", "Header"]
 
 FIXED = Axis(tag="fixed", cut="replicate")
+
+
+_leaves_of_kin: WeakKeyDictionary[Checkpoint, Mapping[str, set[str]]] = WeakKeyDictionary()
+
+
+def _kin(checkpoint: Checkpoint) -> Mapping[str, set[str]]:
+    """Module path without layer and expert numbers -> names stored in any such module."""
+    found = _leaves_of_kin.get(checkpoint)
+    if found is None:
+        found = defaultdict(set)
+        for path, leaves in checkpoint.modules.items():
+            found[numberless(path)].update(leaves)
+        _leaves_of_kin[checkpoint] = found
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +44,14 @@ class Header:
     checkpoint: Checkpoint
     path: str
     leaves: Mapping[str, TensorInfo]
+
+    def expects(self, leaf: str) -> bool:
+        """Whether ``leaf`` is stored here, or beside the same module of another layer.
+
+        Writers store a tensor that symmetric schemes do not need for all layers or for none, so
+        one that is lost in a single layer is missed.
+        """
+        return leaf in self.leaves or leaf in _kin(self.checkpoint)[numberless(self.path)]
 
     def dtype(self, leaf: str, allowed: Mapping[str, Any], default: str) -> str:
         """Stored dtype if it is allowed, else ``default`` (core then reports the tensor)."""

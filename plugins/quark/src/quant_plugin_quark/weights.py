@@ -136,7 +136,7 @@ def _zero_fields(
         shape: (), (N,) or (G, N): one value for each scale.
     """
     centre = Zero(kind="const", value=8) if args.dtype == "int4" else None
-    if args.symmetric and name not in h.leaves:
+    if args.symmetric and not h.expects(name):
         return centre, {}, ()
     out = Axis(tag="out")
     axes = (Axis(tag="group", per=Fraction(args.group_size or 1)), out)[2 - len(shape) :]
