@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quant_core.errors import LayoutError
 from quant_core.fuse import Composite, fuse
 from quant_core.kernels.choose import Choice, choose
+from quant_core.kernels.device import device_key
 from quant_core.kernels.transforms import transform_features
 from quant_core.load import read_matrix
 from quant_core.nn import (
@@ -126,7 +127,7 @@ class Builder:
             sizes=(("n", qt.shape[0]), ("k", scheme.shape[1]), ("k_stored", qt.shape[1]),
                    *sizes.items()),
             act_dtype=str(self.dtype).removeprefix("torch."),
-            device=(self.device.partition(":")[0], ""),
+            device=device_key(self.device),
             features=_features(lt),
             transforms=tuple(t for t, _ in lt.transforms),
         )  # fmt: skip

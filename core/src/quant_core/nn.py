@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quant_core.gradients import grouped_with_grad, linear_with_grad, wants_grad
 from quant_core.kernels.base import Kernel
 from quant_core.kernels.choose import Choice, Decision
+from quant_core.kernels.device import device_key
 from quant_core.packing import repack
 from quant_core.spec import OpSpec, Packing
 from quant_core.tensors import LayerTensors
@@ -115,7 +116,7 @@ class QuantModule(nn.Module):
         """
         assert self._rechoose is not None
         canonical = self.restore()
-        choice = self._rechoose(replace(self.op, device=(device.type, "")))
+        choice = self._rechoose(replace(self.op, device=device_key(str(device))))
         buffers = choice.kernel.allocate(choice.op, str(device))
         for expert, part in matrices(canonical, self.op.size("experts", 0)):
             at = {"row": 0} if expert is None else {"row": 0, "expert": expert}

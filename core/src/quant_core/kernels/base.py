@@ -4,10 +4,15 @@ Life of a kernel: ``accepts`` (cheap, no torch import needed) -> ``allocate`` fi
 ``load_`` one member or expert at a time -> ``bind`` once -> run many times. ``restore`` gives the
 canonical tensors back exactly; saving, ``.to(device)``, refit and conversion go through it.
 Kernels see canonical types only and never learn which format a tensor came from.
+
+Kernels of several packages may read the same buffers: those that declare an equal ``layout`` (a
+name of the storage order). Core then binds them as one (``kernels.family``): the buffers exist
+once, and the number of rows of x picks the member that runs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -19,7 +24,10 @@ if TYPE_CHECKING:
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["Accepted", "Kernel", "Rejected"]
+__all__ = ["ANY_ROWS", "Accepted", "Kernel", "Rejected"]
+
+ANY_ROWS = 1 << 31
+"""The bound of a bucket without a limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +36,24 @@ class Accepted:
 
     ``cost`` orders candidates, smallest first: an estimate of microseconds per call where a
     measured table exists, else a rough rank (reference kernels use 1e6 and above).
+
+    ``costs`` says the same per number of rows M of x: (largest M of the bucket, microseconds),
+    bounds ascending; a bucket begins above the bound before it. What the kernel cannot run is left
+    out: above the last bound, or by a cost of infinity. ``ANY_ROWS`` is the bound without a limit.
+    Empty: ``cost`` holds for every M.
     """
 
     exact: bool = True  # False: changes numerics beyond rounding order
     workspace_bytes: int = 0
     cost: float = 1e3
     note: str = ""
+    costs: tuple[tuple[int, float], ...] = ()
+
+    def cost_at(self, rows: int) -> float:
+        """Microseconds for ``rows`` rows; infinity if the kernel cannot run them."""
+        if not self.costs:
+            return self.cost
+        return next((cost for bound, cost in self.costs if rows <= bound), math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +70,11 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """See the module's docstring. A kernel that applies transforms has ``TRANSFORMS = True``.
+    """See the module's docstring. Two attributes are optional:
 
-    Core asks no other kernel for an operation that has any.
+    TRANSFORMS  True: the kernel applies transforms; core asks no other for an operation with any.
+    layout      name of the storage order of its buffers; kernels with an equal one must agree on
+                ``allocate``, ``load_`` and ``restore``, bit for bit.
     """
 
     name: str
