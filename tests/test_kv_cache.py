@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import quant_core
 from quant_core import load_model
 from quant_core.checkpoint.open import open_checkpoint
+from quant_core.cli.main import main
 from quant_core.engines.transformers import uninstall
 from quant_core.errors import ConfigError, LayoutError
 from quant_core.kv_states import QuantCache
@@ -224,3 +225,19 @@ def test_scale_of_zero_is_refused_by_load_and_found_by_verify(tmp_path, capsys):
     assert main(["verify", str(tmp_path), "--json"]) == 1
     assert "Q-VALUE-SCALE" in capsys.readouterr().out
     assert load_model(tmp_path, kv_cache="float") is not None
+
+
+def test_inspect_lists_attention_whose_keys_and_values_are_quantized(made, capsys):
+    assert main(["inspect", str(made[0]), "--layers", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (kv,) = data["attention"]
+    assert (kv["scheme"], kv["modules"], kv["site"]) == ("kv_fp8_e4m3", 2, "cache")
+    assert kv["applied"]
+    assert set(kv["operands"]) == {"k", "v"}
+    assert kv["stored_bytes"] == 2 * len(SCALES)  # one bfloat16 each
+    names = {f"model.layers.{i}.self_attn" for i, _ in SCALES}
+    assert set(data["attention_layers"]) == names
+    assert main(["inspect", str(made[0]), "--layers"]) == 0
+    text = capsys.readouterr().out
+    assert "attention: 2 modules, kv_fp8_e4m3 at the cache: k: fp8_e4m3" in text
+    assert all(name in text for name in names)

@@ -1,6 +1,7 @@
 """``quant inspect``: what a checkpoint is, from its headers alone. Imports no torch.
 
-format, evidence, modules by scheme with bits per weight, bytes, memory per rank, warnings
+format, evidence, modules by scheme with bits per weight, bytes, memory per rank, attention whose
+keys and values are quantized, warnings
 """
 
 from __future__ import annotations
@@ -104,6 +105,32 @@ def _describe(plan: Plan, member: Member) -> dict[str, Any]:
     }
 
 
+def _describe_cache(plan: Plan, member: Member) -> dict[str, Any]:
+    """One attention module whose keys and values (rarely queries) are quantized."""
+    from quant_core.kv_cache import CacheScheme
+
+    scheme = member.scheme
+    assert isinstance(scheme, CacheScheme)
+    return {
+        "scheme": scheme.name,
+        "operands": {role: spec.label for role, spec in scheme.operands.items()},
+        "site": scheme.site,
+        "applied": scheme.default,
+        "stored_bytes": plan.member_nbytes(member),
+    }
+
+
+def _attention(listed: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same, summed over modules that are alike."""
+    sums: dict[tuple[object, ...], dict[str, Any]] = {}
+    for one in listed.values():
+        key = (one["scheme"], tuple(one["operands"].items()), one["site"], one["applied"])
+        total = sums.setdefault(key, {**one, "modules": 0, "stored_bytes": 0})
+        total["modules"] += 1
+        total["stored_bytes"] += one["stored_bytes"]
+    return list(sums.values())
+
+
 def _tensor_parallel(plan: Plan, ranks: int) -> dict[str, Any]:
     from quant_core.cli.ranks import cut_axis, rank_bytes
 
@@ -140,6 +167,7 @@ def summary(plan: Plan, *, ranks: int = 1, layers: bool = False) -> dict[str, An
         everything.add(*counts)
         if layers:
             listed[name] = one
+    caches = {name: _describe_cache(plan, m) for name, m in plan.attention.items()}
     checkpoint, match = plan.checkpoint, plan.match
     out: dict[str, Any] = {
         "path": str(checkpoint.path),
@@ -160,6 +188,7 @@ def summary(plan: Plan, *, ranks: int = 1, layers: bool = False) -> dict[str, An
             for (name, operands), total in schemes.items()
         ],
         "unquantized": [{"rule": rule, **total.plain()} for rule, total in rules.items()],
+        "attention": _attention(caches),
         "skipped": dict(plan.ledger.skipped),
         "warnings": list(plan.warnings),
     }
@@ -167,6 +196,7 @@ def summary(plan: Plan, *, ranks: int = 1, layers: bool = False) -> dict[str, An
         out["tensor_parallel"] = _tensor_parallel(plan, ranks)
     if layers:
         out["layers"] = listed
+        out["attention_layers"] = caches
     return out
 
 
@@ -222,6 +252,11 @@ def _render(data: Mapping[str, Any]) -> Iterator[str]:
     ]  # fmt: skip
     header = ("scheme", "stored as", "modules", "matrices", "bits/weight", "bytes")
     yield from table(header, rows, indent="")
+    for kv in data["attention"]:
+        roles = _roles(kv["operands"])
+        use = "applied" if kv["applied"] else "applied on request (kv_cache='checkpoint')"
+        what = f"{kv['modules']:,} modules, {kv['scheme']} at the {kv['site']}"
+        yield f"attention: {what}: {roles}; {use}"
     for name, rule in data["skipped"].items():
         yield f"skipped: {escaped(name)}: {escaped(rule)}"
     for warning in data["warnings"]:
@@ -230,9 +265,16 @@ def _render(data: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield from table(
             ("module", "kind", "scheme", "stored as", "shape", "bytes"),
-            [_layer_row(name, one) for name, one in layers.items()],
+            [
+                *(_layer_row(name, one) for name, one in layers.items()),
+                *(_cache_row(name, one) for name, one in data["attention_layers"].items()),
+            ],
             indent="",
         )
+
+
+def _roles(operands: Mapping[str, str]) -> str:
+    return "; ".join(f"{role}: {label}" for role, label in operands.items())
 
 
 def _operands(operands: Mapping[str, str]) -> str:
@@ -249,6 +291,11 @@ def _layer_row(name: str, one: Mapping[str, Any]) -> tuple[object, ...]:
                 one["stored_bytes"])  # fmt: skip
     stored = f"{', '.join(one['dtypes'])}: {one['rule']}"
     return (name, one["kind"], "-", stored, f"{one['weights']} values", one["stored_bytes"])
+
+
+def _cache_row(name: str, one: Mapping[str, Any]) -> tuple[object, ...]:
+    roles = _roles(one["operands"])
+    return (name, "attention", one["scheme"], roles, f"at the {one['site']}", one["stored_bytes"])
 
 
 @contextmanager
