@@ -75,19 +75,20 @@ class _Chooser:
 
     registry: Registry
     kernels: str | Sequence[str] | None
+    module: str = ""
 
     def __call__(self, op: OpSpec) -> Choice:
-        return choose(op, self.registry, kernels=self.kernels)
+        return choose(op, self.registry, kernels=self.kernels, module=self.module)
 
     def __deepcopy__(self, memo: object) -> _Chooser:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _chooser_here, (self.kernels,)
+        return _chooser_here, (self.kernels, self.module)
 
 
-def _chooser_here(kernels: str | Sequence[str] | None) -> _Chooser:
-    return _Chooser(default_registry(), kernels)
+def _chooser_here(kernels: str | Sequence[str] | None, module: str) -> _Chooser:
+    return _Chooser(default_registry(), kernels, module)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,9 +108,8 @@ class Builder:
     kernels: str | Sequence[str] | None = None
     choices: list[tuple[str, Choice]] = field(default_factory=list)
 
-    @property
-    def _choose(self) -> _Chooser:
-        return _Chooser(self.plan.registry, self.kernels)
+    def _chooser(self, module: str) -> _Chooser:
+        return _Chooser(self.plan.registry, self.kernels, module)
 
     def op_for(self, kind: str, lt: LayerTensors, member: Member, **sizes: int) -> OpSpec:
         """What a kernel is asked for one layer's tensors; ``kind`` as ``OpSpec.op``.
@@ -136,11 +136,12 @@ class Builder:
         self, cls: type[QuantModule], name: str, op: OpSpec, lt: LayerTensors,
         members: Sequence[BoundMember],
     ) -> QuantModule:  # fmt: skip
-        choice = self._choose(op)
+        chooser = self._chooser(name)
+        choice = chooser(op)
         self.choices.append((name, choice))
         buffers = choice.kernel.allocate(choice.op, self.device)
         choice.kernel.load_(buffers, choice.op, with_packing(lt, choice.op.packing), {"row": 0})
-        return cls(choice, buffers, members, self._choose)
+        return cls(choice, buffers, members, chooser)
 
     # ---------------------------------------------------------------------------------- layers
 
@@ -205,7 +206,8 @@ class Builder:
         ids = member.layer.experts
         first = read_matrix(self.plan, member, ids[0])
         op = self.op_for("grouped_linear", first, member, experts=len(ids))
-        choice = self._choose(op)
+        chooser = self._chooser(name)
+        choice = chooser(op)
         self.choices.append((name, choice))
         buffers = choice.kernel.allocate(choice.op, self.device)
         for i, e in enumerate(ids):
@@ -231,7 +233,7 @@ class Builder:
             name=member.layer.name, start=0, stop=first.weight.shape[0],
             packing=first.weight.packing,
         )  # fmt: skip
-        return QuantGrouped(choice, buffers, [bound], self._choose)
+        return QuantGrouped(choice, buffers, [bound], chooser)
 
     def experts(
         self,

@@ -78,10 +78,10 @@ def _kernel(plan: Plan, member: Member) -> dict[str, Any]:
     matrix = read_matrix(plan, member, layer.experts[0] if layer.experts else None)
     op = Builder(plan=plan).op_for(ops.get(layer.kind, "linear"), matrix, member, **sizes)
     try:
-        choice = choose(op, plan.registry)
-        kernel, trace = choice.kernel.name, choice.trace
+        choice = choose(op, plan.registry, module=layer.name)
+        kernel, trace, rows = choice.kernel.name, choice.trace, choice.buckets
     except KernelError as err:
-        kernel, trace = None, err.trace
+        kernel, trace, rows = None, err.trace, ()
     return {
         "op": op.op,
         "sizes": dict(op.sizes),
@@ -89,6 +89,7 @@ def _kernel(plan: Plan, member: Member) -> dict[str, Any]:
         "device": op.device[0],
         "act_dtype": op.act_dtype,
         "kernel": kernel,
+        "rows": [str(b) for b in rows],
         "trace": [
             {
                 "kernel": d.kernel,
@@ -181,6 +182,8 @@ def _render(data: Mapping[str, Any]) -> Iterator[str]:
     yield f"kernel     {k['kernel'] or 'none'} for {wanted}"
     for d in k["trace"]:
         yield f"  {escaped(d['decision'])} [{d['provider']}]"
+    for line in k["rows"]:
+        yield f"  -> {line}"
 
 
 def _shape(sizes: object) -> str:

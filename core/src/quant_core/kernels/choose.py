@@ -1,8 +1,18 @@
 """One kernel choice, with a trace: the same decisions are the log line, the table and the error.
 
 Candidates come from the plugins' ``apply`` hook plus core's reference kernel, which always exists.
-The cheapest accepted candidate wins; ties go to the first name. ``QUANT_KERNELS`` (or the
-``kernels`` argument) restricts the candidates by name; a restriction that leaves none is an error.
+Those with an equal ``layout`` share their buffers and are bound as one (``kernels.family``); the
+number of rows then picks among them on every call. What remains is a choice among storage orders:
+
+    score = sum over M of  weight(M) * cost(M) / least cost of all at M
+
+and the smallest wins, ties to the first name. The weights are those of ``WEIGHTS[prefer]``;
+``QUANT_PREFER`` or the ``prefer`` argument says which. ``QUANT_KERNELS`` (or ``kernels``) restricts
+the candidates; a restriction that leaves none is an error:
+
+    a,b               only the kernels (or layouts) a and b, for everything
+    linear=a          only a for operations of this kind; others stay free
+    *.lm_head=a       only a in modules whose name matches the glob
 """
 
 from __future__ import annotations
@@ -11,15 +21,24 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
-from quant_core.errors import KernelError
+from quant_core.errors import ConfigError, KernelError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.kernels.family import Bucket, Family, RestoredReference, layout_of, uncovered
 from quant_core.registry import Registry
 from quant_core.spec import CANONICAL, OpSpec
 
-__all__ = ["Choice", "Decision", "choose"]
+__all__ = ["WEIGHTS", "Choice", "Decision", "choose"]
 
 log = logging.getLogger("quant_core")
+
+WEIGHTS: dict[str, dict[int, float]] = {
+    "decode": {1: 8, 2: 1, 4: 1, 8: 2, 16: 2, 32: 1, 64: 1},
+    "prefill": {256: 1, 512: 2, 1024: 2, 4096: 2},
+    "balanced": {1: 5, 8: 2, 16: 2, 32: 1, 64: 1, 128: 1, 256: 1, 512: 1, 1024: 2, 4096: 2},
+}
+"""Rows of x -> weight, by what a user prefers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,25 +48,48 @@ class Decision:
     kernel: str
     provider: str
     answer: Accepted | Rejected
+    layout: str = ""
 
     def __str__(self) -> str:
         if isinstance(self.answer, Rejected):
             return f"{self.kernel:<18} rejected: {self.answer}"
-        note = f" ({self.answer.note})" if self.answer.note else ""
-        return f"{self.kernel:<18} accepted: cost {self.answer.cost:g}{note}"
+        a = self.answer
+        cost = f"cost {a.cost:g}"
+        if a.costs:
+            cost += f" (rows {', '.join(f'<={m}: {c:g}' for m, c in a.costs)})"
+        notes = [f"layout {self.layout}"] if self.layout else []
+        notes += [a.note] if a.note else []
+        told = f" ({'; '.join(notes)})" if notes else ""
+        return f"{self.kernel:<18} accepted: {cost}{told}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The winner, the operation as it will run it (its packing), and how it was found."""
+    """The winner, the operation as it will run it (its packing), and how it was found.
+
+    ``kernel`` is a ``Family`` where several kernels share the buffers; ``buckets`` then says who
+    runs how many rows.
+    """
 
     kernel: Kernel
     op: OpSpec
     trace: tuple[Decision, ...]
 
     @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return self.kernel.table if isinstance(self.kernel, Family) else ()
+
+    @property
     def table(self) -> str:
-        return "\n".join(f"  {d}" for d in self.trace)
+        lines = [f"  {d}" for d in self.trace]
+        return "\n".join([*lines, *(f"  -> {b}" for b in self.buckets)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    kernel: Kernel
+    op: OpSpec
+    answer: Accepted
 
 
 def _candidates(registry: Registry, op: OpSpec) -> list[tuple[str, Kernel]]:
@@ -71,13 +113,32 @@ def _ask(kernel: Kernel, op: OpSpec) -> tuple[OpSpec, Accepted | Rejected]:
     return op, answer
 
 
-def _allowed(kernels: str | Iterable[str] | None) -> set[str] | None:
+def _allowed(kernels: str | Iterable[str] | None, op: OpSpec, module: str) -> set[str] | None:
+    """Names that may run this operation in this module; None for all."""
     if kernels is None:
         kernels = os.environ.get("QUANT_KERNELS") or None
     if kernels is None:
         return None
     names = kernels.split(",") if isinstance(kernels, str) else kernels
-    return {n.strip() for n in names if n.strip()}
+    chosen: set[str] = set()
+    for text in (n.strip() for n in names):
+        where, equals, name = text.rpartition("=")
+        if text and (not equals or where == op.op or fnmatchcase(module, where)):
+            chosen.add(name)
+    return chosen or None
+
+
+def _weights(prefer: str | None) -> dict[int, float]:
+    name = prefer or os.environ.get("QUANT_PREFER") or "balanced"
+    if name not in WEIGHTS:
+        raise ConfigError(
+            f"preferred kernels: found {name!r}, expected one of {', '.join(sorted(WEIGHTS))}. "
+            "Correct the argument or QUANT_PREFER.",
+            code="Q-KERNEL-PREFER",
+            expected=sorted(WEIGHTS),
+            actual=name,
+        )
+    return WEIGHTS[name]
 
 
 def _describe(op: OpSpec) -> str:
@@ -86,46 +147,98 @@ def _describe(op: OpSpec) -> str:
     return f"{op.op} [{operands}] {sizes} {op.act_dtype} on {op.device[0]}"
 
 
-def choose(op: OpSpec, registry: Registry, *, kernels: str | Sequence[str] | None = None) -> Choice:
+def _none(op: OpSpec, trace: Sequence[Decision], allowed: set[str] | None) -> KernelError:
+    table = "\n".join(f"  {d}" for d in trace)
+    unknown = sorted(allowed - {d.kernel for d in trace}) if allowed else []
+    fix = (
+        f"No installed kernel is called {', '.join(unknown)}."
+        if unknown
+        else "Unset QUANT_KERNELS to allow the reference kernel."
+        if allowed is not None
+        else "Install a kernel package for this operation."
+    )
+    return KernelError(
+        f"no kernel for {_describe(op)}:\n{table}\n{fix}",
+        code="Q-KERNEL-NONE",
+        trace=trace,
+        actual=_describe(op),
+    )
+
+
+def _grouped(accepted: Sequence[_Candidate], allowed: Sequence[Kernel]) -> list[_Candidate]:
+    """One candidate per set of buffers: kernels of one layout become a family."""
+    out: list[_Candidate] = []
+    seen: set[tuple[str, OpSpec]] = set()
+    for c in accepted:
+        layout = layout_of(c.kernel)
+        if not layout and not c.answer.costs:
+            out.append(c)
+            continue
+        mine = [a for a in accepted if layout and layout_of(a.kernel) == layout and a.op == c.op]
+        if (layout, c.op) in seen:
+            continue
+        if layout:
+            seen.add((layout, c.op))
+        if uncovered([a.answer for a in mine or [c]]) and isinstance(
+            RestoredReference(c.kernel).accepts(c.op), Rejected
+        ):
+            continue  # some number of rows would have no kernel at all
+        # kernels of the layout that reject this operation may run that of a tied output layer
+        members = [k for k in allowed if layout_of(k) == layout] if layout else [c.kernel]
+        family = Family(layout, tuple(members), c.op)
+        answer = family.accepts(c.op)
+        assert isinstance(answer, Accepted), "Family raises where it cannot run"
+        out.append(_Candidate(family, c.op, answer))
+    return out
+
+
+def choose(
+    op: OpSpec,
+    registry: Registry,
+    *,
+    kernels: str | Sequence[str] | None = None,
+    prefer: str | None = None,
+    module: str = "",
+) -> Choice:
     """The kernel that runs ``op``.
 
     Args:
-        kernels: names to allow; default from ``QUANT_KERNELS``, else all.
+        kernels: names to allow, see the module's docstring; default from ``QUANT_KERNELS``.
+        prefer: a key of ``WEIGHTS``; default from ``QUANT_PREFER``, else "balanced".
+        module: name of the module it is for, matched by ``kernels``.
 
     Raises:
         KernelError: ``Q-KERNEL-NONE`` with every candidate's reason.
+        ConfigError: ``Q-KERNEL-PREFER``.
     """
-    allowed = _allowed(kernels)
+    weights = _weights(prefer)
+    names = _allowed(kernels, op, module)
     trace: list[Decision] = []
-    accepted: list[tuple[float, str, Kernel, OpSpec]] = []
+    accepted: list[_Candidate] = []
+    allowed: list[Kernel] = []
     for provider, kernel in _candidates(registry, op):
-        if allowed is not None and kernel.name not in allowed:
+        layout = layout_of(kernel)
+        if names is not None and kernel.name not in names and layout not in names:
             answer: Accepted | Rejected = Rejected(
-                axis="override", have=kernel.name, need=" or ".join(sorted(allowed))
+                axis="override", have=kernel.name, need=" or ".join(sorted(names))
             )
             as_run = op
         else:
+            allowed.append(kernel)
             as_run, answer = _ask(kernel, op)
-        trace.append(Decision(kernel=kernel.name, provider=provider, answer=answer))
+        trace.append(Decision(kernel=kernel.name, provider=provider, answer=answer, layout=layout))
         if isinstance(answer, Accepted):
-            accepted.append((answer.cost, kernel.name, kernel, as_run))
-    if not accepted:
-        table = "\n".join(f"  {d}" for d in trace)
-        unknown = sorted(allowed - {d.kernel for d in trace}) if allowed else []
-        fix = (
-            f"No installed kernel is called {', '.join(unknown)}."
-            if unknown
-            else "Unset QUANT_KERNELS to allow the reference kernel."
-            if allowed is not None
-            else "Install a kernel package for this operation."
-        )
-        raise KernelError(
-            f"no kernel for {_describe(op)}:\n{table}\n{fix}",
-            code="Q-KERNEL-NONE",
-            trace=trace,
-            actual=_describe(op),
-        )
-    _, _, kernel, as_run = min(accepted, key=lambda a: (a[0], a[1]))
-    choice = Choice(kernel=kernel, op=as_run, trace=tuple(trace))
-    log.debug("kernel for %s: %s\n%s", _describe(op), kernel.name, choice.table)
+            accepted.append(_Candidate(kernel, as_run, answer))
+    final = _grouped(accepted, allowed)
+    if not final:
+        raise _none(op, trace, names)
+    least = {m: max(min(c.answer.cost_at(m) for c in final), 1e-9) for m in weights}
+
+    def score(c: _Candidate) -> tuple[float, str]:
+        total = sum(w * c.answer.cost_at(m) / least[m] for m, w in weights.items())
+        return total, c.kernel.name
+
+    best = min(final, key=score)
+    choice = Choice(kernel=best.kernel, op=best.op, trace=tuple(trace))
+    log.debug("kernel for %s: %s\n%s", _describe(op), best.kernel.name, choice.table)
     return choice
