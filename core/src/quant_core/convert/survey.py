@@ -193,8 +193,10 @@ class _Pass:
 
 def _same_input(member: Member, lt: LayerTensors, scheme: Scheme, back: LayerTensors) -> bool:
     """Activations are quantized alike, by stored scales and zeros of the same values."""
+    from quant_core.convert.steps import same_input
+
     assert isinstance(member.scheme, Scheme)
-    if member.scheme.operands.get("input") != scheme.operands.get("input"):
+    if not same_input(member.scheme.operands.get("input"), scheme.operands.get("input")):
         return False
     pairs = ((lt.input_scale, back.input_scale), (lt.input_zero, back.input_zero))
     return all(_equal(a, b) for a, b in pairs)

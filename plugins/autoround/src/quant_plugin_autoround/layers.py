@@ -16,6 +16,7 @@ from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import FLOAT_DTYPES
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
 from quant_core.floatspec import FloatScheme
+from quant_core.presence import stored_modules
 from quant_core.resolve import numberless
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
 from quant_plugin_autoround.config import AutoRoundConfig, LayerSettings
@@ -46,7 +47,7 @@ def scheme_for(
         LayoutError: ``Q-LAYOUT-GROUP``, ``Q-LAYOUT-SHAPE``.
     """
     config: AutoRoundConfig = match.config
-    stored = {n: checkpoint.modules.get(n, {}) for n in _module_names(layer)}
+    stored = stored_modules(layer, checkpoint)
     if any(_foreign(leaves) for leaves in stored.values()):
         return _float_member(config, layer, stored, checkpoint)
     packed = {n: v for n, v in stored.items() if any(p in v for p in _PACKED)}
@@ -88,12 +89,6 @@ def _float_member(
     _check_experts(config, stored, first)
     settings = config.packed_settings(first)
     return float_scheme(config, settings, layer, first, stored[first], checkpoint)
-
-
-def _module_names(layer: LayerDesc) -> list[str]:
-    if "{expert}" not in layer.stored:
-        return [layer.stored]
-    return [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
 
 
 def _foreign(leaves: Leaves) -> list[str]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from quant_core.describe import float_matrices, schemes_of
 from quant_core.errors import LayoutError
 from quant_plugin_autoround.config import AutoRoundConfig
 from quant_plugin_autoround.scheme import AutoRoundScheme
@@ -94,30 +95,4 @@ def config_for(plan: Any) -> Mapping[str, Any]:
     if match is not None and isinstance(match.config, AutoRoundConfig):
         stored: dict[str, Any] = json.loads(match.config.stored)
         return stored
-    schemes = {
-        name: member.scheme
-        for member in plan.members.values()
-        if isinstance(member.scheme, AutoRoundScheme)
-        for name in _module_names(member.layer)
-    }
-    floats = [
-        name
-        for member in plan.members.values()
-        if _is_float_matrix(plan, member)
-        for name in _module_names(member.layer)
-    ]
-    return describe(schemes, floats)
-
-
-def _is_float_matrix(plan: Any, member: Any) -> bool:
-    """A float weight that a reader might take for a packed one."""
-    if member.quantized or member.layer.kind == "embedding":
-        return False
-    tensors = plan.checkpoint.tensors
-    return any(n.endswith(".weight") and len(tensors[n].shape) == 2 for n in member.stored)
-
-
-def _module_names(layer: Any) -> list[str]:
-    if "{expert}" not in layer.stored:
-        return [layer.stored]
-    return [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
+    return describe(schemes_of(plan, AutoRoundScheme), float_matrices(plan))

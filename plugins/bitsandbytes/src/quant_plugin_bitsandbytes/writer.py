@@ -5,25 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from quant_core.errors import LayoutError
+from quant_core.describe import float_matrices, one_value
 from quant_plugin_bitsandbytes.config import BnbConfig
 from quant_plugin_bitsandbytes.scheme import FourBitScheme, Int8Scheme
 
 __all__ = ["config_for"]
-
-
-def _one(values: set[Any], what: str) -> Any:
-    if len(values) == 1:
-        return next(iter(values))
-    shown = sorted(map(str, values)) or ["none"]
-    raise LayoutError(
-        f"plan: {what} of the bitsandbytes layers: {', '.join(shown)}; expected one value, because "
-        "the config holds one for all layers. Write all layers alike.",
-        code="Q-LAYOUT-REPRESENT",
-        tensor=what,
-        actual=shown,
-        plugin="bitsandbytes",
-    )
 
 
 def config_for(plan: Any) -> dict[str, Any]:
@@ -39,30 +25,28 @@ def config_for(plan: Any) -> dict[str, Any]:
     members = plan.members.values()
     schemes = [m.scheme for m in members if isinstance(m.scheme, FourBitScheme | Int8Scheme)]
     four = [s for s in schemes if isinstance(s, FourBitScheme)]
-    bits = _one({4 if isinstance(s, FourBitScheme) else 8 for s in schemes}, "bits")
+    bits = one_value(
+        {4 if isinstance(s, FourBitScheme) else 8 for s in schemes}, "bits", plugin="bitsandbytes"
+    )
     block: dict[str, Any] = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": bits == 4,
         "load_in_8bit": bits == 8,
         "llm_int8_threshold": 6.0,
-        "llm_int8_skip_modules": [
-            m.layer.name
-            for m in members
-            if not m.quantized and m.layer.kind != "embedding" and _has_matrix(plan, m)
-        ]
-        or None,
+        "llm_int8_skip_modules": float_matrices(plan) or None,
     }
     if bits == 4:
         block |= {
-            "bnb_4bit_quant_type": _one({s.state.quant_type for s in four}, "quant_type"),
-            "bnb_4bit_use_double_quant": _one(
-                {bool(s.state.nested_block) for s in four}, "double quantization"
+            "bnb_4bit_quant_type": one_value(
+                {s.state.quant_type for s in four}, "quant_type", plugin="bitsandbytes"
             ),
-            "bnb_4bit_quant_storage": _one({s.storage for s in four}, "storage dtype"),
+            "bnb_4bit_use_double_quant": one_value(
+                {bool(s.state.nested_block) for s in four},
+                "double quantization",
+                plugin="bitsandbytes",
+            ),
+            "bnb_4bit_quant_storage": one_value(
+                {s.storage for s in four}, "storage dtype", plugin="bitsandbytes"
+            ),
         }
     return block
-
-
-def _has_matrix(plan: Any, member: Any) -> bool:
-    tensors = plan.checkpoint.tensors
-    return any(n.endswith(".weight") and len(tensors[n].shape) == 2 for n in member.stored)

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from quant_core.convert.choose import fit_linear
 from quant_core.convert.fit import Fit, Losses, check_options
-from quant_core.errors import ConfigError, LayoutError
+from quant_core.errors import ConfigError
 from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.spec import CHANNEL, TENSOR, Element, QuantSpec, Zero
 from quant_plugin_compressed_tensors.args import INT_BITS, QuantArgs
@@ -43,20 +44,11 @@ def fit(
     options: Mapping[str, Any],
     allow_inexact: bool,
 ) -> Fit:
-    """See the hook ``fit_scheme``.
-
-    Embeddings are written as floats, and so is an lm_head that does not fit exactly.
-    """
+    """See the hook ``fit_scheme``."""
     check_options(options, _OPTIONS, "compressed_tensors")
-    as_floats = Fit(scheme=None, tensors=tensors)
-    if layer.kind == "embedding":
-        return as_floats
-    if layer.name.rpartition(".")[2] != "lm_head":
-        return _fit(layer, tensors, operands, options, allow_inexact)
-    try:
-        return _fit(layer, tensors, operands, options, False)
-    except LayoutError:
-        return as_floats
+    return fit_linear(
+        layer, tensors, allow_inexact, lambda ok: _fit(layer, tensors, operands, options, ok)
+    )
 
 
 def _inputs(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from quant_core.describe import float_matrices, schemes_of
 from quant_core.errors import LayoutError
 from quant_plugin_compressed_tensors.config import CtConfig
 from quant_plugin_compressed_tensors.packed import PackedScheme
@@ -67,30 +68,10 @@ def describe(schemes: Mapping[str, CtScheme], floats: Iterable[str] = ()) -> dic
     }
 
 
-def _module_names(layer: Any) -> list[str]:
-    if "{expert}" not in layer.stored:
-        return [layer.stored]
-    return [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
-
-
 def config_for(plan: Any) -> Mapping[str, Any]:
     """The block for a ``quant_core.plan.Plan`` whose quantized members are of this format."""
     match = plan.match
     if match is not None and isinstance(match.config, CtConfig):
         stored: dict[str, Any] = json.loads(match.config.stored)
         return stored
-    schemes = {
-        name: member.scheme
-        for member in plan.members.values()
-        if isinstance(member.scheme, CtScheme)
-        for name in _module_names(member.layer)
-    }
-    tensors = plan.checkpoint.tensors
-    floats = [
-        name
-        for member in plan.members.values()
-        if not member.quantized and member.layer.kind != "embedding"
-        if any(len(tensors[n].shape) == 2 for n in member.stored)
-        for name in _module_names(member.layer)
-    ]
-    return describe(schemes, floats)
+    return describe(schemes_of(plan, CtScheme), float_matrices(plan))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from quant_core.describe import module_names, schemes_of
 from quant_core.errors import LayoutError
 from quant_plugin_gptq.config import GptqConfig
 from quant_plugin_gptq.scheme import GptqScheme
@@ -84,22 +85,10 @@ def config_for(plan: Any) -> Mapping[str, Any]:
     if match is not None and isinstance(match.config, GptqConfig) and match.config.bits is not None:
         stored: dict[str, Any] = json.loads(match.config.stored)
         return stored
-    schemes = {
-        name: member.scheme
-        for member in plan.members.values()
-        if isinstance(member.scheme, GptqScheme)
-        for name in _module_names(member.layer)
-    }
     floats = [
         name
         for member in plan.members.values()
         if not member.quantized
-        for name in _module_names(member.layer)
+        for name in module_names(member.layer)
     ]
-    return describe(schemes, floats)
-
-
-def _module_names(layer: Any) -> list[str]:
-    if "{expert}" not in layer.stored:
-        return [layer.stored]
-    return [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
+    return describe(schemes_of(plan, GptqScheme), floats)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from quant_core.describe import float_matrices
 from quant_core.errors import LayoutError
 from quant_plugin_hqq.config import HqqConfig
 from quant_plugin_hqq.scheme import HqqScheme
@@ -38,7 +39,6 @@ def config_for(plan: Any) -> dict[str, Any]:
             plugin="hqq",
         )
     bits, group_size = next(iter(found))
-    tensors = plan.checkpoint.tensors
     return {
         "quant_method": "hqq",
         "quant_config": {
@@ -53,11 +53,5 @@ def config_for(plan: Any) -> dict[str, Any]:
             "zero_quant_params": None,
             "offload_meta": False,
         },
-        "skip_modules": [
-            m.layer.name
-            for m in members
-            if not m.quantized
-            and m.layer.kind != "embedding"
-            and any(n.endswith(".weight") and len(tensors[n].shape) == 2 for n in m.stored)
-        ],
+        "skip_modules": float_matrices(plan),
     }

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from quant_core.describe import float_matrices, schemes_of
 from quant_core.errors import LayoutError
 from quant_plugin_nvfp4.config import ModelOptConfig
 from quant_plugin_nvfp4.scheme import ModelOptScheme
@@ -50,24 +51,10 @@ def describe(schemes: Mapping[str, ModelOptScheme], floats: tuple[str, ...] = ()
     }
 
 
-def _module_names(layer: Any) -> list[str]:
-    if "{expert}" not in layer.stored:
-        return [layer.stored]
-    return [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
-
-
 def config_for(plan: Any) -> Mapping[str, Any]:
     """The block for a ``quant_core.plan.Plan`` whose quantized members are of this format."""
     match = plan.match
     if match is not None and isinstance(match.config, ModelOptConfig):
         stored: dict[str, Any] = json.loads(match.config.stored)
         return stored
-    members = plan.members.values()
-    schemes = {
-        name: m.scheme
-        for m in members
-        if isinstance(m.scheme, ModelOptScheme)
-        for name in _module_names(m.layer)
-    }
-    floats = tuple(name for m in members if not m.quantized for name in _module_names(m.layer))
-    return describe(schemes, floats)
+    return describe(schemes_of(plan, ModelOptScheme), tuple(float_matrices(plan)))

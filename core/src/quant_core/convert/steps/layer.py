@@ -11,10 +11,10 @@ from torch import Tensor
 from quant_core.convert.fit import Losses, cannot_hold
 from quant_core.rewrites import drop_gather, from_gather
 from quant_core.rewrites.grains import map_levels
-from quant_core.spec import Grain, QuantSpec, Scale
+from quant_core.spec import Grain, QuantSpec, Scale, Transform
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
-__all__ = ["ANOTHER", "in_order", "plain_codes", "weight_only"]
+__all__ = ["ANOTHER", "in_order", "plain_codes", "plain_layer", "weight_only"]
 
 ANOTHER = "Choose a target that holds it, or quantize the original model for this one."
 
@@ -48,6 +48,25 @@ def weight_only(
             "activations are no longer quantized",
         )
         lt = replace(lt, input_scale=None, input_zero=None)
+    return lt
+
+
+def plain_layer(lt: LayerTensors, transforms: tuple[Transform, ...], where: str) -> LayerTensors:
+    """A weight, a bias and stored input scales, under the maps of ``transforms`` and no others.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT``.
+    """
+    kept = [n for n in ("acc_bias", "out_scale") if getattr(lt, n) is not None]
+    kept += sorted(set(lt.operands) - {"weight"})
+    if kept:
+        expected = "a weight and a bias"
+        raise cannot_hold(where, f"has {', '.join(kept)}", expected, ANOTHER)
+    have = tuple(t for t, _ in lt.transforms)
+    if have != transforms:
+        found = f"has transforms ({', '.join(t.kind for t in have)})" if have else "has none"
+        expected = f"transforms ({', '.join(t.kind for t in transforms)})"
+        raise cannot_hold(where, found, expected if transforms else "no transforms", ANOTHER)
     return lt
 
 
