@@ -31,6 +31,7 @@ __all__ = [
     "combine_factors",
     "dense_weight",
     "dequantize",
+    "dequantize_codes",
     "level_values",
     "scatter_columns",
     "unpack_codes",
@@ -131,6 +132,11 @@ def dequantize(qt: QuantizedTensor) -> Tensor:
         fn, k = block_reference(qt.spec.blocks), qt.shape[-1]
         return fn(qt.codes.reshape(-1, qt.codes.shape[-1]), k).view(qt.shape)
     return _apply_scales(decode(unpack_codes(qt), qt.spec.element, qt.codebook), qt)
+
+
+def dequantize_codes(codes: Tensor, qt: QuantizedTensor) -> Tensor:
+    """The same for codes already unpacked, uint8 of ``qt.shape``; ``qt.codes`` is not read."""
+    return _apply_scales(decode(codes, qt.spec.element, qt.codebook), qt)
 
 
 def scatter_columns(values: Tensor, gather: Tensor, in_features: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
-from quant_core.numerics.elements import FLOAT8_DTYPES, element_table
+from quant_core.numerics.elements import FLOAT8_DTYPES, element_table, table_on
 from quant_core.spec import Element
 
 __all__ = ["TIES", "element_range", "encode", "fn_to_fnuz", "fnuz_to_fn", "round_to"]
@@ -70,15 +70,20 @@ def _magnitudes(name: str) -> tuple[float, ...]:
     return tuple(half[torch.isfinite(half)].tolist())
 
 
+def _middles(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Midpoints of neighbouring magnitudes; exact: every one is a float32."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(_magnitudes(name))]
+    return torch.tensor(middles, dtype=dtype, device=device)
+
+
+_middles_on_cuda = functools.cache(_middles)  # a CUDA graph cannot hold the copy
+
+
 def _nearest(magnitude: Tensor, name: str, ties: str) -> Tensor:
     """Codes (int64) of finite magnitudes >= 0."""
     values = _magnitudes(name)
-    # exact: every midpoint of an element is a float32
-    middle = torch.tensor(
-        [(a + b) / 2 for a, b in itertools.pairwise(values)],
-        dtype=magnitude.dtype,
-        device=magnitude.device,
-    )
+    held = _middles_on_cuda if magnitude.device.type == "cuda" else _middles
+    middle = held(name, magnitude.dtype, magnitude.device)
     magnitude = magnitude.contiguous()
     if ties != "even":
         return torch.bucketize(magnitude, middle, right=ties != "down")
@@ -113,7 +118,7 @@ def round_to(values: Tensor, element: Element, ties: str = "even") -> Tensor:
     if element.name in FLOAT8_DTYPES and ties == "even" and x.dtype == torch.float32:
         return x.to(FLOAT8_DTYPES[element.name]).float()
     codes = _nearest(x.abs().nan_to_num(0.0), element.name, ties)
-    table = element_table(element.name).to(device=x.device, dtype=x.dtype)
+    table = table_on(element.name, x.device).to(x.dtype)
     out = torch.copysign(table[codes], x)
     return torch.where(torch.isnan(x), x, out)
 

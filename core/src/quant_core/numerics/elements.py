@@ -23,6 +23,7 @@ __all__ = [
     "decode_scale",
     "element_table",
     "scale_dtype",
+    "table_on",
 ]
 
 FLOAT8_DTYPES = {
@@ -73,6 +74,17 @@ def element_table(name: str) -> Tensor:
     )
 
 
+@functools.cache
+def _table_on(name: str, device: torch.device) -> Tensor:
+    """``element_table`` on a CUDA device, copied there once: a CUDA graph cannot hold the copy."""
+    return element_table(name).to(device)
+
+
+def table_on(name: str, device: torch.device) -> Tensor:
+    """``element_table`` on a device."""
+    return _table_on(name, device) if device.type == "cuda" else element_table(name).to(device)
+
+
 def _decode_int(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.view(torch.int8).float()
@@ -103,7 +115,7 @@ def decode(codes: Tensor, element: Element, codebook: tuple[Tensor, ...] = ()) -
     if element.kind == "float":
         if element.name in FLOAT8_DTYPES and codes.is_contiguous():
             return codes.view(FLOAT8_DTYPES[element.name]).float()
-        return element_table(element.name).to(codes.device)[codes.long()]
+        return table_on(element.name, codes.device)[codes.long()]
     raise LayoutError(
         f"element {element.name!r} of kind {element.kind!r} has no scalar value per code. "
         "Vector codes are read through their codebooks.",
@@ -139,4 +151,4 @@ def decode_scale(values: Tensor, element: str) -> Tensor:
         return values.float()
     if element.startswith("int"):
         return _decode_int(values.contiguous(), int(element[3:]))
-    return element_table(element).to(values.device)[values.long()]
+    return table_on(element, values.device)[values.long()]

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from quant_core.errors import LayoutError
 from quant_core.numerics.casts import element_range
-from quant_core.numerics.elements import element_table
+from quant_core.numerics.elements import table_on
 from quant_core.spec import Element
 
 __all__ = [
@@ -104,7 +104,7 @@ def mx_scale(amax: Tensor, element: Element, rule: str = "rceil", qmax: float = 
 
 def decode_e8m0(codes: Tensor) -> Tensor:
     """float32 powers of two of e8m0 bytes: byte 0 is 2**-127, 255 is NaN."""
-    return element_table("e8m0").to(codes.device)[codes.long()]
+    return table_on("e8m0", codes.device)[codes.long()]
 
 
 def encode_e8m0(values: Tensor) -> Tensor:
