@@ -18,6 +18,7 @@ from quant_core.kernels.choose import Choice, choose
 from quant_core.kernels.device import device_key
 from quant_core.kernels.transforms import transform_features
 from quant_core.load import read_matrix
+from quant_core.memory import written_whole
 from quant_core.nn import (
     BoundMember,
     QuantComposite,
@@ -26,7 +27,7 @@ from quant_core.nn import (
     QuantGrouped,
     QuantLinear,
     QuantModule,
-    with_packing,
+    load_part_,
 )
 from quant_core.plan import Member, Plan
 from quant_core.registry import Registry
@@ -111,11 +112,19 @@ class Builder:
     def _chooser(self, module: str) -> _Chooser:
         return _Chooser(self.plan.registry, self.kernels, module)
 
-    def op_for(self, kind: str, lt: LayerTensors, member: Member, **sizes: int) -> OpSpec:
+    def op_for(
+        self,
+        kind: str,
+        lt: LayerTensors,
+        member: Member,
+        *,
+        in_features: int | None = None,
+        **sizes: int,
+    ) -> OpSpec:
         """What a kernel is asked for one layer's tensors; ``kind`` as ``OpSpec.op``.
 
         Operands that hold no tensors of their own (quantized activations) come from the scheme
-        of ``member``.
+        of ``member``; so do the in_features, unless ``lt`` is a rank's part of it.
         """
         qt, scheme = lt.weight, member.scheme
         assert isinstance(scheme, Scheme)
@@ -124,8 +133,8 @@ class Builder:
             op=kind,  # type: ignore[arg-type]
             operands=(*((role, t.spec) for role, t in lt.operands.items()), *computed),
             packing=qt.packing,
-            sizes=(("n", qt.shape[0]), ("k", scheme.shape[1]), ("k_stored", qt.shape[1]),
-                   *sizes.items()),
+            sizes=(("n", qt.shape[0]), ("k", in_features or scheme.shape[1]),
+                   ("k_stored", qt.shape[1]), *sizes.items()),
             act_dtype=str(self.dtype).removeprefix("torch."),
             device=device_key(self.device),
             features=_features(lt),
@@ -139,8 +148,9 @@ class Builder:
         chooser = self._chooser(name)
         choice = chooser(op)
         self.choices.append((name, choice))
-        buffers = choice.kernel.allocate(choice.op, self.device)
-        choice.kernel.load_(buffers, choice.op, with_packing(lt, choice.op.packing), {"row": 0})
+        with written_whole():
+            buffers = choice.kernel.allocate(choice.op, self.device)
+        load_part_(choice, buffers, lt, {"row": 0})
         return cls(choice, buffers, members, chooser)
 
     # ---------------------------------------------------------------------------------- layers
@@ -209,7 +219,8 @@ class Builder:
         chooser = self._chooser(name)
         choice = chooser(op)
         self.choices.append((name, choice))
-        buffers = choice.kernel.allocate(choice.op, self.device)
+        with written_whole():  # every expert is loaded below
+            buffers = choice.kernel.allocate(choice.op, self.device)
         for i, e in enumerate(ids):
             lt = first if i == 0 else read_matrix(self.plan, member, e)
             same = [t for t, _ in lt.transforms] == [t for t, _ in first.transforms]
@@ -226,9 +237,7 @@ class Builder:
                     expected=first.weight.spec.label,
                     actual=lt.weight.spec.label,
                 )
-            choice.kernel.load_(
-                buffers, choice.op, with_packing(lt, choice.op.packing), {"row": 0, "expert": i}
-            )
+            load_part_(choice, buffers, lt, {"row": 0, "expert": i})
         bound = BoundMember(
             name=member.layer.name, start=0, stop=first.weight.shape[0],
             packing=first.weight.packing,

@@ -29,6 +29,7 @@ __all__ = [
     "QuantExperts",
     "QuantLinear",
     "QuantModule",
+    "load_part_",
     "matrices",
     "moved",
 ]
@@ -120,7 +121,7 @@ class QuantModule(nn.Module):
         buffers = choice.kernel.allocate(choice.op, str(device))
         for expert, part in matrices(canonical, self.op.size("experts", 0)):
             at = {"row": 0} if expert is None else {"row": 0, "expert": expert}
-            choice.kernel.load_(buffers, choice.op, with_packing(part, choice.op.packing), at)
+            load_part_(choice, buffers, part, at)
         for name in self._names:
             del self._buffers[name]
         for name, value in buffers.items():
@@ -164,6 +165,16 @@ def with_packing(lt: LayerTensors, packing: Packing) -> LayerTensors:
     return replace(
         lt, operands={**lt.operands, "weight": replace(qt, codes=codes, packing=packing)}
     )
+
+
+def load_part_(
+    choice: Choice, buffers: dict[str, Tensor], part: LayerTensors, at: Mapping[str, int]
+) -> None:
+    """Write ``part`` into a kernel's buffers, its codes in an order that the kernel reads."""
+    reads = getattr(choice.kernel, "reads", None)
+    if reads is None or not reads(choice.op, part.weight.packing):
+        part = with_packing(part, choice.op.packing)
+    choice.kernel.load_(buffers, choice.op, part, at)
 
 
 def matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, LayerTensors]]:

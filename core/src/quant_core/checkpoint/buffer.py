@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant_core.errors import LimitError, printable
+from quant_core.memory import map_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,7 @@ class BufferPool:
                 self._free.remove(best)
                 return best
             del self._free[: len(self._free) // 2]  # the smaller half did not fit
-        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return map_bytes(nbytes)
 
     def _keep(self, mapping: mmap.mmap) -> None:
         with self._lock:

@@ -70,11 +70,13 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """See the module's docstring. Two attributes are optional:
+    """See the module's docstring. Three attributes are optional:
 
     TRANSFORMS  True: the kernel applies transforms; core asks no other for an operation with any.
     layout      name of the storage order of its buffers; kernels with an equal one must agree on
                 ``allocate``, ``load_`` and ``restore``, bit for bit.
+    reads       reads(op, packing) -> bool: ``load_`` takes parts whose codes lie in ``packing``;
+                without it core repacks every part to ``op.packing`` first.
     """
 
     name: str

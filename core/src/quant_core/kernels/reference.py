@@ -37,6 +37,7 @@ from quant_core.kernels.transforms import (
     transform_shapes,
     unsupported_transform,
 )
+from quant_core.memory import poisoned
 from quant_core.numerics import scale_dtype
 from quant_core.packing import WORD_DTYPES, packed_shape
 from quant_core.registry import registry
@@ -326,7 +327,7 @@ class ReferenceKernel:
         out = {}
         for name, (shape, dtype) in _shapes(op).items():
             full = shape if name.startswith("codebook") else (*lead, *shape)
-            out[name] = _poison(torch.empty(full, dtype=dtype, device=device))
+            out[name] = poisoned(full, dtype, device)
         n = op.size("n")
         side: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "bias": ((n,), torch.float32),
@@ -340,9 +341,9 @@ class ReferenceKernel:
                 if name == "bias" and "bias:" in " ".join(op.features):
                     text = next(f for f in op.features if f.startswith("bias:"))
                     dtype = getattr(torch, text.partition(":")[2])
-                out[name] = _poison(torch.empty((*lead, *shape), dtype=dtype, device=device))
+                out[name] = poisoned((*lead, *shape), dtype, device)
         for name, (shape, dtype) in transform_shapes(op).items():
-            out[name] = _poison(torch.empty((*lead, *shape), dtype=dtype, device=device))
+            out[name] = poisoned((*lead, *shape), dtype, device)
         return out
 
     def load_(
@@ -405,15 +406,6 @@ def _run_grouped(text: str, k: int, tensors: list[Tensor], x: Tensor, experts: T
 
 def _run_embedding(text: str, k: int, tensors: list[Tensor], ids: Tensor) -> Tensor:
     return torch.ops.quant_core.embedding_ref(ids, tensors, text)  # type: ignore[no-any-return]
-
-
-def _poison(t: Tensor) -> Tensor:
-    """Fill so that a forgotten part cannot go unnoticed: NaN for floats, all ones for bits."""
-    return (
-        t.fill_(float("nan"))
-        if t.is_floating_point()
-        else t.fill_(-1 if t.dtype.is_signed else 255)
-    )
 
 
 def _copy(name: str, target: Tensor, value: Tensor) -> None:

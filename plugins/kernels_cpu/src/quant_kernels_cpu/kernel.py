@@ -66,18 +66,14 @@ class WnA16:
         )
 
     def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        import torch
-
+        from quant_core.memory import poisoned
         from quant_kernels_cpu.blocks import buffer_shapes, clear_padding_
 
         layout = self._bound(op)
         lead = (layout.experts,) if layout.experts else ()
         out = {}
         for name, (shape, dtype) in buffer_shapes(layout).items():
-            empty = torch.empty((*lead, *shape), dtype=dtype, device=device)
-            # a part that is never loaded shows: NaN, or bits that are all ones
-            poison = float("nan") if dtype.is_floating_point else -1 if dtype.is_signed else 255
-            out[name] = empty.fill_(poison)
+            out[name] = poisoned((*lead, *shape), dtype, device)
             clear_padding_(name, out[name], layout)
         return out
 

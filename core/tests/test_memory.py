@@ -1,0 +1,54 @@
+"""Buffers: where they lie, and that what is not written shows."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from quant_core.memory import MAPPED_BYTES, empty, poisoned, written_whole
+
+LARGE = (3, MAPPED_BYTES)
+DTYPES = [torch.uint8, torch.int32, torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), LARGE, (0, 4)], ids=str)
+def test_poisoned_shows_in_every_value(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    out = poisoned(shape, dtype)
+    assert (out.shape, out.dtype) == (shape, dtype)
+    if dtype.is_floating_point:
+        assert bool(out.isnan().all())
+    else:
+        assert bool((out == (-1 if dtype.is_signed else 255)).all())
+
+
+def test_written_whole_keeps_the_poison_of_small_buffers() -> None:
+    with written_whole():
+        assert bool(poisoned((64,), torch.float32).isnan().all())
+        assert not bool((poisoned(LARGE, torch.uint8) == 255).all())
+    assert bool((poisoned(LARGE, torch.uint8) == 255).all())
+
+
+def test_written_whole_ends_with_an_error() -> None:
+    with pytest.raises(KeyError), written_whole():
+        raise KeyError
+    assert bool((poisoned(LARGE, torch.uint8) == 255).all())
+
+
+def test_empty_large_outlives_its_maker_and_copies_like_any_tensor() -> None:
+    value = empty(LARGE, torch.int32)
+    value.copy_(torch.arange(value.numel(), dtype=torch.int32).view(LARGE))
+    view = value[1, 5:9]
+    del value
+    expected = torch.arange(MAPPED_BYTES + 5, MAPPED_BYTES + 9, dtype=torch.int32)
+    assert torch.equal(view, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(view.clone())), expected)
+
+
+def test_empty_is_on_the_device_asked_for_under_another_default() -> None:
+    with torch.device("meta"):
+        assert empty(LARGE, torch.uint8, "cpu").device.type == "cpu"
+        assert empty((3,), torch.uint8, "cpu").device.type == "cpu"
+    assert empty(LARGE, torch.uint8, "meta").device.type == "meta"
