@@ -44,6 +44,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy core/src/quant_core
 	$(BIN)/python tools/gen_known_formats.py --check
+	$(BIN)/python tools/gen_format_table.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
