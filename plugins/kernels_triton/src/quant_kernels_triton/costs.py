@@ -1,0 +1,116 @@
+"""What a call costs, per number of rows: a measured table per device class, a heuristic elsewhere.
+
+The shipped table ``tables/<capability>.json`` is written by benchmarks/gpu_kernels_triton.py:
+
+    {"device": ..., "entries": [{"kernel", "class", "k", "n", "us": [[rows, microseconds], ...]}]}
+
+``class`` is the element with the group of its finest scale, "uint4/128". For a layer the entries of
+the kernel are taken, of its own class where there are any, else of the class nearest in bits; the
+two shapes nearest in size are interpolated along the logarithm of their weights, scaled by bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from quant_core.kernels.base import ANY_ROWS
+from quant_kernels_triton.recipe import GROUP, Recipe
+
+__all__ = ["BUCKETS", "class_of", "costs"]
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, ANY_ROWS)
+"""Largest numbers of rows of the buckets."""
+
+_READ_GBS, _FLOPS_PER_US = 1500.0, 2.0e8  # of a mid-range GPU: the heuristic only ranks
+_START = 8.0  # microseconds of a launch
+_SLOWER = {"triton_wna16": 1.6, "triton_dense": 1.0, "gluon_wna16": 1.0}
+
+
+def class_of(recipe: Recipe) -> str:
+    """Element and group of the finest scale: "uint4/128", "fp4_e2m1/16", "int8/channel"."""
+    s = recipe.scales[0]
+    group = str(s.cols) if s.kind == GROUP else "channel" if s.kind < GROUP else "block"
+    return f"{recipe.element}/{group}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    kernel: str
+    kind: str
+    bits: int
+    k: int
+    n: int
+    us: tuple[tuple[int, float], ...]
+
+
+@functools.cache
+def _entries(capability: str) -> tuple[_Entry, ...]:
+    path = resources.files("quant_kernels_triton") / "tables" / f"{capability}.json"
+    if not capability or not path.is_file():
+        return ()
+    held: dict[str, Any] = json.loads(path.read_text())
+    return tuple(
+        _Entry(e["kernel"], e["class"], e["bits"], e["k"], e["n"], tuple(map(tuple, e["us"])))
+        for e in held["entries"]
+    )
+
+
+def _at(us: tuple[tuple[int, float], ...], rows: int) -> float:
+    """Microseconds for ``rows``: linear between measured rows, in proportion beyond the last."""
+    low = us[0]
+    for point in us:
+        if rows <= point[0]:
+            if point[0] == low[0]:
+                return point[1]
+            share = (rows - low[0]) / (point[0] - low[0])
+            return low[1] + share * (point[1] - low[1])
+        low = point
+    return low[1] * rows / low[0]
+
+
+def _measured(kernel: str, recipe: Recipe, capability: str) -> tuple[tuple[int, float], ...] | None:
+    of = [e for e in _entries(capability) if e.kernel == kernel]
+    if not of:
+        return None
+    kind = class_of(recipe)
+    same = [e for e in of if e.kind == kind]
+    if not same:
+        nearest = min(of, key=lambda e: (abs(e.bits - recipe.bits), e.kind))
+        same = [e for e in of if e.kind == nearest.kind]
+    size = math.log(recipe.n * recipe.k)
+    near = sorted(same, key=lambda e: abs(math.log(e.n * e.k) - size))[:2]
+    most = max(p[0] for e in near for p in e.us)
+    out = []
+    for bound in BUCKETS:
+        rows = min(bound, 2 * most)
+        total = weight = 0.0
+        for e in near:
+            w = 1.0 / (abs(math.log(e.n * e.k) - size) + 0.05)
+            total += w * math.log(max(_at(e.us, rows) * recipe.n * recipe.k / (e.n * e.k), 2.0))
+            weight += w
+        out.append((bound, round(math.exp(total / weight), 2)))
+    return tuple(out)
+
+
+def _estimate(kernel: str, recipe: Recipe) -> tuple[tuple[int, float], ...]:
+    factor, out = _SLOWER.get(kernel, 1.0), []
+    dense = recipe.n * recipe.k * 2 if kernel == "triton_dense" else 0
+    for bound in BUCKETS:
+        rows = min(bound, 8192)
+        read = (recipe.weight_bytes + 2 * dense) / (_READ_GBS * 1e3)
+        work = 2.0 * rows * recipe.n * recipe.k / _FLOPS_PER_US
+        out.append((bound, round(_START * (2 if dense else 1) + factor * max(read, work), 2)))
+    return tuple(out)
+
+
+def costs(
+    kernel: str, recipe: Recipe, device: tuple[str, str]
+) -> tuple[tuple[tuple[int, float], ...], bool]:
+    """(largest rows, microseconds) per bucket, and whether a measured table says so."""
+    table = _measured(kernel, recipe, device[1])
+    return (table, True) if table is not None else (_estimate(kernel, recipe), False)

@@ -1,0 +1,10 @@
+"""All kernels of this package; imports neither torch nor triton."""
+
+from __future__ import annotations
+
+from quant_core.kernels.base import Kernel
+from quant_kernels_triton.wna16 import Dense, PlainTriton
+
+__all__ = ["KERNELS"]
+
+KERNELS: tuple[Kernel, ...] = (PlainTriton(), Dense())

@@ -1,0 +1,97 @@
+"""The torch ops: one opaque node each under torch.compile, a thin launch otherwise.
+
+    quant_triton::linear(x, tensors, recipe, way) -> y          x [..., K] -> [..., N]
+    quant_triton::grouped_linear(x, experts, tensors, recipe)   x [T, K], experts [T] -> [T, N]
+    quant_triton::embedding(ids, tensors, recipe) -> rows       ids [...] -> [..., K]
+
+``recipe`` is ``Recipe.text()``, ``tensors`` the buffers in the order of its names; ``way`` says
+which kernels run: "plain" or "dense".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from quant_core.errors import LayoutError
+from quant_kernels_triton.plain_run import run_dense, run_embedding, run_gemm, run_grouped
+from quant_kernels_triton.recipe import Recipe, recipe_from_text
+
+__all__ = ["bound_embedding", "bound_grouped", "bound_linear"]
+
+_lib = torch.library.Library("quant_triton", "FRAGMENT")
+_lib.define("linear(Tensor x, Tensor[] tensors, str recipe, str way) -> Tensor")
+_lib.define("grouped_linear(Tensor x, Tensor experts, Tensor[] tensors, str recipe) -> Tensor")
+_lib.define("embedding(Tensor ids, Tensor[] tensors, str recipe) -> Tensor")
+
+_WAYS: dict[str, Callable[[Recipe, Tensor, Sequence[Tensor]], Tensor]] = {
+    "plain": run_gemm,
+    "dense": run_dense,
+}
+
+
+def _check_x(x: Tensor, k: int) -> None:
+    if x.dim() < 1 or x.shape[-1] != k or not x.is_floating_point():
+        raise LayoutError(
+            f"input has shape {tuple(x.shape)} {x.dtype}, expected a float tensor [..., {k}]. "
+            "Pass the layer's own activations.",
+            code="Q-LAYOUT-INPUT",
+            expected=k,
+            actual=tuple(x.shape),
+        )
+
+
+def _linear(x: Tensor, tensors: list[Tensor], recipe: str, way: str) -> Tensor:
+    r = recipe_from_text(recipe)
+    return _WAYS[way](r, x.reshape(-1, r.k_in), tensors).view(*x.shape[:-1], r.n)
+
+
+def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
+    return run_grouped(recipe_from_text(recipe), x, experts, tensors)
+
+
+def _embedding(ids: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
+    r = recipe_from_text(recipe)
+    return run_embedding(r, ids, tensors).view(*ids.shape, r.k)
+
+
+def _fake_linear(x: Tensor, tensors: list[Tensor], recipe: str, way: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], recipe_from_text(recipe).n)
+
+
+def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
+    return x.new_empty(x.shape[0], recipe_from_text(recipe).n)
+
+
+def _fake_embedding(ids: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
+    r = recipe_from_text(recipe)
+    dtype = getattr(torch, r.act_dtype)
+    return torch.empty(*ids.shape, r.k, dtype=dtype, device=ids.device)
+
+
+for _name, _impl, _fake in (
+    ("linear", _linear, _fake_linear),
+    ("grouped_linear", _grouped_linear, _fake_grouped),
+    ("embedding", _embedding, _fake_embedding),
+):
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quant_triton::{_name}", _fake, lib=_lib)
+
+
+def bound_linear(text: str, way: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
+    """What ``bind`` gives for a linear layer, with the first three arguments fixed."""
+    _check_x(x, k)
+    return torch.ops.quant_triton.linear(x, tensors, text, way)  # type: ignore[no-any-return]
+
+
+def bound_grouped(text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
+    """The same for a stack of experts."""
+    _check_x(x, k)
+    return torch.ops.quant_triton.grouped_linear(x, experts, tensors, text)  # type: ignore[no-any-return]
+
+
+def bound_embedding(text: str, tensors: list[Tensor], ids: Tensor) -> Tensor:
+    """The same for an embedding."""
+    return torch.ops.quant_triton.embedding(ids, tensors, text)  # type: ignore[no-any-return]

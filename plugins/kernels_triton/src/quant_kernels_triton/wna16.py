@@ -1,0 +1,122 @@
+"""The kernels on weights in the order "tiles16" behind core's contract.
+
+triton_wna16    plain Triton: every element, any GPU; linear, grouped_linear, embedding
+triton_dense    one expansion to 16 bits, then torch's matmul: many rows
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from quant_core.errors import KernelError
+from quant_core.kernels.base import Accepted, Rejected
+from quant_core.spec import OpSpec
+from quant_kernels_triton.costs import costs
+from quant_kernels_triton.recipe import Recipe, describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.tensors import LayerTensors
+
+__all__ = ["Dense", "PlainTriton", "TilesKernel"]
+
+
+def interpreting() -> bool:
+    """Whether Triton was told to interpret kernels, which then run on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+class TilesKernel:
+    """What the kernels of this package on "tiles16" share: buffers and refusals."""
+
+    name = ""
+    layout = "tiles16"
+    OPS: tuple[str, ...] = ("linear",)
+
+    def _recipe(self, op: OpSpec) -> Recipe | Rejected:
+        if op.device[0] != "cuda" and not (op.device[0] == "cpu" and interpreting()):
+            return Rejected(axis="device", have=op.device[0], need="cuda")
+        return describe(op, ops=self.OPS)
+
+    def _bound(self, op: OpSpec) -> Recipe:
+        recipe = self._recipe(op)
+        if isinstance(recipe, Rejected):
+            raise KernelError(
+                f"{self.name} was asked to run what it rejects: {recipe}. Choose a kernel that "
+                "accepts the operation.",
+                code="Q-KERNEL-NONE",
+                expected=recipe.need,
+                actual=recipe.have,
+            )
+        return recipe
+
+    def _accepted(self, op: OpSpec, recipe: Recipe) -> Accepted:
+        table, measured = costs(self.name, recipe, op.device)
+        note = "" if measured else "no measured table for this device"
+        return Accepted(cost=table[0][1], costs=table, note=note)
+
+    def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        recipe = self._recipe(op)
+        return recipe if isinstance(recipe, Rejected) else self._accepted(op, recipe)
+
+    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
+        from quant_core.kernels import tiles
+
+        self._bound(op)
+        return tiles.allocate(op, device)
+
+    def load_(
+        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
+    ) -> None:
+        from quant_core.kernels import tiles
+
+        tiles.load_(buffers, op, part, at)
+
+    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
+        from quant_core.kernels import tiles
+
+        return tiles.restore(buffers, op)
+
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        raise NotImplementedError
+
+
+class PlainTriton(TilesKernel):
+    """See ``plain``. Weights are computed in float32 and rounded once to the type of x."""
+
+    name = "triton_wna16"
+    OPS = ("linear", "grouped_linear", "embedding")
+
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        from quant_kernels_triton import ops
+
+        recipe = self._bound(op)
+        text = recipe.text()
+        if op.op == "embedding":
+            return functools.partial(ops.bound_embedding, text)
+        if op.op == "grouped_linear":
+            return functools.partial(ops.bound_grouped, text, recipe.k_in)
+        return functools.partial(ops.bound_linear, text, "plain", recipe.k_in)
+
+
+class Dense(TilesKernel):
+    """All weights expanded to the type of x on every call, then ``F.linear``: for many rows."""
+
+    name = "triton_dense"
+
+    def _accepted(self, op: OpSpec, recipe: Recipe) -> Accepted:
+        from dataclasses import replace
+
+        width = 4 if op.act_dtype == "float32" else 2
+        answer = super()._accepted(op, recipe)
+        return replace(answer, workspace_bytes=recipe.n * recipe.k * width)
+
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        from quant_kernels_triton import ops
+
+        recipe = self._bound(op)
+        return functools.partial(ops.bound_linear, recipe.text(), "dense", recipe.k_in)
