@@ -51,7 +51,8 @@ def test_config_of_a_plan_from_this_format_is_the_stored_one(qk, write):
     assert plugin.make_config(planned) == config
 
 
-def test_other_plans_have_no_config_here():
+def test_a_plan_without_a_layer_has_no_config():
+    checkpoint = SimpleNamespace(tensors={})
     with pytest.raises(LayoutError) as err:
-        plugin.make_config(SimpleNamespace(match=None))
+        plugin.make_config(SimpleNamespace(match=None, members={}, checkpoint=checkpoint))
     assert err.value.code == "Q-LAYOUT-REPRESENT"

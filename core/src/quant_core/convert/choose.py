@@ -6,7 +6,7 @@ between the source and a scheme is done by ``steps``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from quant_core.spec import LayerDesc, QuantSpec
     from quant_core.tensors import LayerTensors
 
-__all__ = ["first_fit", "fit_linear"]
+__all__ = ["first_fit", "fit_linear", "nearest_fit", "sizes_of", "wide_dtype"]
 
 _CODE = "Q-LAYOUT-REPRESENT"
+_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+_WIDE = tuple(_DTYPES)
 
 
 def fit_linear(
@@ -43,6 +45,23 @@ def fit_linear(
         return as_floats
 
 
+def sizes_of(layer: LayerDesc, tensors: LayerTensors) -> tuple[int, int]:
+    """(N, K) of a matrix: stored columns may be more or fewer than the layer's inputs."""
+    n, k = tensors.weight.shape
+    return n, k if layer.inp is None else layer.inp.total
+
+
+def wide_dtype(spec: QuantSpec | None, *, static: bool = True) -> str:
+    """Stored dtype of a float scale that keeps the finest one as it is; else float32.
+
+    Args:
+        spec: whose scales are kept; None gives float32.
+        static: take the first stored scale, not a run-time one.
+    """
+    scales = [] if spec is None else [s for s in spec.scales if s.static or not static]
+    return _DTYPES.get(scales[0].element, "float32") if scales else "float32"
+
+
 def first_fit(
     layer: LayerDesc,
     tensors: LayerTensors,
@@ -54,8 +73,8 @@ def first_fit(
 ) -> Fit:
     """The first scheme that holds a matrix exactly; if losses are allowed, else the nearest.
 
-    Nearest is first by what becomes of the activations (``steps.input_distance``), then by the
-    order of ``schemes``.
+    Nearest is first by what becomes of the activations (``steps.input_distance``), then by codes,
+    factors and grains that stay as they are, then by the order of ``schemes``.
 
     Args:
         holds: what the format holds, for the message if no scheme comes into question.
@@ -66,7 +85,12 @@ def first_fit(
     from quant_core.convert.steps import ANOTHER, input_distance
 
     have = operands.get("input")
-    ranked = sorted(schemes, key=lambda s: input_distance(have, s.operands.get("input")))
+    weight = tensors.weight.spec
+
+    def far(scheme: Scheme) -> tuple[int, int]:
+        return input_distance(have, scheme.operands.get("input")), _far(weight, scheme.weight)
+
+    ranked = sorted(schemes, key=far)
     first: LayoutError | None = None
     for allowed in (False, True) if allow_inexact else (False,):
         for scheme in ranked:
@@ -80,6 +104,18 @@ def first_fit(
         found = f"weights are {tensors.weight.spec.label}"
         raise cannot_hold(layer.name, found, holds, ANOTHER)
     raise first
+
+
+def _far(have: QuantSpec, want: QuantSpec) -> int:
+    """How much of a weight's description changes: codes, factors, grains, types of scales."""
+    factors = [[(s.element in _WIDE or s.element, s.add) for s in q.scales] for q in (have, want)]
+    grains = [[s.grain for s in q.scales] for q in (have, want)]
+    return (
+        8 * (have.element != want.element)
+        + 4 * (factors[0] != factors[1])
+        + 2 * (grains[0] != grains[1])
+        + (have.scales != want.scales)
+    )
 
 
 def _fit(
@@ -97,3 +133,24 @@ def _fit(
     weight = steps.meet(lt.weight, scheme.weight, scheme.shape[1], losses)
     lt = replace(lt, operands={"weight": weight})
     return Fit(scheme=scheme, tensors=lt, losses=losses.taken())
+
+
+def nearest_fit(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    schemes: Sequence[Scheme],
+    allow_inexact: bool,
+    *,
+    holds: str,
+) -> Fit:
+    """``first_fit`` by the rules of ``fit_linear``: all that many a format's ``fit_scheme`` needs.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT``.
+    """
+
+    def fit(allowed: bool) -> Fit:
+        return first_fit(layer, tensors, operands, schemes, allow_inexact=allowed, holds=holds)
+
+    return fit_linear(layer, tensors, allow_inexact, fit)

@@ -1,5 +1,7 @@
 """Which AutoRound scheme holds a canonical matrix: 2 to 8 bits, each layer its own, in order.
 
+Small floats are in ``fit_floats``.
+
     option          values                                     default
     packing_format  auto_round:auto_gptq, auto_round,          see below
                     auto_round:auto_awq
@@ -16,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quant_core.convert.choose import fit_linear
+from quant_core.convert.choose import fit_linear, nearest_fit
 from quant_core.convert.fit import Fit, Losses, cannot_hold, check_options
 from quant_core.scheme import Scheme
 from quant_plugin_autoround.config import Dialect
+from quant_plugin_autoround.fit_floats import candidates
 from quant_plugin_autoround.scheme import AutoRoundScheme, build_scheme
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "settle"]
 
+_HOLDS = "integers of 2 to 8 bits, NVFP4, MXFP4, MXFP8 and fp8"
 _WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 _DIALECTS: Mapping[str, Dialect] = {
     "auto_round:auto_gptq": "minus_one",
@@ -47,6 +51,9 @@ def fit(
 ) -> Fit:
     """See the hook ``fit_scheme``."""
     check_options(options, _OPTIONS, "autoround")
+    if tensors.weight.spec.element.kind == "float" and not tensors.weight.spec.blocks:
+        schemes = tuple(candidates(layer, tensors, operands))
+        return nearest_fit(layer, tensors, operands, schemes, allow_inexact, holds=_HOLDS)
     return fit_linear(
         layer, tensors, allow_inexact, lambda ok: _fit(layer, tensors, operands, options, ok)
     )

@@ -16,7 +16,9 @@ from typing import Any
 
 from quant_core.describe import float_matrices, schemes_of
 from quant_core.errors import LayoutError
+from quant_core.floatspec import FloatScheme
 from quant_plugin_autoround.config import AutoRoundConfig
+from quant_plugin_autoround.fit_floats import FLOAT_FORMAT, settings_of
 from quant_plugin_autoround.scheme import AutoRoundScheme
 
 __all__ = ["config_for", "describe"]
@@ -29,12 +31,28 @@ _FORMATS = {
     ("interleaved", False): "auto_round:auto_awq",
 }
 _BLOCK = re.compile(r"^(.+?)\.\d+\.")
-_KEYS = ("bits", "group_size", "sym")
+
+Schemes = Mapping[str, AutoRoundScheme | FloatScheme]
 
 
-def _settings(scheme: AutoRoundScheme) -> tuple[int, int, bool]:
+def _settings(scheme: AutoRoundScheme | FloatScheme) -> dict[str, Any]:
+    """The keys of one module, all of them."""
+    if isinstance(scheme, FloatScheme):
+        return settings_of(scheme)
     size = -1 if scheme.groups == 1 else scheme.group_size
-    return (scheme.bits, size, scheme.sym)
+    return {"bits": scheme.bits, "group_size": size, "sym": scheme.sym, "data_type": "int"}
+
+
+def _packing(scheme: AutoRoundScheme | FloatScheme) -> str:
+    if isinstance(scheme, FloatScheme):
+        return FLOAT_FORMAT
+    return _FORMATS.get((scheme.dialect, scheme.has_g_idx), f"{scheme.dialect} with g_idx")
+
+
+def _changed(found: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """What sets one module apart; activations that stay floats have 16 bits."""
+    plain = {"act_bits": 16} if "act_bits" in default else {}
+    return {k: v for k, v in {**plain, **found}.items() if default.get(k, ...) != v}
 
 
 def _block(name: str) -> str:
@@ -43,7 +61,7 @@ def _block(name: str) -> str:
     return found[1] if found else ""
 
 
-def describe(schemes: Mapping[str, AutoRoundScheme], floats: Iterable[str] = ()) -> dict[str, Any]:
+def describe(schemes: Schemes, floats: Iterable[str] = ()) -> dict[str, Any]:
     """A config block.
 
     Args:
@@ -53,34 +71,32 @@ def describe(schemes: Mapping[str, AutoRoundScheme], floats: Iterable[str] = ())
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT`` if no scheme is given, or they mix dialects.
     """
-    dialects = {(s.dialect, s.has_g_idx) for s in schemes.values()}
-    packing_format = _FORMATS.get(next(iter(dialects))) if len(dialects) == 1 else None
-    if packing_format is None:
+    packings = {_packing(s) for s in schemes.values()}
+    if len(packings) != 1 or not packings <= {*_FORMATS.values(), FLOAT_FORMAT}:
         raise LayoutError(
-            f"the plan holds {len(dialects)} AutoRound dialects ({sorted(map(str, dialects))}), "
+            f"the plan holds {len(packings)} AutoRound packings ({sorted(packings)}), "
             "expected one packing_format for all layers. Write all layers in one.",
             code="Q-LAYOUT-REPRESENT",
             expected=1,
-            actual=len(dialects),
+            actual=len(packings),
             plugin="autoround",
         )
-    default = Counter(_settings(s) for s in schemes.values()).most_common(1)[0][0]
+    every = {name: _settings(scheme) for name, scheme in schemes.items()}
+    texts = Counter(json.dumps(found) for found in every.values())
+    default: dict[str, Any] = json.loads(texts.most_common(1)[0][0])
     blocks = sorted({b for name in schemes if (b := _block(name))})
     extra: dict[str, Any] = {
         name: {"bits": 16, "data_type": "float"} for name in floats if _block(name) in blocks
     }
-    for name, scheme in schemes.items():
-        found = dict(zip(_KEYS, _settings(scheme), strict=True))
-        changed = {k: v for k, v in found.items() if v != default[_KEYS.index(k)]}
+    for name, found in every.items():
         if not _block(name):  # outside the blocks everything is stated
-            extra[name] = found | {"data_type": "int"}
-        elif changed:
+            extra[name] = found | _changed(found, default)
+        elif changed := _changed(found, default):
             extra[name] = changed
     out: dict[str, Any] = {
         "quant_method": "auto-round",
-        "packing_format": packing_format,
-        **dict(zip(_KEYS, default, strict=True)),
-        "data_type": "int",
+        "packing_format": packings.pop(),
+        **default,
     }
     if blocks:
         out["block_name_to_quantize"] = ",".join(blocks)
@@ -95,4 +111,5 @@ def config_for(plan: Any) -> Mapping[str, Any]:
     if match is not None and isinstance(match.config, AutoRoundConfig):
         stored: dict[str, Any] = json.loads(match.config.stored)
         return stored
-    return describe(schemes_of(plan, AutoRoundScheme), float_matrices(plan))
+    schemes: Schemes = schemes_of(plan, AutoRoundScheme) | schemes_of(plan, FloatScheme)
+    return describe(schemes, float_matrices(plan))

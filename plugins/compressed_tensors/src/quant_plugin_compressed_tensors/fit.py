@@ -1,7 +1,8 @@
-"""Which compressed-tensors scheme holds a canonical matrix: integers of 2 to 8 bits.
+"""Which compressed-tensors scheme holds a canonical matrix: integers of 2 to 8 bits, small floats.
 
     float activations        pack-quantized
     quantized activations    int-quantized, arguments made from their meaning
+    small floats             see ``fit_floats``
 
     option      values                        default
     group_size  a divisor of the groups       the layer's own
@@ -15,12 +16,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quant_core.convert.choose import fit_linear
+from quant_core.convert.choose import fit_linear, nearest_fit, wide_dtype
 from quant_core.convert.fit import Fit, Losses, check_options
-from quant_core.errors import ConfigError
 from quant_core.intspec import SCALE_ELEMENTS
-from quant_core.spec import CHANNEL, TENSOR, Element, QuantSpec, Zero
+from quant_core.spec import Element, QuantSpec, Zero
 from quant_plugin_compressed_tensors.args import INT_BITS, QuantArgs
+from quant_plugin_compressed_tensors.fit_floats import candidates, input_args
 from quant_plugin_compressed_tensors.inputs import input_spec
 from quant_plugin_compressed_tensors.packed import PackedScheme
 from quant_plugin_compressed_tensors.plain import PlainScheme
@@ -35,6 +36,7 @@ __all__ = ["fit"]
 _OPTIONS: Mapping[str, tuple[Any, ...]] = {"group_size": ()}
 _DTYPES = {element: dtype for dtype, element in SCALE_ELEMENTS.items()}
 _SCALES = ("f16", "bf16", "f32")
+_HOLDS = "integers of 2 to 8 bits, fp8, NVFP4 and MX floats"
 
 
 def fit(
@@ -46,39 +48,12 @@ def fit(
 ) -> Fit:
     """See the hook ``fit_scheme``."""
     check_options(options, _OPTIONS, "compressed_tensors")
+    if tensors.weight.spec.element.kind == "float" and not tensors.weight.spec.blocks:
+        schemes = tuple(candidates(layer, tensors, operands, options))
+        return nearest_fit(layer, tensors, operands, schemes, allow_inexact, holds=_HOLDS)
     return fit_linear(
         layer, tensors, allow_inexact, lambda ok: _fit(layer, tensors, operands, options, ok)
     )
-
-
-def _inputs(
-    lt: LayerTensors, operands: Mapping[str, QuantSpec], where: str
-) -> tuple[QuantArgs | None, str]:
-    """Arguments that mean the input's spec, and the dtype of its stored scale.
-
-    None without quantized activations, or with some that this format has no arguments for.
-    """
-    spec = operands.get("input")
-    if spec is None or len(spec.scales) != 1:
-        return None, "bfloat16"
-    scale = spec.scales[0]
-    strategy = {CHANNEL: "token", TENSOR: "tensor"}.get(scale.grain, "group")
-    args = QuantArgs(
-        bits=spec.element.bits,
-        kind="int" if spec.element.kind == "int" else "float",
-        symmetric=spec.zero is None,
-        strategy=strategy,
-        group_size=scale.grain[1] if strategy == "group" else 0,
-        dynamic=not scale.static,
-    )
-    dtype = "bfloat16"
-    if lt.input_scale is not None:
-        dtype = str(lt.input_scale.dtype).removeprefix("torch.")
-    try:
-        means = input_spec(args, dtype, where, "config.json")
-    except (ConfigError, KeyError):
-        return None, dtype
-    return (args if means == spec else None), dtype
 
 
 def _fit(
@@ -91,8 +66,12 @@ def _fit(
     from quant_core.convert import steps
 
     where, losses = layer.name, Losses(layer.name, allow_inexact)
-    inputs, input_dtype = _inputs(tensors, operands, where)
-    lt = steps.weight_only(tensors, operands, losses, keep_input=inputs is not None)
+    have = operands.get("input")
+    input_dtype = wide_dtype(have)
+    inputs = input_args(have, where, input_dtype)
+    meaning = None if inputs is None else input_spec(inputs, input_dtype, where, "config.json")
+    lt = steps.plain_layer(tensors, (), where)
+    lt = steps.meet_input(lt, have, meaning, losses)
     qt = lt.weight
     steps.plain_codes(qt, where)
     qt = steps.one_scale(qt, _SCALES, losses)
@@ -114,7 +93,7 @@ def _fit(
         group_size=stated,
         actorder="" if qt.gather is None else "group",
     )
-    scheme, qt = _scheme(qt, weights, inputs, input_dtype, (qt.shape[0], k), operands)
+    scheme, qt = _scheme(qt, weights, inputs, input_dtype, (qt.shape[0], k), meaning)
     return Fit(scheme=scheme, tensors=replace(lt, operands={"weight": qt}), losses=losses.taken())
 
 
@@ -124,7 +103,7 @@ def _scheme(
     inputs: QuantArgs | None,
     input_dtype: str,
     shape: tuple[int, int],
-    operands: Mapping[str, QuantSpec],
+    meaning: QuantSpec | None,
 ) -> tuple[CtScheme, QuantizedTensor]:
     """The scheme, and the weight as its storage format means it."""
     plain = inputs is not None
@@ -133,7 +112,7 @@ def _scheme(
     common: dict[str, Any] = {
         "name": scheme_name(weights, inputs),
         "shape": shape,
-        "operands": {"weight": qt.spec, **({"input": operands["input"]} if plain else {})},
+        "operands": {"weight": qt.spec, **({} if meaning is None else {"input": meaning})},
         "weights": weights,
         "inputs": inputs,
         "scale_dtype": _DTYPES[qt.spec.scales[0].element],

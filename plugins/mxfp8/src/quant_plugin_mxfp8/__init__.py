@@ -10,9 +10,11 @@ from quant_core.spec import PluginInfo
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
+    from quant_core.convert.fit import Fit
     from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
-    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, Unquantized
+    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
+    from quant_core.tensors import LayerTensors
 
 
 @hookimpl
@@ -51,6 +53,19 @@ def make_config(plan: Any) -> Mapping[str, Any]:
     from quant_plugin_mxfp8.config import config_for
 
     return config_for(plan)
+
+
+@hookimpl
+def fit_scheme(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    from quant_plugin_mxfp8.fit import fit
+
+    return fit(layer, tensors, operands, options, allow_inexact)
 
 
 @hookimpl

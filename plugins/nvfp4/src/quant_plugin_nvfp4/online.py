@@ -15,11 +15,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.online import OnlineScheme
 from quant_core.spec import LayerDesc, Unquantized
 from quant_plugin_nvfp4.algos import ALGOS
-from quant_plugin_nvfp4.scheme import ModelOptScheme
+from quant_plugin_nvfp4.scheme import ModelOptScheme, scheme_of
 
 __all__ = ["ONLINE"]
 
@@ -31,22 +30,7 @@ def _make(name: str, layer: LayerDesc, options: Mapping[str, Any]) -> ModelOptSc
     size = algo.group_size
     if size and algo.weight != "fp8_block" and k % size:
         return Unquantized(rule=f"in_features is no multiple of {size}")
-    wide = algo.stored[1] == "float"
-    dtype = "float32" if wide else algo.stored[1]
-    elements = {**SCALE_ELEMENTS, "float8_e4m3fn": "fp8_e4m3", "uint8": "e8m0"}
-    inputs = algo.input_spec("f32")
-    return ModelOptScheme(
-        name=algo.scheme,
-        shape=(n, k),
-        operands={
-            "weight": algo.weight_spec(size, elements[dtype]),
-            **({} if inputs is None else {"input": inputs}),
-        },
-        algo=algo,
-        group_size=size,
-        scale_dtype=dtype,
-        scale_shape=algo.scale_shapes(n, k, size)[0],
-    )
+    return scheme_of(algo, (n, k))
 
 
 def _offer(algo: str, summary: str) -> OnlineScheme:

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["KV_RULE", "SMOOTH", "ModelOptScheme"]
+__all__ = ["KV_RULE", "SMOOTH", "ModelOptScheme", "scheme_of"]
 
 KV_RULE = "KV-cache scales present, not applied"
 SMOOTH = Transform(site="input", kind="scale", key="pre_quant_scale", tp="block")
 _FLOATS = tuple(SCALE_ELEMENTS)
+_ELEMENTS = {**SCALE_ELEMENTS, "float8_e4m3fn": "fp8_e4m3", "uint8": "e8m0"}
 _FIXED = Axis(tag="fixed", cut="replicate")
 
 
@@ -151,3 +152,38 @@ class ModelOptScheme(Scheme):
         from quant_plugin_nvfp4 import rounding
 
         return rounding.quantize(self, layer, dense, stats)
+
+
+def scheme_of(
+    algo: Algo,
+    shape: tuple[int, int],
+    *,
+    group_size: int = 0,
+    scale_dtype: str = "float32",
+    input_dtype: str = "float32",
+    smoothed: bool = False,
+) -> ModelOptScheme:
+    """The scheme of a matrix that is written anew.
+
+    Args:
+        group_size: where the algorithm has none of its own.
+        scale_dtype: where the algorithm stores a float scale.
+    """
+    size = algo.group_size or group_size
+    dtype = scale_dtype if algo.stored[1] == "float" else algo.stored[1]
+    inputs = algo.input_spec(SCALE_ELEMENTS[input_dtype])
+    return ModelOptScheme(
+        name=algo.scheme,
+        shape=shape,
+        operands={
+            "weight": algo.weight_spec(size, _ELEMENTS[dtype]),
+            **({} if inputs is None else {"input": inputs}),
+        },
+        transforms=(SMOOTH,) if smoothed else (),
+        algo=algo,
+        group_size=size,
+        scale_dtype=dtype,
+        input_dtype=input_dtype,
+        scale_shape=algo.scale_shapes(*shape, size)[0],
+        smoothed=smoothed,
+    )

@@ -108,6 +108,24 @@ class TensorArgs:
         parts += ["run-time"] if self.dynamic else []
         return " ".join(parts)
 
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``parse_layer`` reads back."""
+        return {
+            "dtype": self.dtype,
+            "qscheme": self.qscheme,
+            "group_size": self.group_size or None,
+            "block_size": list(self.block) if self.qscheme == "per_block" else None,
+            "ch_axis": self.axis,
+            "is_dynamic": self.dynamic,
+            "symmetric": self.symmetric,
+            "round_method": "half_even",
+            "scale_type": "float",
+            "scale_format": "e8m0" if self.e8m0 else None,
+            "scale_calculation_mode": self.mode if self.e8m0 else None,
+            "zero_point_type": "float32" if self.float_zero else "int32",
+            "is_scale_quant": self.of_scales,
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerArgs:
@@ -118,6 +136,21 @@ class LayerArgs:
     inputs: tuple[TensorArgs, ...] = ()
     outputs: tuple[TensorArgs, ...] = ()  # right for keys and values only
     bias: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``parse_layer`` reads back."""
+
+        def operand(args: tuple[TensorArgs, ...]) -> Any:
+            listed = [a.to_json() for a in args]
+            return listed if len(listed) > 1 else listed[0] if listed else None
+
+        return {
+            "weight": operand(self.weight),
+            "input_tensors": operand(self.inputs),
+            "output_tensors": operand(self.outputs),
+            "bias": None,
+            "target_device": None,
+        }
 
     @property
     def label(self) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from quant_core.intspec import SCALE_ELEMENTS, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import CANONICAL, Axis, LayerDesc, Packing, ParamSpec
+from quant_plugin_quark.args import LayerArgs
 from quant_plugin_quark.transforms import Rotation
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class QuarkScheme(Scheme):
         zero_packing: order of packed zero points seen as [G, N]; None: one value each.
         input_scale, input_zero: stored names for static activations, "" if there are none.
         rotation: a map of the inputs that runs with the model.
+        args: what the config says of the layer.
         source: file of the config, for messages.
     """
 
@@ -56,6 +58,7 @@ class QuarkScheme(Scheme):
     input_scale: str = ""
     input_zero: str = ""
     rotation: Rotation | None = None
+    args: LayerArgs | None = field(default=None, compare=False)
     source: str = field(default="", compare=False)
 
     @property

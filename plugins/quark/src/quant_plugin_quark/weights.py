@@ -118,6 +118,7 @@ def build(h: Header) -> QuarkScheme:
         transforms=rotation.transforms if rotation else (),
         rotation=rotation,
         tensors=(*tensors, *(rotation.params if rotation else ())),
+        args=args,
         source=h.config.file,
         **fields,
         **extra,

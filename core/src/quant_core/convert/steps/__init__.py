@@ -34,7 +34,7 @@ from quant_core.convert.steps.layer import (
 )
 from quant_core.convert.steps.meet import meet
 from quant_core.convert.steps.offsets import has_float_zeros, integer_zero, zeros_as_offset
-from quant_core.convert.steps.scales import group_columns, one_scale, reciprocal
+from quant_core.convert.steps.scales import group_columns, one_scale
 
 __all__ = [
     "ANOTHER",
@@ -51,7 +51,6 @@ __all__ = [
     "plain_codes",
     "plain_layer",
     "recenter",
-    "reciprocal",
     "row_blocks",
     "same_input",
     "weight_only",

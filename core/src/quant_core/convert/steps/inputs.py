@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quant_core.convert.fit import Losses, cannot_hold
 from quant_core.convert.steps.layer import ANOTHER
-from quant_core.convert.steps.scales import reciprocal
+from quant_core.convert.steps.scales import divisor_of
 from quant_core.numerics import decode_scale, scale_dtype
 from quant_core.spec import QuantSpec, Scale
 from quant_core.tensors import LayerTensors
@@ -39,17 +39,20 @@ def _plain(spec: QuantSpec) -> QuantSpec:
 
 
 def input_distance(have: QuantSpec | None, want: QuantSpec | None) -> int:
-    """How far a target's activations are from the source's: 0 equal, 1 to 3 a loss, 9 no way.
+    """How far a target's activations are from the source's: 0 equal, 1 to 4 a loss, 9 no way.
 
-    1 rounded by another rule, 2 not quantized any more, 3 quantized though they were floats.
+    1 rounded by another rule, 2 not quantized any more, 3 quantized though they were floats,
+    4 quantized in another way. No way leads to a stored scale that was never measured.
     """
     if same_input(have, want):
         return 0
     if want is None:
         return 2
-    if have is None:
-        return _FAR if any(s.static for s in want.scales) else 3
-    return 1 if _shape(have) == _shape(want) else _FAR
+    if have is not None and _shape(have) == _shape(want):
+        return 1
+    if any(s.static for s in want.scales):
+        return _FAR
+    return 3 if have is None else 4
 
 
 def meet_input(
@@ -72,16 +75,23 @@ def meet_input(
         )
         return replace(lt, input_scale=None, input_zero=None)
     assert want is not None
-    if far == 3:
+    if far == _FAR:
+        found = "float activations" if have is None else f"activations of {have.label}"
+        raise cannot_hold(losses.where, found, f"activations of {want.label}", ANOTHER)
+    if have is None:
         losses.lose(
             "leaves its activations as floats",
             f"activations quantized ({want.label})",
             "activations become quantized",
         )
         return lt
-    if far == _FAR or have is None:
-        found = "float activations" if have is None else f"activations of {have.label}"
-        raise cannot_hold(losses.where, found, f"activations of {want.label}", ANOTHER)
+    if far == 4:
+        losses.lose(
+            f"quantizes its activations as {have.label}",
+            f"activations quantized as {want.label}",
+            f"activations quantized as {want.label}",
+        )
+        return replace(lt, input_scale=None, input_zero=None)
     if far == 1:
         losses.lose(
             f"rounds its activations as {_rule(have)}",
@@ -100,7 +110,8 @@ def _static(spec: QuantSpec) -> Scale:
 
 def _stored(value: Tensor, old: Scale, new: Scale, losses: Losses) -> Tensor:
     if old.inverse != new.inverse:  # the change of the rule is named already
-        value, _ = reciprocal(decode_scale(value, old.element))
+        value = decode_scale(value, old.element)
+        value = 1 / value if old.inverse else divisor_of(value)[0]
         old = replace(old, element="f32")
     if old.element == new.element:
         return value

@@ -20,7 +20,7 @@ from quant_core.convert.fit import Losses, cannot_hold
 from quant_core.convert.steps.codes import code_zeros, map_codes, recenter
 from quant_core.convert.steps.layer import ANOTHER, in_order
 from quant_core.convert.steps.offsets import integer_zero
-from quant_core.convert.steps.scales import one_scale, reciprocal
+from quant_core.convert.steps.scales import divisor_of, one_scale
 from quant_core.dequantize import unpack_codes
 from quant_core.errors import LayoutError
 from quant_core.flat import shrink_grid
@@ -84,17 +84,16 @@ def _float_codes(qt: QuantizedTensor, element: Element, where: str) -> Quantized
         same = (wanted == value) & (torch.signbit(wanted) == torch.signbit(values[code]))
         if bool(same.any()):
             table[code] = int(same.nonzero()[0])
-    used = torch.zeros(256, dtype=torch.bool)
-    rows = []
+    rows, lost = [], set[int]()
     step = max(1, (2 << 20) // max(qt.shape[1], 1))
     for start in range(0, qt.shape[0], step):
-        block = slice_rows_of(qt, start, min(start + step, qt.shape[0]))
-        codes = unpack_codes(block).long()
-        used[codes.unique()] = True
-        rows.append(pack(table[codes], element.bits, CANONICAL))
-    lost = used & (table == _NONE)
-    if bool(lost.any()):
-        found = f"{old.name} codes with {int(lost.sum())} values that {element.name} lacks"
+        codes = unpack_codes(slice_rows_of(qt, start, min(start + step, qt.shape[0]))).long()
+        used = codes.unique()
+        lost.update(used[table[used] == _NONE].tolist())
+        if not lost:
+            rows.append(pack(table[codes], element.bits, CANONICAL))
+    if lost:
+        found = f"{old.name} codes with {len(lost)} values that {element.name} lacks"
         raise cannot_hold(where, found, f"{element.name} codes", ANOTHER)
     spec = replace(qt.spec, element=element)
     return replace(qt, spec=spec, codes=torch.cat(rows), packing=CANONICAL)
@@ -255,16 +254,19 @@ def _same_but_divisors(have: tuple[Scale, ...], want: tuple[Scale, ...]) -> bool
 
 
 def _turned(values: Tensor, have: Scale, want: Scale, losses: Losses) -> Tensor:
+    """A factor that divides as one that multiplies (weights keep their bits), or the reverse."""
     if have.inverse == want.inverse:
         return values
-    turned, exact = reciprocal(values)
+    if have.inverse:
+        return 1 / values
+    divisor, exact = divisor_of(values)
     if not exact:
         losses.lose(
-            "a factor has no float32 whose inverse it is",
-            f"a factor that {'divides' if want.inverse else 'multiplies'}",
-            "factor of the tensor replaced by its rounded inverse",
+            "a factor of the tensor is not 1/x of any float32 x",
+            "a factor that divides",
+            "factor of the tensor replaced by its nearest divisor",
         )
-    return turned
+    return divisor
 
 
 def _on_grid(values: Tensor, old: Grain, new: Grain, qt: QuantizedTensor, where: str) -> Tensor:

@@ -16,7 +16,7 @@ from quant_core.rewrites.grains import common_grain, repeat_grid
 from quant_core.spec import CHANNEL, TENSOR, Grain, Scale
 from quant_core.tensors import QuantizedTensor
 
-__all__ = ["group_columns", "one_scale", "product", "reciprocal"]
+__all__ = ["divisor_of", "group_columns", "one_scale", "product"]
 
 _TOP = 2688.0  # 6 * 448: what a factor above fp8 scales of fp4 codes is made of
 _NEAR = (0, -1, 1, -2, 2)  # float32 neighbours of 1/x, in the order they are tried
@@ -113,18 +113,18 @@ def group_columns(qt: QuantizedTensor, size: int, where: str) -> QuantizedTensor
     return qt if (rows, cols) == (1, size) else regrain(qt, 0, (1, size))
 
 
-def reciprocal(values: Tensor) -> tuple[Tensor, bool]:
+def divisor_of(values: Tensor) -> tuple[Tensor, bool]:
     """y with 1/y = x in float32, and whether each x has one (86 % of all float32 values do).
 
-    Where two do, that one is taken whose producer is likelier to have written it: a factor is
-    made as 2688 / max|W| or max|W| / 2688, and max|W| of most weights is a bfloat16 number.
+    Where two do, that one is taken whose producer is likelier to have written it: a divisor is
+    made as 2688 / max|W|, and max|W| of most weights is a bfloat16 number.
     """
     first = (1 / values.double()).float().contiguous()
     bits = first.view(torch.int32)
     near = torch.stack([(bits + d).view(torch.float32) for d in _NEAR])
     fits = 1 / near == values
-    largest = torch.where(near > 1, _TOP / near.double(), near.double() * _TOP)
+    largest = _TOP / near.double()
     odd = (largest - largest.bfloat16().double()).abs() / largest
     best = torch.where(fits, odd, torch.inf).argmin(dim=0, keepdim=True)
-    found = bool(fits.any(dim=0).all())
-    return torch.where(fits.any(dim=0), near.gather(0, best)[0], first), found
+    found = fits.any(dim=0)
+    return torch.where(found, near.gather(0, best)[0], first), bool(found.all())
