@@ -29,6 +29,7 @@ _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
 # unit -> flags; the first ones are needed, each other one defines QK_HAVE_<name> when it compiles
 _NEEDED = {
     "rows": [*_AVX2, "-ffp-contract=off"],
+    "load": _AVX2,
     "kernel_avx2": _AVX2,
     "kernel_int8_avx2": _AVX2,
 }
@@ -38,7 +39,7 @@ _OPTIONAL = {
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 2  # of the C interface; library.py checks it
+_VERSION = 3  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

@@ -1,15 +1,8 @@
-/* Codes into blocks and back, and single rows dequantized (embedding). AVX2 + F16C, written as
+/* Codes out of blocks, and single rows dequantized (embedding). AVX2 + F16C, written as
  * scalar code; compiled without contraction so that a row equals the float32 oracle bit for bit. */
 #include <omp.h>
 
 #include "common.h"
-
-static inline uint32_t split_nibbles(uint32_t w) { /* n0 n1 .. n7 -> n0 n2 n4 n6 | n1 n3 n5 n7 */
-    uint32_t even = w & 0x0F0F0F0F, odd = (w >> 4) & 0x0F0F0F0F;
-    even = (even | even >> 4) & 0x00FF00FF;
-    odd = (odd | odd >> 4) & 0x00FF00FF;
-    return ((even | even >> 8) & 0xFFFF) | (odd | odd >> 8) << 16;
-}
 
 static inline uint32_t join_nibbles(uint32_t w) {
     uint32_t even = w & 0xFFFF, odd = w >> 16;
@@ -24,24 +17,19 @@ static inline uint32_t shift_bytes(uint32_t w, uint8_t by) {
     return out;
 }
 
-/* rows [first, first + rows) from row-major 32-bit words of codes to blocks (`pack`) or back.
- * 8-bit codes are stored less `bias`, modulo 256. */
-void qk_repack(void *blocks, void *stream, int64_t words, int64_t first, int64_t rows,
-               int64_t width, int64_t bias, int64_t pack) {
-    const int64_t start = first / QK_ROWS, stop = qk_div_up(first + rows, QK_ROWS);
+/* All `rows` rows of blocks as row-major 32-bit words of codes: the inverse of qk_load's
+ * QK_BY_ROW. 8-bit codes are stored less `bias`, modulo 256. */
+void qk_unload(const void *blocks, void *stream, int64_t words, int64_t rows, int64_t width,
+               int64_t bias) {
 #pragma omp parallel for schedule(static)
-    for (int64_t b = start; b < stop; b++) {
-        uint32_t *block = (uint32_t *)blocks + b * words * QK_ROWS;
-        const int64_t low = b * QK_ROWS < first ? first - b * QK_ROWS : 0;
-        const int64_t high = qk_min(QK_ROWS, first + rows - b * QK_ROWS);
-        uint32_t *row = (uint32_t *)stream + (b * QK_ROWS - first) * words;
+    for (int64_t b = 0; b < qk_div_up(rows, QK_ROWS); b++) {
+        const uint32_t *block = (const uint32_t *)blocks + b * words * QK_ROWS;
+        const int64_t count = qk_min(QK_ROWS, rows - b * QK_ROWS);
+        uint32_t *row = (uint32_t *)stream + b * QK_ROWS * words;
         for (int64_t i = 0; i < words; i++)
-            for (int64_t r = low; r < high; r++) {
-                uint32_t *in_block = block + i * QK_ROWS + r, *in_row = row + r * words + i;
-                if (width == 4 && pack) *in_block = split_nibbles(*in_row);
-                else if (width == 4) *in_row = join_nibbles(*in_block);
-                else if (pack) *in_block = shift_bytes(*in_row, (uint8_t)-bias);
-                else *in_row = shift_bytes(*in_block, (uint8_t)bias);
+            for (int64_t r = 0; r < count; r++) {
+                const uint32_t w = block[i * QK_ROWS + r];
+                row[r * words + i] = width == 4 ? join_nibbles(w) : shift_bytes(w, (uint8_t)bias);
             }
     }
 }

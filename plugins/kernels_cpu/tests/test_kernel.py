@@ -70,7 +70,7 @@ def test_nibbles_lie_as_the_header_draws_them(isa):
     codes[0, :8] = torch.arange(8)
     codes[31, 8:] = 15 - torch.arange(8)
     target = torch.zeros(1, 2, 32, 4, dtype=torch.uint8)
-    write_codes_(target, 0, pack(codes, 4, CANONICAL), layout)
+    write_codes_(target, 0, pack(codes, 4, CANONICAL), CANONICAL, layout)
     assert target[0, 0, 0].tolist() == [0x20, 0x64, 0x31, 0x75]
     assert target[0, 1, 31].tolist() == [0xDF, 0x9B, 0xCE, 0x8A]
     assert int(target.count_nonzero()) == 8

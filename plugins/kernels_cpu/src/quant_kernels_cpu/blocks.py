@@ -1,6 +1,6 @@
 """Canonical tensors into blocks of 32 rows and back.
 
-    codes     (N, K * bits / 8)  ->  uint8 [blocks, K / per, 32, 4]     see csrc/qk.h
+    codes     of any packing     ->  uint8 [blocks, K / per, 32, 4]     see csrc/qk.h
     a grid    (N, G)             ->  [blocks, G, 32] of its own type
     the rest  as it is (bias, gather, a scale per tensor)
 
@@ -10,13 +10,16 @@ gives the canonical bytes back.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from quant_core.numerics import scale_dtype
-from quant_core.packing import pack, unpack
-from quant_core.spec import CANONICAL
+from quant_core.packing import pack, repack, unpack
+from quant_core.spec import CANONICAL, Packing
 from quant_kernels_cpu.library import library
+from quant_kernels_cpu.loading import source_of
 from quant_kernels_cpu.support import ROWS, ZERO_CODE, Layout
 from quant_kernels_cpu.support_int8 import Int8Layout
 
@@ -115,38 +118,41 @@ def read_grid(source: Tensor, n: int) -> Tensor:
     return rows[..., :n, :].contiguous()
 
 
-def _stream(codes: Tensor, layout: Layout | Int8Layout) -> Tensor:
-    """Canonical codes as row-major codes of the width kept: uint8 (rows, K * width / 8)."""
-    if layout.bits == layout.width:
-        return codes.contiguous()
-    single = unpack(codes, layout.bits, (codes.shape[0], layout.k), CANONICAL)
-    return single if layout.width == 8 else pack(single, 4, CANONICAL)
-
-
-def _repack(
-    blocks: Tensor, stream: Tensor, row: int, layout: Layout | Int8Layout, *, into: bool
+def write_codes_(
+    target: Tensor, row: int, codes: Tensor, packing: Packing, layout: Layout | Int8Layout
 ) -> None:
-    library().c.qk_repack(
-        blocks.data_ptr(),
-        stream.data_ptr(),
-        layout.k // layout.per,
-        row,
-        stream.shape[0],
-        layout.width,
-        layout.bias,
-        into,
-    )
+    """Stored codes of some rows into target [blocks, K / per, 32, 4] from row ``row`` on.
+
+    Shapes:  codes packed_shape((rows, K), bits, packing)
+    """
+    rows, bits = _row_count(codes, packing, layout), layout.bits
+    source = source_of(packing, bits=bits, width=layout.width, k=layout.k, bias=layout.bias)
+    if source is None or (packing.axis == "out" and (row % 8 or rows % 8 or layout.k % 8)):
+        codes = repack(codes, bits, (rows, layout.k), packing, CANONICAL)
+        if bits != layout.width:
+            codes = unpack(codes, bits, (rows, layout.k), CANONICAL)
+            codes = codes if layout.width == 8 else pack(codes, 4, CANONICAL)
+        source = source_of(
+            CANONICAL, bits=layout.width, width=layout.width, k=layout.k, bias=layout.bias
+        )
+        assert source is not None, "a stream of whole codes is always read"
+    codes = codes.contiguous()
+    library().c.qk_load(target.data_ptr(), codes.data_ptr(), row, rows, ctypes.byref(source))
 
 
-def write_codes_(target: Tensor, row: int, codes: Tensor, layout: Layout | Int8Layout) -> None:
-    """Canonical codes (rows, bytes) into target [blocks, K / per, 32, 4] from row ``row`` on."""
-    _repack(target, _stream(codes, layout), row, layout, into=True)
+def _row_count(codes: Tensor, packing: Packing, layout: Layout | Int8Layout) -> int:
+    """Rows held by ``codes``, whose shape was checked."""
+    size = codes.shape[1] if packing.k_major else codes.shape[0]
+    return size * (32 // layout.bits) if packing.axis == "out" else size
 
 
 def read_codes(source: Tensor, layout: Layout | Int8Layout) -> Tensor:
     """Inverse of ``write_codes_``: the canonical bytes of all N rows."""
     stream = torch.empty(layout.n, layout.k * layout.width // 8, dtype=torch.uint8)
-    _repack(source, stream, 0, layout, into=False)
+    library().c.qk_unload(
+        source.data_ptr(), stream.data_ptr(), layout.k // layout.per, layout.n, layout.width,
+        layout.bias,
+    )  # fmt: skip
     if layout.bits == layout.width:
         return stream
     single = stream if layout.width == 8 else unpack(stream, 4, (layout.n, layout.k), CANONICAL)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from quant_core.errors import KernelError, LayoutError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
-from quant_core.spec import OpSpec
+from quant_core.spec import OpSpec, Packing
 from quant_kernels_cpu.library import ISAS, library, unavailable
+from quant_kernels_cpu.loading import source_of
 from quant_kernels_cpu.support import Layout, describe
 from quant_kernels_cpu.w8a8 import W8A8, check_range
 
@@ -77,6 +78,14 @@ class WnA16:
             clear_padding_(name, out[name], layout)
         return out
 
+    def reads(self, op: OpSpec, packing: Packing) -> bool:
+        """Whether ``load_`` takes codes in ``packing`` as they are stored."""
+        layout = self._bound(op)
+        found = source_of(
+            packing, bits=layout.bits, width=layout.width, k=layout.k, bias=layout.bias
+        )
+        return found is not None
+
     def load_(
         self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
     ) -> None:
@@ -92,7 +101,7 @@ class WnA16:
         for name, value in tensors.items():
             target = buffers[name][at["expert"]] if "expert" in at else buffers[name]
             if name == "codes":
-                write_codes_(target, row, value, layout)
+                write_codes_(target, row, value, part.weight.packing, layout)
             elif name == "bias":
                 target[row : row + value.shape[0]].copy_(value)
             elif target.dim() == 3:
@@ -180,9 +189,11 @@ def _check_part(
     tensors: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
 ) -> None:
-    """The part has the operation's spec, packing, names, dtypes and row lengths."""
+    """The part has the operation's spec, names, dtypes and row lengths."""
+    from quant_core.packing import WORD_DTYPES, packed_shape
+
     qt = part.weight
-    if qt.spec != op.weight or qt.packing != op.packing or set(tensors) != set(buffers):
+    if qt.spec != op.weight or set(tensors) != set(buffers):
         raise LayoutError(
             f"part is {qt.spec.label} with {sorted(tensors)}, the operation {op.weight.label} with "
             f"{sorted(buffers)}; expected the same. The part belongs to another layer.",
@@ -192,7 +203,7 @@ def _check_part(
         )
     rows = qt.shape[0]
     expected: dict[str, tuple[int, ...]] = {
-        "codes": (rows, -(-layout.k * layout.bits // 8)),
+        "codes": packed_shape((rows, layout.k), layout.bits, qt.packing),
         "gather": (layout.k,),
         "bias": (rows,),
         "zeros": (rows, -(-layout.k // layout.scales[0].group)),
@@ -202,10 +213,11 @@ def _check_part(
             shape = (1, 1) if f.single else (rows, -(-layout.k // f.group))
             expected[f"{prefix}_{i}"] = shape
     for name, value in tensors.items():
-        if tuple(value.shape) != expected[name] or value.dtype != buffers[name].dtype:
+        dtype = WORD_DTYPES[qt.packing.word] if name == "codes" else buffers[name].dtype
+        if tuple(value.shape) != expected[name] or value.dtype != dtype:
             raise LayoutError(
                 f"{name} has shape {tuple(value.shape)} {value.dtype}, expected {expected[name]} "
-                f"{buffers[name].dtype}. The parts of one layer differ in layout.",
+                f"{dtype}. The parts of one layer differ in layout.",
                 code="Q-LAYOUT-SHAPE",
                 tensor=name,
                 expected=expected[name],

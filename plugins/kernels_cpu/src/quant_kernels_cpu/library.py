@@ -21,7 +21,7 @@ __all__ = ["ISAS", "Library", "library", "unavailable"]
 
 ISAS = ("none", "avx2", "avx512", "bf16")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 2  # of the C interface, as in hatch_build.py
+_VERSION = 3  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,10 @@ def _load() -> Library | str:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     for function in (c.qk_linear, c.qk_linear_int8, c.qk_linear_w8a8, c.qk_rows, c.qk_dense):
         function.argtypes = [ctypes.c_char_p]
-    c.qk_repack.argtypes = [*[pointer] * 2, *[integer] * 6]
-    c.qk_repack.restype = None
+    c.qk_load.argtypes = [*[pointer] * 2, *[integer] * 2, pointer]
+    c.qk_load.restype = None
+    c.qk_unload.argtypes = [*[pointer] * 2, *[integer] * 4]
+    c.qk_unload.restype = None
     isa = c.qk_isa()
     if isa == 0:
         return "the processor has no AVX2"

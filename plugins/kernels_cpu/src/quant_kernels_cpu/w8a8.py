@@ -87,7 +87,7 @@ class W8A8:
         held = {n: t[at["expert"]] if "expert" in at else t for n, t in buffers.items()}
         for name, value in tensors.items():
             if name == "codes":
-                write_codes_(held[name], row, value, layout)
+                write_codes_(held[name], row, value, part.weight.packing, layout)
             elif name == "scales_0" and not layout.single:
                 write_grid_(held[name], row, value)
             elif name in (*_WHOLE, "scales_0"):

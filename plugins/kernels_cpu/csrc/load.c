@@ -1,0 +1,216 @@
+/* Stored words of 4- and 8-bit codes into blocks (qk.h), from the order in which files hold them:
+ *
+ *     QK_BY_ROW    [N][words of K]    a row is one stream of codes, lowest first
+ *     QK_BY_WORD   [words of K][N]    the same words, transposed
+ *     QK_ACROSS    [K][N / 8]         a word holds one column of 8 rows; `slot` says in which nibble
+ *     QK_HALVES    [N][words of K]    in a run of 2 h codes byte i holds codes i and h + i (low
+ *                                     nibble first); `run` is 2 h, 32 or 64 codes
+ *
+ * Memory-bound: every source line is used whole while it is in a register, since the 32 rows of a
+ * block often lie a power of two apart and would push each other out of the first-level cache. */
+#include <immintrin.h>
+#include <omp.h>
+
+#include "load.h"
+
+typedef __m256i vi8; /* 8 words */
+
+static inline vi8 join(vi8 v, int by, int mask) {
+    return _mm256_and_si256(_mm256_or_si256(v, _mm256_srli_epi32(v, by)), _mm256_set1_epi32(mask));
+}
+
+/* n0 n1 .. n7 -> n0 n2 n4 n6 | n1 n3 n5 n7 in each word */
+static inline vi8 split_nibbles(vi8 w) {
+    const vi8 low = _mm256_set1_epi32(0x0F0F0F0F);
+    vi8 even = _mm256_and_si256(w, low), odd = _mm256_and_si256(_mm256_srli_epi32(w, 4), low);
+    even = join(join(even, 4, 0x00FF00FF), 8, 0xFFFF);
+    odd = join(join(odd, 4, 0x00FF00FF), 8, 0xFFFF);
+    return _mm256_or_si256(even, _mm256_slli_epi32(odd, 16));
+}
+
+static inline vi8 finish(vi8 w, const qk_source *s) {
+    return s->width == 4 ? split_nibbles(w) : _mm256_sub_epi8(w, _mm256_set1_epi8((char)s->bias));
+}
+
+static inline uint32_t finish_word(uint32_t w, const qk_source *s) {
+    const vi8 v = finish(_mm256_set1_epi32((int)w), s);
+    return (uint32_t)_mm256_cvtsi256_si32(v);
+}
+
+/* v[i] word j <-> v[j] word i */
+static inline void transpose8(vi8 v[8]) {
+    vi8 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+}
+
+static inline vi8 load(const uint32_t *p) { return _mm256_loadu_si256((const vi8 *)p); }
+static inline void store(uint32_t *p, vi8 v) { _mm256_storeu_si256((vi8 *)p, v); }
+
+/* Four bytes of a run in halves: k0 k2 | k1 k3 as two bytes of the low nibbles. */
+static inline vi8 pair_nibbles(vi8 bytes) {
+    const vi8 v = _mm256_and_si256(bytes, _mm256_set1_epi32(0x0F0F0F0F));
+    return _mm256_and_si256(_mm256_or_si256(v, _mm256_srli_epi32(v, 12)), _mm256_set1_epi32(0xFFFF));
+}
+
+/* Eight codes from the low nibbles of eight bytes, as a block's word. */
+static inline vi8 word_of_bytes(vi8 first, vi8 second) {
+    const vi8 v = _mm256_or_si256(pair_nibbles(first), _mm256_slli_epi32(pair_nibbles(second), 16));
+    const vi8 up = _mm256_and_si256(_mm256_slli_epi32(v, 8), _mm256_set1_epi32(0x00FF0000));
+    const vi8 down = _mm256_and_si256(_mm256_srli_epi32(v, 8), _mm256_set1_epi32(0x0000FF00));
+    const vi8 kept = _mm256_and_si256(v, _mm256_set1_epi32((int)0xFF0000FF));
+    return _mm256_or_si256(kept, _mm256_or_si256(up, down)); /* E0 O0 E1 O1 -> E0 E1 O0 O1 */
+}
+
+/* v: 8 words of 8 rows, transposed; as words of a block. */
+static inline void finish8(vi8 v[8], const qk_source *s) {
+    if (s->order != QK_HALVES) {
+        for (int j = 0; j < 8; j++) v[j] = finish(v[j], s);
+        return;
+    }
+    vi8 low[4], high[4];
+    for (int j = 0; j < 4; j++) {
+        low[j] = word_of_bytes(v[2 * j], v[2 * j + 1]);
+        high[j] = word_of_bytes(_mm256_srli_epi32(v[2 * j], 4), _mm256_srli_epi32(v[2 * j + 1], 4));
+    }
+    for (int j = 0; j < 4; j++) {
+        v[s->run == 64 ? j : j + j / 2 * 2] = low[j];
+        v[s->run == 64 ? j + 4 : j + j / 2 * 2 + 2] = high[j];
+    }
+}
+
+/* One word of a block from a row of stored words. */
+static uint32_t one_word(const uint32_t *row, int64_t i, const qk_source *s) {
+    if (s->order != QK_HALVES) return finish_word(row[i], s);
+    const int64_t half = s->run / 2, run = i * 8 / s->run, at = i * 8 % s->run;
+    const uint8_t *bytes = (const uint8_t *)row + run * half + at % half;
+    uint32_t word = 0;
+    for (int j = 0; j < 8; j++) word |= (uint32_t)(at < half ? bytes[j] & 15 : bytes[j] >> 4) << 4 * j;
+    return finish_word(word, s);
+}
+
+#define AHEAD 64 /* words of a row: four lines */
+
+/* Rows [low, high) of a block; row `low` begins at `rows`. */
+static void from_rows(uint32_t *block, const uint32_t *rows, int64_t words, int64_t low,
+                      int64_t high, const qk_source *s) {
+    const int64_t whole = low + (high - low) / 8 * 8, aligned = words / 8 * 8;
+    for (int64_t line = 0; line < aligned; line += 16)
+        for (int64_t r = low; r < whole; r += 8) {
+            const uint32_t *row = rows + (r - low) * words;
+            for (int j = 0; j < 8; j++) _mm_prefetch(row + j * words + line + AHEAD, _MM_HINT_T0);
+            for (int64_t i = line; i < qk_min(line + 16, aligned); i += 8) {
+                vi8 v[8];
+                for (int j = 0; j < 8; j++) v[j] = load(row + j * words + i);
+                transpose8(v);
+                finish8(v, s);
+                for (int j = 0; j < 8; j++) store(block + (i + j) * QK_ROWS + r, v[j]);
+            }
+        }
+    for (int64_t r = low; r < high; r++)
+        for (int64_t i = r < whole ? aligned : 0; i < words; i++)
+            block[i * QK_ROWS + r] = one_word(rows + (r - low) * words, i, s);
+}
+
+/* A tile of blocks [b, stop) from words that lie [words][n]: rows of the part are contiguous. */
+static void from_words(uint32_t *blocks, const uint32_t *in, int64_t words, int64_t first,
+                       int64_t n, int64_t b, int64_t stop, const qk_source *s) {
+    for (int64_t i = 0; i < words; i++)
+        for (int64_t at = b; at < stop; at++) {
+            uint32_t *out = blocks + (at * words + i) * QK_ROWS;
+            const int64_t begin = at * QK_ROWS - first; /* row of the part in lane 0 */
+            int64_t r = begin < 0 ? -begin : 0;
+            const int64_t high = qk_min(QK_ROWS, n - begin);
+            const uint32_t *row = in + i * n + begin;
+            _mm_prefetch(row + r + 4 * n, _MM_HINT_T0);
+            _mm_prefetch(row + r + 4 * n + 16, _MM_HINT_T0);
+            for (; r + 8 <= high; r += 8) store(out + r, finish(load(row + r), s));
+            for (; r < high; r++) out[r] = finish_word(row[r], s);
+        }
+}
+
+/* Exchange the `mask`ed fields of a with those of b `by` bits higher. */
+#define SWAP(a, b, by, mask)                                                          \
+    do {                                                                              \
+        const vi8 d = _mm256_and_si256(_mm256_xor_si256(_mm256_srli_epi32(a, by), b), \
+                                       _mm256_set1_epi32(mask));                      \
+        b = _mm256_xor_si256(b, d);                                                   \
+        a = _mm256_xor_si256(a, _mm256_slli_epi32(d, by));                            \
+    } while (0)
+
+/* 8 columns of 8 words of 8 rows each: v[i] nibble j <-> v[j] nibble i. */
+static inline void transpose_nibbles(vi8 v[8]) {
+    for (int i = 0; i < 4; i++) SWAP(v[i], v[i + 4], 16, 0x0000FFFF);
+    for (int i = 0; i < 8; i++)
+        if (!(i & 2)) SWAP(v[i], v[i + 2], 8, 0x00FF00FF);
+    for (int i = 0; i < 8; i += 2) SWAP(v[i], v[i + 1], 4, 0x0F0F0F0F);
+}
+
+/* Columns k .. k + 7 of the words [w, stop) of a part that begins at row `first` (of 8). */
+static void from_columns(uint32_t *blocks, const uint32_t *in, int64_t words, int64_t per_row,
+                         int64_t first, int64_t i, int64_t w, int64_t stop, const qk_source *s) {
+    static const int column[8] = {0, 2, 4, 6, 1, 3, 5, 7}; /* order of a block's word */
+    for (; w < stop; w += 8) {
+        const int64_t have = qk_min(8, stop - w);
+        vi8 v[8], by_row[8];
+        int32_t lanes[8];
+        for (int j = 0; j < 8; j++) lanes[j] = j < have ? -1 : 0;
+        const vi8 mask = load((const uint32_t *)lanes);
+        for (int j = 0; j < 8; j++) {
+            const uint32_t *column_words = in + (i * 8 + column[j]) * per_row + w;
+            _mm_prefetch(column_words + 16 * per_row, _MM_HINT_T0);
+            v[j] = _mm256_maskload_epi32((const int *)column_words, mask);
+        }
+        transpose_nibbles(v);
+        for (int j = 0; j < 8; j++) by_row[j] = v[s->slot[j]];
+        transpose8(by_row);
+        for (int64_t j = 0; j < have; j++) {
+            const int64_t n = first + (w + j) * 8;
+            store(blocks + (n / QK_ROWS * words + i) * QK_ROWS + n % QK_ROWS, by_row[j]);
+        }
+    }
+}
+
+#define TILE 16 /* blocks of rows written side by side: their streams stay few */
+
+/* Rows [first, first + n) of K columns. QK_ACROSS needs first and n multiples of 8, K too. */
+void qk_load(void *blocks, const void *stored, int64_t first, int64_t n, const qk_source *s) {
+    const int64_t words = s->k * s->width / 32, start = first / QK_ROWS;
+    const int64_t stop = qk_div_up(first + n, QK_ROWS);
+    uint32_t *out = blocks;
+    if (s->order == QK_BY_ROW || s->order == QK_HALVES) {
+#pragma omp parallel for schedule(static)
+        for (int64_t b = start; b < stop; b++) {
+            const int64_t low = b * QK_ROWS < first ? first - b * QK_ROWS : 0;
+            const int64_t high = qk_min(QK_ROWS, first + n - b * QK_ROWS);
+            const uint32_t *rows = (const uint32_t *)stored + (b * QK_ROWS + low - first) * words;
+            uint32_t *block = out + b * words * QK_ROWS;
+            from_rows(block, rows, words, low, high, s);
+        }
+        return;
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t b = start; b < stop; b += TILE) {
+        const int64_t end = qk_min(stop, b + TILE);
+        if (s->order == QK_BY_WORD) {
+            from_words(out, stored, words, first, n, b, end, s);
+            continue;
+        }
+        const int64_t from = b * QK_ROWS < first ? first : b * QK_ROWS;
+        const int64_t to = qk_min(first + n, end * QK_ROWS);
+        for (int64_t i = 0; i < words; i++)
+            from_columns(out, stored, words, n / 8, first, i, (from - first) / 8, (to - first) / 8, s);
+    }
+}
