@@ -36,7 +36,7 @@ from quant_core.scheme import Scheme
 from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
-__all__ = ["Builder"]
+__all__ = ["Builder", "op_spec"]
 
 
 def _features(lt: LayerTensors) -> frozenset[str]:
@@ -50,6 +50,36 @@ def _features(lt: LayerTensors) -> frozenset[str]:
     if lt.weight.gather is not None:
         names.add("gather")
     return frozenset(names) | transform_features(lt.transforms)
+
+
+def op_spec(
+    kind: str,
+    lt: LayerTensors,
+    scheme: Scheme,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    in_features: int | None = None,
+    **sizes: int,
+) -> OpSpec:
+    """What a kernel is asked for one layer's tensors under its scheme; ``kind`` as ``OpSpec.op``.
+
+    Operands that hold no tensors of their own (quantized activations) come from the scheme; so do
+    the in_features, unless ``lt`` is a rank's part of it.
+    """
+    qt = lt.weight
+    computed = ((r, s) for r, s in scheme.operands.items() if r not in lt.operands)
+    return OpSpec(
+        op=kind,  # type: ignore[arg-type]
+        operands=(*((role, t.spec) for role, t in lt.operands.items()), *computed),
+        packing=qt.packing,
+        sizes=(("n", qt.shape[0]), ("k", in_features or scheme.shape[1]),
+               ("k_stored", qt.shape[1]), *sizes.items()),
+        act_dtype=str(dtype).removeprefix("torch."),
+        device=device_key(device),
+        features=_features(lt),
+        transforms=tuple(t for t, _ in lt.transforms),
+    )  # fmt: skip
 
 
 def _check_size(
@@ -126,19 +156,10 @@ class Builder:
         Operands that hold no tensors of their own (quantized activations) come from the scheme
         of ``member``; so do the in_features, unless ``lt`` is a rank's part of it.
         """
-        qt, scheme = lt.weight, member.scheme
-        assert isinstance(scheme, Scheme)
-        computed = ((r, s) for r, s in scheme.operands.items() if r not in lt.operands)
-        return OpSpec(
-            op=kind,  # type: ignore[arg-type]
-            operands=(*((role, t.spec) for role, t in lt.operands.items()), *computed),
-            packing=qt.packing,
-            sizes=(("n", qt.shape[0]), ("k", in_features or scheme.shape[1]),
-                   ("k_stored", qt.shape[1]), *sizes.items()),
-            act_dtype=str(self.dtype).removeprefix("torch."),
-            device=device_key(self.device),
-            features=_features(lt),
-            transforms=tuple(t for t, _ in lt.transforms),
+        assert isinstance(member.scheme, Scheme)
+        return op_spec(
+            kind, lt, member.scheme, device=self.device, dtype=self.dtype,
+            in_features=in_features, **sizes,
         )  # fmt: skip
 
     def _bind(

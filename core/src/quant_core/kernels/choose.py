@@ -26,6 +26,7 @@ from fnmatch import fnmatchcase
 from quant_core.errors import ConfigError, KernelError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
 from quant_core.kernels.family import Bucket, Family, RestoredReference, layout_of, uncovered
+from quant_core.kernels.measured import answer as answer_of
 from quant_core.registry import Registry
 from quant_core.spec import CANONICAL, OpSpec
 
@@ -106,10 +107,10 @@ def _ask(kernel: Kernel, op: OpSpec) -> tuple[OpSpec, Accepted | Rejected]:
     if op.transforms and not getattr(kernel, "TRANSFORMS", False):
         have = ", ".join(f"{t.kind} at {t.site}" for t in op.transforms)
         return op, Rejected(axis="transforms", have=have, need="none")
-    answer = kernel.accepts(op)
+    answer = answer_of(kernel, op)
     if isinstance(answer, Rejected) and answer.axis == "packing" and op.packing != CANONICAL:
         op = replace(op, packing=CANONICAL)
-        return op, kernel.accepts(op)
+        return op, answer_of(kernel, op)
     return op, answer
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from quant_core.errors import KernelError
 from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
+from quant_core.kernels.measured import answer as answer_of
 from quant_core.spec import OpSpec
 from quant_core.spec_json import to_text
 
@@ -227,7 +228,7 @@ class Family:
 
     def _answers(self, op: OpSpec) -> list[tuple[Kernel, Accepted]]:
         """Members that run ``op``; the reference, through ``restore``, completes them."""
-        said = [(k, a) for k in self.members if isinstance(a := k.accepts(op), Accepted)]
+        said = [(k, a) for k in self.members if isinstance(a := answer_of(k, op), Accepted)]
         missing = uncovered(a for _, a in said)
         if not missing:
             return said
