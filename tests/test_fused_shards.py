@@ -1,7 +1,7 @@
 """Members of a fused layer whose tensor-wide scales differ: the fused layer is the unfused ones.
 
-Serving engines merge q, k and v (gate and up) into one matrix. Others keep one global scale then for
-all, which is 7 to 35 times off where the members' own are far apart. Each case here makes such a
+Serving engines merge q, k and v (gate and up) into one matrix. Others then keep one global scale of
+all members, which is 7 to 35 times off where those are far apart. Each case here makes such a
 checkpoint: a real file whose scales are multiplied by factors that are no powers of two.
 """
 
