@@ -19,6 +19,7 @@ from quant_core.kernels.base import Kernel
 from quant_core.kernels.choose import Choice, Decision
 from quant_core.kernels.device import device_key
 from quant_core.packing import repack
+from quant_core.shared import MOST_TOKENS, SharedGroup, Siblings, together, weights_changed
 from quant_core.spec import OpSpec, Packing
 from quant_core.tensors import LayerTensors
 
@@ -97,10 +98,15 @@ class QuantModule(nn.Module):
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        weights_changed()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
         """Move, never cast: ``fn`` sees the bytes of each buffer, which no float cast changes."""
         if not self._names:
             return self
+        weights_changed()
         here = getattr(self, self._names[0]).device
         target = fn(torch.empty(0, dtype=torch.uint8, device=here)).device
         if target.type not in (here.type, "meta") and self._rechoose is not None:
@@ -131,7 +137,8 @@ class QuantModule(nn.Module):
         self._bind()
 
     def _values(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._names]
+        held: dict[str, Any] = self._buffers
+        return [held[name] for name in self._names]
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{k}={v}" for k, v in self.op.sizes)
@@ -175,6 +182,7 @@ def load_part_(
     if reads is None or not reads(choice.op, part.weight.packing):
         part = with_packing(part, choice.op.packing)
     choice.kernel.load_(buffers, choice.op, part, at)
+    weights_changed()
 
 
 def matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, LayerTensors]]:
@@ -193,9 +201,14 @@ def matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, Layer
 
 
 class QuantLinear(QuantModule):
-    """y = x W^T + bias. x [..., in_features] float -> [..., out_features] of x's dtype."""
+    """y = x W^T + bias. x [..., in_features] float -> [..., out_features] of x's dtype.
+
+    Neighbours that get the same input may run in one call; ``quant_core.shared`` says when.
+    """
 
     _owner: QuantEmbedding | None = None
+    _shared: tuple[SharedGroup, int] | None = None
+    _siblings: tuple[Siblings, int] | None = None
 
     @classmethod
     def tied(cls, owner: QuantEmbedding, bias: None = None) -> QuantLinear:
@@ -214,13 +227,32 @@ class QuantLinear(QuantModule):
         return self.op.size("n")
 
     def forward(self, x: Tensor) -> Tensor:
-        owner = self._owner
-        run, values = self._run, self._values()
-        if owner is not None:
-            run, values = owner._run_tied, owner._values()
         if wants_grad(x):
-            return linear_with_grad(self, run, values, x)
+            return linear_with_grad(self, *self._call(), x)
+        if not torch.compiler.is_compiling():
+            if self._siblings is not None:
+                self._siblings[0].note(self._siblings[1], x)
+            if self._shared is not None and x.numel() <= self._most:
+                return self._shared[0].take(self._shared[1], x)
+        run, values = self._call()
         return run(values, x)  # type: ignore[no-any-return]
+
+    def _call(self) -> tuple[Callable[..., Any], list[Tensor]]:
+        """Who runs, and the buffers it takes."""
+        owner = self._owner
+        if owner is not None:
+            return owner._run_tied, owner._values()
+        return self._run, self._values()
+
+    def _bind(self) -> None:
+        super()._bind()
+        self._most = MOST_TOKENS * self.op.size("k")
+        if self._shared is not None:
+            self._shared[0].bind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy shares no call with the layers beside the original."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_shared", "_siblings")}
 
     def restore(self) -> LayerTensors:
         return super().restore() if self._owner is None else self._owner.restore()
@@ -256,15 +288,33 @@ class QuantEmbedding(QuantModule):
 
 
 class QuantComposite(nn.Module):
-    """Members of one layer that cannot share buffers, run one after another along the output."""
+    """Members of one layer that cannot share buffers, side by side along the output.
+
+    Those of one kernel run in one call, which quantizes x once for all that quantize it alike.
+    """
 
     def __init__(self, parts: Iterable[QuantLinear], reason: str) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.reason = reason
+        self._calls = together(list(self.parts))  # type: ignore[arg-type]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantComposite:
+        super()._apply(fn, recurse)
+        self._calls = together(list(self.parts))  # type: ignore[arg-type]
+        return self
+
+    def _part(self, index: int) -> QuantLinear:
+        return self.parts[index]  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+        if wants_grad(x):
+            return torch.cat([part(x) for part in self.parts], dim=-1)
+        out: dict[int, Tensor] = {}
+        for run, places in self._calls:
+            values = [self._part(i)._values() for i in places]
+            out |= zip(places, run(values, x), strict=True)
+        return torch.cat([out[i] for i in range(len(self.parts))], dim=-1)
 
 
 class QuantGrouped(QuantModule):

@@ -50,22 +50,48 @@ static int exact_in_bf16(const qk_op *op) {
     return 1;
 }
 
-/* y = x W^T. Returns 0, 1 (no memory) or 3 (no such instruction set). */
-int qk_linear(const qk_call *c) {
-    const int64_t threads = omp_get_max_threads();
-    const qk_segment one = {0, 0, c->count}, *segs = c->segments ? c->segments : &one;
-    const int64_t n = c->segments ? c->count : 1;
+typedef struct {
+    qk_linear_fn *linear;
+    qk_shared_fn *shared;
+    int64_t (*most)(void);
+} unit;
+
+/* The unit that runs a call: the best one its operation and types allow. */
+static unit unit_of(const qk_call *c) {
 #ifdef QK_HAVE_BF16
     if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c->op))
-        return qk_linear_bf16(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
+        return (unit){qk_linear_bf16, qk_shared_bf16, qk_most_shared_bf16};
 #endif
 #ifdef QK_HAVE_AVX512
     if (c->isa >= ISA_AVX512)
-        return qk_linear_avx512(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
+        return (unit){qk_linear_avx512, qk_shared_avx512, qk_most_shared_avx512};
 #endif
-    if (c->isa >= ISA_AVX2)
-        return qk_linear_avx2(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
-    return 3;
+    if (c->isa >= ISA_AVX2) return (unit){qk_linear_avx2, qk_shared_avx2, qk_most_shared_avx2};
+    return (unit){0};
+}
+
+/* y = x W^T. Returns 0, 1 (no memory) or 3 (no such instruction set). */
+int qk_linear(const qk_call *c) {
+    const int64_t threads = omp_get_max_threads();
+    const unit u = unit_of(c);
+    if (!u.linear) return 3;
+    if (!c->segments && c->count <= u.most()) return u.shared(c, 1, threads);
+    const qk_segment one = {0, 0, c->count}, *segs = c->segments ? c->segments : &one;
+    const int64_t n = c->segments ? c->count : 1;
+    return u.linear(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
+}
+
+/* The same for `n` layers of one x; together where one unit runs them all, else in turn. */
+int qk_linear_shared(const qk_call *calls, int64_t n) {
+    const unit u = unit_of(calls);
+    int alike = u.shared && calls->count <= u.most();
+    for (int64_t i = 1; i < n; i++) alike &= unit_of(calls + i).shared == u.shared;
+    if (alike) return u.shared(calls, n, omp_get_max_threads());
+    for (int64_t i = 0; i < n; i++) {
+        const int status = qk_linear(calls + i);
+        if (status) return status;
+    }
+    return 0;
 }
 
 /* The same with activations rounded to int8 per group (kernel_w4a8.c). */

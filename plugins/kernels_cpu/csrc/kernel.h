@@ -324,6 +324,86 @@ static void NAME(prepare)(const NAME(view) *v, const qk_segment *seg, const void
                 x_sum(row + q * op->group, qk_min(op->group, op->k - q * op->group));
 }
 
+/* ------------------------------------------------------------------ few tokens, several layers */
+
+#define STACK_BYTES 8192 /* what a thread prepares of x without asking for memory */
+
+/* One thread's share of a shared call: blocks [from, to) of all layers' blocks in a row. Every
+ * thread prepares x for itself, which takes less time than waiting for another to do it. Returns 0,
+ * or 1 when memory is not there. */
+static int NAME(shared_part)(const qk_call *calls, int64_t n, int64_t from, int64_t to) {
+    const int64_t tokens = calls->count, xtype = calls->xtype, k = calls->op->k_in;
+    float acc[MAX_DECODE * QK_ROWS] __attribute__((aligned(64)));
+    char stack[STACK_BYTES] __attribute__((aligned(64))), *scratch = stack;
+    int64_t columns = k, groups = 0, first = 0, row_bytes, sum_bytes;
+    for (int64_t i = 0; i < n; i++) {
+        const qk_op *op = calls[i].op;
+        columns = columns < op->k ? op->k : columns;
+        const int64_t mine = qk_div_up(op->k, op->group);
+        groups = groups < mine ? mine : groups;
+    }
+    row_bytes = qk_div_up(tokens * columns * (int64_t)sizeof(xelem), 64) * 64;
+    sum_bytes = tokens * groups * (int64_t)sizeof(float);
+    if (row_bytes + sum_bytes > STACK_BYTES) scratch = qk_alloc(row_bytes + sum_bytes);
+    if (!scratch) return 1;
+    xelem *rows = (xelem *)scratch;
+    float *sums = (float *)(scratch + row_bytes);
+    int have_rows = 0;        /* `rows` holds x in its own order */
+    int64_t have_sums = 0;    /* `sums` belongs to x in its own order, in groups of so many columns */
+    for (int64_t i = 0; i < n; i++) {
+        const qk_op *op = calls[i].op;
+        const qk_tensors *t = &calls[i].tensors;
+        const int64_t low = from - first, high = to - first, all = qk_blocks(op);
+        const int64_t begin = low < 0 ? 0 : low, end = qk_min(high, all);
+        first += all;
+        if (begin >= end) continue;
+        const int copy = t->gather != NULL || xtype != XTYPE;
+        if (t->gather) have_rows = 0, have_sums = 0;
+        if (copy && !have_rows)
+            for (int64_t m = 0; m < tokens; m++)
+                fill_row(calls->x, xtype, m, op, t->gather, rows + m * op->k);
+        const xelem *x = copy ? rows : (const xelem *)calls->x;
+        NAME(view) v;
+        NAME(make_view)(&v, op, t, 0);
+        const int use_sums = op->zero_kind != QK_ZERO_FOLDED;
+        if (use_sums && have_sums != op->group)
+            for (int64_t m = 0; m < tokens; m++)
+                for (int64_t q = 0; q < v.groups; q++)
+                    sums[m * v.groups + q] = x_sum(x + m * op->k + q * op->group,
+                                                   qk_min(op->group, op->k - q * op->group));
+        if (!t->gather) {
+            have_rows |= copy;
+            if (use_sums) have_sums = op->group;
+        }
+        const NAME(job) job = {calls->x, xtype, calls[i].y, x, use_sums ? sums : NULL};
+        const qk_segment seg = {0, 0, tokens};
+        for (int64_t block = begin; block < end; block++)
+            NAME(run)(&v, &job, &seg, block, 1, NULL, acc);
+        if (t->gather) have_sums = 0;
+    }
+    if (scratch != stack) free(scratch);
+    return 0;
+}
+
+/* Several layers of one x, of at most MAX_DECODE tokens, in one parallel region. */
+int NAME(qk_shared)(const qk_call *calls, int64_t n, int64_t threads) {
+    int64_t blocks = 0, work = 0;
+    int failed = 0;
+    for (int64_t i = 0; i < n; i++) {
+        blocks += qk_blocks(calls[i].op);
+        work += calls[i].op->n * calls[i].op->k * calls->count;
+    }
+    if (work < 1 << 16) return NAME(shared_part)(calls, n, 0, blocks);
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+        failed |= NAME(shared_part)(calls, n, blocks * id / team, blocks * (id + 1) / team);
+    }
+    return failed;
+}
+
+int64_t NAME(qk_most_shared)(void) { return MAX_DECODE; }
+
 int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t xtype, void *y,
                     const qk_segment *segs, int64_t segments, int64_t threads) {
     int64_t tokens = 0, most = 0;

@@ -64,6 +64,14 @@ typedef int qk_linear_fn(const qk_op *, const qk_tensors *, const void *x, int64
                          const qk_segment *, int64_t segments, int64_t threads);
 
 qk_linear_fn qk_linear_avx2, qk_linear_avx512, qk_linear_bf16, qk_linear_w4a8;
+
+/* `n` layers of one x: every call names the same x, type and count (at most `qk_most_shared`) and
+ * no segments. Each y is what its own call of `qk_linear` gives, bit for bit. */
+typedef int qk_shared_fn(const qk_call *, int64_t n, int64_t threads);
+
+qk_shared_fn qk_shared_avx2, qk_shared_avx512, qk_shared_bf16;
+int64_t qk_most_shared_avx2(void), qk_most_shared_avx512(void), qk_most_shared_bf16(void);
+
 void qk_dense_avx512(const qk_op *, const qk_tensors *, int64_t block, int64_t blocks, uint16_t *out);
 
 static inline int64_t qk_div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -20,13 +20,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no CPU kernels: {reason}"))
 
 
+@pytest.fixture(autouse=True)
+def _limit_read_again() -> Iterator[None]:
+    """The limit is read once a process; here each test may set its own."""
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
 @pytest.fixture(params=ISAS[1:])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set of this processor in turn."""
     monkeypatch.delenv("QUANT_CPU_ISA", raising=False)
+    library.cache_clear()
     if ISAS.index(request.param) > library().isa:
         pytest.skip(f"this processor has {ISAS[library().isa]} at most")
     monkeypatch.setenv("QUANT_CPU_ISA", request.param)
+    library.cache_clear()
     return request.param
 
 

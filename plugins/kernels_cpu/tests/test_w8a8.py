@@ -29,9 +29,11 @@ EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7
 def isa(request, monkeypatch):
     """AVX2, and the best there is above it."""
     monkeypatch.delenv("QUANT_CPU_ISA", raising=False)
+    library.cache_clear()
     if ISAS.index(request.param) > library().isa:
         pytest.skip(f"this processor has {ISAS[library().isa]} at most")
     monkeypatch.setenv("QUANT_CPU_ISA", request.param)
+    library.cache_clear()
     return request.param
 
 
@@ -106,6 +108,7 @@ def test_bits_depend_on_neither_instruction_set_nor_threads(case, monkeypatch, t
     for isa in ("avx2", ""):
         for count in (1, 2):
             monkeypatch.setenv("QUANT_CPU_ISA", isa)
+            library.cache_clear()
             threads(count)
             seen += [run(x), run(x[:1])]
     assert all(torch.equal(a, b) for a, b in zip(seen, seen[2:]))

@@ -23,6 +23,7 @@ from quant_core.engines.transformers_tied import Tied
 from quant_core.errors import LayoutError, printable
 from quant_core.load import read_parameter
 from quant_core.plan import Member, Plan
+from quant_core.shared import share_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,6 +87,7 @@ def fill_model(
     attach_caches(model, plan, layout, mode=kv_cache, device=builder.device, beyond=check.rule)
     _fill_dense(model, plan, layout, builder.device, dtypes)
     tied.apply()
+    share_inputs(model)
     plan.ledger.check_loaded()
     return filled
 

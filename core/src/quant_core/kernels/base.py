@@ -70,13 +70,16 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """See the module's docstring. Three attributes are optional:
+    """See the module's docstring. Four attributes are optional:
 
     TRANSFORMS  True: the kernel applies transforms; core asks no other for an operation with any.
     layout      name of the storage order of its buffers; kernels with an equal one must agree on
                 ``allocate``, ``load_`` and ``restore``, bit for bit.
     reads       reads(op, packing) -> bool: ``load_`` takes parts whose codes lie in ``packing``;
                 without it core repacks every part to ``op.packing`` first.
+    bind_shared bind_shared(ops) -> run | None: linear layers of one input as one call,
+                run([[buffers of a layer...], ...], x) -> [y, ...], each y as ``bind`` gives it, bit
+                for bit; layers that quantize x alike share that. None: not these.
     """
 
     name: str

@@ -8,7 +8,7 @@ cpu_w8a8    layers that quantize their activations to int8 (w8a8.py)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quant_core.errors import KernelError, LayoutError
@@ -148,6 +148,15 @@ class WnA16:
             "embedding": ops.run_embedding,
         }
         return functools.partial(runs[op.op], layout.text(), layout.k_in)
+
+    def bind_shared(self, ops: Sequence[OpSpec]) -> Callable[..., list[Tensor]] | None:
+        """See ``quant_core.kernels.base``. Sums are those of the single calls, bit for bit."""
+        from quant_kernels_cpu.ops import run_shared
+
+        if self.int8 or any(op.op != "linear" for op in ops):
+            return None
+        layouts = [self._bound(op) for op in ops]
+        return functools.partial(run_shared, tuple(x.text() for x in layouts), layouts[0].k_in)
 
 
 class W4A8(WnA16):

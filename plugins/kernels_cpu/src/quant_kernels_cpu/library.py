@@ -3,7 +3,8 @@
 The library carries no OpenMP runtime of its own. torch has one loaded; its symbols are made global
 first, so that both use one pool of threads and ``torch.set_num_threads`` counts for both.
 
-``QUANT_CPU_ISA`` (avx2, avx512, bf16) lowers the instruction set, for tests and comparisons.
+``QUANT_CPU_ISA`` (avx2, avx512, bf16) lowers the instruction set, for tests and comparisons. It is
+read when a kernel is first needed; ``library.cache_clear()`` reads it again.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def _load() -> Library | str:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     for function in (c.qk_linear, c.qk_linear_int8, c.qk_linear_w8a8, c.qk_rows, c.qk_dense):
         function.argtypes = [ctypes.c_char_p]
+    c.qk_linear_shared.argtypes = [ctypes.c_char_p, integer]
     c.qk_load.argtypes = [*[pointer] * 2, *[integer] * 2, pointer]
     c.qk_load.restype = None
     c.qk_unload.argtypes = [*[pointer] * 2, *[integer] * 4]
@@ -93,6 +95,7 @@ def unavailable() -> str:
     return found if isinstance(found, str) else ""
 
 
+@functools.cache
 def library() -> Library:
     """The loaded library.
 

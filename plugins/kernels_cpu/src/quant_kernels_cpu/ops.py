@@ -1,19 +1,23 @@
 """The torch ops: one node each under torch.compile, a thin call into C otherwise.
 
     quant_cpu::linear(x, tensors, layout) -> y                   x [..., K] -> [..., N]
+    quant_cpu::linear_shared(x, tensors, layouts) -> [y, ...]    several layers of one x
     quant_cpu::grouped_linear(x, experts, tensors, layout) -> y  x [T, K], experts [T] -> [T, N]
     quant_cpu::linear_int8, quant_cpu::grouped_linear_int8       the same, x rounded to int8
     quant_cpu::linear_w8a8, quant_cpu::grouped_linear_w8a8       int8 codes as the layer names them
     quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
 
 ``layout`` is ``Layout.text()`` (w8a8: ``Int8Layout.text()``); ``tensors`` are the buffers in the
-order of ``buffer_shapes`` (``int8_buffer_shapes``).
+order of ``buffer_shapes`` (``int8_buffer_shapes``), those of several layers one after another.
+
+Where nobody watches the dispatcher, the function behind an op is called without going through it,
+which halves what a call of a small layer costs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import Array, addressof
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +32,7 @@ from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, c_op_int8,
 from quant_kernels_cpu.library import Library, library
 from quant_kernels_cpu.support import ROWS, layout_from_text
 from quant_kernels_cpu.support_int8 import int8_layout_from_text
+from quant_kernels_cpu.watch import watched
 
 __all__ = [
     "run_embedding",
@@ -37,6 +42,7 @@ __all__ = [
     "run_linear",
     "run_linear_int8",
     "run_linear_w8a8",
+    "run_shared",
 ]
 
 _AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
@@ -50,6 +56,7 @@ class _Call:
     op: Any  # the C struct; kept alive here
     address: int  # of it
     slots: tuple[int | None, ...]
+    buffers: int
     n: int
     k: int
     k_in: int
@@ -61,19 +68,22 @@ class _Call:
 def _call(text: str) -> _Call:
     layout = layout_from_text(text)
     dtype: torch.dtype = getattr(torch, layout.act_dtype)
-    slots = tensor_slots(tuple(buffer_shapes(layout)))
+    names = tuple(buffer_shapes(layout))
+    slots, count = tensor_slots(names), len(names)
     op = c_op(layout)
     n, k, k_in, experts = layout.n, layout.k, layout.k_in, layout.experts
-    return _Call(op, addressof(op), slots, n, k, k_in, experts, dtype)
+    return _Call(op, addressof(op), slots, count, n, k, k_in, experts, dtype)
 
 
 @functools.lru_cache(maxsize=4096)
 def _call_w8a8(text: str) -> _Call:
     layout = int8_layout_from_text(text)
     dtype: torch.dtype = getattr(torch, layout.act_dtype)
-    slots = tensor_slots(tuple(int8_buffer_shapes(layout)), int8=True)
+    names = tuple(int8_buffer_shapes(layout))
+    slots, count = tensor_slots(names, int8=True), len(names)
     op = c_op_int8(layout)
-    return _Call(op, addressof(op), slots, layout.n, layout.k, layout.k, layout.experts, dtype)
+    n, k, experts = layout.n, layout.k, layout.experts
+    return _Call(op, addressof(op), slots, count, n, k, k, experts, dtype)
 
 
 def _packed(
@@ -125,7 +135,7 @@ def _run_linear(
 ) -> Tensor:
     call = describe(text)
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], call.n)
+    y = x.new_empty((*x.shape[:-1], call.n))
     count = x.numel() // call.k_in
     if count:
         lib = library()
@@ -135,6 +145,23 @@ def _run_linear(
         packed = _packed(lib.isa, call, tensors, x.data_ptr(), x.dtype, y, 0, count)
         _check_status(getattr(lib.c, name)(packed), "linear")
     return y
+
+
+def _linear_shared(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> list[Tensor]:
+    x = x.contiguous()
+    calls = [_call(text) for text in texts]
+    count = x.numel() // calls[0].k_in
+    lib, dtype, where, first = library(), x.dtype, x.data_ptr(), 0
+    out, packed = [], []
+    for call in calls:
+        y = x.new_empty((*x.shape[:-1], call.n))
+        mine = tensors[first : first + call.buffers]
+        first += call.buffers
+        out.append(y)
+        packed.append(_packed(lib.isa, call, mine, where, dtype, y, 0, count))
+    if count:
+        _check_status(lib.c.qk_linear_shared(b"".join(packed), len(calls)), "linear")
+    return out
 
 
 def _segments(experts: Tensor, total: int) -> tuple[Tensor, Array[Segment], int]:
@@ -190,6 +217,10 @@ def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) 
     return x.new_empty(x.shape[0], layout_from_text(text).n)
 
 
+def _fake_shared(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], layout_from_text(text).n) for text in texts]
+
+
 def _fake_linear_w8a8(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], int8_layout_from_text(text).n)
 
@@ -212,9 +243,11 @@ _grouped_linear_int8 = functools.partial(_run_grouped, "qk_linear_int8", _call)
 _grouped_linear_w8a8 = functools.partial(_run_grouped, "qk_linear_w8a8", _call_w8a8)
 
 _LINEAR = "(Tensor x, Tensor[] tensors, str layout) -> Tensor"
+_SHARED = "(Tensor x, Tensor[] tensors, str[] layouts) -> Tensor[]"
 _GROUPED = "(Tensor x, Tensor experts, Tensor[] tensors, str layout) -> Tensor"
-_OPS: tuple[tuple[str, str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+_OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("linear", _LINEAR, _linear, _fake_linear),
+    ("linear_shared", _SHARED, _linear_shared, _fake_shared),
     ("linear_int8", _LINEAR, _linear_int8, _fake_linear),
     ("linear_w8a8", _LINEAR, _linear_w8a8, _fake_linear_w8a8),
     ("grouped_linear", _GROUPED, _grouped_linear, _fake_grouped),
@@ -246,6 +279,7 @@ def _check_x(x: Tensor, k: int) -> None:
 
 
 _ops = torch.ops.quant_cpu
+_shared_op = _ops.linear_shared.default
 _linear_op, _linear_int8_op = _ops.linear.default, _ops.linear_int8.default
 _grouped_op, _grouped_int8_op = _ops.grouped_linear.default, _ops.grouped_linear_int8.default
 _linear_w8a8_op, _grouped_w8a8_op = _ops.linear_w8a8.default, _ops.grouped_linear_w8a8.default
@@ -254,7 +288,19 @@ _embedding_op = _ops.embedding.default
 
 def run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     _check_x(x, k)
-    return _linear_op(x, tensors, text)
+    if watched(x, tensors[0]):
+        return _linear_op(x, tensors, text)
+    return _run_linear("qk_linear", _call, x, tensors, text)
+
+
+def run_shared(
+    texts: tuple[str, ...], k: int, tensors: list[list[Tensor]], x: Tensor
+) -> list[Tensor]:
+    _check_x(x, k)
+    flat = [t for mine in tensors for t in mine]
+    if watched(x, flat[0]):
+        return _shared_op(x, flat, texts)
+    return _linear_shared(x, flat, texts)
 
 
 def run_linear_int8(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
@@ -276,7 +322,9 @@ def run_grouped_int8(
 
 def run_linear_w8a8(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     _check_x(x, k)
-    return _linear_w8a8_op(x, tensors, text)
+    if watched(x, tensors[0]):
+        return _linear_w8a8_op(x, tensors, text)
+    return _run_linear("qk_linear_w8a8", _call_w8a8, x, tensors, text)
 
 
 def run_grouped_w8a8(

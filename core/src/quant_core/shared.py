@@ -1,0 +1,196 @@
+"""Layers of one input, run together: q, k, v of an attention block, gate and up of an MLP.
+
+    first pass     every layer runs alone; which of them got the very same tensor is noted
+    later passes   the first layer called computes all of its group, the others take theirs
+
+Nothing is known of names or models. A layer takes a result only if it is called with the same
+tensor object, unchanged, and if no weights were loaded since; otherwise it runs alone. So results
+never depend on sharing, and where a guess turns out wrong (an input is different after all) the
+group gives up after a few tries. Each result is handed out once and kept for one thread.
+
+Only for few tokens, where what surrounds the arithmetic counts; never where a gradient is needed,
+and not under ``torch.compile``: a graph shows no tensor's identity.
+
+Kernels take part by ``bind_shared`` (``quant_core.kernels.base``).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from quant_core.nn import QuantLinear
+
+__all__ = ["SharedGroup", "Siblings", "share_inputs", "together", "weights_changed"]
+
+Run = Callable[[list[list[Tensor]], Tensor], list[Tensor]]
+"""Buffers of each layer, in the order of ``allocate``, and x -> each layer's output."""
+
+MOST_TOKENS = 16  # beyond, arithmetic outweighs what sharing saves
+_TRIES = 3  # incomplete rounds before a group gives up
+
+_epoch = 0
+
+
+def weights_changed() -> None:
+    """Tell that some layer's buffers were written: results held for others are void."""
+    global _epoch
+    _epoch += 1
+
+
+class _Held:
+    """Results that wait for their layers, and all that must not have changed until then."""
+
+    __slots__ = ("copy", "epoch", "outputs", "version", "x")
+
+    def __init__(self, x: Tensor, outputs: dict[int, Tensor]) -> None:
+        self.x, self.outputs, self.epoch = x, outputs, _epoch
+        # Inference tensors count no versions; their values are compared instead.
+        self.copy = x.clone() if x.is_inference() else None
+        self.version = 0 if self.copy is not None else x._version
+
+    def valid(self, x: Tensor) -> bool:
+        if x is not self.x or self.epoch != _epoch:
+            return False
+        if self.copy is not None:
+            return torch.equal(x, self.copy)
+        return x._version == self.version
+
+
+class SharedGroup:
+    """Layers that were seen to get one input. See the module's docstring."""
+
+    def __init__(self, layers: Sequence[QuantLinear]) -> None:
+        self.layers = tuple(layers)
+        self._local = threading.local()
+        self._misses = 0
+        self._run: Run | None = None
+        self.bind()
+
+    def bind(self) -> None:
+        """Ask the kernel again, after a layer has moved; dissolve if it is not one kernel."""
+        self._run = _bind(self.layers)
+        if self._run is None:
+            self.dissolve()
+
+    def dissolve(self) -> None:
+        """Every layer runs alone from now on."""
+        for layer in self.layers:
+            layer._shared = None
+        self.layers = ()
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        """The output of layer ``index`` for ``x``."""
+        held: _Held | None = getattr(self._local, "held", None)
+        if held is not None:
+            if held.valid(x):
+                out = held.outputs.pop(index, None)
+                if out is not None:
+                    if not held.outputs:
+                        self._local.held, self._misses = None, 0
+                    return out
+            self._misses += 1
+        assert self._run is not None, "a dissolved group is asked by nobody"
+        outputs = dict(enumerate(self._run([layer._values() for layer in self.layers], x)))
+        out = outputs.pop(index)
+        self._local.held = _Held(x, outputs)
+        if self._misses >= _TRIES:
+            self._local.held = None
+            self.dissolve()
+        return out
+
+
+class Siblings:
+    """Layers below one module, until their first pass has shown which get the same input."""
+
+    def __init__(self, layers: Sequence[QuantLinear]) -> None:
+        self.layers = tuple(layers)
+        self._lock = threading.Lock()
+        self._seen: dict[int, weakref.ref[Tensor]] = {}
+        self._thread = 0
+
+    def note(self, index: int, x: Tensor) -> None:
+        """Layer ``index`` is about to run on ``x``. A second call of any layer ends the pass."""
+        with self._lock:
+            here = threading.get_ident()
+            if not self._seen:
+                self._thread = here
+            if here != self._thread or not self.layers:
+                return
+            if index not in self._seen:
+                self._seen[index] = weakref.ref(x)
+                return
+            groups: dict[int, list[int]] = {}
+            for i, ref in self._seen.items():
+                groups.setdefault(id(ref), []).append(i)  # one live tensor has one weak reference
+            for found in groups.values():
+                if len(found) > 1:
+                    group = SharedGroup([self.layers[i] for i in found])
+                    for at, layer in enumerate(group.layers):
+                        layer._shared = (group, at)
+            for layer in self.layers:
+                layer._siblings = None
+            self.layers = ()
+
+
+def _bind(layers: Sequence[QuantLinear]) -> Run | None:
+    """One call for all ``layers``; None where they have no kernel, or place, in common."""
+    kernel = layers[0].kernel
+    ask = getattr(kernel, "bind_shared", None)
+    places = {t.device for layer in layers for t in layer.tensors.values()}
+    if ask is None or len(places) != 1 or any(a.kernel.name != kernel.name for a in layers):
+        return None
+    return ask([layer.op for layer in layers])  # type: ignore[no-any-return]
+
+
+def _alone(run: Callable[..., Tensor], values: list[list[Tensor]], x: Tensor) -> list[Tensor]:
+    return [run(values[0], x)]
+
+
+def together(layers: Sequence[QuantLinear]) -> list[tuple[Run, tuple[int, ...]]]:
+    """The calls that compute ``layers`` of one input: who runs, and for which of them.
+
+    Layers of one kernel make one call where it can.
+    """
+    kernels: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        kernels.setdefault(layer.kernel.name, []).append(i)
+    calls: list[tuple[Run, tuple[int, ...]]] = []
+    for found in kernels.values():
+        run = _bind([layers[i] for i in found]) if len(found) > 1 else None
+        if run is not None:
+            calls.append((run, tuple(found)))
+        else:
+            calls += [(functools.partial(_alone, layers[i]._run), (i,)) for i in found]
+    return calls
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let neighbouring quantized layers of ``model`` run together where they get one input.
+
+    Called by the engines after loading. Copies of a model (``deepcopy``, pickling) start without;
+    call it again for them.
+    """
+    from quant_core.nn import QuantLinear
+
+    for module in model.modules():
+        found: dict[tuple[str, int], list[QuantLinear]] = {}
+        for child in module.children():
+            if isinstance(child, QuantLinear) and child.owns_buffers:
+                found.setdefault((child.kernel.name, child.in_features), []).append(child)
+        for layers in found.values():
+            if len(layers) > 1 and _bind(layers) is not None:
+                _observe(layers)
+
+
+def _observe(layers: Iterable[QuantLinear]) -> None:
+    siblings = Siblings(tuple(layers))
+    for i, layer in enumerate(siblings.layers):
+        layer._shared, layer._siblings = None, (siblings, i)
