@@ -1,0 +1,135 @@
+// Instructions that C++ has no name for, and bit patterns of the two activation types.
+// F16 = 1: activations are float16, else bfloat16.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef unsigned long long u64;
+
+#define DEVICE static __device__ __forceinline__
+#define MEMBER static __device__ __forceinline__  // of a struct
+
+DEVICE u32 dup16(u32 v) { return v * 0x10001u; }
+DEVICE u32 prmt(u32 a, u32 b, u32 sel) {
+  u32 r;
+  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(sel));
+  return r;
+}
+DEVICE u32 and_or(u32 a, u32 mask, u32 set) {  // (a & mask) | set
+  u32 r;
+  asm("lop3.b32 %0,%1,%2,%3,0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(set));
+  return r;
+}
+DEVICE u32 and_xor(u32 a, u32 mask, u32 flip) {  // (a & mask) ^ flip
+  u32 r;
+  asm("lop3.b32 %0,%1,%2,%3,0x6A;" : "=r"(r) : "r"(a), "r"(mask), "r"(flip));
+  return r;
+}
+
+// Pairs of activations. mul and sub are exact wherever this package uses them.
+#if F16
+DEVICE u32 mul2(u32 a, u32 b) {
+  u32 r;
+  asm("mul.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+DEVICE u32 sub2(u32 a, u32 b) {
+  u32 r;
+  asm("sub.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+DEVICE float act_to_float(u16 v) {
+  float r;
+  asm("cvt.f32.f16 %0,%1;" : "=f"(r) : "h"(v));
+  return r;
+}
+DEVICE u16 float_to_act(float v) {
+  u16 r;
+  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(r) : "f"(v));
+  return r;
+}
+#else
+DEVICE u32 mul2(u32 a, u32 b) {  // a * b - 0: mul.bf16x2 needs sm_90
+  u32 r;
+  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  return r;
+}
+DEVICE u32 sub2(u32 a, u32 b) {  // b * -1 + a
+  u32 r;
+  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(b), "r"(0xBF80BF80u), "r"(a));
+  return r;
+}
+DEVICE float act_to_float(u16 v) { return __int_as_float((u32)v << 16); }
+DEVICE u16 float_to_act(float v) {
+  u16 r;
+  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(r) : "f"(v));
+  return r;
+}
+#endif
+
+// c += A (16 x 16 weights) * B (16 x 8 activations)
+DEVICE void mma(float* c, const u32* a, u32 b0, u32 b1) {
+#if F16
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// B fragments of two steps: four 8 x 8 matrices, the address of one row per lane
+DEVICE void ldmatrix4(u32* b, u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Asynchronous copies to shared memory; ``bytes`` less than the size fills the rest with zeros.
+DEVICE void copy16(u32 to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+DEVICE void copy16_small(u32 to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+DEVICE void copy8(u32 to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0],[%1],8,%2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+DEVICE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Programmatic dependent launch; no effect without the launch attribute.
+// The order is what makes it safe: dependents start only after all that this grid waits for is
+// done, so what they read before their own wait (weights) was written before.
+DEVICE void wait_then_release_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+DEVICE void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+DEVICE float cluster_read(u32 address, u32 rank) {  // of another block's shared memory
+  float v = 0.f;
+#if __CUDA_ARCH__ >= 900
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0,[%1];" : "=f"(v) : "r"(there) : "memory");
+#endif
+  return v;
+}

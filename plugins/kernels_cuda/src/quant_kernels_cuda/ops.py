@@ -1,0 +1,226 @@
+"""The torch ops of this package, and what stands between them and a launch.
+
+    quant_cuda::linear(x [..., K], tensors, variant) -> [..., N]
+    quant_cuda::grouped_linear(x [T, K], experts [T], tensors, variant) -> [T, N]
+
+``variant`` is the text of a ``Variant``, a constant of a graph. A launch is prepared once for each
+(variant, rows, device) and kept; a call writes pointers and the stream into it. More than
+``MAX_ROWS`` rows are run in slices, so that the result is right where no other kernel is installed.
+Nothing waits for the device, so the ops can be captured in CUDA graphs; compile first
+(``prepare``) or run once before capturing.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quant_core.errors import LayoutError
+from quant_kernels_cuda.compiler import compile_cached
+from quant_kernels_cuda.driver import Launch, device_limits, load_function
+from quant_kernels_cuda.schedule import THREADS, Schedule, schedule
+from quant_kernels_cuda.variant import BIAS_TYPES, Variant, variant_from_text
+
+__all__ = ["buffer_names", "prepare", "run_grouped", "run_linear"]
+
+_POINTERS = struct.Struct("<15Q")  # x codes high s0 s1 z o0 o1 row*3 bias gather experts y
+_ARGS = struct.Struct("<15Q13Q27i4x")  # Args of csrc/decode.cu
+_MAX_GRID_Y = 65535
+_lock = threading.Lock()
+
+
+def buffer_names(v: Variant) -> list[str]:
+    """Names of the buffers in the order of ``tiles.allocate``."""
+    held = [g.buffer for _, g in v.ring] + [g.buffer for g in v.rows]
+    names = ["codes"] + ["codes_high"] * (v.bits == 3)
+    names += sorted(n for n in held if n.startswith("scales"))
+    names += ["zeros"] * ("zeros" in held)
+    names += sorted(n for n in held if n.startswith("offset"))
+    return names + ["gather"] * v.gather + ["bias"] * bool(v.bias)
+
+
+@functools.lru_cache(maxsize=4096)
+def _slots(text: str) -> tuple[int | None, ...]:
+    """For each of the 12 weight pointers of a launch the position of its buffer, if it has one."""
+    v = variant_from_text(text)
+    names = buffer_names(v)
+    ring = {name: g.buffer for name, g in v.ring}
+    wanted = ["codes", "codes_high", *(ring.get(s) for s in ("S0", "S1", "Z", "O0", "O1"))]
+    wanted += [g.buffer for g in v.rows] + [None] * (3 - len(v.rows)) + ["bias", "gather"]
+    return tuple(names.index(w) if w in names else None for w in wanted)
+
+
+@functools.lru_cache(maxsize=1024)
+def _function(defines: tuple[tuple[str, str], ...], device: int) -> int:
+    _, shared, _, arch = device_limits(device)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # the primary context exists
+        return load_function(compile_cached(defines, arch), "decode_kernel", shared)
+
+
+def _defines(v: Variant, s: Schedule) -> tuple[tuple[str, str], ...]:
+    return (*v.defines, ("NT", str(s.nt)), ("GPC", str(s.gpc)), ("ST", str(s.stages)))
+
+
+def _schedule(v: Variant, rows: int, device: int) -> Schedule:
+    sms, shared, cluster, _ = device_limits(device)
+    if v.op == "grouped_linear":  # rows share the device
+        return schedule(v, 1, max(1, sms // rows), shared, cluster)
+    return schedule(v, rows, sms, shared, cluster)
+
+
+class _Plan:
+    """A launch for a number of rows, and how many of them it does."""
+
+    __slots__ = ("launch", "rows")
+
+    def __init__(self, text: str, rows: int, device: int, tensors: list[Tensor]) -> None:
+        v = variant_from_text(text)
+        s = _schedule(v, rows, device)
+        grouped = v.op == "grouped_linear"
+        steps = [0] * 13
+        if grouped:
+            for i, at in enumerate(_slots(text)):
+                if at is not None:
+                    t = tensors[at]
+                    steps[i] = t.stride(0) * t.element_size()
+        coarse = v.coarse // 128
+        block = v.block if v.block[0] else (16, 128)
+        side = [[g.type for g in v.rows], [int(g.single) for g in v.rows],
+                [int(g.inverse) for g in v.rows]]  # fmt: skip
+        values = [part + [0] * (3 - len(part)) for part in side]
+        args = _ARGS.pack(
+            *[0] * 15, *steps,
+            s.m, v.n, v.k_in, v.groups, -(-v.n // 16), s.cluster, s.slice, s.batch, s.slots,
+            -(-v.groups // coarse), coarse.bit_length() - 1,
+            block[0] // 16, block[1] // 128, -(-v.k // block[1]), s.slice * 256 + 16,
+            *values[0], *values[1], *values[2], BIAS_TYPES.get(v.bias, 0), v.experts, 0,
+        )  # fmt: skip
+        grid = (s.blocks, rows if grouped else 1)
+        major = device_limits(device)[2]
+        self.rows = rows if grouped else s.m
+        self.launch = Launch(_function(_defines(v, s), device), grid, THREADS, s.shared, args,
+                             s.cluster, dependent=major > 1)  # fmt: skip
+
+
+_plans: dict[tuple[str, int, int], _Plan] = {}
+
+
+def _plan(text: str, rows: int, device: int, tensors: list[Tensor]) -> _Plan:
+    key = (text, rows, device)
+    found = _plans.get(key)
+    if found is None:
+        found = _plans[key] = _Plan(text, rows, device, tensors)
+    return found
+
+
+def prepare(text: str, device: int, rows: tuple[int, ...] = (1, 16)) -> None:
+    """Compile (or read from the cache) what calls with ``rows`` rows will run."""
+    v = variant_from_text(text)
+    for m in rows:
+        _function(_defines(v, _schedule(v, m, device)), device)
+
+
+def _start(
+    plan: _Plan, text: str, device: int, tensors: list[Tensor], x: int, y: int, experts: int
+) -> None:
+    p = [0 if at is None else tensors[at].data_ptr() for at in _slots(text)]
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    launch = plan.launch
+    with _lock:
+        _POINTERS.pack_into(launch.args, 0, x, *p, experts, y)
+        launch(stream)
+
+
+def _run_rows(
+    x: Tensor, y: Tensor, tensors: list[Tensor], text: str, experts: Tensor | None
+) -> None:
+    v = variant_from_text(text)
+    device = x.device.index
+    rows = x.numel() // v.k_in
+    at_x, at_y = x.data_ptr(), y.data_ptr()
+    at_e = 0 if experts is None else experts.data_ptr()
+    done = 0
+    while done < rows:
+        left = rows - done
+        wanted = min(left, _MAX_GRID_Y if experts is not None else 16)
+        plan = _plan(text, wanted, device, tensors)
+        _start(plan, text, device, tensors, at_x + done * v.k_in * 2, at_y + done * v.n * 2,
+               at_e + done * 8 if at_e else 0)  # fmt: skip
+        done += plan.rows
+
+
+def _call(x: Tensor, y: Tensor, tensors: list[Tensor], text: str, experts: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    if y.numel() == 0:
+        return y
+    if x.device.index == torch._C._cuda_getDevice():
+        _run_rows(x, y, tensors, text, experts)
+    else:
+        with torch.cuda.device(x.device):
+            _run_rows(x, y, tensors, text, experts)
+    return y
+
+
+def _linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    return _call(x, _fake_linear(x, tensors, text), tensors, text, None)
+
+
+def _grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    index = experts.to(torch.int64).contiguous()
+    return _call(x, _fake_grouped(x, experts, tensors, text), tensors, text, index)
+
+
+def _fake_linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], variant_from_text(text).n))
+
+
+def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
+    return x.new_empty((x.shape[0], variant_from_text(text).n))
+
+
+_OPS: tuple[tuple[str, str, Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+    ("linear", "(Tensor x, Tensor[] tensors, str variant) -> Tensor", _linear, _fake_linear),
+    ("grouped_linear", "(Tensor x, Tensor experts, Tensor[] tensors, str variant) -> Tensor",
+     _grouped, _fake_grouped),
+)  # fmt: skip
+_lib = torch.library.Library("quant_cuda", "DEF")
+for _name, _schema, _impl, _fake in _OPS:
+    _lib.define(_name + _schema)
+    _lib.impl(_name, _impl, "CUDA")
+    torch.library.register_fake(f"quant_cuda::{_name}", _fake, lib=_lib)
+_linear_op = torch.ops.quant_cuda.linear.default
+_grouped_op = torch.ops.quant_cuda.grouped_linear.default
+
+
+def _checked(x: Tensor, k: int, act: torch.dtype) -> Tensor:
+    if x.dim() < 1 or x.shape[-1] != k or not x.is_floating_point():
+        raise LayoutError(
+            f"input has shape {tuple(x.shape)} {x.dtype}, expected a float tensor [..., {k}]. "
+            "Pass the layer's own activations.",
+            code="Q-LAYOUT-INPUT",
+            expected=k,
+            actual=tuple(x.shape),
+        )
+    return x if x.dtype == act else x.to(act)
+
+
+def run_linear(text: str, k: int, act: torch.dtype, tensors: list[Tensor], x: Tensor) -> Tensor:
+    """The bound function of ``linear``; x of another float type is converted, and y back."""
+    y = _linear_op(_checked(x, k, act), tensors, text)
+    return y if x.dtype == act else y.to(x.dtype)
+
+
+def run_grouped(
+    text: str, k: int, act: torch.dtype, tensors: list[Tensor], x: Tensor, experts: Tensor
+) -> Tensor:
+    """The bound function of ``grouped_linear``."""
+    y = _grouped_op(_checked(x, k, act), experts, tensors, text)
+    return y if x.dtype == act else y.to(x.dtype)
