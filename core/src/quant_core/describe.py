@@ -1,7 +1,9 @@
-"""What the writers of config blocks ask of a plan. Imports no torch."""
+"""What the writers of config blocks ask of a plan, and what they may add. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from quant_core.errors import LayoutError
@@ -9,9 +11,22 @@ from quant_core.plan import Member, Plan
 from quant_core.scheme import Scheme
 from quant_core.spec import LayerDesc
 
-__all__ = ["float_matrices", "module_names", "one_value", "schemes_of"]
+__all__ = ["Extras", "float_matrices", "module_names", "one_value", "schemes_of"]
 
 S = TypeVar("S", bound=Scheme)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """What describes a plan beside, or instead of, a block in config.json.
+
+    Attributes:
+        files: name of a JSON file beside the weights -> its content.
+        metadata: entries for the header of every file of weights.
+    """
+
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def module_names(layer: LayerDesc) -> list[str]:

@@ -7,6 +7,10 @@ module may import neither torch nor triton at import: heavy imports go inside th
 Core calls the implementations one by one in sorted plugin order, each in its own try, so that one
 broken plugin never hides another. Hooks are called while a checkpoint is planned and loaded, never
 in a forward pass. Hook wrappers are rejected.
+
+A plugin states in ``PluginInfo.api`` the version that has every hook and field it uses. The minor
+number grows when hooks or fields are added, the major number when one changes meaning or goes; all
+changes of one release are one step.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.convert.fit import Fit
     from quant_core.convert.target import Target
+    from quant_core.describe import Extras
     from quant_core.kernels.base import Kernel
     from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
@@ -103,7 +108,7 @@ def split_modules(  # type: ignore[empty-body]
 
     Returns:
         Stored module path -> its members, in the model's own names. Every tensor of such a module
-        must belong to one of them. Since API 0.1.
+        must belong to one of them. Since API 0.2.
     """
 
 
@@ -119,7 +124,7 @@ def attention_schemes(  # type: ignore[empty-body]
     answer the cache stays float. Must not import torch.
 
     Returns:
-        Stored path of the attention module -> its ``CacheScheme``. Since API 0.1.
+        Stored path of the attention module -> its ``CacheScheme``. Since API 0.2.
     """
 
 
@@ -182,6 +187,25 @@ def make_config(plan: Any) -> Mapping[str, Any]:  # type: ignore[empty-body]
 
 
 @hookspec
+def make_extras(plan: Any) -> Extras | None:
+    """What describes this plan in your format outside of config.json.
+
+    Called once by writers of safetensors, after ``make_config``, on the plugin that owns the target
+    format: for descriptions in files of their own, or in the header of the weights. If there are
+    such, ``make_config`` may answer None: config.json then has no quantization block.
+
+    Args:
+        plan: as for ``make_config``.
+
+    Returns:
+        ``quant_core.describe.Extras``, or None. Since API 0.2.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` if the layers cannot be described together.
+    """
+
+
+@hookspec
 def fit_scheme(  # type: ignore[empty-body]
     layer: LayerDesc,
     tensors: LayerTensors,
@@ -213,7 +237,7 @@ def fit_scheme(  # type: ignore[empty-body]
 
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT`` with the reason and what can be done. All refusals of
-            a checkpoint are reported together. Since API 0.1.
+            a checkpoint are reported together. Since API 0.2.
     """
 
 
@@ -227,7 +251,7 @@ def settle_options(  # type: ignore[empty-body]
     stack). A format that states a group size once answers options with one that divides all; one
     that stores a stack as one tensor answers with the type that holds every expert. If the answer
     differs from ``options``, the survey is repeated under it, up to three times. A plugin without
-    this hook takes the schemes as they are. Since API 0.1.
+    this hook takes the schemes as they are. Since API 0.2.
     """
 
 
@@ -245,7 +269,7 @@ def write_checkpoint(target: Target, folder: Path) -> Sequence[Path]:  # type: i
 
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT`` if names or metadata cannot be written completely.
-        Since API 0.1.
+        Since API 0.2.
     """
 
 

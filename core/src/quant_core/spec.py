@@ -45,7 +45,7 @@ __all__ = [
     "group",
 ]
 
-PLUGIN_API = (0, 1)
+PLUGIN_API = (0, 2)
 """(major, minor) of the contract. A plugin states the one it was written for in ``PluginInfo``."""
 
 Grain = tuple[int, int]

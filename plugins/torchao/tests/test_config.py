@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,7 +218,24 @@ def test_config_of_a_plan_is_the_one_it_was_read_from(write, ao):
     config = ao.block("Int8WeightOnlyConfig")
     planned = ao.plan(write(ao.named(stored), ao.header({ao.NAME: entry}), config))
     assert plugin.make_config(planned) == json.loads(json.dumps(config))
+
+
+def test_config_of_another_plan_is_the_recipe_torchao_states(write, ao):
+    """What torchao 0.18.0 itself wrote for this recipe, key by key."""
+    stored, entry, _ = ao.case("int8wo-row")
+    planned = ao.plan(write(ao.named(stored), ao.header({ao.NAME: entry}), ao.block()))
     planned.match = None
+    recipe = plugin.make_config(planned)["quant_type"]["default"]
+    per_row = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
+    assert recipe == {
+        "_type": "Int8WeightOnlyConfig",
+        "_version": 2,
+        "_data": {"group_size": None, "granularity": per_row, "set_inductor_config": True},
+    }
+
+
+def test_plan_without_a_layer_has_no_config():
+    nothing = SimpleNamespace(match=None, members={}, checkpoint=SimpleNamespace(tensors={}))
     with pytest.raises(LayoutError) as err:
-        plugin.make_config(planned)
+        plugin.make_config(nothing)
     assert err.value.code == "Q-LAYOUT-REPRESENT"

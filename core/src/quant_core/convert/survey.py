@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.fit import Fit, cannot_hold
 from quant_core.convert.measure import Distance, distance
+from quant_core.convert.stacks import whole_shape
 from quant_core.convert.target import Outline, Target, fit_matrix, target_layer
 from quant_core.errors import LayoutError, PluginError
 from quant_core.ledger import Ledger
@@ -163,8 +164,12 @@ class _Pass:
         for param in scheme.params(layer):
             if param.name in stored:
                 value = stored[param.name]
-                for name, _ in param_sources(layer, param, expert):
-                    self._add(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+                for name, index in param_sources(layer, param, expert):
+                    shape = tuple(value.shape)
+                    if index:
+                        known = self.infos[name].shape if name in self.infos else ()
+                        shape = whole_shape(index, shape, known)
+                    self._add(name, str(value.dtype).removeprefix("torch."), shape)
 
     def _add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         self.infos[name] = TensorInfo(

@@ -19,7 +19,9 @@ from quant_core.checkpoint.files import io_error
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.checkpoint.write import write_safetensors
 from quant_core.convert.side_files import copy_side_files, write_json
+from quant_core.convert.stacks import Stack
 from quant_core.convert.target import Target
+from quant_core.describe import Extras
 from quant_core.errors import CheckpointError, LayoutError, PluginError, printable, summarize
 from quant_core.plan import param_sources
 from quant_core.plan import plan as make_plan
@@ -80,7 +82,11 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _tensors(target: Target, step: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors under the names they are stored by, one matrix at a time."""
+    """All tensors under the names they are stored by, one matrix at a time.
+
+    A tensor that holds several matrices is collected until it is whole.
+    """
+    stacks: dict[str, Stack] = {}
     for name, member in target.plan.quantized.items():
         for expert in member.layer.experts or (None,):
             stored = target.matrix(name, expert)
@@ -88,38 +94,57 @@ def _tensors(target: Target, step: Callable[[str], None]) -> Iterator[tuple[str,
                 if param.name not in stored:
                     continue
                 sources = param_sources(member.layer, param, expert)
-                if len(sources) != 1 or sources[0][1]:
-                    raise LayoutError(
-                        f"{name}.{param.name}: is stored as {len(sources)} parts of other tensors, "
-                        "expected a tensor of its own. Choose another target format.",
-                        code="Q-LAYOUT-REPRESENT",
-                        tensor=name,
-                        plugin=target.format,
-                    )
-                yield sources[0][0], stored[param.name]
+                if len(sources) != 1:
+                    raise _apart(target, f"{name}.{param.name}", f"{len(sources)} tensors")
+                ((tensor, index),) = sources
+                if not index:
+                    yield tensor, stored[param.name]
+                    continue
+                stack = stacks.setdefault(tensor, Stack(target.plan.checkpoint.tensors[tensor]))
+                if stack.put(index, stored[param.name]):
+                    yield tensor, stacks.pop(tensor).whole
         step(name)
+    for tensor, stack in stacks.items():
+        raise _apart(target, tensor, f"parts, {stack.missing} values of which nothing holds")
     for name in target.plan.dense:
         yield name, target.parameter(name)
+
+
+def _apart(target: Target, tensor: str, what: str) -> LayoutError:
+    return LayoutError(
+        f"{tensor}: would be stored as {what}, expected one whole tensor. Choose another target.",
+        code="Q-LAYOUT-REPRESENT",
+        tensor=tensor,
+        plugin=target.format,
+    )
 
 
 def _write_safetensors(
     target: Target, folder: Path, max_shard_bytes: int, step: Callable[[str], None]
 ) -> list[str]:
-    block = target.source.registry.call_one(target.format, "make_config", plan=target.plan)
-    if block is None:
+    registry = target.source.registry
+    block = registry.call_one(target.format, "make_config", plan=target.plan)
+    extras = registry.call_one(target.format, "make_extras", plan=target.plan)
+    if (block is None and extras is None) or not isinstance(extras, Extras | None):
         raise PluginError(
-            f"plugin {target.format!r}: has no make_config hook, expected one beside "
+            f"plugin {target.format!r}: describes nothing (make_config and make_extras returned "
+            f"{type(block).__name__}, {type(extras).__name__}), expected a block or Extras beside "
             "fit_scheme. Choose another target format.",
             code="Q-PLUGIN-RESULT",
             plugin=target.format,
         )
     warnings = copy_side_files(target.source, folder)
-    write_json(folder / "config.json", {**target.config, "quantization_config": dict(block)})
+    config = dict(target.config)
+    if block is not None:
+        config["quantization_config"] = dict(block)
+    extras = extras or Extras()
+    for file, content in {"config.json": config, **extras.files}.items():
+        write_json(folder / file, content)
     write_safetensors(
         folder,
         _tensors(target, step),
         max_shard_bytes=max_shard_bytes,
-        metadata={"format": "pt"},
+        metadata={"format": "pt", **extras.metadata},
         stem="model",
     )
     return warnings

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="autoround",
-        api=(0, 1),
+        api=(0, 2),
         summary="AutoRound: integers of 2 to 8 bits, mixed per layer; MXFP4, MXFP8, NVFP4, FP8",
         side_files=("quantization_config.json",),
         quant_methods=("auto-round", "intel/auto-round"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="awq",
-        api=(0, 1),
+        api=(0, 2),
         summary="AWQ: gemm, gemv, gemv_fast and llm-awq layouts",
         side_files=("quant_config.json", "quantize_config.json", "quantization_config.json"),
         quant_methods=("awq",),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="compressed_tensors",
-        api=(0, 1),
+        api=(0, 2),
         summary="compressed-tensors: integers, fp8, NVFP4 and MX, quantized activations",
         quant_methods=("compressed-tensors",),
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="fp8",
-        api=(0, 1),
+        api=(0, 2),
         summary="FP8 e4m3: per tensor, in blocks (DeepSeek), per row (fbgemm)",
         quant_methods=("fp8", "fbgemm_fp8"),
     )

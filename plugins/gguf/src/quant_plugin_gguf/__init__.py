@@ -31,7 +31,7 @@ def plugin_info() -> PluginInfo:
 
     return PluginInfo(
         id="gguf",
-        api=(0, 1),
+        api=(0, 2),
         summary="GGUF files of llama.cpp: Q4_0 to Q8_0, K-quants, IQ, TQ, MXFP4, NVFP4",
         containers=(".gguf",),
         quant_methods=("gguf",),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="gptq",
-        api=(0, 1),
+        api=(0, 2),
         summary="GPTQ: v1, v2 and planar zeros, activation order, 2 to 8 bits",
         side_files=("quantize_config.json", "quant_config.json", "quantization_config.json"),
         quant_methods=("gptq",),

@@ -10,15 +10,17 @@ from quant_core.spec import PluginInfo
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
+    from quant_core.convert.fit import Fit
     from quant_core.scheme import Scheme
-    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, Unquantized
+    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
+    from quant_core.tensors import LayerTensors
 
 
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="hqq",
-        api=(0, 1),
+        api=(0, 2),
         summary="HQQ: 1 to 8 bits with float zero points",
         quant_methods=("hqq",),
     )
@@ -50,3 +52,25 @@ def make_config(plan: Any) -> Mapping[str, Any]:
     from quant_plugin_hqq.writer import config_for
 
     return config_for(plan)
+
+
+@hookimpl
+def fit_scheme(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    from quant_plugin_hqq.fit import fit
+
+    return fit(layer, tensors, operands, options, allow_inexact)
+
+
+@hookimpl
+def settle_options(
+    schemes: Mapping[str, Sequence[Scheme]], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    from quant_plugin_hqq.fit import settle
+
+    return settle(schemes, options)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quant_core import hookimpl
 from quant_core.spec import PluginInfo
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
+    from quant_core.convert.fit import Fit
+    from quant_core.describe import Extras
     from quant_core.scheme import Scheme
-    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, Unquantized
+    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
+    from quant_core.tensors import LayerTensors
 
 
 @hookimpl
@@ -22,7 +25,7 @@ def plugin_info() -> PluginInfo:
     )
     return PluginInfo(
         id="modelslim_npu",
-        api=(0, 1),
+        api=(0, 2),
         summary="ModelSlim (Ascend): integers, fp8 and MX, static or run-time activations",
         side_files=(f"{stem}.json", *(f"{stem}_{kind}.json" for kind in older.split())),
     )
@@ -54,3 +57,23 @@ def make_scheme(
 @hookimpl
 def create_weights(scheme: Scheme, layer: LayerDesc) -> Sequence[ParamSpec]:
     return scheme.params(layer)
+
+
+@hookimpl
+def fit_scheme(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    from quant_plugin_modelslim_npu.fit import fit
+
+    return fit(layer, tensors, operands, options, allow_inexact)
+
+
+@hookimpl
+def make_extras(plan: Any) -> Extras:
+    from quant_plugin_modelslim_npu.writer import extras_for
+
+    return extras_for(plan)

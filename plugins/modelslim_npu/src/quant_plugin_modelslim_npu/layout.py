@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quant_core.convert.steps import row_blocks
 from quant_core.errors import LayoutError
 from quant_core.packing import pack, repack, unpack
+from quant_core.rewrites.cut import slice_rows_of
 from quant_core.spec import CANONICAL, Packing
 from quant_core.tensors import LayerTensors, QuantizedTensor
 from quant_plugin_modelslim_npu.scheme import FLAT, ROW_PAIRS, WORDS
@@ -244,6 +246,16 @@ def _check_representable(scheme: MsScheme, where: str, lt: LayerTensors) -> None
             )
 
 
+def _scale_bias(scheme: MsScheme, qt: QuantizedTensor) -> Tensor:
+    """What hardware adds that splits int8 into halves: 8 * sum over k of W[n, k], in parts of K."""
+    n, k = scheme.shape
+    sums = []
+    for start, stop in row_blocks(n, k):
+        weight = slice_rows_of(qt, start, stop).dequantize()
+        sums.append(8 * weight.unflatten(1, (scheme.parts, -1)).sum(-1))
+    return torch.cat(sums)
+
+
 def _write_static(scheme: MsScheme, lt: LayerTensors) -> dict[str, Tensor]:
     """What ``_check_representable`` found to be there."""
     held = (lt.acc_bias, lt.out_scale, lt.input_scale, lt.input_zero)
@@ -258,7 +270,7 @@ def _write_static(scheme: MsScheme, lt: LayerTensors) -> dict[str, Tensor]:
 
 
 def serialize(scheme: MsScheme, where: str, lt: LayerTensors) -> dict[str, Tensor]:
-    """Exact inverse of ``canonicalize``; tensors that a rule leaves out are not made.
+    """Exact inverse of ``canonicalize``; what a rule leaves out is made for new files only.
 
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT`` naming what this type cannot hold.
@@ -276,6 +288,8 @@ def serialize(scheme: MsScheme, where: str, lt: LayerTensors) -> dict[str, Tenso
         if leaf in stored:
             like = qt.scales[0] if leaf.endswith("second") else qt.scales[-1]
             out[leaf] = torch.zeros(like.shape, dtype=getattr(torch, stored[leaf]))
+    if scheme.anew and "scale_bias" in stored:
+        out["scale_bias"] = _scale_bias(scheme, qt)
     if scheme.flat and lt.input_scale is not None:
         [(_, (left, right))] = lt.transforms
         out |= {"left_trans": left, "right_trans": right, "clip_ratio": lt.input_scale}

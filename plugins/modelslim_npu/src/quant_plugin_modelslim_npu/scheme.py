@@ -129,6 +129,8 @@ class MsScheme(Scheme):
         row_pairs: 4-bit codes are stored two rows a byte, else one a byte.
         flat: sides of the two matrices of FlatQuant; () = none.
         dtypes: stored dtype of each tensor, by its last name component.
+        anew: made for a new file: what reading leaves out is derived and stored too.
+        parts: columns of ``scale_bias``, sums over that many parts of the inputs.
     """
 
     kind: Kind
@@ -137,6 +139,8 @@ class MsScheme(Scheme):
     row_pairs: bool = False
     flat: tuple[int, ...] = ()
     dtypes: tuple[tuple[str, str], ...] = ()
+    anew: bool = False
+    parts: int = 1
 
     def dtype(self, leaf: str, default: str) -> str:
         """Stored dtype of a tensor."""
@@ -251,7 +255,7 @@ class MsScheme(Scheme):
                 if p.need == "required"
             ]
         if self.kind.store == "int4":
-            found.append(self._ignored("scale_bias", (n, 1), HARDWARE_RULE))
+            found.append(self._ignored("scale_bias", (n, self.parts), HARDWARE_RULE))
         if self.kind.store == "int4_words":
             found.append(self._ignored("weight_shape", (2,), _SIZES_RULE))
         found += [self._ignored(leaf, (n,), KV_RULE) for leaf in sorted(KV_LEAVES)]

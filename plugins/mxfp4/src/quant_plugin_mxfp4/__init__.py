@@ -10,15 +10,17 @@ from quant_core.spec import PluginInfo
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
+    from quant_core.convert.fit import Fit
     from quant_core.scheme import Scheme
-    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, Unquantized
+    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
+    from quant_core.tensors import LayerTensors
 
 
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="mxfp4",
-        api=(0, 1),
+        api=(0, 2),
         summary="gpt-oss: experts in fp4 blocks of 32 with one power of two each",
         quant_methods=("mxfp4",),
     )
@@ -57,3 +59,16 @@ def make_config(plan: Any) -> Mapping[str, Any]:
     from quant_plugin_mxfp4.config import config_for
 
     return config_for(plan)
+
+
+@hookimpl
+def fit_scheme(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    from quant_plugin_mxfp4.fit import fit
+
+    return fit(layer, tensors, operands, options, allow_inexact)

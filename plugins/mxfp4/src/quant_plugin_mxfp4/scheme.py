@@ -85,6 +85,7 @@ class Mxfp4Scheme(Scheme):
         if rows.step > 1:
             index += ((rows.first, shape[0] * rows.step, rows.step),)
         is_bias = part == "bias"
+        module = layer.stored.partition(".{expert}")[0]
         return ParamSpec(
             name=part,
             shape=shape,
@@ -92,7 +93,7 @@ class Mxfp4Scheme(Scheme):
             axes=axes,
             role={"blocks": "codes", "scales": "scales"}.get(part, part),
             need="cohort" if is_bias else "required",
-            sources=(Source(name=f"{layer.stored}.{rows.stack}_{part}", index=index),),
+            sources=(Source(name=f"{module}.{rows.stack}_{part}", index=index),),
         )
 
     def params(self, layer: LayerDesc) -> Sequence[ParamSpec]:

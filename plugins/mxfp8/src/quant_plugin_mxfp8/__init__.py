@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="mxfp8",
-        api=(0, 1),
+        api=(0, 2),
         summary="MXFP8: fp8 in blocks of 32 with one power of two each",
         quant_methods=("mxfp8",),
     )

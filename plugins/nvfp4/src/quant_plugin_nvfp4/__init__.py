@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="nvfp4",
-        api=(0, 1),
+        api=(0, 2),
         summary="NVIDIA ModelOpt: NVFP4, FP8, MXFP8, INT4 AWQ, mixed precision",
         side_files=("hf_quant_config.json",),
         quant_methods=("modelopt", "modelopt_fp4", "modelopt_mixed"),

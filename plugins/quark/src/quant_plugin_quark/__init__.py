@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="quark",
-        api=(0, 1),
+        api=(0, 2),
         summary="AMD Quark: int8, int4, fp8, MX and NVFP4, mixed per layer",
         quant_methods=("quark",),
     )

@@ -10,15 +10,18 @@ from quant_core.spec import PluginInfo
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
+    from quant_core.convert.fit import Fit
+    from quant_core.describe import Extras
     from quant_core.scheme import Scheme
-    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, Unquantized
+    from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
+    from quant_core.tensors import LayerTensors
 
 
 @hookimpl
 def plugin_info() -> PluginInfo:
     return PluginInfo(
         id="torchao",
-        api=(0, 1),
+        api=(0, 2),
         summary="TorchAO: integer, fp8 and packed int4 weights in safetensors",
         quant_methods=("torchao",),
     )
@@ -50,3 +53,32 @@ def make_config(plan: Any) -> Mapping[str, Any]:
     from quant_plugin_torchao.writer import config_for
 
     return config_for(plan)
+
+
+@hookimpl
+def fit_scheme(
+    layer: LayerDesc,
+    tensors: LayerTensors,
+    operands: Mapping[str, QuantSpec],
+    options: Mapping[str, Any],
+    allow_inexact: bool,
+) -> Fit:
+    from quant_plugin_torchao.fit import fit
+
+    return fit(layer, tensors, operands, options, allow_inexact)
+
+
+@hookimpl
+def settle_options(
+    schemes: Mapping[str, Sequence[Scheme]], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    from quant_plugin_torchao.fit import settle
+
+    return settle(schemes, options)
+
+
+@hookimpl
+def make_extras(plan: Any) -> Extras:
+    from quant_plugin_torchao.writer import extras_for
+
+    return extras_for(plan)

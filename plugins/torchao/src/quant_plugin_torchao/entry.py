@@ -24,7 +24,7 @@ from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, ConfigError, printable
 from quant_core.spec import CHANNEL, TENSOR, Element, Grain, QuantSpec, Scale, Zero
 
-__all__ = ["SUPPORTED", "Entry", "read_entry"]
+__all__ = ["SUPPORTED", "Entry", "float8_inputs", "int8_inputs", "read_entry"]
 
 SUPPORTED = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 _EPS = 2.0**-23  # least scale of an activation: torch.finfo(torch.float32).eps
@@ -128,10 +128,10 @@ def _int8_inputs(data: _Data) -> QuantSpec | None:
     name = mapping.get("_data") if isinstance(mapping, Mapping) else "SYMMETRIC"
     if name not in ("SYMMETRIC", "ASYMMETRIC") or kwargs.get("reduce_range"):
         raise data.fail(key, "a full range and mapping_type SYMMETRIC or ASYMMETRIC")
-    return _integer(_per_row(data, key, kwargs), symmetric=name == "SYMMETRIC")
+    return int8_inputs(_per_row(data, key, kwargs), symmetric=name == "SYMMETRIC")
 
 
-def _integer(per_row: bool, *, symmetric: bool) -> QuantSpec:
+def int8_inputs(per_row: bool, *, symmetric: bool) -> QuantSpec:
     """int8 activations; symmetric: max|x| is 127.5, half the range."""
     grain = CHANNEL if per_row else TENSOR
     peak = 127.5 if symmetric else 0.0
@@ -149,7 +149,7 @@ def _intx_inputs(data: _Data) -> QuantSpec | None:
         return None
     if value is not True and str(value).lower() != "int8_asym_per_token":
         raise data.fail(key, "int8_asym_per_token or null")
-    return _integer(True, symmetric=False)
+    return int8_inputs(True, symmetric=False)
 
 
 def _float8_inputs(data: _Data) -> QuantSpec | None:
@@ -164,10 +164,14 @@ def _float8_inputs(data: _Data) -> QuantSpec | None:
     bounds = [kwargs.get(b) for b in ("hp_value_lb", "hp_value_ub")]
     if name not in _FLOATS or bounds != [None, None]:
         raise data.fail(key, f"a type of {tuple(_FLOATS)} without bounds")
-    grain = CHANNEL if _per_row(data, key, kwargs) else TENSOR
+    return float8_inputs(_FLOATS[name], per_row=_per_row(data, key, kwargs))
+
+
+def float8_inputs(element: str, *, per_row: bool) -> QuantSpec:
+    """fp8 activations, one scale a token or one for all."""
     return QuantSpec(
-        element=Element(name=_FLOATS[name], bits=8, kind="float"),
-        scales=(Scale(element="f32", grain=grain, static=False),),
+        element=Element(name=element, bits=8, kind="float"),
+        scales=(Scale(element="f32", grain=CHANNEL if per_row else TENSOR, static=False),),
     )
 
 

@@ -138,7 +138,7 @@ def _float_zeros(qt: QuantizedTensor, bits: int, element: str, losses: Losses) -
     """Unsigned codes of ``bits`` bits with zero points that are floats of ``element``."""
     zero = qt.spec.zero
     if zero is not None and zero.kind == "offset":
-        qt = _offset_as_zeros(qt, losses)
+        qt = _wider(_offset_as_zeros(qt, losses), bits, losses.where)
     elif zero is None or zero.element not in _WIDE:
         exact = code_zeros(qt, bits)
         if exact is None:
@@ -148,7 +148,7 @@ def _float_zeros(qt: QuantizedTensor, bits: int, element: str, losses: Losses) -
             found = f"codes or zero points of {qt.spec.label}"
             raise cannot_hold(losses.where, found, f"codes of {bits} bits", ANOTHER)
         qt = exact
-    elif qt.spec.element != Element.uint(bits):
+    else:
         qt = _wider(qt, bits, losses.where)
     assert qt.zeros is not None
     assert qt.spec.zero is not None
@@ -166,6 +166,8 @@ def _float_zeros(qt: QuantizedTensor, bits: int, element: str, losses: Losses) -
 
 def _wider(qt: QuantizedTensor, bits: int, where: str) -> QuantizedTensor:
     """Unsigned codes with float zeros in wider codes: the numbers stay what they are."""
+    if qt.spec.element == Element.uint(bits):
+        return qt
     if qt.spec.element.kind != "uint" or qt.spec.element.bits > bits:
         found = f"{qt.spec.element.name} codes with float zero points"
         raise cannot_hold(where, found, f"unsigned codes of {bits} bits", ANOTHER)
