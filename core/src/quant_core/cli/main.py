@@ -1,16 +1,19 @@
 """Entry point of ``quant``: parse, run one command, turn errors into exit codes.
 
 0 ok    1 bad input (a QuantError, or problems found)    2 usage    3 internal error
-130 interrupted
+130 interrupted    143 told to end (SIGTERM); both leave nothing half-written
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from quant_core import __version__
@@ -19,9 +22,31 @@ from quant_core.errors import QuantError
 
 __all__ = ["COMMANDS", "build_parser", "main"]
 
-COMMANDS = ("formats", "plugins", "inspect", "explain", "verify", "run", "convert", "diff")
+COMMANDS = (
+    "formats", "plugins", "inspect", "explain", "verify", "run", "convert", "diff", "bench", "cache")  # fmt: skip
 
-OK, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 3, 130
+OK, BAD_INPUT, INTERNAL, INTERRUPTED, TERMINATED = 0, 1, 3, 130, 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where the command is, so that its own cleaning up runs."""
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM ends the command like an interruption; signals are for the main thread only."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit code. Usage errors exit with 2."""
     args = build_parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        with _told_to_end():
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except QuantError as err:
@@ -59,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("quant: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except _Terminated:
+        print("quant: ended by SIGTERM", file=sys.stderr)
+        return TERMINATED
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK

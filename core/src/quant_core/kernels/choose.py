@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from quant_core.errors import ConfigError, KernelError
-from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
 from quant_core.kernels.family import Bucket, Family, RestoredReference, layout_of, uncovered
 from quant_core.kernels.measured import answer as answer_of
 from quant_core.registry import Registry
@@ -57,7 +57,8 @@ class Decision:
         a = self.answer
         cost = f"cost {a.cost:g}"
         if a.costs:
-            cost += f" (rows {', '.join(f'<={m}: {c:g}' for m, c in a.costs)})"
+            named = (f"{'more' if m >= ANY_ROWS else f'<={m}'}: {c:g}" for m, c in a.costs)
+            cost = f"cost by rows {', '.join(named)}"
         notes = [f"layout {self.layout}"] if self.layout else []
         notes += [a.note] if a.note else []
         told = f" ({'; '.join(notes)})" if notes else ""

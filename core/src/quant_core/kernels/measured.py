@@ -1,8 +1,8 @@
 """Measured costs on disk: what ``quant bench --save`` found on this machine's device.
 
 A kernel's shipped table or heuristic is replaced by what was measured here, per operation and
-number of rows. Nothing is measured in a request: the file is written by ``quant bench --save`` only
-and read once per process.
+number of rows, unless the kernel is inexact: those run where they are named. Nothing is measured
+in a request: the file is written by ``quant bench --save`` only, and read once per process.
 
     <cache>/kernels/<device>-<fingerprint>.json
     {"device": ..., "versions": {...}, "costs": {<operation>: {<kernel>: [[rows, us], ...]}}}
@@ -145,8 +145,8 @@ def answer(kernel: Kernel, op: OpSpec) -> Accepted | Rejected:
         return said
     if not (cache_folder() / "kernels").is_dir():  # the usual case, and cheap
         return said
-    costs = _read(table_path(op.device))
-    if not costs:
+    if not said.exact:  # it is opted in to by name, however fast it is
         return said
+    costs = _read(table_path(op.device))
     pairs = costs.get(op_key(op), {}).get(kernel.name)
     return _measured(said, pairs) if pairs else said

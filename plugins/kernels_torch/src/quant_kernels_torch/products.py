@@ -85,6 +85,7 @@ def _block_fp8_linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     padded = F.pad(flat, (0, 0, 0, -rows % 8))  # cuBLAS refuses a single row
     codes, s = group_codes(padded, acts, 128)
     sw = decode_scale(held["scales_0"], op.weight.scales[0].element)
+    sw = F.pad(sw, (0, -sw.shape[1] % 4))  # wanted by torch: blocks along K in fours
     kinds = F.ScalingType
     y = F.scaled_mm(
         codes,
