@@ -384,4 +384,4 @@ class QuantExperts(nn.Module):
             gate, up = self.gate(x, experts), self.up(x, experts)
         y = self.down(self._gated(gate, up), experts)
         y = y * top_k_weights.reshape(-1, 1)
-        return y.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+        return y.view(tokens, top_k, y.shape[-1]).sum(dim=1).to(hidden_states.dtype)

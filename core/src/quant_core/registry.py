@@ -202,13 +202,22 @@ class _Candidate:
 def _candidates() -> list[_Candidate]:
     found: dict[tuple[str, str, str], _Candidate] = {}
     for ep in metadata.entry_points(group=hookspecs.GROUP):
-        dist = ep.dist.name if ep.dist else "unknown"
-        version = ep.dist.version if ep.dist else "0"
+        dist, version = _dist_of(ep)
         # one dist seen twice on sys.path (a stale .egg-info beside the real one) counts once
         found.setdefault(
             (ep.name, dist.lower(), ep.value), _Candidate(ep.name, dist, version, ep.value, ep.load)
         )
     return sorted(found.values(), key=lambda c: (c.id, c.dist))
+
+
+def _dist_of(ep: metadata.EntryPoint) -> tuple[str, str]:
+    """Name and version; of a half-removed dist without METADATA, the folder that is left of it."""
+    if ep.dist is None:
+        return "unknown", "0"
+    name, version = ep.dist.metadata["Name"], ep.dist.metadata["Version"]
+    if name is None:
+        return f"what is left at {getattr(ep.dist, '_path', ep.dist.locate_file(''))}", "0"
+    return name, version or "0"
 
 
 def _check_info(c: _Candidate, module: Any) -> PluginInfo | SetAside:

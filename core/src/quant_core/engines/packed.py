@@ -379,7 +379,7 @@ def run_experts(
     rows = x.repeat_interleave(top_k, dim=0)
     y = down.grouped(gating(gate.grouped(rows, slots), up.grouped(rows, slots)), slots)
     y = y * weights.reshape(-1, 1)
-    return y.view(tokens, top_k, -1).sum(dim=1).to(x.dtype)
+    return y.view(tokens, top_k, y.shape[-1]).sum(dim=1).to(x.dtype)
 
 
 def _act_and_mul(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
