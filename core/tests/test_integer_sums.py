@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quant_core.kernels.activations import fake_quantize
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.spec import CHANNEL, TENSOR, Element, OpSpec, QuantSpec, Scale, Zero
@@ -131,6 +132,19 @@ def test_nan_in_the_input_stays_visible():
     y = run(make_layer(), x)
     assert torch.isnan(y[1]).all()
     assert not torch.isnan(y[0]).any()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_infinity_is_nan_as_in_layers_without_a_combined_scale(value):
+    """One rule for both kinds of stored scale: saturation would hide that x overflowed."""
+    x = X.clone()
+    x[1, 3] = value
+    y = run(make_layer(), x)
+    assert torch.isnan(y[1]).all()
+    assert not torch.isnan(y[0]).any()
+    lt = make_layer()
+    elsewhere = fake_quantize(x, INPUT, lt.input_scale, lt.input_zero)
+    assert torch.equal(torch.isnan(elsewhere), torch.isinf(x))
 
 
 def _with_input(op, **changes):

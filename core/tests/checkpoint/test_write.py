@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -205,6 +209,57 @@ def test_write_second_writer_of_a_folder_fails_while_the_first_goes_on(tmp_path)
     assert [e.code for e in errors] == ["Q-CKPT-LOCKED"]
     assert os.listdir(tmp_path / "out") == ["model.safetensors"]
     assert set(SafetensorsCheckpoint.open(tmp_path / "out").tensors) == {"a", "c"}
+
+
+_KILLED = """
+import os, signal, sys, torch
+from quant_core.checkpoint.write import write_safetensors
+
+def produce():
+    yield "a", torch.ones(64)
+    yield "b", torch.ones(64)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_safetensors(sys.argv[1], produce(), max_shard_bytes=64)
+"""
+
+
+def test_write_after_a_killed_writer_takes_over_and_clears_what_it_left(tmp_path):
+    out = tmp_path / "out"
+    dead = subprocess.run([sys.executable, "-c", _KILLED, out], capture_output=True)
+    assert dead.returncode == -signal.SIGKILL
+    left = sorted(os.listdir(out))
+    assert ".quant-write.lock" in left
+    assert any(n.endswith(".tmp") for n in left)
+    write_safetensors(out, {"c": torch.zeros(3)})
+    assert os.listdir(out) == ["model.safetensors"]
+    assert set(SafetensorsCheckpoint.open(out).tensors) == {"c"}
+
+
+def test_write_lock_of_a_living_process_is_not_taken_over(tmp_path):
+    """The file says a process that is long gone; the lock on it is what counts."""
+    lock = tmp_path / ".quant-write.lock"
+    lock.write_text("999999999 elsewhere\n")
+    with lock.open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError) as caught:
+            write_safetensors(tmp_path, {"a": torch.zeros(3)})
+        assert caught.value.code == "Q-CKPT-LOCKED"
+    write_safetensors(tmp_path, {"a": torch.zeros(3)})
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_write_without_locks_in_the_file_system_the_file_counts(tmp_path, monkeypatch):
+    def unsupported(fd, how):
+        raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    write_safetensors(tmp_path / "new", {"a": torch.zeros(3)})
+    assert os.listdir(tmp_path / "new") == ["model.safetensors"]
+    (tmp_path / ".quant-write.lock").write_text("1 elsewhere\n")
+    with pytest.raises(CheckpointError) as caught:
+        write_safetensors(tmp_path, {"a": torch.zeros(3)})
+    assert caught.value.code == "Q-CKPT-LOCKED"
 
 
 def test_write_eight_writers_at_once_one_wins_whole(tmp_path):

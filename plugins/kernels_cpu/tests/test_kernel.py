@@ -282,6 +282,8 @@ REFUSED = {
     "scales": _changed(**_scale(inverse=True)),
     "scales ": _changed(**_scale(grain=(16, 32))),
     "scales  ": _changed(scales=()),
+    "scales   ": _changed(**_scale(add=True)),
+    "scales    ": _changed(**_scale(element="lut8")),
     "group": _changed(**_scale(grain=group(24))),
     "in_features": replace(_changed(), sizes=(("n", 40), ("k", 100))),
     "zero": _changed(zero=Zero(kind="const", value=200)),

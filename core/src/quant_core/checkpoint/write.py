@@ -2,8 +2,8 @@
 
 All files are written under temporary names in the target folder, flushed to the disk, and renamed
 once everything is there; the index, which makes shards a set, comes last. Whatever stops the
-write, no partial file stays. A lock file makes a second writer of one folder fail at once, and
-existing weights are not replaced unless asked.
+write, no partial file stays. A lock (``lock``) makes a second writer of one folder fail at once;
+weights that are there are not replaced unless asked.
 
 A file's tensors are ordered by element size, then name, so that each begins aligned; a shard is
 therefore collected before it is written: memory is one shard (``max_shard_bytes``) at most.
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from quant_core.checkpoint.files import io_error
 from quant_core.checkpoint.header import DTYPES
+from quant_core.checkpoint.lock import take_lock
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable, summarize
 
 if TYPE_CHECKING:
@@ -269,20 +270,19 @@ def _claim(folder: Path) -> Iterator[None]:
                 break
             made.append(parent)
         folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        fd = take_lock(lock)
     except FileExistsError as err:
-        if not folder.is_dir():
-            raise io_error(folder, err, "cannot be made a folder") from err
+        raise io_error(folder, err, "cannot be made a folder") from err
+    except OSError as err:
+        raise io_error(folder, err, "cannot be written") from err
+    if fd is None:
         raise CheckpointError(
-            f"{printable(folder)}: is being written by another process ({LOCK} exists), expected "
+            f"{printable(folder)}: is being written by another process ({LOCK} is held), expected "
             "no other writer. Wait for it; if none runs any more, delete that file.",
             code="Q-CKPT-LOCKED",
             path=lock,
-        ) from err
-    except OSError as err:
-        raise io_error(folder, err, "cannot be written") from err
+        )
     try:
-        os.write(fd, f"{os.getpid()}\n".encode())
         yield
     except BaseException:
         lock.unlink(missing_ok=True)

@@ -53,7 +53,8 @@ def unsupported_sum(op: OpSpec) -> Rejected | None:
 def input_codes(
     x: Tensor, spec: QuantSpec, input_scale: Tensor, input_zero: Tensor | None
 ) -> Tensor:
-    """Integer codes of x [T, K] as float64; rounded half to even, NaN stays NaN.
+    """Integer codes of x [T, K] as float64; rounded half to even. NaN and infinity give NaN, as in
+    ``activations.fake_quantize``: a stored scale would hide them in the range of the codes.
 
     Args:
         input_scale, input_zero: stored values of one element each.
@@ -63,7 +64,8 @@ def input_codes(
     if spec.zero is not None and input_zero is not None:
         q = q + decode_scale(input_zero, spec.zero.element).to(work.dtype)
     lowest, highest = element_range(spec.element)
-    return q.round().clamp(lowest, highest).double()
+    codes = q.round().clamp(lowest, highest).double()
+    return torch.where(torch.isinf(work), torch.nan, codes)
 
 
 def without_scales(qt: QuantizedTensor) -> QuantizedTensor:

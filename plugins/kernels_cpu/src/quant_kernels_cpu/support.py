@@ -91,6 +91,9 @@ def _factor_problem(s: Scale, k: int) -> Rejected | None:
         return Rejected(axis="scales", have="a stored divisor", need="a multiplier")
     if not s.static:
         return Rejected(axis="scales", have="a run-time scale", need="a stored scale")
+    if s.add or s.element == "lut8":
+        have = "a scale that is added" if s.add else "scales that are codes of a table"
+        return Rejected(axis="scales", have=have, need="factors stored as numbers")
     r, c = s.grain
     if s.grain == TENSOR:
         if s.element != "f32":
