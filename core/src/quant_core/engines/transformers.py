@@ -121,6 +121,7 @@ def as_config(
     strict: bool = False,
     device: str | None = None,
     kv_cache: CacheMode | None = None,
+    prepared: str | os.PathLike[str] | None = None,
     online: str | None = None,
     skip: Sequence[str] = (),
     online_options: Mapping[str, Any] | None = None,
@@ -168,8 +169,8 @@ def as_config(
     if unused:
         raise ConfigError(
             f"load_model: {summarize(unused)} is no setting of {type(config).__name__}, expected "
-            "dtype, device, strict, kernels, format, kv_cache, online, skip, online_options, "
-            "requantize or a key of config.json. Remove it.",
+            "dtype, device, strict, kernels, format, kv_cache, prepared, online, skip, "
+            "online_options, requantize or a key of config.json. Remove it.",
             code="Q-CFG-KEY",
             tensor=next(iter(unused)),
             actual=sorted(unused),
@@ -183,6 +184,7 @@ def as_config(
         strict=strict,
         device=device,
         kv_cache=kv_cache,
+        prepared=None if prepared is None else os.fspath(prepared),
         online=online,
         skip=skip,
         online_options=online_options,
@@ -222,6 +224,7 @@ def load_model(
     kernels: str | Sequence[str] | None = None,
     format: str | None = None,
     kv_cache: CacheMode | None = None,
+    prepared: str | os.PathLike[str] | None = None,
     online: str | None = None,
     skip: Sequence[str] = (),
     online_options: Mapping[str, Any] | None = None,
@@ -240,6 +243,8 @@ def load_model(
         format: plugin id to insist on.
         kv_cache: "checkpoint" rounds keys and values by the scales of the file, "float" does not;
             default: what the producer's own forward does.
+        prepared: "auto" or a folder keeps the kernels' final buffers on disk, so that the next
+            load only reads them; "off" does not; default from ``QUANT_PREPARED``, else "off".
         online: quantize a float checkpoint while loading it: a scheme that an installed plugin
             offers, by its bare name or as "plugin:name".
         skip: patterns of modules that stay floats, see ``online.SkipRules``.
@@ -266,6 +271,7 @@ def load_model(
         strict=strict,
         device=where,
         kv_cache=kv_cache,
+        prepared=prepared,
         online=online,
         skip=skip,
         online_options=online_options,

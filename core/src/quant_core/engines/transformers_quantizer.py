@@ -21,7 +21,6 @@ import torch
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quant_core.build import Builder
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.detect import quantization_config
 from quant_core.engines.transformers_cache import CacheMode, check_mode
@@ -33,6 +32,7 @@ from quant_core.online import OnlineRequest
 from quant_core.online_plan import quantize_plan
 from quant_core.plan import Plan
 from quant_core.plan import plan as make_plan
+from quant_core.prepared.build import builder_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ log = logging.getLogger("quant_core")
 
 METHOD = "quant_core"
 _ONLINE = ("online", "skip", "online_options", "requantize")
-_OPTIONS = ("path", "format", "kernels", "strict", "device", "kv_cache", *_ONLINE)
+_OPTIONS = ("path", "format", "kernels", "strict", "device", "kv_cache", "prepared", *_ONLINE)
 
 
 class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -51,8 +51,8 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Attributes:
         path: the checkpoint; None: where transformers found the weights.
-        format, kernels, strict, device, kv_cache, online, skip, online_options, requantize: as in
-            ``load_model``.
+        format, kernels, strict, device, kv_cache, prepared, online, skip, online_options,
+            requantize: as in ``load_model``.
         original: the checkpoint's own block, which saving and ``to_dict`` give back.
     """
 
@@ -65,6 +65,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         strict: bool = False,
         device: str | None = None,
         kv_cache: CacheMode | None = None,
+        prepared: str | None = None,
         online: str | None = None,
         skip: Sequence[str] = (),
         online_options: Mapping[str, Any] | None = None,
@@ -74,7 +75,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.path, self.format, self.kernels = path, format, kernels
         self.strict, self.device = strict, device
-        self.kv_cache = check_mode(kv_cache)
+        self.kv_cache, self.prepared = check_mode(kv_cache), prepared
         self.online, self.skip, self.requantize = online, list(skip), requantize
         self.online_options = dict(online_options or {})
         self.original = None if original is None else dict(original)
@@ -205,19 +206,17 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._report(plan)
                 if online is not None or self.quantization_config.original is None:
                     self.quantization_config.original = None if block is None else _plain(block)
-                builder = Builder(
+                options = self.quantization_config
+                with builder_for(
+                    options.prepared,
+                    target=f"transformers {type(model).__name__}",
                     plan=plan,
                     device=self.device or "cpu",
                     dtype=dtype,
-                    kernels=self.quantization_config.kernels,
-                )
-                filled = fill_model(
-                    model,
-                    plan,
-                    builder,
-                    model._get_dtype_plan(dtype),
-                    kv_cache=self.quantization_config.kv_cache,
-                )
+                    kernels=options.kernels,
+                ) as builder:
+                    dtypes = model._get_dtype_plan(dtype)
+                    filled = fill_model(model, plan, builder, dtypes, kv_cache=options.kv_cache)
                 self.provenance = Provenance.of(plan, filled)
                 if online is not None:
                     self.provenance = online_provenance(online, self.provenance)

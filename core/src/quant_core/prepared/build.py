@@ -1,0 +1,237 @@
+"""A ``Builder`` that takes modules from prepared weights, or builds them and writes them down."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from quant_core.build import Builder
+from quant_core.checkpoint.files import io_error
+from quant_core.errors import CheckpointError, QuantError, printable
+from quant_core.memory import written_whole
+from quant_core.nn import (
+    BoundMember,
+    QuantComposite,
+    QuantEmbedding,
+    QuantGrouped,
+    QuantLinear,
+    QuantModule,
+)
+from quant_core.plan import Member, member_parts
+from quant_core.prepared.entry import Entry, Module, Part, entry_error, write_entry
+from quant_core.prepared.folder import BUFFERS, folder_for, make_room, remove
+from quant_core.prepared.key import Key, key_of
+
+__all__ = ["PreparedBuilder", "builder_for"]
+
+log = logging.getLogger("quant_core")
+
+_CLASSES: Mapping[str, type[QuantModule]] = {
+    "linear": QuantLinear,
+    "embedding": QuantEmbedding,
+    "grouped_linear": QuantGrouped,
+}
+_BUSY = ("Q-CKPT-LOCKED", "Q-CKPT-EXISTS")  # another process writes, or wrote, the same
+
+
+@dataclass(kw_only=True)
+class PreparedBuilder(Builder):
+    """Builds as ``Builder`` does; each module comes from the entry where there is one.
+
+    Attributes:
+        path: the entry's folder.
+        entry: None while there is none that can be used.
+    """
+
+    path: Path
+    key: Key
+    entry: Entry | None = None
+
+    def __post_init__(self) -> None:
+        self.built: dict[str, nn.Module] = {}
+        self.fresh = 0  # modules that did not come from the entry
+
+    # ------------------------------------------------------------------------------- the modules
+
+    def linear(
+        self, name: str, members: Sequence[Member], *, n: int | None = None, k: int | None = None
+    ) -> nn.Module:
+        found = self._take(name, members, n, k)
+        if found is not None:
+            return found
+        return self._built(name, super().linear(name, members, n=n, k=k))
+
+    def embedding(
+        self, name: str, member: Member, *, n: int | None = None, k: int | None = None
+    ) -> QuantEmbedding:
+        found = self._take(name, [member], n, k)
+        if found is None:
+            found = self._built(name, super().embedding(name, member, n=n, k=k))
+        assert isinstance(found, QuantEmbedding), "the operation decides the class"
+        return found
+
+    def _stack(self, name: str, member: Member) -> QuantGrouped:
+        found = self._take(name, [member], None, None)
+        if found is None:
+            found = self._built(name, super()._stack(name, member))
+        assert isinstance(found, QuantGrouped), "the operation decides the class"
+        return found
+
+    def _built(self, name: str, module: nn.Module) -> nn.Module:
+        self.fresh += 1
+        self.built[name] = module
+        return module
+
+    # ---------------------------------------------------------------------------- from the entry
+
+    def _take(
+        self, name: str, members: Sequence[Member], n: int | None, k: int | None
+    ) -> nn.Module | None:
+        """The module as the entry has it; None to build it, which also reports what is wrong."""
+        if self.entry is None:
+            return None
+        loaded: list[QuantModule] = []
+        try:
+            stored = self.entry.module(name)
+            self._check(name, stored, members)
+            rows = sum(p.op.size("n") for p in stored.parts)
+            if (n, k) not in ((None, None), (rows, stored.parts[0].op.size("k"))):
+                return None
+            for i, part in enumerate(stored.parts):
+                loaded.append(self._load(name, i, part, stored))
+        except QuantError as err:
+            self._give_up(err)
+            return None
+        module: nn.Module = loaded[0]
+        if len(loaded) > 1:
+            module = QuantComposite(loaded, stored.reason)  # type: ignore[arg-type]
+        self.built[name] = module
+        tensors = self.plan.checkpoint.tensors
+        for member in members:
+            for param, source, _, ledger_part in member_parts(member):
+                if source in tensors and param.need != "ignored":
+                    self.plan.ledger.load(ledger_part)
+        return module
+
+    def _check(self, name: str, stored: Module, members: Sequence[Member]) -> None:
+        assert self.entry is not None
+        found = [member for part in stored.parts for member, *_ in part.members]
+        expected = [member.layer.name for member in members]
+        if found != expected:
+            what = f"members {found} in module {printable(name)!r}"
+            raise entry_error(self.entry.path, what, str(expected))
+
+    def _load(self, name: str, index: int, part: Part, stored: Module) -> QuantModule:
+        assert self.entry is not None
+        start = sum(p.op.size("n") for p in stored.parts[:index])
+        rows = f"[{start}:{start + part.op.size('n')}]" if len(stored.parts) > 1 else ""
+        chooser = self._chooser(name + rows)
+        choice = chooser(part.op)
+        if choice.kernel.name != part.kernel or choice.op != part.op:
+            what = f"buffers of kernel {part.kernel!r} for {printable(name)!r}"
+            raise entry_error(self.entry.path, what, f"those of {choice.kernel.name!r}")
+        with written_whole():
+            buffers = choice.kernel.allocate(choice.op, self.device)
+        self.entry.check(name, index, buffers)
+        for buffer, target in buffers.items():
+            self.entry.read_into(name, index, buffer, target)
+        self.choices.append((name + rows, choice))
+        members = [BoundMember(name=m, start=a, stop=b, packing=p) for m, a, b, p in part.members]
+        return _CLASSES[part.op.op](choice, buffers, members, chooser)
+
+    def _give_up(self, err: QuantError) -> None:
+        """The entry is of no use: say so once, delete it, and build everything from here on."""
+        assert self.entry is not None
+        log.warning("prepared weights are built again: %s", err)
+        self.entry.close()
+        self.entry = None
+        remove(self.path)
+
+    # -------------------------------------------------------------------------------- to the disk
+
+    def finish(self) -> None:
+        """After a load: note the entry's use, or write one. A cache that refuses is no error."""
+        if self.entry is not None:
+            self.entry.touch()
+            self.entry.close()
+        if not self.fresh:
+            return
+        modules = {name: _described(module) for name, module in self.built.items()}
+        held = [t for _, parts in modules.values() for part in parts for t in part.values()]
+        nbytes = sum(t.numel() * t.element_size() for t in held)
+        try:
+            if problem := make_room(self.path.parent, nbytes, self.path.name):
+                log.warning("prepared weights are not kept in %s: %s", self.path.parent, problem)
+                return
+            write_entry(self.path, self.key, modules)
+        except CheckpointError as err:
+            if err.code not in _BUSY:
+                log.warning("prepared weights are not kept: %s", err)
+        except OSError as err:
+            log.warning("prepared weights are not kept: %s", io_error(self.path, err))
+
+
+def _described(module: nn.Module) -> tuple[Module, list[Mapping[str, Tensor]]]:
+    """A module as an entry has it, and the buffers of its parts."""
+    parts: list[Any] = [module]
+    if isinstance(module, QuantComposite):
+        parts = list(module.parts)
+    made = (
+        Part(
+            kernel=m.kernel.name,
+            op=m.op,
+            members=tuple((x.name, x.start, x.stop, x.packing) for x in m.members),
+            buffers=tuple(m.tensors),
+        )
+        for m in parts
+    )
+    reason = str(getattr(module, "reason", ""))
+    return Module(reason=reason, parts=tuple(made)), [m.tensors for m in parts]
+
+
+@contextmanager
+def builder_for(prepared: str | None, target: str, **settings: Any) -> Iterator[Builder]:
+    """The builder of one load; prepared weights are written when the load has succeeded.
+
+    Args:
+        prepared: as in ``load_model``.
+        target: what is built, a model class: the same plan is cut into modules in several ways.
+        settings: fields of ``Builder``.
+
+    Raises:
+        ConfigError: ``Q-CFG-VALUE`` for a wrong ``prepared`` or ``QUANT_PREPARED_BYTES``.
+    """
+    folder = folder_for(prepared)
+    builder = Builder(**settings)
+    if folder is None:
+        yield builder
+        return
+    key = key_of(
+        builder.plan, target=target, device=builder.device, dtype=builder.dtype,
+        kernels=builder.kernels,
+    )  # fmt: skip
+    if key is None:
+        log.warning("weights are not prepared: a scheme of this checkpoint has no stable text")
+        yield builder
+        return
+    path = folder / key.digest
+    ready = PreparedBuilder(path=path, key=key, **settings)
+    if (path / BUFFERS).exists():
+        try:
+            ready.entry = Entry(path, key)
+        except QuantError as err:
+            log.warning("prepared weights are built again: %s", err)
+            remove(path)
+    try:
+        yield ready
+    except BaseException:
+        if ready.entry is not None:
+            ready.entry.close()
+        raise
+    ready.finish()

@@ -1,0 +1,232 @@
+"""One entry: a safetensors file of buffers, and in its header what each belongs to.
+
+    tensors    "<module>|<part>|<buffer>"
+    metadata   key      the whole ``Key``; a file under another name does not match
+               modules  module -> [reason, [part]]; a part = kernel, operation, members and their
+                        rows, buffers; a reason says why there are several
+               ops      the operations, each text once
+               sum      sha256 over the three texts and the table of tensors
+
+A file that is cut short fails the header's own arithmetic; one whose header was touched fails the
+sum. The data carry no sum of their own: like a checkpoint's, they are read once and trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant_core.checkpoint.files import OpenFile
+from quant_core.checkpoint.header import MAX_HEADER_BYTES, MAX_TENSORS
+from quant_core.checkpoint.sniff import read_header
+from quant_core.errors import CheckpointError, printable
+from quant_core.prepared.folder import BUFFERS
+from quant_core.prepared.key import Key
+from quant_core.spec import OpSpec, Packing, TensorInfo
+from quant_core.spec_json import from_text, op_from_text, to_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Entry", "Module", "Part", "described", "entry_error", "read_key", "write_entry"]
+
+
+def entry_error(path: Path, found: str, expected: str) -> CheckpointError:
+    """``Q-PREPARED-ENTRY``: the entry is not used."""
+    return CheckpointError(
+        f"{printable(path)}: {found}, expected {expected}. The prepared weights are built again; "
+        "`quant cache clear` deletes them all.",
+        code="Q-PREPARED-ENTRY",
+        path=path,
+        expected=expected,
+        actual=found,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One kernel's share of a module: what it runs, whose rows it holds, which buffers."""
+
+    kernel: str
+    op: OpSpec
+    members: tuple[tuple[str, int, int, Packing], ...]  # name, first row, row after the last
+    buffers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """Parts in row order; ``reason`` is that of a composite."""
+
+    parts: tuple[Part, ...]
+    reason: str = ""
+
+
+def _sum(texts: Sequence[str], tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+    table = sorted(f"{name}|{dtype}|{list(shape)}" for name, dtype, shape in tensors)
+    return hashlib.sha256("\0".join((*texts, *table)).encode()).hexdigest()
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def described(name: str, part: int, buffer: str) -> str:
+    """The tensor that holds a buffer."""
+    return f"{name}|{part}|{buffer}"
+
+
+def _open(path: Path) -> tuple[OpenFile, Mapping[str, TensorInfo], Mapping[str, str]]:
+    file = OpenFile(path)
+    try:
+        header = read_header(file, path.name, MAX_HEADER_BYTES, MAX_TENSORS)
+        metadata = dict(header.metadata)
+        if not {"key", "modules", "ops", "sum"} <= set(metadata):
+            raise entry_error(path, f"metadata {sorted(metadata)}", "key, modules, ops and sum")
+        texts = [metadata[n] for n in ("key", "modules", "ops")]
+        if _sum(texts, ((t.name, t.dtype, t.shape) for t in header.tensors)) != metadata["sum"]:
+            raise entry_error(path, "a header that differs from its checksum", "the one written")
+    except BaseException:
+        file.close()
+        raise
+    return file, {t.name: t for t in header.tensors}, metadata
+
+
+def read_key(path: Path) -> Mapping[str, Any]:
+    """The key's fields of an entry's folder, for a list.
+
+    Raises:
+        CheckpointError: any reason why it is unusable.
+    """
+    file, _, metadata = _open(path / BUFFERS)
+    file.close()
+    fields: Mapping[str, Any] = json.loads(metadata["key"])
+    return fields
+
+
+class Entry:
+    """An opened entry whose key is the one asked for. Reading is exact or raises."""
+
+    def __init__(self, path: Path, key: Key) -> None:
+        """Open the entry's folder ``path``.
+
+        Raises:
+            CheckpointError: ``Q-PREPARED-ENTRY``, or the code of a broken safetensors file.
+        """
+        self.path = path / BUFFERS
+        self._file, self._tensors, metadata = _open(self.path)
+        try:
+            if metadata["key"] != key.text:
+                raise entry_error(self.path, "the key of another load", "this one's")
+            self._modules: dict[str, tuple[str, list[Any]]] = json.loads(metadata["modules"])
+            self._ops: list[str] = json.loads(metadata["ops"])
+        except BaseException:
+            self._file.close()
+            raise
+
+    def module(self, name: str) -> Module:
+        """How a module is made of parts; no parts if the entry does not hold it."""
+        reason, parts = self._modules.get(name, ("", []))
+        made = (
+            Part(
+                kernel=p["kernel"],
+                op=op_from_text(self._ops[p["op"]]),
+                members=tuple((m, a, b, from_text(x)) for m, a, b, x in p["members"]),
+                buffers=tuple(p["buffers"]),
+            )
+            for p in parts
+        )
+        return Module(reason=reason, parts=tuple(made))
+
+    def check(self, name: str, part: int, buffers: Mapping[str, Tensor]) -> None:
+        """The stored buffers have the names, shapes and dtypes of those allocated.
+
+        Raises:
+            CheckpointError: ``Q-PREPARED-ENTRY``.
+        """
+        for buffer, target in buffers.items():
+            info = self._tensors.get(described(name, part, buffer))
+            found = None if info is None else (info.dtype, info.shape)
+            expected = (_dtype(target), tuple(target.shape))
+            if found != expected:
+                what = f"buffer {buffer!r} of {printable(name)!r} is {found}"
+                raise entry_error(self.path, what, str(expected))
+
+    def read_into(self, name: str, part: int, buffer: str, target: Tensor) -> None:
+        """Fill ``target``; ``check`` was called.
+
+        Raises:
+            CheckpointError: ``Q-PREPARED-ENTRY`` if the file ends early, ``Q-CKPT-IO``.
+        """
+        import torch
+
+        from quant_core.memory import empty
+
+        info = self._tensors[described(name, part, buffer)]
+        if not info.nbytes:
+            return
+        here = target
+        if target.device.type != "cpu" or not target.is_contiguous():
+            here = empty((math.prod(info.shape),), target.dtype)
+        raw = here.view(-1).view(torch.uint8).numpy().data
+        if self._file.read_into(raw, info.offset) != info.nbytes:
+            raise entry_error(self.path, "a file that ends early", "the size in its header")
+        if here is not target:
+            target.copy_(here.view(info.shape))
+
+    def touch(self) -> None:
+        """Note that the entry was used. A cache that may only be read stays as it is."""
+        try:
+            os.utime(self.path)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_entry(
+    path: Path, key: Key, modules: Mapping[str, tuple[Module, Sequence[Mapping[str, Tensor]]]]
+) -> None:
+    """Write an entry's folder, whole or not at all.
+
+    Args:
+        modules: name -> the module, and the buffers of each of its parts.
+
+    Raises:
+        CheckpointError: ``Q-CKPT-LOCKED`` or ``Q-CKPT-EXISTS`` if another process was first,
+            ``Q-CKPT-IO`` if the system refuses.
+    """
+    from quant_core.checkpoint.write import write_safetensors
+
+    ops: dict[str, int] = {}
+    tensors: dict[str, Tensor] = {}
+    listed: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+    for name, (module, held) in modules.items():
+        parts: list[dict[str, Any]] = []
+        for i, (part, buffers) in enumerate(zip(module.parts, held, strict=True)):
+            parts.append(
+                {
+                    "kernel": part.kernel,
+                    "op": ops.setdefault(to_text(part.op), len(ops)),
+                    "members": [[m, a, b, to_text(x)] for m, a, b, x in part.members],
+                    "buffers": list(part.buffers),
+                }
+            )
+            tensors |= {described(name, i, b): t for b, t in buffers.items()}
+        listed[name] = (module.reason, parts)
+    texts = [key.text, json.dumps(listed), json.dumps(list(ops))]
+    table = ((n, _dtype(t), tuple(t.shape)) for n, t in tensors.items())
+    metadata = dict(zip(("key", "modules", "ops"), texts)) | {"sum": _sum(texts, table)}
+    write_safetensors(
+        path,
+        tensors,
+        max_shard_bytes=2**62,
+        metadata=metadata,
+        stem=BUFFERS.removesuffix(".safetensors"),
+    )
