@@ -57,7 +57,7 @@ def refusal(lt: LayerTensors, axis: str) -> str:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda d: d.name)
 def test_parts_of_all_ranks_are_the_whole(folder: Path) -> None:
     p = plan(open_checkpoint(folder))
-    cuts = refused = 0
+    cuts, codes = 0, []
     for member in one_of_each(p):
         lt = read_matrix(p, member, member.layer.experts[0] if member.layer.experts else None)
         n, k = member.scheme.shape
@@ -79,13 +79,12 @@ def test_parts_of_all_ranks_are_the_whole(folder: Path) -> None:
                                          zip(parts, spans, strict=True)], dim=1)  # fmt: skip
                         assert [x.bias is None for x in parts[1:]] == [True] * (ranks - 1)
                 except LayoutError as err:
-                    assert err.code == "Q-LAYOUT-TP", (member.layer.name, axis, ranks)
-                    assert refusal(lt, axis), (member.layer.name, axis, ranks, str(err))
-                    refused += 1
+                    codes.append((err.code, bool(refusal(lt, axis)), str(err)))
                     continue
                 assert same(got, dense), (member.layer.name, axis, ranks)
                 cuts += 1
-    assert cuts >= 8, refused
+    assert cuts >= 8
+    assert [c for c in codes if c[:2] != ("Q-LAYOUT-TP", True)] == []
 
 
 # ------------------------------------------------------------------------- sizes that find bugs
