@@ -23,9 +23,9 @@ from quant_core.errors import QuantError
 __all__ = ["COMMANDS", "build_parser", "main"]
 
 COMMANDS = (
-    "formats", "plugins", "inspect", "explain", "verify", "run", "convert", "diff", "bench", "cache",
+    "formats", "plugins", "inspect", "explain", "verify", "run", "convert", "diff", "bench",
     "cache",
-)  # fmt: skip  # fmt: skip
+)  # fmt: skip
 
 OK, BAD_INPUT, INTERNAL, INTERRUPTED, TERMINATED = 0, 1, 3, 130, 143
 
