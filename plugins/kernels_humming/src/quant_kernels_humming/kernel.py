@@ -1,0 +1,85 @@
+"""``humming``: a linear layer run by humming-kernels, over the reference kernel's buffers.
+
+The canonical tensors stay as they are, so nothing is lost on saving. The library's own copy is made
+when the layer first runs, and again after its weights were written anew (the version counter of the
+codes tells). It goes when the buffers go.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.spec import OpSpec
+from quant_core.spec_json import to_text
+from quant_kernels_humming.layout import configs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.tensors import LayerTensors
+
+__all__ = ["KERNELS", "Humming"]
+
+_BEHIND = 1e5  # more than any kernel that shares its weights costs
+
+
+def _unavailable() -> str:
+    """Why humming-kernels cannot be used; "" if it can."""
+    from importlib import metadata
+
+    try:
+        version = metadata.version("humming-kernels")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    numbers = tuple(int(p) for p in version.split(".")[:2] if p.isdigit())
+    return "" if numbers == (0, 1) else f"version {version}"
+
+
+class Humming:
+    """See the module's docstring."""
+
+    name = "humming"
+
+    def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        if op.device[0] != "cuda":
+            return Rejected(axis="device", have=op.device[0], need="cuda")
+        if reason := _unavailable():
+            return Rejected(axis="library", have=reason, need="humming-kernels 0.1")
+        made = configs(op)
+        if isinstance(made, Rejected):
+            return made
+        nbytes = op.size("n") * op.size("k") * op.weight.element.bits // 8
+        note = "compiles for seconds at the first call, keeps a second copy of the weights; "
+        return Accepted(
+            cost=_BEHIND + nbytes / 2.4e6,
+            workspace_bytes=nbytes,
+            note=note + "runs only when named or measured",
+        )
+
+    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
+        from quant_core.kernels.reference import ReferenceKernel
+
+        return ReferenceKernel().allocate(op, device)
+
+    def load_(
+        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
+    ) -> None:
+        from quant_core.kernels.reference import ReferenceKernel
+
+        ReferenceKernel().load_(buffers, op, part, at)
+
+    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
+        from quant_core.kernels.reference import ReferenceKernel
+
+        return ReferenceKernel().restore(buffers, op)
+
+    def bind(self, op: OpSpec) -> Callable[..., Any]:
+        from quant_kernels_humming.ops import run_linear
+
+        return functools.partial(run_linear, to_text(op))
+
+
+KERNELS: tuple[Kernel, ...] = (Humming(),)
