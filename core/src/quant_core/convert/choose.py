@@ -108,10 +108,14 @@ def first_fit(
 
 def _far(have: QuantSpec, want: QuantSpec) -> int:
     """How much of a weight's description changes: codes, factors, grains, types of scales."""
+    zero = have.zero
+    rounds = zero is not None and (zero.kind == "offset" or zero.element in _WIDE)
+    kept = want.zero is not None and want.zero.element in _WIDE
     factors = [[(s.element in _WIDE or s.element, s.add) for s in q.scales] for q in (have, want)]
     grains = [[s.grain for s in q.scales] for q in (have, want)]
     return (
-        8 * (have.element != want.element)
+        16 * (rounds and not kept and want.element.bits < 8)  # a finer grid errs a thirtieth
+        + 8 * (have.element != want.element)
         + 4 * (factors[0] != factors[1])
         + 2 * (grains[0] != grains[1])
         + (have.scales != want.scales)

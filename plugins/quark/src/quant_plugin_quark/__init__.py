@@ -72,3 +72,12 @@ def fit_scheme(
     from quant_plugin_quark.fit import fit
 
     return fit(layer, tensors, operands, options, allow_inexact)
+
+
+@hookimpl
+def settle_options(
+    schemes: Mapping[str, Sequence[Scheme]], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    from quant_plugin_quark.fit import settle
+
+    return settle(schemes, options)

@@ -7,6 +7,8 @@
 
     option      values                    default
     group_size  a divisor of the groups   the layer's own
+    zero_points whether integers have     as each layer needs; with them in all if any needs them,
+                them stored               because readers miss them otherwise
 
 A scheme is made as if a header had been read, so it is the one that the result is read with.
 Scales keep their float type; words of 4-bit codes are written in the order of "reorder".
@@ -14,7 +16,7 @@ Scales keep their float type; words of 4-bit codes are written in the order of "
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from quant_core.convert.choose import nearest_fit, sizes_of, wide_dtype
 from quant_core.convert.fit import Fit, check_options
 from quant_core.convert.target import Outline
+from quant_core.scheme import Scheme
 from quant_core.spec import CHANNEL, TENSOR, Span, TensorInfo
 from quant_plugin_quark.args import ELEMENTS, LayerArgs, TensorArgs
 from quant_plugin_quark.config import QuarkConfig
@@ -33,9 +36,9 @@ if TYPE_CHECKING:
     from quant_core.spec import LayerDesc, QuantSpec
     from quant_core.tensors import LayerTensors
 
-__all__ = ["fit"]
+__all__ = ["fit", "settle"]
 
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {"group_size": ()}
+_OPTIONS: Mapping[str, tuple[Any, ...]] = {"group_size": (), "zero_points": (True, False)}
 _HOLDS = "fp8, fp6, fp4, int8, int4, uint8 or uint4 as Quark stores them"
 _CONFIG = QuarkConfig(default=LayerArgs(where="options"), file="config.json")
 _NAMES = {element.name: dtype for dtype, element in ELEMENTS.items()}
@@ -65,18 +68,15 @@ def _floats(spec: QuantSpec) -> Iterator[Operand]:
             yield (_one(_NAMES[spec.element.name], grain, channel=0),)
 
 
-def _integers(spec: QuantSpec, size: int) -> Iterator[Operand]:
+def _integers(spec: QuantSpec, size: int, zeros: bool | None) -> Iterator[Operand]:
     own = spec.scales[0].grain if spec.scales else CHANNEL
     grains = ((1, size),) if size else tuple(dict.fromkeys((own, CHANNEL)))
     for grain in grains:
-        for dtype, symmetric in (
-            ("int4", True),
-            ("uint4", False),
-            ("int8", True),
-            ("uint8", False),
-        ):
-            yield (_one(dtype, grain, channel=0, symmetric=symmetric),)
-    if len(spec.scales) == 2 and spec.zero is not None:
+        for dtype in ("int4", "uint4", "int8", "uint8"):
+            symmetric = dtype.startswith("int")
+            if zeros is None or symmetric != zeros:
+                yield (_one(dtype, grain, channel=0, symmetric=symmetric),)
+    if len(spec.scales) == 2 and spec.zero is not None and not zeros:
         inner = _one("int4", CHANNEL, channel=0)
         yield (TensorArgs(dtype="fp8_e4m3", qscheme="per_tensor"), inner)
 
@@ -125,7 +125,10 @@ def _candidates(
     spec, have = tensors.weight.spec, operands.get("input")
     n, k = sizes_of(layer, tensors)
     size = int(options.get("group_size", 0))
-    kinds = _floats(spec) if spec.element.kind == "float" else _integers(spec, size)
+    if spec.element.kind == "float":
+        kinds = _floats(spec)
+    else:
+        kinds = _integers(spec, size, options.get("zero_points"))
     dtypes = {"weight_scale": wide_dtype(spec), "input_scale": wide_dtype(have)}
     for weight in kinds:
         first = weight[-1] if weight[-1].element.bits < 8 else weight[0]
@@ -155,3 +158,12 @@ def fit(
     if tensors.weight.spec.element.kind in ("float", "int", "uint"):
         schemes = tuple(_candidates(layer, tensors, operands, options))
     return nearest_fit(layer, tensors, operands, schemes, allow_inexact, holds=_HOLDS)
+
+
+def settle(
+    schemes: Mapping[str, Sequence[Scheme]], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """See the hook ``settle_options``: zero points in all layers of integers, or in none."""
+    flat = [s for many in schemes.values() for s in many if isinstance(s, QuarkScheme)]
+    found = {bool(s.zero_name) for s in flat if s.weight.element.kind != "float"}
+    return {**options, "zero_points": True} if len(found) > 1 else options
