@@ -71,9 +71,12 @@ _TOKENS = {"apply": "operands"}
 """An embedding is looked up by token numbers: there are no activations to quantize."""
 
 
-_FLOATS = {"convert": "expected integer codes"}
+_TABLES = {"convert": "weights are nf4"}
 _MINIMA = {"convert": "no multiple of their scale"}
-_ACTIVATIONS = {"convert": "quantizes its activations"}
+_RULE = {"convert": "activations rounded by another rule"}
+_SUMS = {"convert": "has acc_bias, out_scale"}
+_AS_FLOAT = {"convert": "written as float"}
+"""The other formats hold no packed head or embedding of this kind; both go over as floats."""
 
 
 def _stack(error: str) -> Empty:
@@ -93,16 +96,19 @@ def _placed(
     refused: Mapping[str, str] | None = None,
     embedding: Mapping[str, str] | None = None,
     embedding_to: str = "",
+    heads_as_float: bool = False,
     config: Mapping[str, object] | None = None,
 ) -> dict[str, Example]:
     """The same tensors as other kinds; ``embedding``: what is refused there besides."""
     out = {}
     for kind in kinds:
         extra, goes = (embedding, embedding_to) if kind == "embedding" else ({}, to)
+        no = {**(refused or {}), **(extra or {})}
+        if (heads_as_float and kind != "experts") or (kind == "embedding" and not goes):
+            goes, no = "", no | _AS_FLOAT
         out[kind] = Example(
-            source=source, module=module, place=kind, to=goes,
-            refused={**(refused or {}), **(extra or {})}, config=config or {},
-        )  # fmt: skip
+            source=source, module=module, place=kind, to=goes, refused=no, config=config or {}
+        )
     return out
 
 
@@ -111,7 +117,7 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
         "linear": (
             Example(source="ar-mixed-bits", module=_GATE0, to="gptq"),
             Example(source="ar-mixed-bits", module=_DOWN1, to="gptq"),  # 4 bit beside 8 and 2
-            Example(source="ar-nvfp4", module=_O1, refused=_FLOATS),
+            Example(source="ar-nvfp4", module=_O1, to="compressed_tensors"),
         ),
         **_placed("ar-mixed-bits", _GATE0, to="gptq", embedding_to="gguf"),
         "stacked experts": _stack("expected qweight, qzeros and scales"),
@@ -125,19 +131,19 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
     },
     "bitsandbytes": {
         "linear": (
-            Example(source="bnb-nf4-dq", module=_Q1, refused=_FLOATS),
-            Example(source="bnb-int8", module=_Q1, refused={"convert": "scales of f32 x f32"}),
+            Example(source="bnb-nf4-dq", module=_Q1, refused=_TABLES),
+            Example(source="bnb-int8", module=_Q1, to="torchao"),
         ),
-        **_placed("bnb-nf4-dq", _Q1, refused=_FLOATS),
+        **_placed("bnb-nf4-dq", _Q1, refused=_TABLES, heads_as_float=True),
         "stacked experts": _stack("is no description of a 4-bit weight"),
         "attention": _no_cache(),
     },
     "compressed_tensors": {
         "linear": (
             Example(source="ct-w4a16-awq-asym", module=_O1, to="awq"),
-            Example(source="ct-nvfp4", module=_O1, refused=_FLOATS),
-            Example(source="ct-w8a8-int8-dynamic-gptq", module=_O1, refused=_ACTIVATIONS),
-            Example(source="ct-fp8-block128", module=_O1, refused=_FLOATS),
+            Example(source="ct-nvfp4", module=_O1, to="autoround"),
+            Example(source="ct-w8a8-int8-dynamic-gptq", module=_O1, to="quark"),
+            Example(source="ct-fp8-block128", module=_O1, to="quark"),
         ),
         **_placed(
             "ct-w4a16-awq-asym",
@@ -150,8 +156,8 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
         "attention": (Example(source="ct-kvfp8-w4a16", module=_ATTENTION),),
     },
     "fp8": {
-        "linear": (Example(source="hf-fp8-block128", module=_DOWN0, refused=_FLOATS),),
-        **_placed("hf-fp8-block128", _DOWN0, refused=_FLOATS, embedding=_TOKENS),
+        "linear": (Example(source="hf-fp8-block128", module=_DOWN0, refused=_RULE),),
+        **_placed("hf-fp8-block128", _DOWN0, refused=_RULE, embedding=_TOKENS, heads_as_float=True),
         "stacked experts": _stack("expected two dimensions"),
         "attention": Empty(why="scales of a cache are left alone", shown="scales are skipped"),
     },
@@ -167,7 +173,7 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
             Example(
                 source="gguf-llama-q4_k_m",
                 module="model.embed_tokens",
-                refused={"convert": "written as float"},
+                refused=_AS_FLOAT,
             ),
         ),
         "experts": Empty(
@@ -198,10 +204,10 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
     },
     "modelslim_npu": {
         "linear": (
-            Example(source="msmodelslim-w8a8", module=_Q1, refused=_ACTIVATIONS),
-            Example(source="msmodelslim-w4a8-g64", module=_Q1, refused=_ACTIVATIONS),
+            Example(source="msmodelslim-w8a8", module=_Q1, refused=_SUMS),
+            Example(source="msmodelslim-w4a8-g64", module=_Q1, refused=_RULE),
         ),
-        **_placed("msmodelslim-w8a8", _Q1, refused=_ACTIVATIONS, embedding=_TOKENS),
+        **_placed("msmodelslim-w8a8", _Q1, refused=_SUMS, embedding=_TOKENS, heads_as_float=True),
         "stacked experts": _stack("expected two axes"),
         "attention": (Example(source="msmodelslim-w8a8-kvc8", module=_ATTENTION),),
     },
@@ -218,29 +224,29 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
         "attention": _no_cache(),
     },
     "mxfp8": {
-        "linear": (Example(source="made:mxfp8", module=_GATE0, refused=_FLOATS),),
-        **_placed("made:mxfp8", _GATE0, refused=_FLOATS, embedding=_TOKENS),
+        "linear": (Example(source="made:mxfp8", module=_GATE0, to="autoround"),),
+        **_placed("made:mxfp8", _GATE0, to="autoround", embedding=_TOKENS),
         "stacked experts": _stack("expected [out, in]"),
         "attention": Empty(why="scales of a cache are left alone", shown="scales are skipped"),
     },
     "nvfp4": {
         "linear": (
-            Example(source="modelopt-nvfp4", module=_DOWN0, refused=_FLOATS),
+            Example(source="modelopt-nvfp4", module=_DOWN0, refused=_RULE),
             Example(
                 source="modelopt-int4-awq", module=_DOWN0, refused={"convert": "has transforms"}
             ),
-            Example(source="modelopt-fp8-pb-wo", module=_DOWN0, refused=_FLOATS),
+            Example(source="modelopt-fp8-pb-wo", module=_DOWN0, to="compressed_tensors"),
         ),
-        **_placed("modelopt-nvfp4", _DOWN0, refused=_FLOATS, embedding=_TOKENS),
+        **_placed("modelopt-nvfp4", _DOWN0, refused=_RULE, embedding=_TOKENS, heads_as_float=True),
         "stacked experts": _stack("expected a matrix"),
         "attention": (Example(source="modelopt-fp8-kvfp8", module=_ATTENTION),),
     },
     "quark": {
         "linear": (
-            Example(source="quark-mxfp4", module=_Q1, refused=_FLOATS),
+            Example(source="quark-mxfp4", module=_Q1, refused=_RULE),
             Example(source="quark-uint4-g128-awq", module=_Q1, to="awq"),
         ),
-        **_placed("quark-mxfp4", _Q1, refused=_FLOATS, embedding=_TOKENS),
+        **_placed("quark-mxfp4", _Q1, refused=_RULE, embedding=_TOKENS, heads_as_float=True),
         "stacked experts": _stack("expected a matrix"),
         "attention": (Example(source="quark-fp8-kvfp8", module=_ATTENTION),),
     },
