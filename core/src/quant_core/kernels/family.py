@@ -30,7 +30,7 @@ from torch import Tensor
 from quant_core.errors import KernelError
 from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
 from quant_core.kernels.measured import answer as answer_of
-from quant_core.spec import OpSpec
+from quant_core.spec import OpSpec, Packing
 from quant_core.spec_json import to_text
 
 if TYPE_CHECKING:
@@ -267,6 +267,11 @@ class Family:
 
     def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
         return self._owner.restore(buffers, op)
+
+    def reads(self, op: OpSpec, packing: Packing) -> bool:
+        """Whether ``load_`` takes parts whose codes lie in ``packing``: the owner's answer."""
+        ask = getattr(self._owner, "reads", None)
+        return ask is not None and bool(ask(op, packing))
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         answers = self._answers(op)
