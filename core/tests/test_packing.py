@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant_core.errors import LayoutError
+from quant_core.intspec import halves
 from quant_core.packing import (
     WORD_DTYPES,
     _pack_generic,
@@ -51,7 +52,7 @@ def packings(bits: int) -> list[Packing]:
     ]
     kinds += [AWQ, AWQ8, Packing(word="int16", order=(3, 1, 0, 2)), planar(bits)]
     kinds += [Packing(word="uint8", planes=PLANES.get(bits, (bits,)), axis="out", order=(1, 0))]
-    return kinds
+    return kinds + [Packing(order=halves(run)) for run in (16, 32, 64)]
 
 
 def random_codes(n: int, k: int, bits: int, seed: int = 0) -> torch.Tensor:
@@ -64,6 +65,21 @@ def hex_words(words: torch.Tensor) -> list[str]:
 
 
 # ------------------------------------------------------------- worked vectors of the formats
+
+
+@pytest.mark.parametrize("run", [16, 32, 64])
+def test_unpack_halves_byte_holds_codes_half_a_run_apart(run: int) -> None:
+    """ggml's Q4_0 (run 32) and Q4_K (run 64): byte i is code i | code (i + run / 2) << 4."""
+    words = torch.randint(0, 256, (5, 3 * run // 2), generator=torch.Generator().manual_seed(run))
+    words = words.to(torch.uint8)
+    runs = words.view(5, 3, run // 2)
+    want = torch.cat([runs & 15, runs >> 4], dim=-1).view(5, 3 * run)
+    packing = Packing(order=halves(run))
+    assert torch.equal(unpack(words, 4, (5, 3 * run), packing), want)
+    assert torch.equal(pack(want, 4, packing), words)
+    canonical = repack(words, 4, (5, 3 * run), packing, CANONICAL)
+    assert torch.equal(canonical, want[:, ::2] | (want[:, 1::2] << 4))
+    assert torch.equal(repack(canonical, 4, (5, 3 * run), CANONICAL, packing), words)
 
 
 def common_codes() -> torch.Tensor:

@@ -8,6 +8,7 @@ the tensor code. N = out_features, K = in_features, G = ceil(K / group_size).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ __all__ = [
     "check_groups",
     "check_plain",
     "check_tensors",
+    "halves",
     "weight_spec",
     "word_count",
 ]
@@ -43,6 +45,12 @@ __all__ = [
 SCALE_ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}  # dtype -> element
 INTERLEAVE = (0, 4, 1, 5, 2, 6, 3, 7)
 """Slot of output channel j inside a run of eight, in words made for half2 instructions."""
+
+
+@functools.cache
+def halves(run: int) -> tuple[int, ...]:
+    """Order of 4-bit codes whose byte i holds code i and code run / 2 + i, low nibble first."""
+    return (*range(0, run, 2), *range(1, run, 2))
 
 
 def word_count(count: int, bits: int, *, run: int = 1) -> int:

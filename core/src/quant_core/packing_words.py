@@ -1,6 +1,6 @@
 """Fast paths of ``quant_core.packing`` on whole words, without one byte per code.
 
-Two families of packings meet in the byte stream of ``CANONICAL`` (codes of one output row, LSB
+Three families of packings meet in the byte stream of ``CANONICAL`` (codes of one output row, LSB
 first, along K):
 
     stream   codes already run along K: the words, transposed if stored [K.., N], ARE the stream
@@ -11,6 +11,9 @@ first, along K):
          k=1  | n0 n1 n2 ... n7 |    ->      n=1 | k0 k1 k2 ... k7 |      bits = 4: P = 8
          ...                                 ...
 
+    halves   byte i of a run of 4-bit codes holds code i and code run / 2 + i: both halves are
+             squeezed into bytes of neighbours, 16 bits at a time
+
 An order inside the word only renames the rows of the transposed block. Everything here is held to
 the generic algorithm of ``quant_core.packing`` by tests.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant_core.intspec import halves
 from quant_core.spec import Packing
 
 __all__ = ["WORD_BITS", "WORD_DTYPES", "from_stream", "has_fast_path", "to_stream", "view_as"]
@@ -42,9 +46,22 @@ def _is_block(bits: int, shape: tuple[int, int], packing: Packing) -> bool:
     return per > 1 and order_fits and shape[0] % per == 0 and shape[1] % per == 0
 
 
+def _is_halves(bits: int, shape: tuple[int, int], packing: Packing) -> bool:
+    order = packing.order
+    if order is None or bits != 4 or packing.word != "uint8" or packing.axis != "in":
+        return False
+    run = len(order)
+    plain = not packing.planes and not packing.k_major and run % 8 == 0
+    return plain and order == halves(run) and shape[1] % run == 0
+
+
 def has_fast_path(bits: int, shape: tuple[int, int], packing: Packing) -> bool:
     """Whether ``to_stream`` and ``from_stream`` know this packing at this size."""
-    return _is_stream(bits, packing) or _is_block(bits, shape, packing)
+    return (
+        _is_stream(bits, packing)
+        or _is_block(bits, shape, packing)
+        or _is_halves(bits, shape, packing)
+    )
 
 
 def view_as(data: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,6 +125,32 @@ def _stream_to_block(data: Tensor, bits: int, shape: tuple[int, int], packing: P
     return by_k if packing.k_major else by_k.t().contiguous()
 
 
+def _halves_to_stream(words: Tensor, run: int) -> Tensor:
+    """uint8 [N, K / 2] in halves of ``run`` -> canonical bytes."""
+    runs = view_as(words, torch.int16).view(-1, run // 4)
+    out = torch.empty(runs.shape[0], 2, run // 4, dtype=torch.uint8, device=words.device)
+    step = max(1, 2 * _CHUNK_WORDS // run)
+    for start in range(0, runs.shape[0], step):
+        part = runs[start : start + step]
+        for half, nibbles in enumerate((part, part >> 4)):
+            pairs = nibbles & 0x0F0F
+            pairs |= pairs >> 4
+            out[start : start + step, half] = pairs  # the low byte
+    return out.view(words.shape)
+
+
+def _stream_to_halves(data: Tensor, run: int) -> Tensor:
+    """Inverse of ``_halves_to_stream``."""
+    runs = data.contiguous().view(-1, 2, run // 4)
+    out = torch.empty(runs.shape[0], run // 4, dtype=torch.int16, device=data.device)
+    step = max(1, 2 * _CHUNK_WORDS // run)
+    for start in range(0, runs.shape[0], step):
+        pairs = runs[start : start + step].to(torch.int16)
+        spread = (pairs | (pairs << 4)) & 0x0F0F
+        out[start : start + step] = spread[:, 0] | (spread[:, 1] << 4)
+    return view_as(out, torch.uint8).view(data.shape)
+
+
 def to_stream(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> Tensor:
     """Words of ``packing`` as words of ``CANONICAL``; needs ``has_fast_path``.
 
@@ -116,6 +159,8 @@ def to_stream(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing
     """
     if _is_block(bits, shape, packing):
         return _block_to_stream(words, bits, shape, packing)
+    if packing.order is not None:
+        return _halves_to_stream(words, len(packing.order))
     k = shape[1]
     data = view_as(words.transpose(0, 1) if packing.k_major else words, torch.uint8)
     out = data[:, : -(-k * bits // 8)]
@@ -129,6 +174,8 @@ def from_stream(data: Tensor, bits: int, shape: tuple[int, int], packing: Packin
     """Inverse of ``to_stream``: canonical bytes to words of ``packing``."""
     if _is_block(bits, shape, packing):
         return _stream_to_block(data, bits, shape, packing)
+    if packing.order is not None:
+        return _stream_to_halves(data, len(packing.order))
     pad = -data.shape[1] % (WORD_BITS[packing.word] // 8)
     if pad:
         data = torch.nn.functional.pad(data, (0, pad))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from quant_core.errors import LayoutError
 from quant_core.packing import repack
-from quant_core.spec import CANONICAL, Packing, Scale, Zero
+from quant_core.spec import Packing, Scale, Zero
 from quant_plugin_gguf import opaque
 from quant_plugin_gguf.blocks import check_scales, dequantize_rows, join_rows, split_rows
 from quant_plugin_gguf.layouts import LAYOUTS, spec_of
@@ -104,7 +104,7 @@ def test_join_rows_of_another_packing_gives_same_bytes(name, random_rows):
     qt = split_rows(stored, name)
     order = (0, 4, 1, 5, 2, 6, 3, 7)
     other = Packing(word="int32", axis="in", order=order)
-    qt.codes = repack(qt.codes, qt.spec.element.bits, qt.shape, CANONICAL, other)
+    qt.codes = repack(qt.codes, qt.spec.element.bits, qt.shape, qt.packing, other)
     qt.packing = other
     assert torch.equal(join_rows(qt, name), stored)
 

@@ -4,7 +4,7 @@
  *     QK_BY_WORD   [words of K][N]    the same words, transposed
  *     QK_ACROSS    [K][N / 8]         a word holds one column of 8 rows; `slot` says in which nibble
  *     QK_HALVES    [N][words of K]    in a run of 2 h codes byte i holds codes i and h + i (low
- *                                     nibble first); `run` is 2 h, 32 or 64 codes
+ *                                     nibble first); `run` is 2 h: 16, 32 or 64 codes
  *
  * Memory-bound: every source line is used whole while it is in a register, since the 32 rows of a
  * block often lie a power of two apart and would push each other out of the first-level cache. */
@@ -85,9 +85,11 @@ static inline void finish8(vi8 v[8], const qk_source *s) {
         low[j] = word_of_bytes(v[2 * j], v[2 * j + 1]);
         high[j] = word_of_bytes(_mm256_srli_epi32(v[2 * j], 4), _mm256_srli_epi32(v[2 * j + 1], 4));
     }
+    const int half = (int)s->run / 16; /* words of half a run: 1, 2 or 4 */
     for (int j = 0; j < 4; j++) {
-        v[s->run == 64 ? j : j + j / 2 * 2] = low[j];
-        v[s->run == 64 ? j + 4 : j + j / 2 * 2 + 2] = high[j];
+        const int at = j / half * 2 * half + j % half;
+        v[at] = low[j];
+        v[at + half] = high[j];
     }
 }
 

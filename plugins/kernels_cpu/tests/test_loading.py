@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quant_core.errors import LayoutError
-from quant_core.intspec import INTERLEAVE
+from quant_core.intspec import INTERLEAVE, halves
 from quant_core.kernels.choose import Choice
 from quant_core.nn import load_part_
 from quant_core.packing import WORD_DTYPES, pack, packed_shape, unpack
@@ -20,7 +20,7 @@ from quant_core.spec import CANONICAL, OpSpec, Packing
 from quant_core.tensors import LayerTensors
 from quant_kernels_cpu.kernel import WnA16
 from quant_kernels_cpu.library import unavailable
-from quant_kernels_cpu.loading import halves_order, source_of
+from quant_kernels_cpu.loading import source_of
 
 from .made import SPECS, make_layer, make_op
 
@@ -32,8 +32,9 @@ ORDERS = {
     "across": Packing(word="int32", axis="out", order=INTERLEAVE, k_major=True),
     "across, natural": Packing(word="int32", axis="out", k_major=True),
     "row of int32": Packing(word="int32"),
-    "halves of 32": Packing(order=halves_order(32)),
-    "halves of 64": Packing(order=halves_order(64)),
+    "halves of 16": Packing(order=halves(16)),
+    "halves of 32": Packing(order=halves(32)),
+    "halves of 64": Packing(order=halves(64)),
 }
 FOUR = "uint4 g32 f16 code"
 SIZES = [(32, 64), (33, 128), (64, 192), (72, 320), (200, 64), (8, 1088)]
@@ -126,7 +127,7 @@ def test_unknown_order_is_left_to_core(packing: Packing) -> None:
 
 
 def test_halves_need_whole_runs() -> None:
-    assert source_of(Packing(order=halves_order(64)), bits=4, width=4, k=96, bias=8) is None
+    assert source_of(Packing(order=halves(64)), bits=4, width=4, k=96, bias=8) is None
 
 
 @pytest.mark.parametrize("shape", [(64, 8), (8, 63), (64,)], ids=str)

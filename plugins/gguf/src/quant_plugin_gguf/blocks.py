@@ -1,12 +1,12 @@
 """Block bytes to canonical tensors and back, bit for bit, by the tables of ``layouts``.
 
-    rows uint8 [N, row_bytes] -> codes: LSB-first stream [N, K * bits / 8]
+    rows uint8 [N, row_bytes] -> codes: [N, K * bits / 8], as ``BlockLayout.packing`` says
                                  scales: finest first, [N, K / weights per scale]
                                  offset: float16 minima (negated for K-quants), and their codes
 
-The split-half order of the codes becomes the canonical order, so that one set of kernels serves
-every type. Rows are taken in blocks that fit the cache; one byte per code never exists for a
-whole layer. Scales are moved as raw bits: NaN payloads survive.
+4-bit codes stay in their bytes, whose split-half order is a ``Packing``; codes spread over several
+fields become the canonical stream. Rows are taken in blocks that fit the cache; one byte per code
+never exists for a whole layer. Scales are moved as raw bits: NaN payloads survive.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
+from quant_core.memory import empty
 from quant_core.packing import pack, packed_shape, repack, unpack
 from quant_core.spec import CANONICAL
 from quant_core.tensors import QuantizedTensor
@@ -143,11 +144,16 @@ def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
     layout = LAYOUTS[name]
     blocks = rows.view(n, per_row, ggml.bytes)
     bits = spec.element.bits
-    codes = torch.empty(packed_shape(shape, bits, CANONICAL), dtype=torch.uint8, device=rows.device)
-    for start, stop in _chunks(n, shape[1]):
-        part = blocks[start:stop].flatten(0, 1)
-        unpacked = _take_all(part, layout.codes).reshape(stop - start, shape[1])
-        codes[start:stop] = pack(unpacked, bits, CANONICAL)
+    codes = empty(packed_shape(shape, bits, layout.packing), torch.uint8, str(rows.device))
+    first = layout.codes[0]
+    if len(layout.codes) == 1 and bits in (4, 8):  # whole bytes, one after another
+        stored = blocks[..., first.at : first.at + first.nbytes]
+        codes.view(n, per_row, first.nbytes).copy_(stored)
+    else:
+        for start, stop in _chunks(n, shape[1]):
+            part = blocks[start:stop].flatten(0, 1)
+            unpacked = _take_all(part, layout.codes).reshape(stop - start, shape[1])
+            codes[start:stop] = pack(unpacked, bits, CANONICAL)
     scales: list[Tensor] = []
     offset: list[Tensor] = []
     if layout.has_sub:
@@ -166,6 +172,7 @@ def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
         spec=spec,
         shape=shape,
         codes=codes,
+        packing=layout.packing,
         scales=tuple(scales),
         offset=tuple(offset),
         codebook=codebook,

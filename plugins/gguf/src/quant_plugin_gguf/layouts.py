@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quant_core.spec import Element, QuantSpec, Scale, Zero
+from quant_core.intspec import halves
+from quant_core.spec import CANONICAL, Element, Packing, QuantSpec, Scale, Zero
 from quant_plugin_gguf.types import BY_NAME
 
 __all__ = ["LAYOUTS", "BlockLayout", "Field", "spec_of"]
@@ -81,6 +82,14 @@ class BlockLayout:
         if self.kquant_scales is not None:
             return 8
         return self.sub[0].count // (2 if self.sub_mins else 1)
+
+    @property
+    def packing(self) -> Packing:
+        """Order of the canonical codes: 4-bit codes of one field stay in their bytes."""
+        field = self.codes[0]
+        if len(self.codes) > 1 or field.width != 4:
+            return CANONICAL
+        return Packing(order=halves(2 * field.stride))
 
     def spec(self) -> QuantSpec:
         """What the canonical numbers mean."""

@@ -6,14 +6,14 @@ csrc/load.c has the orders drawn. Every other packing is repacked by core first.
 from __future__ import annotations
 
 import ctypes
-import functools
 
+from quant_core.intspec import halves
 from quant_core.spec import Packing
 
-__all__ = ["Source", "halves_order", "source_of"]
+__all__ = ["Source", "source_of"]
 
 _BY_ROW, _BY_WORD, _ACROSS, _HALVES = range(4)
-_RUNS = (32, 64)
+_RUNS = (16, 32, 64)
 
 
 class Source(ctypes.Structure):
@@ -23,12 +23,6 @@ class Source(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("order", "k", "width", "bias", "run")),
         ("slot", ctypes.c_int64 * 8),
     ]
-
-
-@functools.cache
-def halves_order(run: int) -> tuple[int, ...]:
-    """Order of a run whose byte i holds code i and code run / 2 + i, low nibble first."""
-    return (*range(0, run, 2), *range(1, run, 2))
 
 
 def source_of(packing: Packing, *, bits: int, width: int, k: int, bias: int) -> Source | None:
@@ -58,8 +52,8 @@ def source_of(packing: Packing, *, bits: int, width: int, k: int, bias: int) -> 
         source.order = _BY_ROW
     else:
         run = len(packing.order)
-        halves = width == 4 and run in _RUNS and packing.order == halves_order(run)
-        if not halves or word != 8 or k % run:
+        known = width == 4 and run in _RUNS and packing.order == halves(run)
+        if not known or word != 8 or k % run:
             return None
         source.order, source.run = _HALVES, run
     return source
