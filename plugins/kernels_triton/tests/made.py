@@ -41,6 +41,7 @@ _E2M1, _E4M3 = _float("fp4_e2m1", 4), _float("fp8_e4m3", 8)
 _Q4K = (_s("uint6", group(32)), _s("f16", group(256)))
 SPECS = {
     "uint4 g128 f16": _uint(4, _s("f16", group(128)), zero=_MID),
+    "uint4 g128 bf16": _uint(4, _s("bf16", group(128)), zero=_MID),
     "uint4 g32 bf16 code": _uint(4, _s("bf16", group(32)), zero=_CODE),
     "uint4 g64 f16 offset": _uint(
         4, _s("f16", group(64)), zero=Zero(kind="offset", levels=(_s("f16", group(64)),))

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant_kernels_triton.recipe import FLOATS, Recipe
+from quant_kernels_triton.recipe import ABSENT, FLOATS, Factor, Recipe
 
-__all__ = ["constants", "interpreted", "pointers"]
+__all__ = ["NAMES", "WORDS", "constants", "interpreted", "pointers"]
 
-_POINTERS = (
-    ("codes", torch.int32),
-    ("codes_high", torch.int32),
-    ("scales_0", None),
-    ("scales_1", None),
-    ("scales_2", None),
-    ("zeros", None),
-    ("offset_0", None),
-    ("offset_1", None),
-    ("codebook_0", None),
+NAMES = (
+    "codes",
+    "codes_high",
+    "scales_0",
+    "scales_1",
+    "scales_2",
+    "zeros",
+    "offset_0",
+    "offset_1",
+    "codebook_0",
 )
+WORDS = {"codes": torch.int32, "codes_high": torch.int32}
+"""Buffers that the kernels read in words of another type."""
 
 
 def interpreted() -> bool:
@@ -34,26 +35,23 @@ def interpreted() -> bool:
 
 
 def pointers(recipe: Recipe, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Codes, high plane, three factors, zeros, two offsets, table; the codes where one is absent.
-
-    Codes are viewed as 32-bit words, in which the kernels read them.
-    """
+    """The buffers of ``NAMES``; the codes where one is absent."""
     held = dict(zip(recipe.buffers, tensors, strict=True))
-    words = held["codes"].view(torch.int32)
-    out = []
-    for name, dtype in _POINTERS:
-        t = held.get(name, words)
-        out.append(t if dtype is None or t.dtype == dtype else t.view(dtype))
-    return out
+    codes = held["codes"]
+    return [held.get(name, codes) for name in NAMES]
 
 
-@functools.lru_cache(maxsize=1024)
+def _factors(name: str, factors: Sequence[Factor], count: int) -> dict[str, int]:
+    absent = [ABSENT] * (count - len(factors))
+    return {f"{name}{i}": c for i, c in enumerate([f.constant() for f in factors] + absent)}
+
+
 def constants(recipe: Recipe) -> dict[str, Any]:
     """The compile-time constants that say how codes and factors are read."""
     exp, man = (-1, 0) if recipe.element == "lut" else FLOATS.get(recipe.element, (0, 0))
     return {
-        "SF": tuple(f.constants() for f in recipe.scales),
-        "OF": tuple(f.constants() for f in recipe.offsets),
+        **_factors("SF", recipe.scales, 3),
+        **_factors("OF", recipe.offsets, 2),
         "ZERO": recipe.zero,
         "ZV": recipe.zero_value,
         "BITS": recipe.bits,

@@ -1,8 +1,9 @@
 """PTX for turning packed codes into pairs of 16-bit floats: one 32-bit word in, pairs out.
 
-Each string is the body of an inline assembly call per 32-bit word of codes. Operands: outputs
-``$0 ..``, then the word, then per row h of the pair (g, g + 8): zero, scale, rest of the scale, and
-rest of the offset, each a pair of equal halves: ``z0 s0 l0 r0 z1 s1 l1 r1``.
+Each string is the body of an inline assembly call on two 16-bit words of codes, seen as one of 32
+bits. Operands: outputs ``$0 ..``, each the values of columns p = 0, 1, then the word, then per row
+h of the pair (g, g + 8): zero, scale, rest of the scale, and rest of the offset, each a pair of
+equal halves: ``z0 s0 l0 r0 z1 s1 l1 r1``, and each given twice, once for either 16-bit word.
 
     uint4, bf16   nibble | 0x4300 is the number 128 + code; subtracting 128 + zero is exact
     uint4, fp16   nibble | 0x6400 is 1024 + code
@@ -25,12 +26,12 @@ _PARAMS = 8
 
 def constraints(outputs: int) -> str:
     """Register constraints: ``outputs`` results, the word, the eight parameters."""
-    return ",".join(["=&r"] * outputs + ["r"] * (1 + _PARAMS))
+    return ",".join(["=&r"] * outputs + ["r"] * (1 + 2 * _PARAMS))
 
 
 def _scaled(at: int, row: int, outputs: int, act: str, mode: int) -> str:
-    first = outputs + 1 + 4 * row
-    s, low, rest = (f"${first + i}" for i in (1, 2, 3))
+    first = outputs + 1 + 8 * row
+    s, low, rest = (f"${first + 2 * i}" for i in (1, 2, 3))
     out = f"${at}"
     if mode == 0:
         return ""
@@ -44,10 +45,9 @@ def _shift(amount: int) -> str:
     return f"shl.b32 u, w, {amount};" if amount > 0 else f"shr.u32 u, w, {-amount};"
 
 
-def _uint_field(bits: int, at: int, fields: int, act: str, zero: str) -> list[str]:
-    """Code of ``fields`` bit position ``at`` (in 16-bit halves) less its zero, in ``$i``."""
+def _uint_field(bits: int, at: int, act: str, zero: str) -> list[str]:
+    """The code at bit ``at`` of either 16-bit half less its zero."""
     mask, magic = (1 << bits) - 1, 0x4300 if act == "bf16x2" else 0x6400
-    del fields
     move = f"shr.u32 u, w, {at};" if at else "mov.b32 u, w;"
     return [
         move,
@@ -115,12 +115,12 @@ def dequant(element: str, act: str, mode: int, zero: int | None) -> str:
     lines = ["{ .reg .b32 w, u, t, z; .reg .b16 ha, hb; .reg .f32 fa, fb;", f"mov.b32 w, ${count};"]
     for i in range(count):
         row = i & 1
-        held = f"${count + 1 + 4 * row}"
+        held = f"${count + 1 + 8 * row}"
         if element == "uint4":
             base = 0x4300 if act == "bf16" else 0x6400
             if zero is not None:
                 lines.append(f"mov.b32 z, {(base | zero) * 0x10001:#010x};")
-            part = _uint_field(4, 4 * i, 4, pair, held if zero is None else "z")
+            part = _uint_field(4, 4 * i, pair, held if zero is None else "z")
         elif element == "e2m1":
             part = _fp4(4 * i, pair)
         elif element in ("uint8", "int8"):

@@ -1,20 +1,32 @@
 """Starting a compiled kernel with little host time.
 
 Triton's own dispatch inspects every argument on every call. A layer's arguments never change their
-kind, so the compiled kernel is looked up by a short key instead, once it exists. Pointers must be
-aligned to 16 bytes, which torch's allocations are; inputs that are not are copied (``aligned``).
+kind, so the compiled kernel is looked up by a short key instead, once it exists, and is given
+addresses. These must be multiples of 16 bytes, which torch's allocations are; inputs that are not
+are copied (``aligned``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["aligned", "launch"]
+__all__ = ["Build", "aligned", "is_compiled", "launch"]
 
-_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+_compiled: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """What is needed to compile: constants, options, and the types that tensors are viewed as."""
+
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    views: dict[int, torch.dtype] = field(default_factory=dict)  # position of the argument: type
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -23,30 +35,43 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def is_compiled(key: Hashable, device: int | None) -> bool:
+    """Whether ``launch`` will find the kernel of ``key``."""
+    return (key, device) in _compiled
+
+
 def launch(
     fn: Any,
     key: Hashable,
     grid: tuple[int, int],
     args: tuple[Any, ...],
-    constants: dict[str, Any],
-    **options: Any,
+    device: int | None,
+    build: Callable[[], Build],
 ) -> None:
-    """Run ``fn`` on the current stream.
+    """Run ``fn`` on the current stream of ``device``.
 
     Args:
         fn: a jitted function whose constants come after its arguments.
-        key: with the device, everything that ``constants``, ``options`` and the kinds and the
-            divisibility of ``args`` depend on.
+        key: with the device, everything that the build and the kinds and the divisibility of
+            ``args`` depend on.
         args: run-time arguments; integers that change between calls of one key must be marked
             ``do_not_specialize`` in ``fn``.
+        build: called where the kernel is not compiled yet.
     """
-    device = next(a for a in args if isinstance(a, Tensor)).device.index
     held = _compiled.get((key, device))
     if held is None:
-        compiled = fn[grid](*args, **constants, **options)
+        b = build()
+        typed = [
+            a.view(-1).view(b.views[i]) if i in b.views and a.dtype != b.views[i] else a
+            for i, a in enumerate(args)
+        ]
+        compiled = fn[grid](*typed, **b.constants, **b.options)
         if hasattr(compiled, "run"):  # not in the interpreter
-            values = tuple(constants[name] for name in fn.arg_names[len(args) :])
-            _compiled[key, device] = compiled, values
+            values = tuple(b.constants[name] for name in fn.arg_names[len(args) :])
+            held = compiled.run, compiled.function, compiled.packed_metadata, values
+            _compiled[key, device] = held
         return
-    compiled, values = held
-    compiled[(*grid, 1)](*args, *values)
+    run, function, metadata, values = held
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *plain, *values)

@@ -5,7 +5,7 @@
     quant_triton::embedding(ids, tensors, recipe) -> rows       ids [...] -> [..., K]
 
 ``recipe`` is ``Recipe.text()``, ``tensors`` the buffers in the order of its names; ``way`` says
-which kernels run: "plain" or "dense".
+which kernels run: "plain", "dense" or "gluon".
 """
 
 from __future__ import annotations
@@ -26,9 +26,17 @@ _lib.define("linear(Tensor x, Tensor[] tensors, str recipe, str way) -> Tensor")
 _lib.define("grouped_linear(Tensor x, Tensor experts, Tensor[] tensors, str recipe) -> Tensor")
 _lib.define("embedding(Tensor ids, Tensor[] tensors, str recipe) -> Tensor")
 
+
+def _gluon(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    from quant_kernels_triton.gluon_run import run_gluon  # needs the Gluon dialect
+
+    return run_gluon(r, x, tensors)
+
+
 _WAYS: dict[str, Callable[[Recipe, Tensor, Sequence[Tensor]], Tensor]] = {
     "plain": run_gemm,
     "dense": run_dense,
+    "gluon": _gluon,
 }
 
 

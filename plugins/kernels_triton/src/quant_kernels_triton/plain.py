@@ -21,23 +21,25 @@ __all__ = ["dense", "embed", "gemm"]
 
 @triton.jit
 def _scaled(v, row, group, expert, S0, S1, S2, Z, O0, O1, NP, G, N, K,
-            SF: tl.constexpr, OF: tl.constexpr, ZERO: tl.constexpr, ZV: tl.constexpr):  # fmt: skip
+            SF0: tl.constexpr, SF1: tl.constexpr,
+            SF2: tl.constexpr, OF0: tl.constexpr, OF1: tl.constexpr, ZERO: tl.constexpr,
+            ZV: tl.constexpr):  # fmt: skip
     """Values [B, 128] of one group of columns to weights; see ``quant_core.dequantize``."""
     if ZERO == 1:
-        ZF: tl.constexpr = (SF[0][0], 5, SF[0][2], SF[0][3], 0)
+        ZF: tl.constexpr = (SF0 & ~0x78) | (5 << 3)  # codes on the grid of the finest scale
         v = v - factor(Z, row, group, expert, NP, G, N, K, ZF)
     elif ZV != 0:
         v = v - ZV
-    s = factor(S0, row, group, expert, NP, G, N, K, SF[0])
-    if len(SF) > 1:
-        s = factor(S1, row, group, expert, NP, G, N, K, SF[1]) * s
-    if len(SF) > 2:
-        s = factor(S2, row, group, expert, NP, G, N, K, SF[2]) * s
+    s = factor(S0, row, group, expert, NP, G, N, K, SF0)
+    if SF1 != 7:
+        s = factor(S1, row, group, expert, NP, G, N, K, SF1) * s
+    if SF2 != 7:
+        s = factor(S2, row, group, expert, NP, G, N, K, SF2) * s
     v = v * s
     if ZERO == 2:
-        o = factor(O0, row, group, expert, NP, G, N, K, OF[0])
-        if len(OF) > 1:
-            o = factor(O1, row, group, expert, NP, G, N, K, OF[1]) * o
+        o = factor(O0, row, group, expert, NP, G, N, K, OF0)
+        if OF1 != 7:
+            o = factor(O1, row, group, expert, NP, G, N, K, OF1) * o
         v = v + o
     return v
 
@@ -45,7 +47,9 @@ def _scaled(v, row, group, expert, S0, S1, S2, Z, O0, O1, NP, G, N, K,
 @triton.jit(do_not_specialize=["M"])
 def gemm(X, W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, GATHER, BIAS, Y, ORDER, EXPERT, START, M, N, NP,
          K, KIN, G,
-         SF: tl.constexpr, OF: tl.constexpr, ZERO: tl.constexpr, ZV: tl.constexpr,
+         SF0: tl.constexpr, SF1: tl.constexpr,
+            SF2: tl.constexpr, OF0: tl.constexpr, OF1: tl.constexpr, ZERO: tl.constexpr,
+            ZV: tl.constexpr,
          BITS: tl.constexpr, EXP: tl.constexpr, MAN: tl.constexpr, SIGNED: tl.constexpr,
          HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr,
          BM: tl.constexpr, NT: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
@@ -83,7 +87,29 @@ def gemm(X, W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, GATHER, BIAS, Y, ORDER, EXPERT
         x = tl.load(X + mo[None, :] + k[:, None], mask=ok[:, None] & keep[None, :], other=0.0)
         q = tile_codes(W, HIGH, rt, group, G, BITS, NT)
         v = to_values(q, BOOK + expert * 0, EXP, MAN, SIGNED)
-        v = _scaled(v, row, group, expert, S0, S1, S2, Z, O0, O1, NP, G, N, K, SF, OF, ZERO, ZV)
+        v = _scaled(
+            v,
+            row,
+            group,
+            expert,
+            S0,
+            S1,
+            S2,
+            Z,
+            O0,
+            O1,
+            NP,
+            G,
+            N,
+            K,
+            SF0,
+            SF1,
+            SF2,
+            OF0,
+            OF1,
+            ZERO,
+            ZV,
+        )
         acc = dot(v.to(X.dtype.element_ty), x, acc, INTERPRET)
     if HAS_BIAS:
         acc += tl.load(BIAS + expert * N + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
@@ -93,7 +119,9 @@ def gemm(X, W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, GATHER, BIAS, Y, ORDER, EXPERT
 
 @triton.jit
 def dense(W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, OUT, N, NP, K, G, expert,
-          SF: tl.constexpr, OF: tl.constexpr, ZERO: tl.constexpr, ZV: tl.constexpr,
+          SF0: tl.constexpr, SF1: tl.constexpr,
+            SF2: tl.constexpr, OF0: tl.constexpr, OF1: tl.constexpr, ZERO: tl.constexpr,
+            ZV: tl.constexpr,
           BITS: tl.constexpr, EXP: tl.constexpr, MAN: tl.constexpr, SIGNED: tl.constexpr,
           NT: tl.constexpr):  # fmt: skip
     """OUT [N, K] = the weights of one matrix in stored column order, in the type of OUT."""
@@ -102,7 +130,9 @@ def dense(W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, OUT, N, NP, K, G, expert,
     rt = expert * (NP // 16) + pn * NT + tl.arange(0, NT)
     row = pn * NT * 16 + tl.arange(0, NT * 16)
     v = to_values(tile_codes(W, HIGH, rt, group, G, BITS, NT), BOOK, EXP, MAN, SIGNED)
-    v = _scaled(v, row, group, expert, S0, S1, S2, Z, O0, O1, NP, G, N, K, SF, OF, ZERO, ZV)
+    v = _scaled(
+        v, row, group, expert, S0, S1, S2, Z, O0, O1, NP, G, N, K, SF0, SF1, SF2, OF0, OF1, ZERO, ZV
+    )
     k = group * 128 + tl.arange(0, 128)
     at = row.to(tl.int64)[:, None] * K + k[None, :]
     tl.store(OUT + at, v.to(OUT.dtype.element_ty), mask=(row < N)[:, None] & (k < K)[None, :])
@@ -110,7 +140,9 @@ def dense(W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, OUT, N, NP, K, G, expert,
 
 @triton.jit
 def embed(IDS, W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, OUT, N, NP, K, G,
-          SF: tl.constexpr, OF: tl.constexpr, ZERO: tl.constexpr, ZV: tl.constexpr,
+          SF0: tl.constexpr, SF1: tl.constexpr,
+            SF2: tl.constexpr, OF0: tl.constexpr, OF1: tl.constexpr, ZERO: tl.constexpr,
+            ZV: tl.constexpr,
           BITS: tl.constexpr, EXP: tl.constexpr, MAN: tl.constexpr, SIGNED: tl.constexpr,
           BK: tl.constexpr):  # fmt: skip
     """OUT [T, K]: the rows IDS [T] of W. An id outside the table gives NaN."""
@@ -121,20 +153,20 @@ def embed(IDS, W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, OUT, N, NP, K, G,
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     v = to_values(code_at(W, HIGH, row + k * 0, k, G, BITS), BOOK, EXP, MAN, SIGNED)
     if ZERO == 1:
-        ZF: tl.constexpr = (SF[0][0], 5, SF[0][2], SF[0][3], 0)
+        ZF: tl.constexpr = (SF0 & ~0x78) | (5 << 3)  # codes on the grid of the finest scale
         v = v - factor_at(Z, row, k, 0, NP, G, N, K, ZF)
     elif ZV != 0:
         v = v - ZV
-    s = factor_at(S0, row, k, 0, NP, G, N, K, SF[0])
-    if len(SF) > 1:
-        s = factor_at(S1, row, k, 0, NP, G, N, K, SF[1]) * s
-    if len(SF) > 2:
-        s = factor_at(S2, row, k, 0, NP, G, N, K, SF[2]) * s
+    s = factor_at(S0, row, k, 0, NP, G, N, K, SF0)
+    if SF1 != 7:
+        s = factor_at(S1, row, k, 0, NP, G, N, K, SF1) * s
+    if SF2 != 7:
+        s = factor_at(S2, row, k, 0, NP, G, N, K, SF2) * s
     v = v * s
     if ZERO == 2:
-        o = factor_at(O0, row, k, 0, NP, G, N, K, OF[0])
-        if len(OF) > 1:
-            o = factor_at(O1, row, k, 0, NP, G, N, K, OF[1]) * o
+        o = factor_at(O0, row, k, 0, NP, G, N, K, OF0)
+        if OF1 != 7:
+            o = factor_at(O1, row, k, 0, NP, G, N, K, OF1) * o
         v = v + o
     v = tl.where(known, v, float("nan"))
     tl.store(OUT + t.to(tl.int64) * K + k, v.to(OUT.dtype.element_ty), mask=k < K)

@@ -132,21 +132,24 @@ def _decode(v, ELEMENT: tl.constexpr):
 
 @triton.jit
 def factor_at(P, row, k, expert, NP, G, N, K, F: tl.constexpr):
-    """One factor at (row, k), element by element; ``F`` is ``Factor.constants``."""
-    if F[0] == 0:
+    """One factor at (row, k), element by element; ``F`` is ``Factor.constant``."""
+    KIND: tl.constexpr = F & 7
+    ROWS: tl.constexpr = ((F >> 8) & 0xFFF) * 16
+    COLS: tl.constexpr = (F >> 20) * 16
+    if KIND == 0:
         v = tl.load(P + expert)
-    elif F[0] == 1:
+    elif KIND == 1:
         v = tl.load(P + expert * NP + row)
-    elif F[0] == 2:
-        groups = (G * 128 + F[3] - 1) // F[3]
-        tile = (expert * (NP // 16) + row // 16).to(tl.int64) * groups + k // F[3]
+    elif KIND == 2:
+        groups = (G * 128 + COLS - 1) // COLS
+        tile = (expert * (NP // 16) + row // 16).to(tl.int64) * groups + k // COLS
         v = tl.load(P + tile * 16 + row % 8 * 2 + row // 8 % 2)
     else:
-        down, across = (N + F[2] - 1) // F[2], (K + F[3] - 1) // F[3]
-        at = (expert * down + tl.minimum(row // F[2], down - 1)) * across
-        v = tl.load(P + at + tl.minimum(k // F[3], across - 1))
-    v = _decode(v, F[1])
-    if F[4]:
+        down, across = (N + ROWS - 1) // ROWS, (K + COLS - 1) // COLS
+        at = (expert * down + tl.minimum(row // ROWS, down - 1)) * across
+        v = tl.load(P + at + tl.minimum(k // COLS, across - 1))
+    v = _decode(v, (F >> 3) & 7)
+    if (F >> 6) & 1:
         v = 1.0 / v
     return v
 
@@ -154,11 +157,12 @@ def factor_at(P, row, k, expert, NP, G, N, K, F: tl.constexpr):
 @triton.jit
 def factor(P, row, group, expert, NP, G, N, K, F: tl.constexpr):
     """One factor over rows [B] and one group of 128 columns: [B, 1] or [B, 128]."""
-    if F[0] == 2 and F[3] < 128:
-        PER: tl.constexpr = 128 // F[3]
-        k = group * 128 + tl.arange(0, PER) * F[3]
+    COLS: tl.constexpr = (F >> 20) * 16
+    if (F & 7) == 2 and COLS < 128:
+        PER: tl.constexpr = 128 // COLS
+        k = group * 128 + tl.arange(0, PER) * COLS
         v = factor_at(P, row[:, None], k[None, :], expert, NP, G, N, K, F)
-        v = tl.broadcast_to(v[:, :, None], [row.shape[0], PER, F[3]])
+        v = tl.broadcast_to(v[:, :, None], [row.shape[0], PER, COLS])
         return v.reshape(row.shape[0], 128)
     else:
         at = row[:, None]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant_kernels_triton import plain
-from quant_kernels_triton.arguments import constants, interpreted, pointers
-from quant_kernels_triton.launch import aligned, launch
+from quant_kernels_triton.arguments import NAMES, WORDS, constants, interpreted, pointers
+from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.recipe import Recipe
 
 __all__ = ["dense_weight", "expert_blocks", "run_dense", "run_embedding", "run_gemm", "run_grouped"]
@@ -27,6 +27,13 @@ def _sizes(r: Recipe) -> tuple[int, ...]:
     return r.n, r.rows, r.k, r.k_in, r.groups
 
 
+def _views(r: Recipe, first: int) -> dict[int, torch.dtype]:
+    """The word types of the buffers of ``pointers``, which begin at argument ``first``."""
+    words = {first + NAMES.index(name): dtype for name, dtype in WORDS.items()}
+    absent = [first + i for i, name in enumerate(NAMES) if name not in r.buffers]
+    return words | dict.fromkeys(absent, torch.int32)
+
+
 def _gemm(
     r: Recipe, x: Tensor, tensors: Sequence[Tensor], y: Tensor, blocks: int, bm: int,
     schedule: tuple[Tensor, Tensor, Tensor] | None,
@@ -39,16 +46,25 @@ def _gemm(
         x, *pointers(r, tensors), held.get("gather", codes), held.get("bias", codes), y, *side,
         x.shape[0], n, rows, k, k_in, groups,
     )  # fmt: skip
-    fixed = constants(r) | {
-        "HAS_GATHER": r.gather,
-        "HAS_BIAS": r.bias,
-        "GROUPED": schedule is not None,
-        "BM": bm,
-        "NT": _NT,
-        "INTERPRET": interpreted(),
-    }
-    key = ("gemm", r, x.dtype, bm, schedule is not None)
-    launch(plain.gemm, key, (blocks * (rows // 64), 1), args, fixed, num_warps=4, num_stages=3)
+    grouped = schedule is not None
+
+    def build() -> Build:
+        fixed = constants(r) | {
+            "HAS_GATHER": r.gather,
+            "HAS_BIAS": r.bias,
+            "GROUPED": grouped,
+            "BM": bm,
+            "NT": _NT,
+            "INTERPRET": interpreted(),
+        }
+        views = _views(r, 1)
+        views |= {} if r.gather else {1 + len(NAMES): torch.int32}
+        return Build(
+            constants=fixed, options={"num_warps": 4, "num_stages": 3}, views=views
+        )  # fmt: skip
+
+    key = ("gemm", r, x.dtype, bm, grouped)
+    launch(plain.gemm, key, (blocks * (rows // 64), 1), args, x.device.index, build)
 
 
 def run_gemm(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -106,8 +122,13 @@ def dense_weight(r: Recipe, tensors: Sequence[Tensor], dtype: torch.dtype) -> Te
     codes = tensors[r.buffers.index("codes")]
     out = torch.empty(r.n, r.k, dtype=dtype, device=codes.device)
     args = (*pointers(r, tensors), out, r.n, r.rows, r.k, r.groups, 0)
-    grid, fixed = (r.rows // 64, r.groups), constants(r) | {"NT": _NT}
-    launch(plain.dense, ("dense", r, dtype), grid, args, fixed, num_warps=4)
+
+    def build() -> Build:
+        fixed = constants(r) | {"NT": _NT}
+        return Build(constants=fixed, options={"num_warps": 4}, views=_views(r, 0))
+
+    grid = (r.rows // 64, r.groups)
+    launch(plain.dense, ("dense", r, dtype), grid, args, codes.device.index, build)
     return out
 
 
@@ -122,11 +143,15 @@ def run_dense(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 def run_embedding(r: Recipe, ids: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Rows [T, K] of the ids [T]."""
-    flat = ids.reshape(-1).contiguous()
+    flat = aligned(ids.reshape(-1))
     out = torch.empty(flat.numel(), r.k, dtype=getattr(torch, r.act_dtype), device=flat.device)
     if flat.numel():
         args = (flat, *pointers(r, tensors), out, r.n, r.rows, r.k, r.groups)
-        grid, fixed = (flat.numel(), -(-r.k // _BK)), constants(r) | {"BK": _BK}
-        key = ("embed", r, flat.dtype, flat.data_ptr() % 16)
-        launch(plain.embed, key, grid, args, fixed, num_warps=4)
+
+        def build() -> Build:
+            fixed = constants(r) | {"BK": _BK}
+            return Build(constants=fixed, options={"num_warps": 4}, views=_views(r, 1))
+
+        grid, key = (flat.numel(), -(-r.k // _BK)), ("embed", r, flat.dtype)
+        launch(plain.embed, key, grid, args, flat.device.index, build)
     return out

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from quant_core.kernels.base import Rejected
 from quant_core.spec import CANONICAL, OpSpec, QuantSpec, Scale
 
-__all__ = ["ELEMENTS", "FLOATS", "Factor", "Recipe", "describe", "recipe_from_text"]
+__all__ = ["ABSENT", "ELEMENTS", "FLOATS", "Factor", "Recipe", "describe", "recipe_from_text"]
 
 ELEMENTS = {"f32": 0, "bf16": 1, "f16": 2, "e8m0": 3, "fp8_e4m3": 4, "uint": 5, "int": 6}
 """How a stored scale is read; the numbers are constants of the kernels."""
@@ -26,6 +26,7 @@ FLOATS = {  # name: (exponent bits, mantissa bits)
     "fp8_e5m2": (5, 2),
 }
 TENSOR, CHANNEL, GROUP, BLOCK = range(4)
+ABSENT = 7  # the constant of a factor that is not there
 ZERO_CONST, ZERO_CODE, ZERO_OFFSET = range(3)
 _ACTS = ("bfloat16", "float16", "float32")
 _FEATURES = ("bias", "gather", "tied")
@@ -41,13 +42,17 @@ class Factor:
     cols: int
     inverse: bool = False
 
-    def constants(self) -> tuple[int, ...]:
-        return (self.kind, self.element, self.rows, self.cols, int(self.inverse))
+    def constant(self) -> int:
+        """All of it in one number, which is how a kernel takes it: kind in bits 0-2, element 3-5,
+        inverse 6, rows / 16 from 8 on, columns / 16 from 20 on."""
+        head = self.kind | self.element << 3 | int(self.inverse) << 6
+        return head | self.rows // 16 << 8 | self.cols // 16 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Recipe:
-    """All that the kernels depend on."""
+    """All that the kernels depend on. Equal to itself only, so that it is a cheap key: one text
+    gives one object (``recipe_from_text``)."""
 
     op: str
     n: int
@@ -58,6 +63,7 @@ class Recipe:
     bits: int  # of a code as it is kept: 2, 3, 4 or 8
     zero: int
     zero_value: int
+    zero_bits: int  # of a zero code
     scales: tuple[Factor, ...]
     offsets: tuple[Factor, ...]
     gather: bool
@@ -85,7 +91,7 @@ class Recipe:
         return json.dumps(asdict(self), separators=(",", ":"))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def recipe_from_text(text: str) -> Recipe:
     """The ``Recipe`` of a text, cached: called by the torch ops on every call."""
     fields = json.loads(text)
@@ -213,6 +219,7 @@ def describe(op: OpSpec, *, ops: tuple[str, ...]) -> Recipe | Rejected:
         bits=bits,
         zero=kinds[None if zero is None else zero.kind],
         zero_value=zero.value if zero is not None and zero.kind == "const" else 0,
+        zero_bits=int(zero.element[4:]) if zero is not None and zero.kind == "code" else 0,
         scales=scales,
         offsets=offsets,
         gather=spec.gather,

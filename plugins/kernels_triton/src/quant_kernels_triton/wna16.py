@@ -2,6 +2,7 @@
 
 triton_wna16    plain Triton: every element, any GPU; linear, grouped_linear, embedding
 triton_dense    one expansion to 16 bits, then torch's matmul: many rows
+gluon_wna16     Gluon on Hopper: 4- and 8-bit codes, two kernels by number of rows; linear
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from quant_core.errors import KernelError
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.spec import OpSpec
 from quant_kernels_triton.costs import costs
+from quant_kernels_triton.gluon_plan import plan
 from quant_kernels_triton.recipe import Recipe, describe
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["Dense", "PlainTriton", "TilesKernel"]
+__all__ = ["Dense", "GluonTiles", "PlainTriton", "TilesKernel"]
 
 
 def interpreting() -> bool:
@@ -120,3 +122,51 @@ class Dense(TilesKernel):
 
         recipe = self._bound(op)
         return functools.partial(ops.bound_linear, recipe.text(), "dense", recipe.k_in)
+
+
+@functools.cache
+def gluon_missing() -> str:
+    """What the installed Triton lacks for the Gluon kernels; "" if nothing."""
+    from importlib.util import find_spec
+
+    try:
+        found = find_spec("triton.experimental.gluon.language.nvidia.hopper")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return "no triton.experimental.gluon"
+    from triton.experimental.gluon import language as gl
+
+    names = ("warp_specialize", "inline_asm_elementwise", "join")
+    lacks = [n for n in names if not hasattr(gl, n)]
+    if not (hasattr(gl, "barrier") or hasattr(gl, "thread_barrier")):
+        lacks.append("barrier")
+    return f"Gluon without {', '.join(lacks)}" if lacks else ""
+
+
+class GluonTiles(TilesKernel):
+    """See ``gluon_ring`` and ``gluon_ws``. Weights are rounded once to the type of x."""
+
+    name = "gluon_wna16"
+
+    def _recipe(self, op: OpSpec) -> Recipe | Rejected:
+        if op.device[0] != "cuda":
+            return Rejected(axis="device", have=op.device[0], need="cuda")
+        if not op.device[1].startswith("9."):
+            have = op.device[1] or "unknown"
+            return Rejected(axis="compute capability", have=have, need="9.0 (Hopper)")
+        recipe = super()._recipe(op)
+        if isinstance(recipe, Rejected):
+            return recipe
+        planned = plan(recipe)
+        if isinstance(planned, Rejected):
+            return planned
+        if missing := gluon_missing():
+            return Rejected(axis="triton", have=missing, need="Triton 3.6 or newer")
+        return recipe
+
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        from quant_kernels_triton import ops
+
+        recipe = self._bound(op)
+        return functools.partial(ops.bound_linear, recipe.text(), "gluon", recipe.k_in)

@@ -1,0 +1,342 @@
+"""The Triton and Gluon kernels on a GPU: are they right, how fast are they, and the cost table.
+
+    python benchmarks/gpu_kernels_triton.py --check --speed --out DIR
+
+``--check`` compares every kernel with a float64 product over specs, rows, tails and dtypes, in
+several processes (most of the time is compiling). ``--speed`` times calls in CUDA graphs whose
+weights rotate through copies larger than the L2 cache, launch gap included, medians, all kernels
+and torch's 16-bit matmul interleaved in one run. ``--table`` turns speeds into the cost table that
+the package ships. The packages need not be installed: their sources are put on the path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+for _p in (ROOT / "core/src", ROOT / "plugins/kernels_triton/src", ROOT / "plugins/kernels_triton"):
+    sys.path.insert(0, str(_p))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from tests.made import SPECS, make_layer, make_op  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from quant_core.dequantize import dense_weight, dequantize  # noqa: E402
+from quant_core.kernels import tiles  # noqa: E402
+from quant_core.kernels.base import Rejected  # noqa: E402
+from quant_kernels_triton.costs import class_of  # noqa: E402
+from quant_kernels_triton.gluon_plan import Ring, Specialized, config, plan  # noqa: E402
+from quant_kernels_triton.recipe import describe  # noqa: E402
+from quant_kernels_triton.wna16 import Dense, GluonTiles, PlainTriton  # noqa: E402
+
+ROWS = (1, 2, 7, 16, 17, 33, 64, 100, 256, 1000)
+BOUND = {"bfloat16": 2.2e-3, "float16": 4.5e-4}
+L2_BYTES = 150e6
+_IN_GRAPH = 20  # calls
+DEVICE = ("cuda", "9.0")
+
+
+def error(y: Tensor, want: Tensor) -> float:
+    """Relative Frobenius norm; infinity where y has NaN."""
+    e = ((y.double() - want).norm() / want.norm()).item()
+    return e if math.isfinite(e) else math.inf
+
+
+# ----------------------------------------------------------------------------------- are they right
+
+
+def check_spec(name: str, act: str) -> list[dict[str, object]]:
+    """All kernels on one spec: errors, graph replay, repeatability."""
+    out: list[dict[str, object]] = []
+    n, k = 200, 544  # tails of rows, of columns and of groups
+    lt = make_layer(SPECS[name], n, k, bias=True)
+    op = make_op(SPECS[name], n, k, act=act, bias=True, device=DEVICE)
+    buffers = tiles.allocate(op, "cuda")
+    tiles.load_(buffers, op, lt, {"row": 0})
+    w = dense_weight(lt.weight, k).double().cuda()
+    values = list(buffers.values())
+    for kernel in (GluonTiles(), PlainTriton(), Dense()):
+        answer = kernel.accepts(op)
+        if isinstance(answer, Rejected):
+            out.append({"kernel": kernel.name, "spec": name, "act": act, "rejected": str(answer)})
+            continue
+        run, worst, bad = kernel.bind(op), 0.0, []
+        for m in ROWS:
+            try:
+                x = torch.randn(m, k, device="cuda").to(getattr(torch, act))
+                want = x.double() @ w.t() + lt.bias.double().cuda()
+                y = run(values, x)
+                e = error(y, want)
+                same = torch.equal(y, run(values, x))
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    z = run(values, x)
+                z.fill_(float("nan"))
+                graph.replay()
+                torch.cuda.synchronize()
+                worst = max(worst, e)
+                noise = 1 + 2 / math.sqrt(m * n)  # of a norm over few outputs
+                if not (e <= BOUND[act] * noise and same and torch.equal(y, z)):
+                    bad.append((m, f"{e:.2e}", same, torch.equal(y, z)))
+            except Exception as err:  # a benchmark goes on and reports it
+                bad.append((m, repr(err)[:300]))
+        out.append({"kernel": kernel.name, "spec": name, "act": act, "worst": worst, "bad": bad})
+    return out
+
+
+def check(out: Path, workers: int) -> None:
+    """``check_spec`` of all specs in ``workers`` processes, and a table of what is not right."""
+    todo = [f"{name}|{act}" for name in SPECS for act in BOUND]
+    running = []
+    for i in range(workers):
+        part, path = todo[i::workers], out / f"check{i}.json"
+        command = [sys.executable, __file__, "--worker", json.dumps(part), "--out", str(path)]
+        running.append((subprocess.Popen(command), path))
+    rows = []
+    for process, path in running:
+        process.wait()
+        rows += json.loads(path.read_text()) if path.is_file() else [{"worker": str(path)}]
+        path.unlink(missing_ok=True)
+    (out / "check.json").write_text(json.dumps(rows))
+    wrong = [r for r in rows if r.get("bad") or "worker" in r]
+    for name in ("gluon_wna16", "triton_wna16", "triton_dense"):
+        ran = [r for r in rows if r.get("kernel") == name and "worst" in r]
+        worst = {a: max([r["worst"] for r in ran if r["act"] == a], default=0) for a in BOUND}
+        print(f"CHECK {name}: {len(ran)} specs, worst {worst}")
+    for r in wrong:
+        print("WRONG", r)
+    refused = {(r["kernel"], r["spec"]): r["rejected"] for r in rows if "rejected" in r}
+    for key, why in refused.items():
+        print("REFUSED", *key, why)
+
+
+# -------------------------------------------------------------------------------- how fast are they
+
+
+def graph_us(calls: list[Callable[[], Tensor]], repeats: int = 5) -> float:
+    """Median microseconds of a call, the calls replayed one after another in a CUDA graph."""
+    calls = calls * -(-_IN_GRAPH // len(calls))  # so that starting the graph does not count
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        times = []
+        graph.replay()
+        for _ in range(repeats):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    return sorted(times)[len(times) // 2]
+
+
+def layer(spec: str, n: int, k: int, copies: int) -> tuple[object, list[list[Tensor]], Tensor]:
+    """Op, several copies of the buffers, and the dense weight of a random layer on the device."""
+    small = make_layer(SPECS[spec], 64, k)
+    op = make_op(SPECS[spec], n, k, act="bfloat16", device=DEVICE)
+    buffers = tiles.allocate(op, "cuda")
+    for name, t in buffers.items():  # 64 rows repeated: random enough for the tensor cores
+        part = tiles.allocate(make_op(SPECS[spec], 64, k, act="bfloat16"), "cpu")
+        tiles.load_(part, make_op(SPECS[spec], 64, k, act="bfloat16"), small, {"row": 0})
+        held = part[name].cuda()
+        if held.shape == t.shape:
+            t.copy_(held)
+        else:
+            times = -(-t.shape[0] // held.shape[0])
+            t.copy_(torch.cat([held] * times)[: t.shape[0]])
+    w = dequantize(small.weight).cuda().bfloat16()
+    w = torch.cat([w] * -(-n // 64))[:n].contiguous()
+    return op, [[t.clone() for t in buffers.values()] for _ in range(copies)], w
+
+
+def candidates(p: object, recipe: object, m: int) -> list[Ring | Specialized]:
+    """Block sizes worth timing for m rows; the shipped choice first."""
+    first = config(p, recipe, m)
+    acc = p.spg == 1 and p.mode in (1, 2)
+    if m <= 32:
+        bm = 16 if m <= 16 else 32
+        more = [Ring(bm, w, 4, s, acc) for w in (4, 8) for s in (1, 2, 4)]
+    elif m <= 64:
+        more = [Ring(64, 8, 4, 1, False), Ring(64, 4, 4, 1, False), Ring(64, 4, 4, 2, False)]
+        more += [Ring(64, 4, 4, 4, False)]
+    elif m <= 128:
+        more = [Ring(128, 4, 3, 1, False), Ring(64, 4, 4, 2, False), Ring(64, 4, 4, 1, False)]
+        more += [Ring(128, 8, 3, 1, False), Ring(128, 4, 3, 2, False), Specialized(128, 8, 8)]
+    elif m <= 256:
+        more = [Specialized(256, 5, 8), Specialized(128, 8, 8), Ring(128, 4, 3, 1, False)]
+        more += [Ring(64, 4, 4, 1, False)]
+    else:
+        more = [Specialized(256, 5, 8), Specialized(256, 5, 16), Specialized(128, 8, 8)]
+    return [first, *(c for c in more if c != first)]
+
+
+def speed_of(
+    spec: str, k: int, n: int, rows: tuple[int, ...], tune: bool, other: bool
+) -> list[dict]:
+    """Microseconds of one layer: block sizes, the other kernels, torch's matmul."""
+    size = n * k * SPECS[spec].element.bits / 8
+    copies = max(2, min(20, math.ceil(L2_BYTES / size)))
+    op, held, w = layer(spec, n, k, copies)
+    recipe = describe(op, ops=("linear",))
+    dense = [w.clone() for _ in range(max(2, math.ceil(L2_BYTES / w.nbytes)))]
+    out = []
+    for m in rows:
+        row = {"spec": spec, "class": class_of(recipe), "bits": recipe.bits, "k": k, "n": n, "m": m}
+        row |= _speed_at(m, op, recipe, held if m <= 128 else held[:3], dense, tune, other)
+        out.append(row)
+        found, gluon = row["found"], row["gluon"]
+        best = min(found[:gluon], key=lambda f: f[1], default=("-", 0, 0))
+        rest = " ".join(f"{f[0]} {f[1]:.1f}" for f in found[gluon:])
+        print(
+            f"SPEED {spec:20} K{k} N{n} M{m:<5} torch {row['torch']:.1f} chosen {row['chosen']} "
+            f"best {best[0]} {best[1]:.1f} err {best[2]:.1e} {rest}",
+            flush=True,
+        )
+    return out
+
+
+def _speed_at(
+    m: int, op: object, recipe: object, held: list, dense: list[Tensor], tune: bool, other: bool
+) -> dict:
+    from quant_kernels_triton.gluon_run import run_config
+
+    x = torch.randn(m, dense[0].shape[1], device="cuda").bfloat16()
+    want = x[:64].double() @ dense[0].double().t()
+    p = plan(recipe)
+    every = [] if isinstance(p, Rejected) else candidates(p, recipe, m)
+    plain, expanded = PlainTriton().bind(op), Dense().bind(op)
+    calls = [
+        (str(c), lambda v, c=c: run_config(recipe, x, v, c)) for c in every[: None if tune else 1]
+    ]
+    gluon = len(calls)
+    if other:
+        calls.append(("triton_wna16", lambda v: plain(v, x)))
+    if other and m >= 64:
+        calls.append(("triton_dense", lambda v: expanded(v, x)))
+    found = []
+    for name, call in calls:
+        try:
+            e = error(call(held[0])[:64], want)
+            us = graph_us([lambda v=v, call=call: call(v) for v in held])
+            found.append((name, round(us, 2), e))
+        except Exception as err:
+            print("FAIL", m, name, repr(err)[:300], flush=True)
+            found.append((name, math.inf, math.inf))
+    torch_us = round(graph_us([lambda v=v: F.linear(x, v) for v in dense]), 2)
+    return {
+        "torch": torch_us,
+        "found": found,
+        "gluon": gluon,
+        "chosen": found[0][1] if gluon else None,
+    }
+
+
+def host_us(spec: str = "uint4 g128 f16", n: int = 4096, k: int = 4096, m: int = 32) -> float:
+    """Microseconds of processor time of an eager call, the device kept busy meanwhile."""
+    op, held, _ = layer(spec, n, k, 1)
+    run, x = GluonTiles().bind(op), torch.randn(m, k, device="cuda").bfloat16()
+    for _ in range(20):
+        run(held[0], x)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(200):
+        run(held[0], x)
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return spent / 200 * 1e6
+
+
+SHAPES = ((4096, 4096), (4096, 28672), (14336, 4096), (5120, 13824), (2048, 11008))
+OTHER_SPECS = ("uint4 g32 bf16 code", "mxfp4", "nvfp4", "int8 channel", "fp8 channel", "fp8 block")
+
+
+def speed(out: Path, seconds: float) -> None:
+    """All speeds, the most telling first, until the time is up."""
+    end, rows = time.time() + seconds, []
+    all_rows = (16, 32, 64, 96, 128, 192, 256, 512, 1024, 4096)
+    plan_: list[tuple] = [("uint4 g128 bf16", k, n, all_rows, True, True) for k, n in SHAPES[:2]]
+    plan_ += [(s, 4096, 28672, (16, 64, 256, 1024), False, True) for s in OTHER_SPECS]
+    plan_ += [(s, 4096, 4096, (16, 64, 256, 1024), False, True) for s in OTHER_SPECS]
+    plan_ += [("uint4 g128 bf16", k, n, all_rows, False, False) for k, n in SHAPES[2:]]
+    plan_ += [
+        (s, 4096, 4096, (1, 16, 64, 256), False, True) for s in ("uint3 g128", "uint2 g64 code")
+    ]
+    for job in plan_:
+        if time.time() > end:
+            print("TIME UP before", job[:3])
+            break
+        try:
+            rows += speed_of(*job)
+        except Exception as err:
+            print("FAIL", job[:3], repr(err)[:400], flush=True)
+        (out / "speed.json").write_text(json.dumps(rows))
+    print(f"HOST {host_us():.1f} us an eager call")
+
+
+def table(out: Path) -> None:
+    """The shipped cost table, from speed.json."""
+    rows = json.loads((out / "speed.json").read_text())
+    held: dict[tuple, list[list[float]]] = {}
+    for r in rows:
+        at = (r["class"], r["bits"], r["k"], r["n"])
+        if r["chosen"] is not None:
+            held.setdefault(("gluon_wna16", *at), []).append([r["m"], round(r["chosen"], 2)])
+        for name, us, _ in r["found"]:
+            if name.startswith("triton_"):
+                held.setdefault((name, *at), []).append([r["m"], round(us, 2)])
+    keys = ("kernel", "class", "bits", "k", "n")
+    entries = [dict(zip(keys, at), us=sorted(us)) for at, us in sorted(held.items())]
+    made = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "entries": entries}
+    (out / "table.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument("--check", action="store_true")
+    ap.add_argument("--speed", action="store_true")
+    ap.add_argument("--table", action="store_true")
+    ap.add_argument("--seconds", type=float, default=90)
+    ap.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
+    ap.add_argument("--worker", default="")
+    ap.add_argument("--out", type=Path, default=Path("out"))
+    a = ap.parse_args()
+    torch.manual_seed(0)
+    if a.worker:
+        rows = []
+        for item in json.loads(a.worker):
+            name, _, act = item.partition("|")
+            try:
+                rows += check_spec(name, act)
+            except Exception as err:
+                rows.append({"spec": name, "act": act, "bad": repr(err)[:400]})
+            a.out.write_text(json.dumps(rows))
+        return
+    a.out.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    if a.check:
+        check(a.out, a.workers)
+        print(f"check took {time.time() - start:.0f} s", flush=True)
+    if a.speed:
+        speed(a.out, a.seconds)
+    if a.table:
+        table(a.out)
+
+
+if __name__ == "__main__":
+    main()

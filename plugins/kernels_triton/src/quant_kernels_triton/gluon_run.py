@@ -1,0 +1,184 @@
+"""Running the Gluon kernels on a layer's buffers: descriptors, workspace, launches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from quant_core.errors import KernelError
+from quant_core.kernels.base import Rejected
+from quant_kernels_triton.asm import constraints, dequant
+from quant_kernels_triton.gluon_plan import Ring, Specialized, config, plan
+from quant_kernels_triton.gluon_ring import ring
+from quant_kernels_triton.gluon_ws import specialized
+from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
+from quant_kernels_triton.recipe import ELEMENTS, GROUP, Recipe
+
+__all__ = ["run_config", "run_gluon"]
+
+_PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # two rows of a factor in one word
+_SIZES = {code: {"f32": 4, "bf16": 2, "f16": 2}.get(e, 1) for e, code in ELEMENTS.items()}
+_COUNTERS = 1 << 16
+_counters: dict[tuple[int, object], Tensor] = {}
+
+
+class _Desc:
+    """A TMA descriptor as Triton's launcher reads it, without the checks of every call."""
+
+    __slots__ = ("base", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int]) -> None:
+        self.base, self.shape, self.strides = base, shape, strides
+
+
+class _Layer:
+    """A recipe with its plan and what is fixed of its launches."""
+
+    __slots__ = ("buffers", "fixed", "plan", "recipe", "views")
+
+    def __init__(self, recipe: Recipe) -> None:
+        p = plan(recipe)
+        if isinstance(p, Rejected):
+            raise KernelError(
+                f"gluon_wna16 was asked to run what it rejects: {p}. Choose a kernel that "
+                "accepts the operation.",
+                code="Q-KERNEL-NONE",
+                expected=p.need,
+                actual=p.have,
+            )
+        self.recipe, self.plan = recipe, p
+        self.fixed = {
+            "BYTES": p.bytes,
+            "BF16": recipe.act_dtype == "bfloat16",
+            **{f"C{i}": c for i, c in enumerate(p.factors)},
+            **{f"R{i}": c for i, c in enumerate(p.rows)},
+            "HAS_BIAS": recipe.bias,
+            "ZERO": p.zero,
+            "MODE": p.mode,
+            "SPG": p.spg,
+            "REGS": constraints(2 if p.bytes else 4),
+            "PDL": True,
+        }
+        names = ["codes", *p.names, *p.row_names, "bias"]
+        codes = recipe.buffers.index("codes")
+        self.buffers = [recipe.buffers.index(n) if n in recipe.buffers else codes for n in names]
+        grouped = [i for i, c in enumerate(p.factors) if c & 7 == GROUP]
+        absent = [i for i, at in enumerate(self.buffers) if at == codes]
+        sizes = {i: _SIZES[p.factors[i] >> 3 & 7] for i in grouped}
+        # argument 0 is x, 1 the codes, factors from 2 on
+        self.views = {1 + i: torch.int16 for i in absent}
+        self.views |= {2 + i: _PAIRS[size] for i, size in sizes.items()}
+
+    def arguments(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Codes, five factors, two factors of rows, bias; the codes where one is absent."""
+        return [tensors[i] for i in self.buffers]
+
+    def build(self, x: Tensor, bm: int, width: int, warps: int, mode: int, more: Any) -> Build:
+        """Constants of one kernel; ``more`` adds the block sizes."""
+        p, act = self.plan, "bf16" if x.dtype == torch.bfloat16 else "fp16"
+        asm = dequant(p.element, act, mode, p.zero_value)
+        options = {"num_warps": warps, "launch_pdl": True}
+        constants = self.fixed | {"BM": bm, "ASM": asm} | more
+        return Build(constants=constants, options=options, views=self.views)
+
+
+@functools.cache
+def _layer(recipe: Recipe) -> _Layer:
+    return _Layer(recipe)
+
+
+def _descriptor(x: Tensor, bm: int, width: int, known: bool) -> Any:
+    """The descriptor of x in boxes [bm, width]; ``known``: for a kernel that is compiled."""
+    shape, strides = list(x.shape), [x.shape[1], 1]
+    if known:
+        return _Desc(x, shape, strides)
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([bm, width], dtype)
+    return TensorDescriptor(x, shape, strides, [bm, width], layout)
+
+
+def _counter(device: int) -> Tensor | None:
+    """Zeroed counters of blocks, kept per stream; None if they cannot be made now."""
+    if torch.cuda.is_current_stream_capturing():
+        return _counters.get((device, "graph"))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    held = _counters.get((device, stream))
+    if held is None:
+        made = torch.zeros(2, _COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
+        held = _counters[device, stream] = made[0]
+        _counters.setdefault((device, "graph"), made[1])
+    return held
+
+
+def _run_ring(held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Ring) -> None:
+    r, device = held.recipe, x.device.index
+    m, blocks = x.shape[0], -(-x.shape[0] // c.bm) * -(-r.rows // (16 * c.warps))
+    split, count, part = c.split, y, y
+    if split > 1:
+        counter = _counter(device) if blocks <= _COUNTERS else None
+        if counter is None:
+            split = 1
+        else:
+            count = counter
+            part = torch.empty(split, m, r.n, dtype=torch.float32, device=x.device)
+    key = ("ring", r, c.bm, c.warps, c.stages, split, c.acc)
+
+    def build() -> Build:
+        more = {"NW": c.warps, "ST": c.stages, "SPLIT": split, "GN": 8, "ACC": c.acc}
+        return held.build(x, c.bm, 128, c.warps, 0 if c.acc else held.plan.mode, more)
+
+    desc = _descriptor(x, c.bm, 128, is_compiled(key, device))
+    args = (desc, *held.arguments(tensors), y, part, count, m, r.n, r.rows, r.k, r.groups)
+    launch(ring, key, (blocks * split, 1), args, device, build)
+
+
+def _run_specialized(
+    held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Specialized
+) -> None:
+    r, m, device = held.recipe, x.shape[0], x.device.index
+    key = ("ws", r, c.bm, c.stages, c.together)
+
+    def build() -> Build:
+        more = {"ST": c.stages, "GN": c.together}
+        return held.build(x, c.bm, 64, 4, held.plan.mode, more)
+
+    desc = _descriptor(x, c.bm, 64, is_compiled(key, device))
+    args = (desc, *held.arguments(tensors), y, m, r.n, r.rows, r.k, r.groups)
+    grid = (-(-m // c.bm) * -(-r.rows // 128), 1)
+    launch(specialized, key, grid, args, device, build)
+
+
+def run_config(r: Recipe, x: Tensor, tensors: Sequence[Tensor], c: Ring | Specialized) -> Tensor:
+    """y [M, N] = x [M, K] W^T (+ bias) with the given block sizes."""
+    if r.gather:  # -1 picks the appended zero column
+        held = tensors[r.buffers.index("gather")]
+        x = F.pad(x, (0, 1)).index_select(1, torch.where(held < 0, r.k_in, held)[: r.k])
+    x = aligned(x)
+    y = x.new_empty(x.shape[0], r.n)
+    if x.shape[0]:
+        if isinstance(c, Ring):
+            _run_ring(_layer(r), x, tensors, y, c)
+        else:
+            _run_specialized(_layer(r), x, tensors, y, c)
+    return y
+
+
+def run_gluon(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """y [M, N] = x [M, K] W^T (+ bias) with the block sizes of ``gluon_plan.config``.
+
+    An input of another type than the layer's is taken in the layer's and the result given back in
+    its own: the kernels know 16-bit floats only.
+    """
+    own = getattr(torch, r.act_dtype)
+    if x.dtype != own:
+        return run_gluon(r, x.to(own), tensors).to(x.dtype)
+    return run_config(r, x, tensors, config(_layer(r).plan, r, x.shape[0]))
