@@ -35,3 +35,19 @@ def test_every_format_plugin_has_a_page():
     formats = {f for f in formats if not f.startswith("kernels_")}
     pages = {p.stem for p in (REPO / "docs/formats").glob("*.md")}
     assert formats <= pages
+
+
+def test_readme_names_every_package_and_marks_what_is_made_online():
+    """One row for each format plugin; "made online" as its hook says."""
+    import tomllib
+
+    text = (REPO / "README.md").read_text("utf-8")
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    rows = {cells[1].strip().strip("`"): [c.strip() for c in cells] for cells in lines[2:]}
+    for file in REPO.glob("plugins/*/pyproject.toml"):
+        name = tomllib.loads(file.read_text("utf-8"))["project"]["name"]
+        if not name.startswith("quant-plugin-"):
+            continue
+        hooks = next((file.parent / "src").glob("*/__init__.py")).read_text("utf-8")
+        assert rows[name][4] == ("✓" if "def online_schemes(" in hooks else ""), name
+        assert rows[name][2], name
