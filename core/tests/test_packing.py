@@ -312,12 +312,12 @@ def test_non_contiguous_inputs_are_read_right(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_word_slice_at_pack_units_holds_the_rows_codes(bits: int) -> None:
-    codes = random_codes(96, 96, bits)
+    codes = random_codes(192, 192, bits)
     for packing in packings(bits):
         unit = pack_unit(bits, packing)
         words = pack(codes, bits, packing)
-        assert 96 % unit == 0 or packing.straddle is False
-        start, stop = unit, min(96, 3 * unit)
+        assert 192 % unit == 0 or packing.straddle is False
+        start, stop = unit, min(192, 3 * unit)
         if start >= stop:
             continue
         n, k = (slice(None), slice(start, stop))[:: 1 if packing.axis == "in" else -1]
