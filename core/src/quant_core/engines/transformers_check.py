@@ -26,7 +26,7 @@ from quant_core.engines.transformers_experts import (
     has_expert_bias,
     is_replaceable,
 )
-from quant_core.engines.transformers_names import Layout
+from quant_core.engines.transformers_names import Layout, arrange
 from quant_core.engines.transformers_tied import Tied
 from quant_core.errors import LayoutError, summarize
 from quant_core.ledger import missing_error, unexpected_error
@@ -35,7 +35,7 @@ from quant_core.plan import Member, Plan, member_parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Check", "check_bias", "without_zero_bias"]
+__all__ = ["Check", "check_bias", "missing_parameters", "without_zero_bias"]
 
 log = logging.getLogger("quant_core")
 
@@ -192,6 +192,13 @@ class Check:
         if leaf != "bias" or f"{module}.weight" not in self.layout.filled:
             return ""
         return _ZERO_BIAS if not bool(self.plan.checkpoint.read(stored).any()) else ""
+
+
+def missing_parameters(plan: Plan, model: PreTrainedModel) -> list[str]:
+    """Parameters of a model's skeleton that the checkpoint does not fill."""
+    layout = arrange(plan, model)
+    check = Check(plan, model, layout, Tied(model, layout))
+    return sorted(check._missing()) + layout.incomplete
 
 
 def _stored_names(plan: Plan, member: Member) -> list[str]:

