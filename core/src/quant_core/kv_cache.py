@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.tensors import LayerTensors
 
-__all__ = ["CacheScheme", "CacheTensor", "Role", "cache_schemes"]
+__all__ = ["CacheScheme", "CacheTensor", "Role", "cache_schemes", "served_cache_schemes"]
 
 Role = Literal["q", "k", "v"]
 _ROLES: tuple[Role, ...] = ("q", "k", "v")
@@ -211,3 +211,35 @@ def cache_schemes(
             plugin=plugin,
         )
     return out
+
+
+_SERVED: tuple[Mapping[str, str], ...] = (
+    {"k": "k_proj.k_scale", "v": "v_proj.v_scale"},
+    {"k": "k_proj.output_scale", "v": "v_proj.output_scale"},
+    {"k": "attn.k_scale", "v": "attn.v_scale"},
+    {"k": "k_scale", "v": "v_scale"},
+)
+"""Names that serving engines look for; the first that a checkpoint has is its own."""
+
+
+def served_cache_schemes(
+    checkpoint: Checkpoint, *, element: Element, plugin: str
+) -> dict[str, CacheScheme]:
+    """Scales of keys and values under the names that serving engines read, as an offer.
+
+    Whether the cache is quantized is decided where the model is served.
+
+    Source: vLLM 0.32 ``model_executor/model_loader/weight_utils.py`` (maybe_remap_kv_scale_name).
+
+    Returns:
+        Stored path of the attention module -> its scheme; empty without scales of both.
+    """
+    for suffixes in _SERVED:
+        ends = tuple(f".{s}" for s in suffixes.values())
+        if any(n.endswith(ends) for n in checkpoint.tensors):
+            found = cache_schemes(
+                checkpoint, suffixes, element=element, default=False, plugin=plugin
+            )
+            both = all({"k", "v"} <= s.operands.keys() for s in found.values())
+            return found if both else {}
+    return {}

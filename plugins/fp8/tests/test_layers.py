@@ -204,6 +204,33 @@ def test_cache_scales_are_skipped_by_a_named_rule_and_warned_of(write, made):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("k_scale", "v_scale"),
+        ("k_proj.k_scale", "v_proj.v_scale"),
+        ("attn.k_scale", "attn.v_scale"),
+    ],
+)
+def test_cache_scales_of_keys_and_values_are_offered_under_the_names_engines_read(
+    write, made, names
+):
+    where, (k, v) = "model.layers.0.self_attn", names
+    stored = {f"{where}.{k}": torch.tensor(0.25), f"{where}.{v}": torch.tensor(0.5)}
+    planned = plan(write(made.model("tensor") | stored, made.configs["tensor"]))
+    (member,) = planned.attention.values()
+    assert not member.scheme.default  # whether the cache is quantized is the server's decision
+    assert {t.stored for t in member.scheme.tensors} == set(stored)
+    assert {r: s.element.name for r, s in member.scheme.operands.items()} == dict.fromkeys(
+        "kv", "fp8_e4m3"
+    )
+    assert "not applied" not in " ".join(planned.warnings)
+    lt = member.scheme.canonicalize(
+        member.layer, {t.name: stored[t.stored] for t in member.scheme.tensors}
+    )
+    assert [float(lt.operands[r].scales[0]) for r in "kv"] == [0.25, 0.5]
+
+
 # ------------------------------------------------------------- experts whose scales are stacked
 
 EXPERTS = "model.layers.0.mlp.experts"

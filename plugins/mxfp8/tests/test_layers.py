@@ -220,6 +220,15 @@ def test_kv_scales_are_accounted_for_and_warned_about(mx, write, dense):
     assert any("no scales are stored" in w for w in planned.warnings)
 
 
+def test_kv_scales_of_keys_and_values_are_offered(mx, write, dense):
+    kv = {f"model.layers.0.self_attn.{x}_scale": torch.full((1,), 0.5) for x in "kv"}
+    planned = mx.plan(write(mx.named(mx.stored(dense)) | kv))
+    (member,) = planned.attention.values()
+    assert not member.scheme.default
+    assert {t.stored for t in member.scheme.tensors} == set(kv)
+    assert not any("not applied" in w for w in planned.warnings)
+
+
 def test_what_mxfp8_cannot_hold_raises(mx, write, dense):
     planned = mx.plan(write(mx.named(mx.stored(dense))))
     member = planned.members[mx.NAME]

@@ -35,6 +35,13 @@ def detect_format(checkpoint: Checkpoint) -> FormatMatch | None:
 
 
 @hookimpl
+def attention_schemes(match: FormatMatch, checkpoint: Checkpoint) -> Mapping[str, Scheme]:
+    from quant_plugin_fp8.detect import cache_schemes
+
+    return cache_schemes(checkpoint)
+
+
+@hookimpl
 def make_scheme(
     match: FormatMatch, layer: LayerDesc, checkpoint: Checkpoint
 ) -> Scheme | Unquantized:

@@ -11,12 +11,14 @@ from dataclasses import replace
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import quantization_config
+from quant_core.kv_cache import CacheScheme, served_cache_schemes
 from quant_core.presence import siblings_of
-from quant_core.spec import FormatMatch, TensorInfo
+from quant_core.spec import Element, FormatMatch, TensorInfo
 from quant_plugin_fp8.config import METHODS, Fp8Config, parse_config
 
-__all__ = ["INPUT_NAMES", "KV_LEAVES", "SCALE_NAMES", "detect", "is_quantized"]
+__all__ = ["INPUT_NAMES", "KV_LEAVES", "SCALE_NAMES", "cache_schemes", "detect", "is_quantized"]
 
+_E4M3 = Element(name="fp8_e4m3", bits=8, kind="float")
 SCALE_NAMES = ("weight_scale_inv", "weight_scale")
 INPUT_NAMES = ("input_scale", "activation_scale")
 KV_LEAVES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "output_scale",
@@ -34,11 +36,27 @@ def is_quantized(path: str, leaves: Mapping[str, TensorInfo]) -> bool:
     return any(name in leaves for name in (*SCALE_NAMES, *INPUT_NAMES))
 
 
+def cache_schemes(checkpoint: Checkpoint) -> dict[str, CacheScheme]:
+    """Stored path of the attention module -> how its keys and values may be quantized."""
+    return served_cache_schemes(checkpoint, element=_E4M3, plugin="fp8")
+
+
+def cache_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """Stored scales of keys and values that are offered."""
+    schemes = cache_schemes(checkpoint).values()
+    return frozenset(t.stored for scheme in schemes for t in scheme.tensors)
+
+
 def _cache_warnings(config: Fp8Config, checkpoint: Checkpoint) -> tuple[str, ...]:
-    owners = [m for m, leaves in checkpoint.modules.items() if KV_LEAVES & leaves.keys()]
+    offered = cache_names(checkpoint)
+    owners = [
+        module
+        for module, leaves in checkpoint.modules.items()
+        if any(f"{module}.{leaf}" not in offered for leaf in KV_LEAVES & leaves.keys())
+    ]
     if owners:
         return (f"KV-cache scales present, not applied ({len(owners)} modules)",)
-    if config.kv_cache:
+    if config.kv_cache and not offered:
         return (
             f"{config.file}: kv_cache_scheme is set, but no scales are stored; the cache stays "
             "unquantized",
