@@ -24,6 +24,7 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def apply(op: OpSpec) -> Iterable[Kernel]:
+    from quant_kernels_torch.int4_cpu import Int4Cpu
     from quant_kernels_torch.kernels import KERNELS
 
-    return KERNELS
+    return (*KERNELS, Int4Cpu())
