@@ -466,6 +466,6 @@ def _config_warnings(match: FormatMatch | None, members: Mapping[str, Member]) -
     patterns: Sequence[Any] = getattr(config, "name_patterns", tuple)()
     left = unmatched(patterns, _names(members)) if patterns else []
     if left:
-        shown = summarize(f"{p.purpose}: {p.text}" for p in left)
+        shown = summarize(f"{p.purpose}: {p.label}" for p in left)
         out.append(f"{len(left)} name pattern(s) match no module: {shown}")
     return out

@@ -70,7 +70,7 @@ def refuse_skipped(
         raise _mismatch(
             checkpoint,
             path,
-            f"is quantized, but {entry.purpose} of {source} names it ({printable(entry.text)!r})",
+            f"is quantized, but {entry.purpose} of {source} names it ({printable(entry.label)!r})",
             "Correct the list, or export the checkpoint again.",
             plugin,
         )
@@ -116,7 +116,7 @@ def unquantized(
     path, leaves = next(iter(stored_modules(layer, checkpoint).items()))
     entry = first_match(skip, path)
     if entry is not None:
-        return Unquantized(rule=entry.purpose, evidence=f"entry {entry.text!r}")
+        return Unquantized(rule=entry.purpose, evidence=f"entry {entry.label!r}")
     weight = leaves.get("weight")
     if weight is not None and len(weight.shape) == 2 and numberless(path) in siblings:
         raise _mismatch(

@@ -83,6 +83,8 @@ def _timed(call: Any, text: str, name: str) -> bool:
 class NamePattern:
     """One pattern of a config: its dialect, its text, and what it is for.
 
+    ``written`` is the config's own text where ``text`` was made from it; ``label`` is for messages.
+
     Raises (on construction):
         ConfigError: ``Q-CFG-REGEX`` for an invalid or over-long regular expression.
     """
@@ -90,6 +92,11 @@ class NamePattern:
     kind: Literal["exact", "prefix", "suffix", "substring", "glob", "regex", "search"]
     text: str
     purpose: str = ""  # the config key it came from
+    written: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.written or self.text
 
     def __post_init__(self) -> None:
         if self.kind in ("regex", "search"):

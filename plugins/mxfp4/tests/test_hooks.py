@@ -69,6 +69,15 @@ def test_bad_configs_are_refused(block, code):
     assert err.value.code == code
 
 
+def test_entry_without_a_module_is_reported_as_it_was_written(mx, write):
+    stored = mx.experts().stored
+    block = {**mx.CONFIG, "modules_to_not_convert": ["model.layers.*.nowhere"]}
+    planned = mx.plan(write(mx.named(stored), block))
+    assert planned.warnings == [
+        "1 name pattern(s) match no module: 'modules_to_not_convert: model.layers.*.nowhere'"
+    ]
+
+
 def test_unknown_keys_are_one_warning():
     (warning,) = parse_config({"quant_method": "mxfp4", "colour": 1}, "config.json").warnings
     assert "colour" in warning

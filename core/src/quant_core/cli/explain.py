@@ -27,7 +27,7 @@ def _rules(plan: Plan, name: str) -> list[dict[str, str]]:
     """The config's name patterns that match this module."""
     patterns = getattr(plan.match.config, "name_patterns", tuple) if plan.match else tuple
     return [
-        {"key": p.purpose, "kind": p.kind, "pattern": p.text}
+        {"key": p.purpose, "kind": p.kind, "pattern": p.label}
         for p in patterns()
         if p.matches(name)
     ]  # fmt: skip

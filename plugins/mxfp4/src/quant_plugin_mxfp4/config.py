@@ -46,6 +46,7 @@ class Mxfp4Config:
                 kind="regex",
                 text=rf"(?:{entry})(?:(?<=\.)|(?=\.|$))|.*{re.escape(entry)}$",
                 purpose="modules_to_not_convert",
+                written=entry,
             )
             for entry in self.skipped
         )
