@@ -47,9 +47,9 @@ class Int4Cpu:
     name = "torch_int4_cpu"
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
-        spec, n, k = op.weight, op.size("n"), op.size("k")
         if op.op != "linear":
             return Rejected(axis="op", have=op.op, need="linear")
+        spec, n, k = op.weight, op.size("n"), op.size("k")
         if op.device[0] != "cpu":
             return Rejected(axis="device", have=op.device[0], need="cpu")
         if [r for r, _ in op.operands] != ["weight"] or spec.gather or spec.blocks:
