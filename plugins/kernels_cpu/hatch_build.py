@@ -32,14 +32,16 @@ _NEEDED = {
     "load": _AVX2,
     "kernel_avx2": _AVX2,
     "kernel_int8_avx2": _AVX2,
+    "step_avx2": _AVX2,
 }
 _OPTIONAL = {
     "AVX512": ("kernel_avx512", _AVX512),
+    "STEP_AVX512": ("step_avx512", [*_AVX512, "-mprefer-vector-width=512"]),
     "BF16": ("kernel_bf16", [*_AVX512, "-mavx512bf16"]),
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 3  # of the C interface; library.py checks it
+_VERSION = 4  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "int8.h"
+#include "step.h"
 
 enum { ISA_NONE, ISA_AVX2, ISA_AVX512, ISA_BF16 };
 
@@ -117,6 +118,15 @@ int qk_linear_w8a8(const qk_int8_call *c) {
 #endif
     if (c->isa >= ISA_AVX2)
         return qk_w8a8_avx2(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
+    return 3;
+}
+
+/* One decode step of attention. */
+int qk_attention(const qk_step *s) {
+#ifdef QK_HAVE_STEP_AVX512
+    if (s->isa >= ISA_AVX512) return qk_step_avx512(s, omp_get_max_threads());
+#endif
+    if (s->isa >= ISA_AVX2) return qk_step_avx2(s, omp_get_max_threads());
     return 3;
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.build import Builder
+from quant_core.engines.transformers_attention import attach_attention
 from quant_core.engines.transformers_cache import CacheMode, attach_caches
 from quant_core.engines.transformers_check import Check, check_bias, without_zero_bias
 from quant_core.engines.transformers_experts import gating_of
@@ -88,6 +89,13 @@ def fill_model(
     _fill_dense(model, plan, layout, builder.device, dtypes)
     tied.apply()
     share_inputs(model)
+    attach_attention(
+        model,
+        plan.registry,
+        dtype=builder.dtype,
+        device=builder.device,
+        kernels=builder.kernels,
+    )
     plan.ledger.check_loaded()
     return filled
 

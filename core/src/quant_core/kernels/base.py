@@ -105,5 +105,9 @@ class Kernel(Protocol):
         linear        run([buffers...], x [..., K]) -> [..., N]
         embedding     run([buffers...], ids [...]) -> [..., K]
         grouped_linear  run([buffers...], x [T, K], expert index [T]) -> [T, N]
+        attention     run([], q, k, v, mask, scale) -> y, or None for what it does not take;
+                      q [B, H, 1, D] of one new token (feature "one_token"), k and v
+                      [B, Hkv, L, D], mask bool (True = attend), float (added) or None,
+                      broadcast to [B, H, 1, L], y [B, 1, H, D]
         It must pickle (a partial of a module-level function) and trace under torch.compile.
         """

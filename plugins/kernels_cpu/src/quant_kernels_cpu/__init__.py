@@ -26,4 +26,8 @@ def plugin_info() -> PluginInfo:
 def apply(op: OpSpec) -> Iterable[Kernel]:
     from quant_kernels_cpu.kernel import KERNELS
 
+    if op.op == "attention":
+        from quant_kernels_cpu.attention import AttentionStep
+
+        return (AttentionStep(),)
     return KERNELS

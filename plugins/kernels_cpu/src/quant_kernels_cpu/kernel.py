@@ -239,3 +239,4 @@ def _check_part(
 
 
 KERNELS: tuple[Kernel, ...] = (WnA16(), W4A8(), W8A8())
+"""Of layers with weights."""
