@@ -145,11 +145,25 @@ def int8_problem(op: OpSpec) -> Rejected | None:
 
 
 def at_rows(
-    nbytes: float, flops_per_row: float, *, fixed_us: float, gbs: float, tflops: float
+    nbytes: float,
+    flops_per_row: float,
+    *,
+    fixed_us: float,
+    gbs: float,
+    tflops: float,
+    bytes_per_row: float = 0.0,
+    first: bool = False,
 ) -> tuple[tuple[int, float], ...]:
-    """Microseconds per number of rows: launches, then the larger of reading and multiplying."""
+    """Microseconds per number of rows: launches, then the larger of reading and multiplying.
+
+    Args:
+        bytes_per_row: moved besides, for every row of x.
+        first: the weights are expanded before anything is multiplied: the sum of both.
+    """
     out = []
     for m in ROWS:
-        us = fixed_us + max(nbytes / gbs / 1e3, m * flops_per_row / tflops / 1e6)
+        read, multiply = nbytes / gbs / 1e3, m * flops_per_row / tflops / 1e6
+        work = read + multiply if first else max(read, multiply)
+        us = fixed_us + work + m * bytes_per_row / gbs / 1e3
         out.append((ANY_ROWS if m == ROWS[-1] else m, math.ceil(us * 10) / 10))
     return tuple(out)

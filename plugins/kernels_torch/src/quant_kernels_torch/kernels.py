@@ -88,9 +88,10 @@ class Dequant:
             costs=at_rows(
                 60.0 * weights * max(experts, 1),
                 2.0 * weights,
-                fixed_us=60.0,
+                fixed_us=30.0,
                 gbs=2500.0,
                 tflops=650.0,
+                first=True,
             ),
             note=f"dequantizes the whole weight on every call{emulated}",
         )
@@ -143,16 +144,21 @@ class _Rows:
         raise NotImplementedError
 
     def _rates(self, op: OpSpec) -> dict[str, Any]:
-        if op.device[0] == "cuda":
-            return {"fixed_us": 30.0, "gbs": 2200.0, "tflops": 1100.0}
-        return {"fixed_us": 60.0, "gbs": 15.0, "tflops": 0.3}
+        # 14 bytes an element of x: largest magnitude, division, rounding
+        return {
+            "fixed_us": 40.0,
+            "gbs": 2200.0,
+            "tflops": 1100.0,
+            "bytes_per_row": 14.0 * op.size("k"),
+        }
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
         if bad := self._problem(op):
             return bad
         weights = op.size("n") * op.size("k")
         costs = at_rows(weights, 2.0 * weights, **self._rates(op))
-        return Accepted(costs=costs, note="activations quantized by separate torch ops")
+        note = "activations quantized by separate torch ops"
+        return Accepted(cost=costs[0][1], costs=costs, note=note)
 
     def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
         from quant_core.kernels.reference import ReferenceKernel
@@ -223,9 +229,10 @@ class Int8(_Rows):
         return int8_problem(op) or _capability(op, (8, 0))
 
     def _rates(self, op: OpSpec) -> dict[str, Any]:
+        moved = 22.0 * op.size("k") + 24.0 * op.size("n")  # rounding x, scaling the sums
         if op.device[0] == "cuda":
-            return {"fixed_us": 40.0, "gbs": 2200.0, "tflops": 800.0}
-        return {"fixed_us": 60.0, "gbs": 15.0, "tflops": 0.5}
+            return {"fixed_us": 50.0, "gbs": 2200.0, "tflops": 800.0, "bytes_per_row": moved}
+        return {"fixed_us": 60.0, "gbs": 15.0, "tflops": 0.5, "bytes_per_row": moved}
 
     def _runner(self) -> Callable[..., Tensor]:
         from quant_kernels_torch.products import run_int8

@@ -113,9 +113,9 @@ def _int8_linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     sums = torch._int_mm(codes, held["codes"].view(torch.int8).t())[:rows]
     if "out_scale" in held:
         total = sums + held["acc_bias"] if "acc_bias" in held else sums
-        y = total.float() * held["out_scale"]
+        y = torch.mul(total, held["out_scale"])
     else:
-        y = sums.float() * (s * _weight_scale(held, op))
+        y = torch.mul(sums, s).mul_(_weight_scale(held, op))
     if s.numel() == 1:  # no scale of its own tells of a token's NaN or infinity
         y = torch.where(flat.isfinite().all(dim=-1, keepdim=True), y, torch.nan)
     return _finished(y, x, held, n)
