@@ -111,28 +111,35 @@ def _e4m3() -> list[float]:
     return out
 
 
-def made(name: str, module: str, folder: Path) -> Tensor:
-    """A checkpoint of a format whose tool gave us no file; returns its weights, float32.
+def made(name: str, module: str, folder: Path) -> Tensor | None:
+    """A checkpoint of a format whose tool gave us no such file; returns its weights, float32.
 
     ``mxfp8``: bytes of e4m3 and of exponents at random, decoded here by their bits.
+    ``mxfp8-kv``, ``fp8-kv``: the scales of an fp8 cache beside such a layer; no weights returned.
     """
-    assert name == "mxfp8"
     rng = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 127, (64, 96), generator=rng)
     signs = torch.randint(0, 2, (64, 96), generator=rng)
     scales = torch.randint(120, 132, (64, 3), generator=rng)
     dense = torch.tensor(_e4m3())[codes] * (1 - 2 * signs)
     dense = dense * torch.exp2(scales.float() - 127).repeat_interleave(32, 1)
+    weight = (codes + 128 * signs).to(torch.uint8).view(torch.float8_e4m3fn)
+    layer = f"{module}.k_proj" if name.endswith("-kv") else module
+    block: dict[str, Any] = {"quant_method": name.removesuffix("-kv")}
+    block["activation_scheme"] = "dynamic"
+    if name.startswith("mxfp8"):
+        stored = {f"{layer}.weight": weight, f"{layer}.weight_scale_inv": scales.to(torch.uint8)}
+        block["weight_block_size"] = [1, 32]
+    else:
+        stored = {f"{layer}.weight": weight, f"{layer}.weight_scale": torch.tensor(0.01)}
+    if name.endswith("-kv"):
+        cache = {"k_scale": torch.tensor(0.02), "v_scale": torch.tensor(0.0125)}
+        stored |= {f"{module}.{leaf}": value for leaf, value in cache.items()}
     folder.mkdir()
-    stored = {
-        f"{module}.weight": (codes + 128 * signs).to(torch.uint8).view(torch.float8_e4m3fn),
-        f"{module}.weight_scale_inv": scales.to(torch.uint8),
-    }
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    block = {"quant_method": "mxfp8", "activation_scheme": "dynamic", "weight_block_size": [1, 32]}
     config = {"model_type": "llama", "quantization_config": block}
     (folder / "config.json").write_text(json.dumps(config))
-    return dense
+    return None if name.endswith("-kv") else dense
 
 
 def rename_tensor(source: Path, target: Path, old: str, new: str) -> None:

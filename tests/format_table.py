@@ -112,6 +112,12 @@ def _placed(
     return out
 
 
+def _weights_alone(placed: Mapping[str, Example], source: str, module: str, to: str) -> Cell:
+    """The embedding of a file without quantized activations, beside one with them."""
+    plain = Example(source=source, module=module, place="embedding", to=to)
+    return placed["embedding"], plain
+
+
 TABLE: dict[str, dict[str, Cell | Example]] = {
     "autoround": {
         "linear": (
@@ -159,7 +165,7 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
         "linear": (Example(source="hf-fp8-block128", module=_DOWN0, refused=_RULE),),
         **_placed("hf-fp8-block128", _DOWN0, refused=_RULE, embedding=_TOKENS, heads_as_float=True),
         "stacked experts": _stack("expected two dimensions"),
-        "attention": Empty(why="scales of a cache are left alone", shown="scales are skipped"),
+        "attention": (Example(source="made:fp8-kv", module=_ATTENTION),),
     },
     "gguf": {
         "linear": (
@@ -208,6 +214,12 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
             Example(source="msmodelslim-w4a8-g64", module=_Q1, refused=_RULE),
         ),
         **_placed("msmodelslim-w8a8", _Q1, refused=_SUMS, embedding=_TOKENS, heads_as_float=True),
+        "embedding": _weights_alone(
+            _placed("msmodelslim-w8a8", _Q1, refused=_SUMS, embedding=_TOKENS, heads_as_float=True),
+            "msmodelslim-w8a16",
+            _Q1,
+            to="gguf",
+        ),
         "stacked experts": _stack("expected two axes"),
         "attention": (Example(source="msmodelslim-w8a8-kvc8", module=_ATTENTION),),
     },
@@ -227,7 +239,7 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
         "linear": (Example(source="made:mxfp8", module=_GATE0, to="autoround"),),
         **_placed("made:mxfp8", _GATE0, to="autoround", embedding=_TOKENS),
         "stacked experts": _stack("expected [out, in]"),
-        "attention": Empty(why="scales of a cache are left alone", shown="scales are skipped"),
+        "attention": (Example(source="made:mxfp8-kv", module=_ATTENTION),),
     },
     "nvfp4": {
         "linear": (
@@ -238,6 +250,14 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
             Example(source="modelopt-fp8-pb-wo", module=_DOWN0, to="compressed_tensors"),
         ),
         **_placed("modelopt-nvfp4", _DOWN0, refused=_RULE, embedding=_TOKENS, heads_as_float=True),
+        "embedding": _weights_alone(
+            _placed(
+                "modelopt-nvfp4", _DOWN0, refused=_RULE, embedding=_TOKENS, heads_as_float=True
+            ),
+            "modelopt-w4a16-nvfp4",
+            _DOWN0,
+            "gguf",
+        ),
         "stacked experts": _stack("expected a matrix"),
         "attention": (Example(source="modelopt-fp8-kvfp8", module=_ATTENTION),),
     },
@@ -247,6 +267,12 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
             Example(source="quark-uint4-g128-awq", module=_Q1, to="awq"),
         ),
         **_placed("quark-mxfp4", _Q1, refused=_RULE, embedding=_TOKENS, heads_as_float=True),
+        "embedding": _weights_alone(
+            _placed("quark-mxfp4", _Q1, refused=_RULE, embedding=_TOKENS, heads_as_float=True),
+            "quark-uint4-g128-awq",
+            _Q1,
+            to="gguf",
+        ),
         "stacked experts": _stack("expected a matrix"),
         "attention": (Example(source="quark-fp8-kvfp8", module=_ATTENTION),),
     },

@@ -435,20 +435,11 @@ def _scales_are_refused(format, kind, cell, cases, tmp_path, monkeypatch):
             load_model(folder)
 
 
-def _scales_are_skipped(format, kind, cell, cases, tmp_path, monkeypatch):
-    """Left out by a named rule, and said."""
-    assert not registry().implements(format, "attention_schemes")
-    p = plan(open_checkpoint(_with_cache_scale(format, cases, tmp_path, monkeypatch)))
-    assert "not applied" in p.ledger.skipped["model.layers.0.self_attn.k_scale"]
-    assert any("KV-cache scales" in w for w in p.warnings)
-
-
 SHOWN = {
     "a stack is refused": _a_stack_is_refused,
     "a single expert is refused": _a_single_expert_is_refused,
     "a layer is refused": _a_layer_is_refused,
     "scales are refused": _scales_are_refused,
-    "scales are skipped": _scales_are_skipped,
 }
 
 

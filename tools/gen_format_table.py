@@ -63,8 +63,11 @@ def _examples(cell: Any) -> tuple[Any, ...]:
 def _cell(table: ModuleType, cell: Any) -> str:
     if isinstance(cell, table.Empty):
         return f"– {cell.why}"
-    refused = {op for e in _examples(cell) for op in e.refused if op != "convert"}
-    return "✓" if not refused else f"✓ ({', '.join(sorted(refused))}: see below)"
+    refused = [{op for op in e.refused if op != "convert"} for e in _examples(cell)]
+    some = sorted(set().union(*refused))
+    if not some:
+        return "✓"
+    return f"✓ ({', '.join(some)}: {'see below' if all(refused) else 'without activations'})"
 
 
 def _reasons(format: str, cells: Mapping[str, Any], table: ModuleType) -> Iterator[str]:
