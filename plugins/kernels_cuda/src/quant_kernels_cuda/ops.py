@@ -23,13 +23,13 @@ from torch import Tensor
 from quant_core.errors import LayoutError
 from quant_kernels_cuda.compiler import compile_cached
 from quant_kernels_cuda.driver import Launch, device_limits, load_function
-from quant_kernels_cuda.schedule import THREADS, Schedule, schedule
+from quant_kernels_cuda.schedule import MAX_ROWS, THREADS, Schedule, schedule
 from quant_kernels_cuda.variant import BIAS_TYPES, Variant, variant_from_text
 
 __all__ = ["buffer_names", "prepare", "run_grouped", "run_linear"]
 
 _POINTERS = struct.Struct("<15Q")  # x codes high s0 s1 z o0 o1 row*3 bias gather experts y
-_ARGS = struct.Struct("<15Q13Q27i4x")  # Args of csrc/decode.cu
+_ARGS = struct.Struct("<15Q13Q31i4x")  # Args of csrc/decode.cu
 _MAX_GRID_Y = 65535
 _lock = threading.Lock()
 
@@ -44,15 +44,31 @@ def buffer_names(v: Variant) -> list[str]:
     return names + ["gather"] * v.gather + ["bias"] * bool(v.bias)
 
 
-@functools.lru_cache(maxsize=4096)
-def _slots(text: str) -> tuple[int | None, ...]:
-    """For each of the 12 weight pointers of a launch the position of its buffer, if it has one."""
-    v = variant_from_text(text)
-    names = buffer_names(v)
-    ring = {name: g.buffer for name, g in v.ring}
-    wanted = ["codes", "codes_high", *(ring.get(s) for s in ("S0", "S1", "Z", "O0", "O1"))]
-    wanted += [g.buffer for g in v.rows] + [None] * (3 - len(v.rows)) + ["bias", "gather"]
-    return tuple(names.index(w) if w in names else None for w in wanted)
+class _Entry:
+    """What calls of one variant share."""
+
+    __slots__ = ("k_in", "n", "plans", "slots", "text", "v")
+
+    def __init__(self, text: str) -> None:
+        v = variant_from_text(text)
+        names = buffer_names(v)
+        ring = {name: g.buffer for name, g in v.ring}
+        wanted = ["codes", "codes_high", *(ring.get(s) for s in ("S0", "S1", "Z", "O0", "O1"))]
+        wanted += [g.buffer for g in v.rows] + [None] * (3 - len(v.rows)) + ["bias", "gather"]
+        self.v, self.text, self.n, self.k_in = v, text, v.n, v.k_in
+        # for each of the 12 weight pointers of a launch the position of its buffer, if it has one
+        self.slots = tuple(names.index(w) if w in names else None for w in wanted)
+        self.plans: dict[tuple[int, int], _Plan] = {}  # (rows, device)
+
+
+_entries: dict[str, _Entry] = {}
+
+
+def _entry(text: str) -> _Entry:
+    found = _entries.get(text)
+    if found is None:
+        found = _entries[text] = _Entry(text)
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
@@ -64,7 +80,8 @@ def _function(defines: tuple[tuple[str, str], ...], device: int) -> int:
 
 
 def _defines(v: Variant, s: Schedule) -> tuple[tuple[str, str], ...]:
-    return (*v.defines, ("NT", str(s.nt)), ("GPC", str(s.gpc)), ("ST", str(s.stages)))
+    return (*v.defines, ("NT", str(s.nt)), ("RT", str(s.rt)), ("GPC", str(s.gpc)),
+            ("ST", str(s.stages)))  # fmt: skip
 
 
 def _schedule(v: Variant, rows: int, device: int) -> Schedule:
@@ -79,13 +96,13 @@ class _Plan:
 
     __slots__ = ("launch", "rows")
 
-    def __init__(self, text: str, rows: int, device: int, tensors: list[Tensor]) -> None:
-        v = variant_from_text(text)
+    def __init__(self, entry: _Entry, rows: int, device: int, tensors: list[Tensor]) -> None:
+        v = entry.v
         s = _schedule(v, rows, device)
         grouped = v.op == "grouped_linear"
         steps = [0] * 13
         if grouped:
-            for i, at in enumerate(_slots(text)):
+            for i, at in enumerate(entry.slots):
                 if at is not None:
                     t = tensors[at]
                     steps[i] = t.stride(0) * t.element_size()
@@ -96,27 +113,18 @@ class _Plan:
         values = [part + [0] * (3 - len(part)) for part in side]
         args = _ARGS.pack(
             *[0] * 15, *steps,
-            s.m, v.n, v.k_in, v.groups, -(-v.n // 16), s.cluster, s.slice, s.batch, s.slots,
+            s.m, -(-(1 << 20) // s.m), v.n, v.k_in, v.groups,
+            s.tiles // s.walkers, s.tiles % s.walkers, s.cluster, s.slice,
+            s.span, s.run, s.batch, s.slots,
             -(-v.groups // coarse), coarse.bit_length() - 1,
-            block[0] // 16, block[1] // 128, -(-v.k // block[1]), s.slice * 256 + 16,
+            block[0] // 16, block[1] // 128, -(-v.k // block[1]), s.span * 256 + 16,
             *values[0], *values[1], *values[2], BIAS_TYPES.get(v.bias, 0), v.experts, 0,
         )  # fmt: skip
-        grid = (s.blocks, rows if grouped else 1)
+        grid = (s.walkers * s.cluster, rows if grouped else 1)
         major = device_limits(device)[2]
         self.rows = rows if grouped else s.m
         self.launch = Launch(_function(_defines(v, s), device), grid, THREADS, s.shared, args,
                              s.cluster, dependent=major > 1)  # fmt: skip
-
-
-_plans: dict[tuple[str, int, int], _Plan] = {}
-
-
-def _plan(text: str, rows: int, device: int, tensors: list[Tensor]) -> _Plan:
-    key = (text, rows, device)
-    found = _plans.get(key)
-    if found is None:
-        found = _plans[key] = _Plan(text, rows, device, tensors)
-    return found
 
 
 def prepare(text: str, device: int, rows: tuple[int, ...] = (1, 16)) -> None:
@@ -126,56 +134,53 @@ def prepare(text: str, device: int, rows: tuple[int, ...] = (1, 16)) -> None:
         _function(_defines(v, _schedule(v, m, device)), device)
 
 
-def _start(
-    plan: _Plan, text: str, device: int, tensors: list[Tensor], x: int, y: int, experts: int
-) -> None:
-    p = [0 if at is None else tensors[at].data_ptr() for at in _slots(text)]
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    launch = plan.launch
-    with _lock:
-        _POINTERS.pack_into(launch.args, 0, x, *p, experts, y)
-        launch(stream)
-
-
-def _run_rows(
-    x: Tensor, y: Tensor, tensors: list[Tensor], text: str, experts: Tensor | None
-) -> None:
-    v = variant_from_text(text)
+def _run_rows(x: Tensor, y: Tensor, tensors: list[Tensor], entry: _Entry, experts: int) -> None:
+    """Launch for all rows of x; ``experts`` is the address of their experts, or 0."""
     device = x.device.index
-    rows = x.numel() // v.k_in
+    rows, done = x.numel() // entry.k_in, 0
+    weights = [0 if at is None else tensors[at].data_ptr() for at in entry.slots]
     at_x, at_y = x.data_ptr(), y.data_ptr()
-    at_e = 0 if experts is None else experts.data_ptr()
-    done = 0
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    most = _MAX_GRID_Y if experts else MAX_ROWS
     while done < rows:
-        left = rows - done
-        wanted = min(left, _MAX_GRID_Y if experts is not None else 16)
-        plan = _plan(text, wanted, device, tensors)
-        _start(plan, text, device, tensors, at_x + done * v.k_in * 2, at_y + done * v.n * 2,
-               at_e + done * 8 if at_e else 0)  # fmt: skip
+        key = (min(rows - done, most), device)
+        plan = entry.plans.get(key)
+        if plan is None:
+            plan = entry.plans[key] = _Plan(entry, key[0], device, tensors)
+        launch = plan.launch
+        with _lock:
+            _POINTERS.pack_into(
+                launch.args, 0, at_x + done * entry.k_in * 2, *weights,
+                experts + done * 8 if experts else 0, at_y + done * entry.n * 2,
+            )  # fmt: skip
+            launch(stream)
         done += plan.rows
 
 
-def _call(x: Tensor, y: Tensor, tensors: list[Tensor], text: str, experts: Tensor | None) -> Tensor:
+def _call(x: Tensor, tensors: list[Tensor], text: str, experts: Tensor | None) -> Tensor:
+    entry = _entry(text)
     x = x.contiguous()
-    if x.data_ptr() % 16:
-        x = x.clone()
+    y = x.new_empty((*x.shape[:-1], entry.n))
     if y.numel() == 0:
         return y
+    if x.data_ptr() % 16:
+        x = x.clone()
+    at = 0 if experts is None else experts.data_ptr()
     if x.device.index == torch._C._cuda_getDevice():
-        _run_rows(x, y, tensors, text, experts)
+        _run_rows(x, y, tensors, entry, at)
     else:
         with torch.cuda.device(x.device):
-            _run_rows(x, y, tensors, text, experts)
+            _run_rows(x, y, tensors, entry, at)
     return y
 
 
 def _linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
-    return _call(x, _fake_linear(x, tensors, text), tensors, text, None)
+    return _call(x, tensors, text, None)
 
 
 def _grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     index = experts.to(torch.int64).contiguous()
-    return _call(x, _fake_grouped(x, experts, tensors, text), tensors, text, index)
+    return _call(x, tensors, text, index)
 
 
 def _fake_linear(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:

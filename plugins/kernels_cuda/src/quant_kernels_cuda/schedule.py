@@ -1,4 +1,4 @@
-"""How one call is cut: rows per launch, blocks that share K, depth of the ring, tiles per barrier.
+"""How one call is cut: rows per launch, phases of K, blocks that share it, ring, tiles per barrier.
 
 Pure arithmetic on sizes, so that it is the same in every process and can be tested without a GPU.
 The constants were measured on an H100; they order the candidates, nothing depends on them for
@@ -8,78 +8,121 @@ correctness.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 from quant_kernels_cuda.variant import Variant
 
 __all__ = ["MAX_ROWS", "Schedule", "candidates", "schedule", "shared_bytes"]
 
 MAX_ROWS = 16
-WARPS, PITCH, THREADS = 16, 20, 512
-_BYTES_PER_US = 22.7e3  # of weights per multiprocessor, 3 TB/s over 132
-_X_BYTES_PER_US = 50e3  # of x from L2 per multiprocessor
-_CLUSTER_US = 0.6  # a round of sums through distributed shared memory
+WARPS, THREADS = 16, 512
+# Fitted to all cuts of four layers at 1, 4, 8 and 16 rows (benchmarks/gpu_kernels_cuda.py, sweep):
+# what is chosen is within 6 % of the best of them.
+_BYTES_PER_US = 22.7e3  # of weights per multiprocessor: 3 TB/s over 132
+_X_BYTES_PER_US = 60e3  # of x from L2 per multiprocessor
+_SHARED_BYTES_PER_US = 350e3  # to and from shared memory
+_SUMS_BYTES_PER_US = 48e3  # of warps' sums, written and read
+_IDLE, _PHASE_US, _BARRIER_US, _CLUSTER_US, _FILL_US, _SMALL_US = 0.4, 1.4, 0.3, 1.7, 0.04, 0.026
+_SUMS = 42 << 10  # bytes of warps' sums beyond which a batch does not grow
+_RINGS = {  # (tiles that a warp takes together, groups per chunk, stages)
+    False: ((1, 2, 4), (1, 2, 3), (1, 1, 4), (1, 1, 3), (2, 1, 4), (2, 1, 3)),
+    True: ((1, 1, 4), (1, 1, 3)),  # 8 bits
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """One launch of the decode kernel."""
+    """One launch of the decode kernel; the names are those of csrc/decode.cu."""
 
     m: int  # rows of x
     nt: int  # tiles of 8 rows that the code is compiled for
+    rt: int  # tiles of 16 output rows that a warp takes together
     gpc: int  # groups of 128 per chunk
     stages: int
     cluster: int
     slice: int  # groups of 128 per block
-    batch: int  # tiles per barrier
+    span: int  # groups per phase
+    run: int  # log2 of the chunks that a warp takes at once
+    batch: int  # tiles (of 16 rt rows) per barrier
     slots: int  # warps that share a tile, at most
-    blocks: int
+    tiles: int
+    walkers: int  # blocks or clusters that share them
     shared: int  # bytes
 
+    @property
+    def phases(self) -> int:
+        return -(-self.slice // self.span)
 
-def shared_bytes(
-    v: Variant, m: int, gpc: int, stages: int, cluster: int, slice_: int, batch: int
-) -> int:
+    @property
+    def mine(self) -> int:
+        """Most tiles of a block."""
+        return -(-self.tiles // self.walkers)
+
+
+def shared_bytes(v: Variant, s: Schedule) -> int:
     """Shared memory of one block: the layout of csrc/decode.cu."""
-    nt = 1 if m <= 8 else 2
-    slots = min(WARPS, -(-slice_ // gpc))
-    ring = WARPS * stages * v.stage_bytes(gpc)
-    x = m * (slice_ * 256 + 16) + 16
-    xsums = slice_ * max(v.parts, 1) * nt * 32 if v.xsums else 0
-    sums = 2 * batch * slots * m * PITCH * 4
-    return ring + x + xsums + sums + (2 * THREADS * 4 if cluster > 1 else 0)
+    ring = WARPS * s.stages * s.rt * v.stage_bytes(s.gpc)
+    x = s.m * (s.span * 256 + 16) + 16
+    xsums = s.span * max(v.parts, 1) * s.nt * 32 if v.xsums else 0
+    sums = 2 * s.batch * _sums_bytes(s)
+    outputs = s.rt * 64 * s.m
+    totals = s.mine * outputs if s.span < s.slice else 0
+    return ring + x + xsums + sums + totals + (2 * s.batch * outputs if s.cluster > 1 else 0)
+
+
+def _sums_bytes(s: Schedule) -> int:
+    return s.slots * s.m * (16 * s.rt + 4) * 4
+
+
+def _estimate(v: Variant, s: Schedule) -> float:
+    """Microseconds, roughly: weights, shared memory, x, barriers, warps without work at the end."""
+    per_group = v.weight_bytes / (-(-v.n // 64) * 4 * v.groups) * s.rt
+    runs = s.mine * s.phases * -(-s.span // (s.gpc << s.run))
+    idle = -(-runs // WARPS) * WARPS / runs - 1
+    read = s.mine * s.slice * per_group / _BYTES_PER_US * (1 + _IDLE * idle)
+    moved = 2 * s.mine * s.slice * (per_group + s.nt * 1024) / _SHARED_BYTES_PER_US
+    moved += 2 * s.mine * s.phases * _sums_bytes(s) / _SUMS_BYTES_PER_US
+    us = (read**3 + moved**3) ** (1 / 3)
+    us += s.m * s.slice * 256 / _X_BYTES_PER_US + _PHASE_US * (s.phases - 1)
+    us += -(-s.mine // s.batch) * (s.phases * _BARRIER_US + _CLUSTER_US * (s.cluster > 1))
+    if s.gpc * s.rt == 1:  # small chunks: more bookkeeping
+        us += _SMALL_US * s.mine * s.slice / WARPS
+    return us + _FILL_US * s.stages * s.gpc * s.rt
 
 
 def candidates(
     v: Variant, m: int, sms: int, limit: int, cluster_max: int
 ) -> list[tuple[float, Schedule]]:
-    """(estimated microseconds, launch) for every cut that fits; see ``schedule``."""
-    tiles, groups = -(-v.n // 16), v.groups
+    """(estimated microseconds, launch) for cuts that fit; see ``schedule``."""
     out = []
-    rings = ((2, 4), (2, 3), (1, 4), (1, 3)) if v.bits <= 4 else ((1, 4), (1, 3))
-    for cluster in (1, 2, 4, 8):
-        if cluster > cluster_max:
-            break
+    for cluster, (rt, gpc, stages) in itertools.product((1, 2), _RINGS[v.bits == 8]):
+        tiles = -(-v.n // (16 * rt))
         walkers = min(tiles, sms // cluster)
-        for rank, (gpc, stages) in enumerate(rings):
-            slice_ = -(-groups // cluster)
-            slice_ += -slice_ % gpc
-            if walkers < 1 or (cluster - 1) * slice_ >= groups:
-                continue
-            mine = -(-tiles // walkers)
-            batch = min(mine, THREADS // 16 // m)
-            while batch > 1 and shared_bytes(v, m, gpc, stages, cluster, slice_, batch) > limit:
-                batch -= 1
-            shared = shared_bytes(v, m, gpc, stages, cluster, slice_, batch)
-            if shared > limit:
-                continue
-            weights = mine * slice_ * (v.weight_bytes / (-(-v.n // 64) * 4 * groups))
-            us = weights / _BYTES_PER_US + m * slice_ * 256 / _X_BYTES_PER_US
-            us += (-(-mine // batch)) * (_CLUSTER_US if cluster > 1 else 0.05) + 0.1 * rank
-            s = Schedule(m=m, nt=1 if m <= 8 else 2, gpc=gpc, stages=stages, cluster=cluster,
-                         slice=slice_, batch=batch, slots=min(WARPS, slice_ // gpc),
-                         blocks=walkers * cluster, shared=shared)  # fmt: skip
-            out.append((us, s))
+        slice_ = -(-v.groups // cluster)
+        slice_ += -slice_ % gpc
+        if cluster > cluster_max or walkers < 1 or (cluster - 1) * slice_ >= v.groups:
+            continue
+        fitting = 0
+        for phases in range(1, slice_ // gpc + 1):
+            span = -(-slice_ // phases)
+            span += -span % gpc
+            found = False
+            for run in (0, 1, 2):
+                slots = min(WARPS, -(-span // (gpc << run)))
+                if run and (gpc << run) // 2 >= span:
+                    continue
+                s = Schedule(m=m, nt=1 if m <= 8 else 2, rt=rt, gpc=gpc, stages=stages,
+                             cluster=cluster, slice=slice_, span=span, run=run, batch=1,
+                             slots=slots, tiles=tiles, walkers=walkers, shared=0)  # fmt: skip
+                s = replace(s, batch=max(1, min(s.mine, _SUMS // (2 * _sums_bytes(s)))))
+                s = replace(s, shared=shared_bytes(v, s))
+                if s.shared <= limit:
+                    found = True
+                    out.append((_estimate(v, s), s))
+            fitting += found
+            if fitting == 2:  # more phases only cost more
+                break
     return out
 
 

@@ -65,12 +65,9 @@ DEVICE u32 zero_pair(u32 zero) {
 DEVICE void floats4(u32 w, u32 scale0, u32 scale1, u32* a) {  // e2m1
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const u32 t = w << (12 - 4 * i);
-#if F16
-    const u32 v = and_or(t >> 3, 0x0E000E00, t & 0x80008000);
-#else
-    const u32 v = and_or(t >> 6, 0x01C001C0, t & 0x80008000);
-#endif
+    const int left = (F16 ? 9 : 6) - 4 * i;  // exponent and mantissa from bits 4 i
+    const u32 t = left >= 0 ? w << (left >= 0 ? left : 0) : w >> (left < 0 ? -left : 0);
+    const u32 v = and_or(t, F16 ? 0x0E000E00 : 0x01C001C0, w << (12 - 4 * i) & 0x80008000);
     a[i] = WEIGHT_MUL ? mul2(v, i & 1 ? scale1 : scale0) : v;
   }
 }
@@ -87,18 +84,18 @@ DEVICE void floats8(u32 w0, u32 w1, u32 scale0, u32 scale1, u32* a) {  // e4m3
   }
 }
 
-// Scale of both rows as the factor of floats4 / floats8: s * 2^WEIGHT_EXP, two rows in one word.
+// Scales of both rows (two bytes) as factors of floats4 / floats8: s * 2^WEIGHT_EXP, each doubled.
 template <int T>
-DEVICE void weight_scales(u32 low, u32 high, u32& scale0, u32& scale1) {
-  u32 both = low | high << 16;
-  if (T == T_E8M0) {  // bf16 only; exponent 0 is 2^-127, a subnormal
-    const u32 l = low ? low << 7 : 0x40, h = high ? high << 7 : 0x40;
-    both = mul2(l | h << 16, dup16((127 + WEIGHT_EXP) << 7));
+DEVICE void weight_scales(u32 bytes, u32& scale0, u32& scale1) {
+  u32 both;
+  if (T == T_E8M0) {  // bf16 only; exponent 0, which is 2^-127, is read as zero
+    both = mul2(prmt(bytes, 0, 0x4140) << 7, dup16((127 + WEIGHT_EXP) << 7));
   } else {
+    const u32 t = prmt(bytes, 0, 0x1404);
 #if F16  // (s * 2^-8) * 2^14
-    both = mul2(and_or(both << 7, 0x3F803F80, (both << 8) & 0x80008000), 0x74007400);
+    both = mul2(and_or(t >> 1, 0x3F803F80, t & 0x80008000), 0x74007400);
 #else  // (s * 2^-120) * 2^120 * 2^WEIGHT_EXP
-    both = mul2(and_or(both << 4, 0x07F007F0, (both << 8) & 0x80008000), 0x7B807B80);
+    both = mul2(and_or(t >> 4, 0x07F007F0, t & 0x80008000), 0x7B807B80);
     both = mul2(both, dup16((127 + WEIGHT_EXP) << 7));
 #endif
   }

@@ -44,6 +44,11 @@ DEVICE float decode_any(int type, const void* base, u64 i) {
   return type == T_I8 ? decode<T_I8>(b) : decode<T_U8>(b);
 }
 
+struct Place {  // of a chunk: its tile, tile * groups + group, and what else finds its factors
+  u32 tile, index, coarse, group;
+  int valid, shift, lane;  // groups of the chunk that exist
+};
+
 template <int T, int GRAIN, int SUBS, int GROUPS>  // GROUPS of 128 in a stage of the ring
 struct Factor {
   static constexpr int SIZE = T == T_F32 ? 4 : (T == T_F16 || T == T_BF16) ? 2 : 1;
@@ -52,26 +57,23 @@ struct Factor {
   static constexpr int PIECES = !RING ? 0 : GRAIN == G_ROW ? SIZE : GROUPS * PER * SIZE;
   static constexpr int BYTES = PIECES * 16;
 
-  // Copy the values of ``tile`` and of the groups from ``group`` on, ``valid`` of which exist.
-  MEMBER void copy(u32 to, const char* base, u64 tile, int groups, int coarse, int shift,
-                          int group, int valid, int lane) {
+  // Copy the values of a chunk; ``to`` already points at this lane's piece.
+  MEMBER void copy(u32 to, const char* base, const Place& p) {
     if constexpr (RING) {
 #pragma unroll
       for (int at = 0; at < PIECES; at += 32) {
-        const int i = at + lane;
+        const int i = at + p.lane;
         if (PIECES % 32 && i >= PIECES) break;
-        u64 from;
+        u32 from = p.tile * SIZE + i;
         int q = 0;
         if (GRAIN == G_FINE) {
           q = i / (PER * SIZE);
-          from = (tile * groups + group) * (PER * SIZE) + i;
+          from = p.index * (PER * SIZE) + i;
         } else if (GRAIN == G_COARSE) {
           q = i / SIZE;
-          from = (tile * coarse + ((q < valid ? group + q : group) >> shift)) * SIZE + i % SIZE;
-        } else {
-          from = tile * SIZE + i;
+          from = (p.tile * p.coarse + ((p.group + q) >> p.shift)) * SIZE + i % SIZE;
         }
-        copy16_small(to + i * 16, base + (q < valid ? from * 16 : 0), q < valid ? 16 : 0);
+        copy16_small(to + at * 16, base + (u64)from * 16, GROUPS == 1 || q < p.valid ? 16 : 0);
       }
     }
   }
