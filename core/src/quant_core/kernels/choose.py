@@ -30,7 +30,7 @@ from quant_core.kernels.measured import answer as answer_of
 from quant_core.registry import Registry
 from quant_core.spec import CANONICAL, OpSpec
 
-__all__ = ["WEIGHTS", "Choice", "Decision", "choose"]
+__all__ = ["Memo", "WEIGHTS", "Choice", "Decision", "choose"]
 
 log = logging.getLogger("quant_core")
 
@@ -94,6 +94,10 @@ class _Candidate:
     answer: Accepted
 
 
+Memo = dict[tuple[OpSpec, frozenset[str], tuple[tuple[int, float], ...]], Choice]
+"""Operation, names allowed and weights of the buckets -> what was chosen."""
+
+
 def _candidates(registry: Registry, op: OpSpec) -> list[tuple[str, Kernel]]:
     from quant_core.kernels.reference import ReferenceKernel
 
@@ -113,6 +117,19 @@ def _ask(kernel: Kernel, op: OpSpec) -> tuple[OpSpec, Accepted | Rejected]:
         op = replace(op, packing=CANONICAL)
         return op, answer_of(kernel, op)
     return op, answer
+
+
+def _rounded(kernel: Kernel, op: OpSpec) -> list[tuple[Kernel, OpSpec, Accepted | Rejected]]:
+    """The kernel behind a rounding of its activations, if it takes float ones."""
+    if op.operand("input") is None or op.transforms:
+        return []
+    from quant_core.kernels.rounded import RoundedInput
+
+    wrapped = RoundedInput.of(kernel, op)
+    if wrapped is None:
+        return []
+    as_run, answer = _ask(wrapped, op)
+    return [(wrapped, as_run, answer)] if isinstance(answer, Accepted) else []
 
 
 def _allowed(kernels: str | Iterable[str] | None, op: OpSpec, module: str) -> set[str] | None:
@@ -201,6 +218,7 @@ def choose(
     kernels: str | Sequence[str] | None = None,
     prefer: str | None = None,
     module: str = "",
+    memo: Memo | None = None,
 ) -> Choice:
     """The kernel that runs ``op``.
 
@@ -208,6 +226,7 @@ def choose(
         kernels: names to allow, see the module's docstring; default from ``QUANT_KERNELS``.
         prefer: a key of ``WEIGHTS``; default from ``QUANT_PREFER``, else "balanced".
         module: name of the module it is for, matched by ``kernels``.
+        memo: answers given before, for callers that ask the same of many layers.
 
     Raises:
         KernelError: ``Q-KERNEL-NONE`` with every candidate's reason.
@@ -215,22 +234,32 @@ def choose(
     """
     weights = _weights(prefer)
     names = _allowed(kernels, op, module)
+    bare = None if names is None else names | {n.partition("@")[0] for n in names}
+    key = (op, frozenset(names or ()), tuple(weights.items()))
+    if memo is not None and key in memo:
+        return memo[key]
     trace: list[Decision] = []
     accepted: list[_Candidate] = []
     allowed: list[Kernel] = []
     for provider, kernel in _candidates(registry, op):
         layout = layout_of(kernel)
-        if names is not None and kernel.name not in names and layout not in names:
+        if bare is not None and kernel.name not in bare and layout not in bare:
             answer: Accepted | Rejected = Rejected(
-                axis="override", have=kernel.name, need=" or ".join(sorted(names))
+                axis="override", have=kernel.name, need=" or ".join(sorted(names or ()))
             )
             as_run = op
         else:
             allowed.append(kernel)
             as_run, answer = _ask(kernel, op)
-        trace.append(Decision(kernel=kernel.name, provider=provider, answer=answer, layout=layout))
-        if isinstance(answer, Accepted):
-            accepted.append(_Candidate(kernel, as_run, answer))
+        said = [(kernel, as_run, answer)]
+        if isinstance(answer, Rejected) and answer.axis in ("operands", "features", "input"):
+            said += _rounded(kernel, op)
+            allowed += [k for k, _, _ in said[1:]]
+        for one, its_op, its in said:
+            of = layout_of(one)
+            trace.append(Decision(kernel=one.name, provider=provider, answer=its, layout=of))
+            if isinstance(its, Accepted):
+                accepted.append(_Candidate(one, its_op, its))
     final = _grouped(accepted, allowed)
     if not final:
         raise _none(op, trace, names)
@@ -242,5 +271,8 @@ def choose(
 
     best = min(final, key=score)
     choice = Choice(kernel=best.kernel, op=best.op, trace=tuple(trace))
-    log.debug("kernel for %s: %s\n%s", _describe(op), best.kernel.name, choice.table)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("kernel for %s: %s\n%s", _describe(op), best.kernel.name, choice.table)
+    if memo is not None:
+        memo[key] = choice
     return choice
