@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quant_core.errors import LayoutError
 from quant_core.fuse import Composite, fuse
-from quant_core.kernels.choose import Choice, choose
+from quant_core.kernels.choose import Choice, Memo, choose
 from quant_core.kernels.device import device_key
 from quant_core.kernels.transforms import transform_features
 from quant_core.load import read_matrix
@@ -108,8 +108,8 @@ class _Chooser:
     kernels: str | Sequence[str] | None
     module: str = ""
 
-    def __call__(self, op: OpSpec) -> Choice:
-        return choose(op, self.registry, kernels=self.kernels, module=self.module)
+    def __call__(self, op: OpSpec, memo: Memo | None = None) -> Choice:
+        return choose(op, self.registry, kernels=self.kernels, module=self.module, memo=memo)
 
     def __deepcopy__(self, memo: object) -> _Chooser:
         return self
@@ -131,6 +131,7 @@ class Builder:
         dtype: the model's float dtype; only embeddings need it.
         kernels: names to allow, as in ``choose``.
         choices: (module name, choice) of everything built, for reports.
+        memo: choices by operation; most layers of a model ask the same.
     """
 
     plan: Plan
@@ -138,6 +139,7 @@ class Builder:
     dtype: torch.dtype = torch.bfloat16
     kernels: str | Sequence[str] | None = None
     choices: list[tuple[str, Choice]] = field(default_factory=list)
+    memo: Memo = field(default_factory=dict)
 
     def _chooser(self, module: str) -> _Chooser:
         return _Chooser(self.plan.registry, self.kernels, module)
@@ -167,7 +169,7 @@ class Builder:
         members: Sequence[BoundMember],
     ) -> QuantModule:  # fmt: skip
         chooser = self._chooser(name)
-        choice = chooser(op)
+        choice = chooser(op, self.memo)
         self.choices.append((name, choice))
         with written_whole():
             buffers = choice.kernel.allocate(choice.op, self.device)
@@ -238,7 +240,7 @@ class Builder:
         first = read_matrix(self.plan, member, ids[0])
         op = self.op_for("grouped_linear", first, member, experts=len(ids))
         chooser = self._chooser(name)
-        choice = chooser(op)
+        choice = chooser(op, self.memo)
         self.choices.append((name, choice))
         with written_whole():  # every expert is loaded below
             buffers = choice.kernel.allocate(choice.op, self.device)

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from quant_core.checkpoint import files
 from quant_core.checkpoint.files import FilePool, OpenFile, resolve_inside
 from quant_core.errors import CheckpointError
 
@@ -122,3 +125,60 @@ def test_open_file_reads_in_pieces_and_stops_at_the_end(tmp_path, monkeypatch):
         assert file.read(50, 90) == bytes(range(90, 100))
     finally:
         file.close()
+
+
+# -------------------------------------------------------------------------------- shared reads
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of 1 MB, read in shares of 64 KiB by up to four threads."""
+    monkeypatch.setattr(files, "_SHARE", 64 << 10)
+    monkeypatch.setattr(files, "_ALIGN", 4096)
+    monkeypatch.setattr(files, "threads_for", lambda nbytes: 4 if nbytes >= 128 << 10 else 1)
+    path = tmp_path / "large"
+    path.write_bytes(bytes(i * 7 % 251 for i in range(1_000_003)))
+    return path
+
+
+@pytest.mark.parametrize(("size", "offset"), [(1_000_003, 0), (999_000, 1003), (131_072, 5)])
+def test_shared_read_is_exact(large: Path, size: int, offset: int) -> None:
+    file, buffer = OpenFile(large), bytearray(size)
+    assert file.read_into(memoryview(buffer), offset) == size
+    assert buffer == large.read_bytes()[offset : offset + size]
+    file.close()
+
+
+@pytest.mark.parametrize("left", [0, 1, 300_000, 900_000])
+def test_shared_read_past_the_end_says_how_much_there_is(large: Path, left: int) -> None:
+    want = large.read_bytes()[:left]
+    file, buffer = OpenFile(large), bytearray(1_000_003)
+    os.truncate(large, left)
+    assert file.read_into(memoryview(buffer), 0) == left
+    assert buffer[:left] == want
+    file.close()
+
+
+def test_shared_read_that_fails_is_an_error_and_leaves_no_reader(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, real, ended = OpenFile(large), OpenFile._read_part, []
+
+    def fail_first(self: OpenFile, buffer: memoryview, offset: int) -> int:
+        if offset == 0:
+            raise CheckpointError("broken", code="Q-CKPT-IO")
+        time.sleep(0.05)
+        done = real(self, buffer, offset)
+        ended.append(offset)
+        return done
+
+    monkeypatch.setattr(OpenFile, "_read_part", fail_first)
+    with pytest.raises(CheckpointError):
+        file.read_into(memoryview(bytearray(1_000_003)), 0)
+    assert len(ended) == 3
+    file.close()
+
+
+def test_threads_of_a_read_follow_its_size() -> None:
+    assert files.threads_for(1 << 20) == 1
+    assert 1 <= files.threads_for(1 << 30) <= 4

@@ -132,7 +132,7 @@ class PreparedBuilder(Builder):
         start = sum(p.op.size("n") for p in stored.parts[:index])
         rows = f"[{start}:{start + part.op.size('n')}]" if len(stored.parts) > 1 else ""
         chooser = self._chooser(name + rows)
-        choice = chooser(part.op)
+        choice = chooser(part.op, self.memo)
         if choice.kernel.name != part.kernel or choice.op != part.op:
             what = f"buffers of kernel {part.kernel!r} for {printable(name)!r}"
             raise entry_error(self.entry.path, what, f"those of {choice.kernel.name!r}")
