@@ -34,9 +34,8 @@ from gpu_report import markdown  # noqa: E402
 
 from quant_core.build import op_spec  # noqa: E402
 from quant_core.kernels.activations import fake_quantize  # noqa: E402
-from quant_core.kernels.base import Accepted  # noqa: E402
-from quant_core.kernels.choose import choose  # noqa: E402
-from quant_core.kernels.measured import answer, op_key, save  # noqa: E402
+from quant_core.kernels.choose import accepting, choose  # noqa: E402
+from quant_core.kernels.measured import op_key, save  # noqa: E402
 from quant_core.kernels.timing import (  # noqa: E402
     captured,
     copies_for,
@@ -46,7 +45,7 @@ from quant_core.kernels.timing import (  # noqa: E402
 from quant_core.live import quantize_matrix  # noqa: E402
 from quant_core.nn import with_packing  # noqa: E402
 from quant_core.registry import registry  # noqa: E402
-from quant_core.spec import CANONICAL  # noqa: E402
+from quant_core.spec import CHANNEL, Element, QuantSpec, Scale  # noqa: E402
 
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("int4", {"group_size": 128}),
@@ -59,7 +58,15 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "mxfp4": ("mxfp4", {}),
     "nvfp4": ("nvfp4", {}),
     "mxfp8": ("compressed_tensors:mxfp8", {}),
+    "w4a8": ("int4", {"group_size": 128}),
 }
+_FP8_TOKEN = QuantSpec(
+    element=Element(name="fp8_e4m3", bits=8, kind="float"),
+    scales=(Scale(element="f32", grain=CHANNEL, static=False),),
+)
+ACTIVATIONS = {"w4a8": _FP8_TOKEN}
+"""Activations that the online scheme has not."""
+
 DEFAULT_SHAPES = "4096x4096,4096x28672,14336x4096,5120x13824,2880x5120"
 DEFAULT_ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
 
@@ -91,28 +98,20 @@ def relative_error(y: torch.Tensor, want: torch.Tensor) -> float:
 def _contestants(op: Any, lt: Any, bench: Bench) -> tuple[dict[str, Any], Any]:
     """name -> (answer, op as run, buffers of each copy, run), and the plan's choice."""
     found: dict[str, Any] = {}
-    for _, kernels in registry().call_all("apply", op=op):
-        for kernel in kernels:
-            if bench.only and kernel.name not in bench.only:
-                continue
-            mine = op
-            said = answer(kernel, mine)
-            if not isinstance(said, Accepted) and said.axis == "packing":
-                mine = replace(op, packing=CANONICAL)
-                said = answer(kernel, mine)
-            if not isinstance(said, Accepted):
-                continue
-            try:
-                first = kernel.allocate(mine, "cuda")
-                kernel.load_(first, mine, with_packing(lt, mine.packing), {"row": 0})
-                nbytes = sum(t.numel() * t.element_size() for t in first.values())
-                sets = [first]
-                for _ in range(copies_for(nbytes) - 1):
-                    sets.append({n: t.clone() for n, t in first.items()})
-                run = kernel.bind(mine)
-                found[kernel.name] = (said, [list(s.values()) for s in sets], run, nbytes)
-            except Exception as err:
-                bench.failed(f"{kernel.name} load", err)
+    for kernel, mine, said in accepting(op, registry()):
+        if kernel.name == "torch_ref" or (bench.only and kernel.name not in bench.only):
+            continue
+        try:
+            first = kernel.allocate(mine, "cuda")
+            kernel.load_(first, mine, with_packing(lt, mine.packing), {"row": 0})
+            nbytes = sum(t.numel() * t.element_size() for t in first.values())
+            sets = [first]
+            for _ in range(copies_for(nbytes) - 1):
+                sets.append({n: t.clone() for n, t in first.items()})
+            run = kernel.bind(mine)
+            found[kernel.name] = (said, [list(s.values()) for s in sets], run, nbytes)
+        except Exception as err:
+            bench.failed(f"{kernel.name} load", err)
     return found, choose(op, registry())
 
 
@@ -141,6 +140,8 @@ def measure(bench: Bench, k: int, n: int, scheme: str) -> None:
     online, options = SCHEMES[scheme]
     made, lt = quantize_matrix(online, weight, options=options)
     op = op_spec("linear", lt, made, device="cuda", dtype=torch.bfloat16)
+    if scheme in ACTIVATIONS:
+        op = replace(op, operands=(*op.operands, ("input", ACTIVATIONS[scheme])))
     found, choice = _contestants(op, lt, bench)
     dense = lt.dequantize().double()
     plain = [weight.clone() for _ in range(copies_for(weight.numel() * 2))]

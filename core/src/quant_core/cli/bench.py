@@ -12,7 +12,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quant_core.cli.output import Progress, emit, escaped, table
@@ -21,7 +21,7 @@ from quant_core.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from quant_core.kernels.base import Accepted, Kernel
+    from quant_core.kernels.base import Accepted
     from quant_core.registry import Registry
     from quant_core.scheme import Scheme
     from quant_core.spec import OpSpec
@@ -103,37 +103,18 @@ def _stored(args: argparse.Namespace) -> Iterator[_Layer]:
             yield _Layer(name, scheme, read_matrix(planned, member))
 
 
-def _accepted(
-    op: OpSpec, registry: Registry, allowed: set[str] | None
-) -> Iterator[tuple[Kernel, Accepted, OpSpec]]:
-    """Kernels that run the operation, as ``choose`` asks them; the reference is left out."""
-    from quant_core.kernels.base import Accepted
-    from quant_core.kernels.measured import answer
-    from quant_core.spec import CANONICAL
-
-    for _, kernels in registry.call_all("apply", op=op):
-        for kernel in kernels:
-            if allowed is not None and kernel.name not in allowed:
-                continue
-            if op.transforms and not getattr(kernel, "TRANSFORMS", False):
-                continue
-            said, mine = answer(kernel, op), op
-            if not isinstance(said, Accepted) and said.axis == "packing":
-                mine = replace(op, packing=CANONICAL)
-                said = answer(kernel, mine)
-            if isinstance(said, Accepted):
-                yield kernel, said, mine
-
-
 def _calls(
-    op: OpSpec, layer: _Layer, registry: Registry, device: str, allowed: set[str] | None
+    op: OpSpec, layer: _Layer, registry: Registry, device: str, kernels: str | None
 ) -> dict[str, tuple[Accepted, Callable[..., Any], list[list[Any]]]]:
     """Kernel name -> (answer, bound function, buffers of each copy)."""
+    from quant_core.kernels.choose import accepting
     from quant_core.kernels.timing import copies_for
     from quant_core.nn import with_packing
 
     out = {}
-    for kernel, said, mine in _accepted(op, registry, allowed):
+    for kernel, mine, said in accepting(op, registry, kernels=kernels, module=layer.name):
+        if kernel.name == "torch_ref":  # the oracle; nobody waits for it
+            continue
         first = kernel.allocate(mine, device)
         kernel.load_(first, mine, with_packing(layer.tensors, mine.packing), {"row": 0})
         nbytes = sum(t.numel() * t.element_size() for t in first.values())
@@ -163,8 +144,7 @@ def measure(
 
     op = op_spec("linear", layer.tensors, layer.scheme, device=device, dtype=dtype)
     choice = choose(op, registry, kernels=kernels, module=layer.name)
-    allowed = None if kernels is None else {n.strip() for n in kernels.split(",")}
-    found = _calls(op, layer, registry, device, allowed)
+    found = _calls(op, layer, registry, device, kernels)
     dense = dense_weight(layer.tensors.weight, op.size("k")).to(device=device, dtype=dtype)
     floats = [dense.clone() for _ in range(copies_for(dense.numel() * dense.element_size()))]
     out = []

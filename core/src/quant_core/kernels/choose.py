@@ -30,7 +30,7 @@ from quant_core.kernels.measured import answer as answer_of
 from quant_core.registry import Registry
 from quant_core.spec import CANONICAL, OpSpec
 
-__all__ = ["Memo", "WEIGHTS", "Choice", "Decision", "choose"]
+__all__ = ["WEIGHTS", "Choice", "Decision", "Memo", "accepting", "choose"]
 
 log = logging.getLogger("quant_core")
 
@@ -211,6 +211,44 @@ def _grouped(accepted: Sequence[_Candidate], allowed: Sequence[Kernel]) -> list[
     return out
 
 
+def _decide(
+    op: OpSpec, registry: Registry, names: set[str] | None
+) -> tuple[list[Decision], list[_Candidate], list[Kernel]]:
+    """(what each candidate said, who accepted, who was asked at all)."""
+    bare = None if names is None else names | {n.partition("@")[0] for n in names}
+    trace: list[Decision] = []
+    accepted: list[_Candidate] = []
+    allowed: list[Kernel] = []
+    for provider, kernel in _candidates(registry, op):
+        layout = layout_of(kernel)
+        if bare is not None and kernel.name not in bare and layout not in bare:
+            answer: Accepted | Rejected = Rejected(
+                axis="override", have=kernel.name, need=" or ".join(sorted(names or ()))
+            )
+            as_run = op
+        else:
+            allowed.append(kernel)
+            as_run, answer = _ask(kernel, op)
+        said = [(kernel, as_run, answer)]
+        if isinstance(answer, Rejected) and answer.axis in ("operands", "features", "input"):
+            said += _rounded(kernel, op)
+            allowed += [k for k, _, _ in said[1:]]
+        for one, its_op, its in said:
+            of = layout_of(one)
+            trace.append(Decision(kernel=one.name, provider=provider, answer=its, layout=of))
+            if isinstance(its, Accepted):
+                accepted.append(_Candidate(one, its_op, its))
+    return trace, accepted, allowed
+
+
+def accepting(
+    op: OpSpec, registry: Registry, *, kernels: str | Sequence[str] | None = None, module: str = ""
+) -> list[tuple[Kernel, OpSpec, Accepted]]:
+    """Every kernel that runs ``op``, the operation as it runs it, and its answer; for measuring."""
+    names = _allowed(kernels, op, module)
+    return [(c.kernel, c.op, c.answer) for c in _decide(op, registry, names)[1]]
+
+
 def choose(
     op: OpSpec,
     registry: Registry,
@@ -234,32 +272,10 @@ def choose(
     """
     weights = _weights(prefer)
     names = _allowed(kernels, op, module)
-    bare = None if names is None else names | {n.partition("@")[0] for n in names}
     key = (op, frozenset(names or ()), tuple(weights.items()))
     if memo is not None and key in memo:
         return memo[key]
-    trace: list[Decision] = []
-    accepted: list[_Candidate] = []
-    allowed: list[Kernel] = []
-    for provider, kernel in _candidates(registry, op):
-        layout = layout_of(kernel)
-        if bare is not None and kernel.name not in bare and layout not in bare:
-            answer: Accepted | Rejected = Rejected(
-                axis="override", have=kernel.name, need=" or ".join(sorted(names or ()))
-            )
-            as_run = op
-        else:
-            allowed.append(kernel)
-            as_run, answer = _ask(kernel, op)
-        said = [(kernel, as_run, answer)]
-        if isinstance(answer, Rejected) and answer.axis in ("operands", "features", "input"):
-            said += _rounded(kernel, op)
-            allowed += [k for k, _, _ in said[1:]]
-        for one, its_op, its in said:
-            of = layout_of(one)
-            trace.append(Decision(kernel=one.name, provider=provider, answer=its, layout=of))
-            if isinstance(its, Accepted):
-                accepted.append(_Candidate(one, its_op, its))
+    trace, accepted, allowed = _decide(op, registry, names)
     final = _grouped(accepted, allowed)
     if not final:
         raise _none(op, trace, names)
