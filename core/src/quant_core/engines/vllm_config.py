@@ -202,13 +202,16 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
 
         if self.feeding:
             return WeightsMapper()
-        from quant_core.engines.vllm_loader import PackedNames, cannot_reload
+        from quant_core.engines.vllm_loader import PackedNames, cannot_reload, check_floats
 
         if self.checked:
             raise cannot_reload(
                 "the model is loaded, and these weights do not come from our loader"
             )
-        return WeightsMapper(orig_to_new_regex={PackedNames(self): None})
+        if self._packed_names is None:
+            check_floats(self.plan)
+            self._packed_names = PackedNames(self)
+        return WeightsMapper(orig_to_new_regex={self._packed_names: None})
 
     def get_cache_scale_mapper(self) -> WeightsMapper:
         """None: the scales of a cache come from the plan."""

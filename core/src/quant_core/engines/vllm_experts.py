@@ -116,8 +116,8 @@ class ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        for name in ("w13_weight", "w2_weight"):
-            add_ticket(layer, name)
+        for name, count in (("w13_weight", 2), ("w2_weight", 1)):
+            add_ticket(layer, name, count)
         ranks = 1 if layer.use_ep else self.moe.tp_size
         total = intermediate_size_per_partition * ranks
         layer.packed_cut = even(total, self.moe.tp_rank if ranks > 1 else 0, ranks)

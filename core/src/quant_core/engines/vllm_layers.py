@@ -118,12 +118,13 @@ def _accept(
             code="Q-ENGINE-RELOAD",
             actual=tuple(loaded_weight.shape),
         )
-    param.data.copy_(loaded_weight.reshape(param.shape))
+    param.data[:1].copy_(loaded_weight.reshape(1))  # one element: vLLM counts them
     return True if return_success else None
 
 
-def add_ticket(layer: Any, name: str) -> None:
-    param = nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+def add_ticket(layer: Any, name: str, count: int = 1) -> None:
+    """A parameter that waits for ``count`` tickets; all of them make vLLM process the layer."""
+    param = nn.Parameter(torch.zeros(count, dtype=torch.uint8), requires_grad=False)
     param.weight_loader = _accept  # type: ignore[attr-defined]
     layer.register_parameter(name, param)
 
@@ -180,7 +181,7 @@ class LinearMethod(_Method, LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        add_ticket(layer, "weight")
+        add_ticket(layer, "weight", sum(m.quantized for m in self.members))
         layer.packed_dtype = params_dtype
         start = layer.tp_rank * input_size_per_partition
         inp = Span.whole(input_size)

@@ -25,11 +25,12 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from quant_core.engines.vllm_config import METHOD, QuantCoreConfig, local_path
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
-from quant_core.plan import Member, Plan, member_parts
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.config.load import LoadConfig
+
+    from quant_core.plan import Member, Plan
 
 __all__ = [
     "PackedNames",
@@ -242,6 +243,8 @@ class PackedNames:
 
 def _packed_tensors(member: Member) -> Iterator[str]:
     """Stored names; without the bias of a layer, which is vLLM's own parameter."""
+    from quant_core.plan import member_parts
+
     for param, name, _, _ in member_parts(member):
         if param.name != "bias" or member.layer.experts:
             yield name
