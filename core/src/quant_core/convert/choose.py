@@ -80,7 +80,8 @@ def first_fit(
         holds: what the format holds, for the message if no scheme comes into question.
 
     Raises:
-        LayoutError: ``Q-LAYOUT-REPRESENT`` with the reason why the nearest does not hold it.
+        LayoutError: ``Q-LAYOUT-REPRESENT``: what the nearest would lose, else why it does not
+            hold the matrix.
     """
     from quant_core.convert.steps import ANOTHER, input_distance
 
@@ -92,47 +93,56 @@ def first_fit(
 
     ranked = sorted(schemes, key=far)
     first: LayoutError | None = None
-    for allowed in (False, True) if allow_inexact else (False,):
-        for scheme in ranked:
-            try:
-                return _fit(layer, tensors, operands, scheme, allowed)
-            except LayoutError as err:
-                if err.code != _CODE:
-                    raise
-                first = first or err
+    lossy: dict[tuple[int, bool], tuple[Fit, Losses]] = {}
+    for scheme in ranked:
+        losses = Losses(layer.name, True)
+        try:
+            found = _fit(tensors, operands, scheme, losses)
+        except LayoutError as err:
+            if err.code != _CODE:
+                raise
+            first = first or err
+            continue
+        if not found.losses:
+            return found
+        lossy.setdefault((far(scheme)[0], _coarse(weight, scheme.weight)), (found, losses))
+    if lossy:
+        found, losses = lossy[min(lossy)]
+        losses.allowed = allow_inexact
+        losses.taken()  # refuses if none is allowed, and says which would be
+        return found
     if first is None:
-        found = f"weights are {tensors.weight.spec.label}"
-        raise cannot_hold(layer.name, found, holds, ANOTHER)
+        found_kind = f"weights are {tensors.weight.spec.label}"
+        raise cannot_hold(layer.name, found_kind, holds, ANOTHER)
     raise first
 
 
 def _far(have: QuantSpec, want: QuantSpec) -> int:
     """How much of a weight's description changes: codes, factors, grains, types of scales."""
-    zero = have.zero
-    rounds = zero is not None and (zero.kind == "offset" or zero.element in _WIDE)
-    kept = want.zero is not None and want.zero.element in _WIDE
     factors = [[(s.element in _WIDE or s.element, s.add) for s in q.scales] for q in (have, want)]
     grains = [[s.grain for s in q.scales] for q in (have, want)]
     return (
-        16 * (rounds and not kept and want.element.bits < 8)  # a finer grid errs a thirtieth
-        + 8 * (have.element != want.element)
+        8 * (have.element != want.element)
         + 4 * (factors[0] != factors[1])
         + 2 * (grains[0] != grains[1])
         + (have.scales != want.scales)
     )
 
 
+def _coarse(have: QuantSpec, want: QuantSpec) -> bool:
+    """Whether offsets would be rounded to a few codes: a grid of 8 bits errs a thirtieth of it."""
+    zero = have.zero
+    rounds = zero is not None and (zero.kind == "offset" or zero.element in _WIDE)
+    kept = want.zero is not None and want.zero.element in _WIDE
+    return rounds and not kept and want.element.bits < 8
+
+
 def _fit(
-    layer: LayerDesc,
-    tensors: LayerTensors,
-    operands: Mapping[str, QuantSpec],
-    scheme: Scheme,
-    allowed: bool,
+    tensors: LayerTensors, operands: Mapping[str, QuantSpec], scheme: Scheme, losses: Losses
 ) -> Fit:
     from quant_core.convert import steps
 
-    losses = Losses(layer.name, allowed)
-    lt = steps.plain_layer(tensors, scheme.transforms, layer.name)
+    lt = steps.plain_layer(tensors, scheme.transforms, losses.where)
     lt = steps.meet_input(lt, operands.get("input"), scheme.operands.get("input"), losses)
     weight = steps.meet(lt.weight, scheme.weight, scheme.shape[1], losses)
     lt = replace(lt, operands={"weight": weight})
