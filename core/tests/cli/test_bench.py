@@ -45,3 +45,14 @@ def test_bench_saves_times_where_the_choice_finds_them(capsys):
 def test_bench_with_wrong_settings_is_refused(args, capsys):
     assert main(["bench", "32x64", *args]) == 1
     assert "Q-CFG-VALUE" in capsys.readouterr().err
+
+
+def test_explain_asks_the_kernels_of_the_device(capsys, tmp_path):
+    from checkpoint_sets import checkpoint_dirs
+
+    folder = str(checkpoint_dirs(("torchao-int8wo",))[0])
+    name = "model.layers.0.self_attn.q_proj"
+    assert main(["explain", folder, name, "--device", "cuda", "--json"]) == 0
+    kernel = json.loads(capsys.readouterr().out)["kernel"]
+    assert kernel["device"] == "cuda"
+    assert any("needs cpu, found cuda" in d["decision"] for d in kernel["trace"])

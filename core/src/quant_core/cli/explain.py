@@ -1,4 +1,4 @@
-"""``quant explain``: every decision taken for one module, down to the kernel's trace on cpu."""
+"""``quant explain``: every decision taken for one module, down to the kernels' answers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ HELP = "explain one module: rule, stored tensors, meaning, kernel"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """PATH, --format and NAME."""
+    """PATH, --format, NAME and --device."""
     add_path(parser)
     parser.add_argument("name", metavar="NAME", help="module name, as `quant inspect --layers`")
+    parser.add_argument("--device", default="cpu", help="whose kernels answer (default cpu)")
 
 
 def _rules(plan: Plan, name: str) -> list[dict[str, str]]:
@@ -64,8 +65,8 @@ def _params(plan: Plan, member: Member) -> list[dict[str, Any]]:
     return out
 
 
-def _kernel(plan: Plan, member: Member) -> dict[str, Any]:
-    """Who would run this member on cpu, and what every candidate said. Reads one matrix."""
+def _kernel(plan: Plan, member: Member, device: str) -> dict[str, Any]:
+    """Who would run this member on ``device``, and what every candidate said. Reads one matrix."""
     from quant_core.build import Builder
     from quant_core.errors import KernelError
     from quant_core.kernels.base import Rejected
@@ -76,7 +77,9 @@ def _kernel(plan: Plan, member: Member) -> dict[str, Any]:
     ops = {"embedding": "embedding", "experts": "grouped_linear"}
     sizes = {"experts": len(layer.experts)} if layer.experts else {}
     matrix = read_matrix(plan, member, layer.experts[0] if layer.experts else None)
-    op = Builder(plan=plan).op_for(ops.get(layer.kind, "linear"), matrix, member, **sizes)
+    op = Builder(plan=plan, device=device).op_for(
+        ops.get(layer.kind, "linear"), matrix, member, **sizes
+    )
     try:
         choice = choose(op, plan.registry, module=layer.name)
         kernel, trace, rows = choice.kernel.name, choice.trace, choice.buckets
@@ -102,7 +105,7 @@ def _kernel(plan: Plan, member: Member) -> dict[str, Any]:
     }
 
 
-def _collect(plan: Plan, name: str) -> dict[str, Any]:
+def _collect(plan: Plan, name: str, device: str = "cpu") -> dict[str, Any]:
     from quant_core.load import no_such_name
     from quant_core.scheme import Scheme
 
@@ -138,7 +141,7 @@ def _collect(plan: Plan, name: str) -> dict[str, Any]:
         "operands": {role: spec.label for role, spec in scheme.operands.items()},
         "transforms": [f"{t.site}: {t.kind} {t.key}" for t in scheme.transforms],
         "params": _params(plan, member),
-        "kernel": _kernel(plan, member),
+        "kernel": _kernel(plan, member, device),
     }
 
 
@@ -196,6 +199,6 @@ def run(args: argparse.Namespace) -> int:
     from quant_core.plan import plan
 
     with open_checkpoint(args.path) as checkpoint:
-        data = _collect(plan(checkpoint, format=args.format), args.name)
+        data = _collect(plan(checkpoint, format=args.format), args.name, args.device)
     emit(args, data, _render(data))
     return 0
