@@ -117,14 +117,19 @@ def divisor_of(values: Tensor) -> tuple[Tensor, bool]:
     """y with 1/y = x in float32, and whether each x has one (86 % of all float32 values do).
 
     Where two do, that one is taken whose producer is likelier to have written it: a divisor is
-    made as 2688 / max|W|, and max|W| of most weights is a bfloat16 number.
+    made as 2688 * (1 / max|W|), and max|W| of most weights is a bfloat16 number.
+
+    Source: compressed-tensors 0.20.0 ``quantization/utils/helpers.py`` (generate_gparam); torch
+    divides a number by a tensor in these two roundings.
     """
     first = (1 / values.double()).float().contiguous()
     bits = first.view(torch.int32)
     near = torch.stack([(bits + d).view(torch.float32) for d in _NEAR])
     fits = 1 / near == values
     largest = _TOP / near.double()
-    odd = (largest - largest.bfloat16().double()).abs() / largest
-    best = torch.where(fits, odd, torch.inf).argmin(dim=0, keepdim=True)
+    amax = largest.bfloat16()
+    odd = (largest - amax.double()).abs() / largest
+    written = amax.float().reciprocal() * _TOP == near
+    best = torch.where(fits, torch.where(written, -1.0, odd), torch.inf).argmin(0, keepdim=True)
     found = fits.any(dim=0)
     return torch.where(found, near.gather(0, best)[0], first), bool(found.all())
