@@ -18,6 +18,7 @@
  *     vf vi vp            float accumulator, packed codes, codes expanded for `mac`
  *     xelem KP            type of x as used, columns that one vp covers per row
  *     MAX_TILE            tokens of a tile whose accumulators fit the registers
+ *     SHORT_TILE          the same where outputs are kept in registers too; MAX_TILE: never
  *     MAX_DECODE          most tokens for the register path
  *     PARTS(tokens)       sums kept per output there, to hide the latency of mac
  *     vload_codes load_panel store_panel   64 * VW / 16 bytes
@@ -35,6 +36,7 @@
 
 #define K_CHUNK 1024 /* columns of a panel: 64 KiB of bfloat16 a block of rows */
 #define M_SLAB 256   /* tokens whose accumulators are kept at once */
+#define SHORT_GROUP 128 /* groups below this are short: their ends weigh */
 #define MAX_BLOCKS 4 /* blocks of rows that share one pass over x */
 
 /* What a packed code still lacks of c - z (or of c, where an offset follows): VW rows. */
@@ -227,12 +229,88 @@ QK_INLINE void NAME(tile_tokens)(const NAME(view) *v, int64_t block, int64_t k, 
     }
 }
 
+/* The same for short groups: outputs wait in registers for the end of the chunk, which takes half
+ * the tokens and a third of the work at the end of a group. */
+QK_INLINE void NAME(tile_short)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
+                                const char *panel, const char *ahead, int64_t step,
+                                const xelem *x, const float *sums, float *out, const int tokens) {
+    const qk_op *op = v->op;
+    const int64_t ld = op->k;
+    vf y[SHORT_TILE][NV];
+#pragma GCC unroll 16
+    for (int m = 0; m < tokens; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) y[m][j] = vload(out + m * QK_ROWS + j * VW);
+    while (k < stop) {
+        const int64_t q = k / op->group, first = k;
+        const int64_t group_end = qk_min(op->k, (q + 1) * op->group), end = qk_min(stop, group_end);
+        vf acc[SHORT_TILE][NV];
+#pragma GCC unroll 16
+        for (int m = 0; m < tokens; m++)
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) acc[m][j] = vzero();
+        for (; k < end; k += KP, panel += QK_ROWS * 4) {
+            vp c[NV];
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            ahead += step;
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; j++) c[j] = load_panel(panel + j * VW * 4);
+#pragma GCC unroll 16
+            for (int m = 0; m < tokens; m++) {
+                const vp b = bcast(x + m * ld + k);
+#pragma GCC unroll 4
+                for (int j = 0; j < NV; j++) acc[m][j] = mac(acc[m][j], c[j], b);
+            }
+        }
+        const int offset = op->zero_kind == QK_ZERO_OFFSET && end == group_end;
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) {
+            if (offset) {
+                const vf shift = NAME(shift)(v, block, q, j), o = NAME(product)(
+                    op->offset, v->t.offset, v->offset_groups, block, first, j);
+#pragma GCC unroll 16
+                for (int m = 0; m < tokens; m++) {
+                    const vf sum = vset(sums[m * v->groups + q]);
+                    acc[m][j] = vfma(shift, sum, acc[m][j]);
+                    y[m][j] = vfma(o, sum, y[m][j]);
+                }
+            }
+            const vf s = NAME(product)(op->scale, v->t.scales, v->scale_groups, block, first, j);
+#pragma GCC unroll 16
+            for (int m = 0; m < tokens; m++) y[m][j] = vfma(s, acc[m][j], y[m][j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < tokens; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; j++) vstore(out + m * QK_ROWS + j * VW, y[m][j]);
+}
+
+/* Most tokens of a tile. */
+static inline int64_t NAME(tile_most)(const qk_op *op) {
+    return op->group < SHORT_GROUP ? SHORT_TILE : MAX_TILE;
+}
+
+#define SHORT_CASE(N)                                                             \
+    case N: NAME(tile_short)(v, block, k, stop, panel, ahead, step, x, sums, out, N); return;
+
 #define TILE_CASE(N)                                                              \
     case N: NAME(tile_tokens)(v, block, k, stop, panel, ahead, step, x, sums, out, N); break;
 
 static void NAME(tile)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
                        const char *panel, const char *ahead, int64_t step, const xelem *x,
                        const float *sums, float *out, int64_t tokens) {
+#if SHORT_TILE > 3
+    if (v->op->group < SHORT_GROUP) switch (tokens) {
+            SHORT_CASE(1)
+            SHORT_CASE(2)
+            SHORT_CASE(3)
+            SHORT_CASE(4)
+            SHORT_CASE(5)
+            SHORT_CASE(6)
+            SHORT_CASE(7)
+        }
+#endif
     switch (tokens) {
         TILE_CASE(1)
         TILE_CASE(2)
@@ -259,7 +337,7 @@ static void NAME(slab)(const NAME(view) *v, int64_t block, int64_t blocks, int64
     const qk_op *op = v->op;
     const int64_t panel_bytes = K_CHUNK / KP * QK_ROWS * 4, bytes = QK_ROWS * op->width / 8;
     /* even tiles: 13 tokens make 7 + 6, not 12 + 1 */
-    const int64_t tiles = qk_div_up(tokens, MAX_TILE), step = qk_div_up(tokens, tiles);
+    const int64_t tiles = qk_div_up(tokens, NAME(tile_most)(op)), step = qk_div_up(tokens, tiles);
     memset(out, 0, blocks * tokens * QK_ROWS * sizeof(float));
     for (int64_t k = 0; k < op->k; k += K_CHUNK) {
         const int64_t stop = qk_min(op->k, k + K_CHUNK);

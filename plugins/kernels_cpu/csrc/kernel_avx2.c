@@ -6,6 +6,7 @@
 #define VW 8
 #define NV 4
 #define MAX_TILE 3
+#define SHORT_TILE 3 /* no room to keep outputs */
 #define MAX_DECODE 3
 #define PARTS(tokens) ((tokens) == 1 ? 2 : 1)
 #define KP 1

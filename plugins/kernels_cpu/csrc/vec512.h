@@ -9,6 +9,7 @@
 #define VW 16
 #define NV 2
 #define MAX_TILE 12
+#define SHORT_TILE 7
 #define MAX_DECODE 7 /* 8 run out of registers: 735 us become 1189 (4096 x 4096, g128) */
 #define PARTS(tokens) ((tokens) == 1 ? 4 : (tokens) == 2 ? 2 : 1)
 
