@@ -30,6 +30,9 @@ def _as_stored(plan: Plan, stored: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _weight(plan: Plan, name: str, expert: int | None) -> torch.Tensor:
+    if name.endswith(".experts.gate_up_proj"):  # one tensor, rows of gate and up in turn
+        parts = (name.replace("gate_up", part) for part in ("gate", "up"))
+        return torch.stack([_weight(plan, part, expert) for part in parts], dim=1).flatten(0, 1)
     by_stored = {m.layer.stored: public for public, m in plan.members.items()}
     public = name if name in plan.members else by_stored[name]
     weight = quant_core.load_tensor(plan, public, expert=expert).dequantize()

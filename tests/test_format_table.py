@@ -388,7 +388,7 @@ def _a_layer_is_refused(format, kind, cell, cases, tmp_path):
     """Blocks of a stack's expert under the name of a plain layer are no member of the format."""
     (name, *_) = placed_names(kind)
     rename_tensor(
-        SLICES / "hf-gptoss-mxfp4", tmp_path / "c",
+        FIXTURES / "hf-gptoss-mxfp4", tmp_path / "c",
         "model.layers.0.mlp.experts.down_proj_blocks", f"{name}_blocks",
     )  # fmt: skip
     with pytest.raises(QuantError) as caught:

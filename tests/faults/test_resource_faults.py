@@ -32,6 +32,7 @@ from quant_core.plan import plan
 AWQ = FIXTURES / "gptqmodel-awq-gemm-g128"
 MOE = FIXTURES / "gguf-moe-q4_k_m"
 ALL = sorted(d for d in FIXTURES.iterdir() if d.is_dir())
+LINEAR = [d for d in ALL if d.name != "hf-gptoss-mxfp4"]  # which holds experts only
 IDS = torch.arange(24)[None]
 
 
@@ -77,7 +78,7 @@ def test_c26_experts_without_tokens_and_one_with_all():
 
 
 @pytest.mark.parametrize("kernels", ["torch_ref", None], ids=["reference", "chosen"])
-@pytest.mark.parametrize("folder", ALL, ids=lambda d: d.name)
+@pytest.mark.parametrize("folder", LINEAR, ids=lambda d: d.name)
 def test_c30_any_number_of_tokens_has_its_exact_shape(folder, kernels):
     p = plan(open_checkpoint(folder))
     name = next(n for n, m in p.quantized.items() if m.layer.kind == "linear")
