@@ -219,6 +219,8 @@ def rules() -> None:
         bad("torch.compile differs")
     for name in ("int4_g128", "fp4_e8m0_g32", "int4_g32_zeros", "fp8_block"):
         experts(name)
+    for name in ("int4_g128", "int4_two_level", "fp4_e4m3_g16", "fp8_block", "int8_channel"):
+        every_cut(name, 1000, 6144, (1, 7, 16))
 
 
 def experts(name: str) -> None:
@@ -426,10 +428,34 @@ def host() -> None:
 
 
 def check() -> None:
-    """For compute-sanitizer: cluster and plain, tails, gather, experts."""
+    """For compute-sanitizer: tails, gather, experts, and one cut of every kind."""
     correct(["int4_g128", "int4_g128_gather", "int3_g64_zeros", "fp4_e4m3_g16", "fp8_block"],
-            [(80, 416), (88, 6144)], (1, 9))  # fmt: skip
+            [(80, 416), (168, 2048)], (1, 9))  # fmt: skip
     experts("int4_g128")
+    every_cut("int4_g128", 168, 6144, (1, 9))
+
+
+def every_cut(name: str, n: int, k: int, rows: tuple[int, ...]) -> None:
+    """Clusters or not, one or two tiles a warp, one or more phases, against the reference."""
+    limits = driver.device_limits(0)[:3]
+    lt, op, buffers, run = loaded(name, n, k, "bfloat16")
+    v = describe(op)
+    for m in rows:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        ref = reference(lt, x, k)
+        kinds = {}
+        # few multiprocessors: several tiles and batches per block
+        for _, s in candidates(v, m, 3, *limits[1:]):
+            kinds.setdefault((s.cluster, s.rt, s.phases > 1, s.buffers), s)
+        for s in kinds.values():
+            ops.schedule = lambda *_a, s=s: s
+            ops._entries.clear()
+            e = error(run(list(buffers.values()), x), ref)
+            if not e <= BOUND:
+                bad(f"{name} {n}x{k} m={m} {label(s)}: error {e:.2e}")
+        print(f"   {len(kinds)} kinds of cuts, m={m}: {[label(s) for s in kinds.values()]}")
+    ops.schedule = plain_schedule
+    ops._entries.clear()
 
 
 def main() -> None:

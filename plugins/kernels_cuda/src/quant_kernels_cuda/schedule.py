@@ -17,18 +17,20 @@ __all__ = ["MAX_ROWS", "Schedule", "candidates", "schedule", "shared_bytes"]
 
 MAX_ROWS = 16
 WARPS, THREADS = 16, 512
-# Fitted to all cuts of four layers at 1, 4, 8 and 16 rows (benchmarks/gpu_kernels_cuda.py, sweep):
-# what is chosen is within 6 % of the best of them.
+# Fitted to all cuts of four int4 layers at 1, 4, 8 and 16 rows (benchmarks/gpu_kernels_cuda.py,
+# sweep): the chosen cut is within 6 % of the best in 15 of 16 cases, within 12 % in one.
 _BYTES_PER_US = 22.7e3  # of weights per multiprocessor: 3 TB/s over 132
 _X_BYTES_PER_US = 60e3  # of x from L2 per multiprocessor
-_SHARED_BYTES_PER_US = 350e3  # to and from shared memory
-_SUMS_BYTES_PER_US = 48e3  # of warps' sums, written and read
-_IDLE, _PHASE_US, _BARRIER_US, _CLUSTER_US, _FILL_US, _SMALL_US = 0.4, 1.4, 0.3, 1.7, 0.04, 0.026
+_SHARED_BYTES_PER_US = 260e3  # to and from shared memory
+_SUMS_BYTES_PER_US = 56e3  # of warps' sums, written and read
+_IDLE, _PHASE_US, _CLUSTER_US, _FILL_US, _SMALL_US = 0.19, 1.6, 2.5, 0.018, 0.009
+_SLOT_US = 0.02  # of the last sums, for each warp that has a part in them
 _SUMS = 42 << 10  # bytes of warps' sums beyond which a batch does not grow
 _RINGS = {  # (tiles that a warp takes together, groups per chunk, stages)
     False: ((1, 2, 4), (1, 2, 3), (1, 1, 4), (1, 1, 3), (2, 1, 4), (2, 1, 3)),
     True: ((1, 1, 4), (1, 1, 3)),  # 8 bits
 }
+_LAST_RESORT = ((1, 1, 2),)  # where shared memory holds no deeper ring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,11 @@ class Schedule:
         return -(-self.slice // self.span)
 
     @property
+    def buffers(self) -> int:
+        """Buffers for sums: with one batch nobody writes while another reads."""
+        return 1 if self.batch >= self.mine else 2
+
+    @property
     def mine(self) -> int:
         """Most tiles of a block."""
         return -(-self.tiles // self.walkers)
@@ -65,10 +72,12 @@ def shared_bytes(v: Variant, s: Schedule) -> int:
     ring = WARPS * s.stages * s.rt * v.stage_bytes(s.gpc)
     x = s.m * (s.span * 256 + 16) + 16
     xsums = s.span * max(v.parts, 1) * s.nt * 32 if v.xsums else 0
-    sums = 2 * s.batch * _sums_bytes(s)
+    sums = s.buffers * s.batch * _sums_bytes(s)
     outputs = s.rt * 64 * s.m
     totals = s.mine * outputs if s.span < s.slice else 0
-    return ring + x + xsums + sums + totals + (2 * s.batch * outputs if s.cluster > 1 else 0)
+    return (
+        ring + x + xsums + sums + totals + (s.buffers * s.batch * outputs if s.cluster > 1 else 0)
+    )
 
 
 def _sums_bytes(s: Schedule) -> int:
@@ -76,27 +85,36 @@ def _sums_bytes(s: Schedule) -> int:
 
 
 def _estimate(v: Variant, s: Schedule) -> float:
-    """Microseconds, roughly: weights, shared memory, x, barriers, warps without work at the end."""
+    """Microseconds, roughly: weights, shared memory, x, and warps without work at the end."""
     per_group = v.weight_bytes / (-(-v.n // 64) * 4 * v.groups) * s.rt
+    chunks = s.mine * s.phases * -(-s.span // s.gpc)
     runs = s.mine * s.phases * -(-s.span // (s.gpc << s.run))
-    idle = -(-runs // WARPS) * WARPS / runs - 1
+    idle = -(-runs // WARPS) * WARPS * (1 << s.run) / chunks - 1
     read = s.mine * s.slice * per_group / _BYTES_PER_US * (1 + _IDLE * idle)
     moved = 2 * s.mine * s.slice * (per_group + s.nt * 1024) / _SHARED_BYTES_PER_US
     moved += 2 * s.mine * s.phases * _sums_bytes(s) / _SUMS_BYTES_PER_US
     us = (read**3 + moved**3) ** (1 / 3)
     us += s.m * s.slice * 256 / _X_BYTES_PER_US + _PHASE_US * (s.phases - 1)
-    us += -(-s.mine // s.batch) * (s.phases * _BARRIER_US + _CLUSTER_US * (s.cluster > 1))
+    us += -(-s.mine // s.batch) * _CLUSTER_US * (s.cluster > 1)
     if s.gpc * s.rt == 1:  # small chunks: more bookkeeping
         us += _SMALL_US * s.mine * s.slice / WARPS
-    return us + _FILL_US * s.stages * s.gpc * s.rt
+    return us + _FILL_US * s.stages * s.gpc * s.rt + _SLOT_US * s.slots
 
 
 def candidates(
     v: Variant, m: int, sms: int, limit: int, cluster_max: int
 ) -> list[tuple[float, Schedule]]:
     """(estimated microseconds, launch) for cuts that fit; see ``schedule``."""
+    found = _cuts(v, m, sms, limit, cluster_max, _RINGS[v.bits == 8])
+    return found or _cuts(v, m, sms, limit, cluster_max, _LAST_RESORT)
+
+
+def _cuts(
+    v: Variant, m: int, sms: int, limit: int, cluster_max: int,
+    rings: tuple[tuple[int, int, int], ...],
+) -> list[tuple[float, Schedule]]:  # fmt: skip
     out = []
-    for cluster, (rt, gpc, stages) in itertools.product((1, 2), _RINGS[v.bits == 8]):
+    for cluster, (rt, gpc, stages) in itertools.product((1, 2), rings):
         tiles = -(-v.n // (16 * rt))
         walkers = min(tiles, sms // cluster)
         slice_ = -(-v.groups // cluster)
@@ -108,14 +126,16 @@ def candidates(
             span = -(-slice_ // phases)
             span += -span % gpc
             found = False
-            for run in (0, 1, 2):
+            for run in range(5):
                 slots = min(WARPS, -(-span // (gpc << run)))
                 if run and (gpc << run) // 2 >= span:
                     continue
                 s = Schedule(m=m, nt=1 if m <= 8 else 2, rt=rt, gpc=gpc, stages=stages,
                              cluster=cluster, slice=slice_, span=span, run=run, batch=1,
                              slots=slots, tiles=tiles, walkers=walkers, shared=0)  # fmt: skip
-                s = replace(s, batch=max(1, min(s.mine, _SUMS // (2 * _sums_bytes(s)))))
+                each = _sums_bytes(s)
+                batch = s.mine if s.mine * each <= _SUMS else max(1, _SUMS // (2 * each))
+                s = replace(s, batch=batch)
                 s = replace(s, shared=shared_bytes(v, s))
                 if s.shared <= limit:
                     found = True

@@ -67,7 +67,8 @@ struct Args {
   int block_rows, block_groups, block_cols;  // G_BLOCK: 16 rows and 128-groups per value, values per row
   int pitch;                                 // bytes of a row of x in shared memory
   int row_type[ROW_FACTORS], row_single[ROW_FACTORS], row_inverse[ROW_FACTORS], bias_type;
-  int expert_count, padding;
+  int expert_count;
+  int buffers;  // for sums: 1 if all tiles make one batch, else 2
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constant__ Args A) {
@@ -82,15 +83,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __g
   const int chunks_full = A.span / GPC;
   const int chunks_end = (g1 - g0 - (phases - 1) * A.span + GPC - 1) / GPC;  // of the last phase
 
-  // shared memory: rings | x rows, 16 zero bytes | sums of x | sums of warps, twice | of phases |
-  // of the block, twice
+  // shared memory: rings | x rows, 16 zero bytes | sums of x | sums of warps | of phases |
+  // of the block; of warps and block twice if there are several batches
   char* ring = smem + warp * ST * STAGE;
   char* xrows = smem + WARPS * ST * STAGE;
   const u32 zeros_at = A.m * A.pitch;
   float* xsums = (float*)(xrows + zeros_at + 16);
   float* sums = xsums + (XSUMS ? A.span * PARTS * NT * 8 : 0);
   const int sums_size = A.batch * A.slots * A.m * PITCH;
-  float* totals = sums + 2 * sums_size;
+  float* totals = sums + A.buffers * sums_size;
   float* block_sums = totals + (A.span < A.slice ? (A.each + (A.extra > 0)) * ROWS * A.m : 0);
   const u32 ring_at = (u32)__cvta_generic_to_shared(ring);
   const u32 x_at = (u32)__cvta_generic_to_shared(xrows);
@@ -452,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __g
         ((u16*)A.y)[(u64)(x_row + m) * A.n + out] = float_to_act(v * fb.x + fb.y);
       }
     }
-    parity ^= 1;
+    parity ^= A.buffers - 1;
   }
   }
   if (A.cluster > 1) cluster_sync();  // nobody leaves while its sums are read

@@ -1,0 +1,98 @@
+"""How a call is cut: what is launched covers every column of every row exactly once, and fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quant_kernels_cuda.schedule import WARPS, candidates, schedule
+from quant_kernels_cuda.variant import Variant, describe
+
+from .cuda_cases import SPECS, make_layer, make_op
+
+H100 = (132, 232448, 8)  # multiprocessors, bytes of shared memory, blocks of a cluster
+SMALL = (28, 101376, 1)
+
+
+def variant(name, n, k):
+    op = make_op(make_layer(SPECS[name], 16, 128), k)
+    v = describe(replace(op, sizes=(("n", n), ("k", k))))
+    assert isinstance(v, Variant)
+    return v
+
+
+def parts_of(v, s):
+    """(tile, first group, groups) of every chunk, as csrc/decode.cu walks the line of chunks."""
+    out = []
+    for walker in range(s.walkers):
+        tiles = s.tiles // s.walkers + (walker < s.tiles % s.walkers)
+        for rank in range(s.cluster):
+            g0 = rank * s.slice
+            g1 = min(v.groups, g0 + s.slice)
+            phases = -(-(g1 - g0) // s.span) if s.span < s.slice else 1
+            sizes = [min(s.span, g1 - g0 - p * s.span) for p in range(phases)]
+            for warp in range(WARPS):
+                phase, tile, run, slots = 0, 0, warp, {}
+                while True:
+                    while phase < phases:
+                        chunks = -(-sizes[phase] // s.gpc)
+                        runs = -(-chunks // (1 << s.run))
+                        if run < runs:
+                            break
+                        run, tile = run - runs, tile + 1
+                        if tile == tiles:
+                            tile, phase = 0, phase + 1
+                    if phase == phases:
+                        break
+                    slots.setdefault((phase, tile), run)
+                    assert slots[phase, tile] < min(s.slots, WARPS), "a warp's place in the sums"
+                    for chunk in range(run << s.run, min((run + 1) << s.run, chunks)):
+                        first = g0 + phase * s.span + chunk * s.gpc
+                        out.append((walker + tile * s.walkers, first, min(s.gpc, g1 - first)))
+                    run += WARPS
+    return out
+
+
+@given(
+    name=st.sampled_from(["int4_g128", "int8_channel", "int4_two_level", "fp4_e4m3_g16"]),
+    n=st.integers(1, 700),
+    k=st.integers(1, 90).map(lambda v: 32 * v),
+    m=st.integers(1, 16),
+    pick=st.integers(0, 10**6),
+    limits=st.sampled_from([H100, SMALL, (4, 232448, 8)]),
+)
+def test_every_cut_covers_every_group_of_every_tile_once(name, n, k, m, pick, limits):
+    v = variant(name, n, k)
+    found = candidates(v, m, *limits)
+    if not found:
+        return
+    s = found[pick % len(found)][1]
+    assert s.shared <= limits[1]
+    assert s.tiles * 16 * s.rt <= n + -n % 64, "reads no tile beyond the buffer"
+    seen = sorted((tile, group + i) for tile, group, count in parts_of(v, s) for i in range(count))
+    assert seen == [(t, g) for t in range(s.tiles) for g in range(v.groups)]
+
+
+@pytest.mark.parametrize("limits", [H100, SMALL])
+@pytest.mark.parametrize("k", [32, 4096, 14336, 53248])
+@pytest.mark.parametrize("name", ["int4_g128", "int4_two_level", "int6_two_level", "int8_g32"])
+def test_one_row_always_fits_and_more_are_sliced(name, k, limits):
+    v = variant(name, 4096, k)
+    for m in (1, 7, 16, 1000):
+        s = schedule(v, m, *limits)
+        assert 1 <= s.m <= min(m, 16)
+        assert s.nt == (1 if s.m <= 8 else 2)
+
+
+def test_no_clusters_where_the_device_has_none():
+    v = variant("int4_g128", 256, 14336)
+    assert {s.cluster for _, s in candidates(v, 1, *SMALL)} == {1}
+    assert {s.cluster for _, s in candidates(v, 1, *H100)} == {1, 2}
+
+
+def test_a_row_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="does not fit 1000 bytes"):
+        schedule(variant("int4_g128", 64, 128), 1, 132, 1000, 1)
