@@ -13,7 +13,6 @@ FOLDERS = {
     "tests": "tests",
     "cpu": "plugins/kernels_cpu/tests",
     "npu": "plugins/kernels_npu/tests",
-    "cuda": "plugins/kernels_cuda/tests",
     "ct": "plugins/compressed_tensors/tests",
     "modelslim": "plugins/modelslim_npu/tests",
     "bnb": "plugins/bitsandbytes/tests",
@@ -180,8 +179,7 @@ FAULTS: dict[str, str] = {
     "F02": "cpu:test_missing_library_is_a_reason_not_a_crash npu:test_elsewhere_it_is_not_offered",
     "F03": "core:test_forced_kernel_that_cannot_run_is_an_error_with_its_reason "
     "core:test_unknown_kernel_name_is_named",
-    "F04": "cuda:test_damaged_entry_is_compiled_again_and_replaced "
-    "tests:test_cache_that_may_only_be_read_is_used",
+    "F04": "tests:test_cache_that_may_only_be_read_is_used",
     "F05": "tests:test_f05_memory_that_ends_while_repacking_leaves_nothing_and_a_retry_works",
     "F06": "tests:test_f06_more_than_the_memory_there_is_ends_before_it_is_taken",
     "F07": "tests:test_f07_two_loads_and_any_number_of_threads_give_the_same_bits "

@@ -6,8 +6,8 @@
     Form.acts     ""      float16 or bfloat16     "int8", "int4" per token     "static" int8
                   "mxfp8" blocks of 32
 
-Limits are those of the operators' pages (torch_npu 7.0.0 and later): K and N at most 65535, groups of a
-multiple of 32 columns, int4 in whole words, MX blocks in pairs.
+Limits are those of the operators' pages (torch_npu 7.0.0 and later): K and N at most 65535, groups
+of a multiple of 32 columns, int4 in whole words, MX blocks in pairs.
 """
 
 from __future__ import annotations
