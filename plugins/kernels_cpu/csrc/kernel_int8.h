@@ -20,8 +20,7 @@
 #define M_SLAB 252   /* tokens whose sums are kept at once: 32 KiB */
 
 /* One token: codes, their sum per group, and the scale they stand under. A scale of NaN marks
- * values that no code can stand for; a combined scale saturates infinity instead (oracle:
- * quant_core.kernels.integer). */
+ * values that no code can stand for (oracle: quant_core.kernels.activations and .integer). */
 static inline float qk_quantize(const qk_int8_op *op, const qk_int8_tensors *t,
                                 const float *restrict x, int8_t *restrict q, int32_t *sums) {
     const int64_t count = op->k, group = op->group;
@@ -60,7 +59,7 @@ static inline float qk_quantize(const qk_int8_op *op, const qk_int8_tensors *t,
         for (int64_t i = k; i < stop; i++) sum += q[i];
         sums[g] = sum;
     }
-    if (odd || top > infinity || (top == infinity && !t->out_scale)) return NAN;
+    if (odd || top >= infinity) return NAN;
     return t->out_scale ? 1.0f : s;
 }
 

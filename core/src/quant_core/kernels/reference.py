@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +164,6 @@ def _check_x(x: Tensor, k: int) -> None:
 
 
 _lib.define("linear_ref(Tensor x, Tensor[] tensors, str op) -> Tensor")
-_lib.define("linear_shared_ref(Tensor x, Tensor[] tensors, str[] ops) -> Tensor[]")
 _lib.define("grouped_linear_ref(Tensor x, Tensor experts, Tensor[] tensors, str op) -> Tensor")
 _lib.define("embedding_ref(Tensor ids, Tensor[] tensors, str op) -> Tensor")
 
@@ -240,38 +238,6 @@ def _linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     return y.view(*x.shape[:-1], op.size("n"))
 
 
-def _same_input(
-    a: OpSpec, held: Mapping[str, Tensor], b: OpSpec, other: Mapping[str, Tensor]
-) -> bool:
-    """Whether ``_prepare`` makes the same of one x for both: equal specs, equal stored values."""
-    names = {n for op in (a, b) for n in transform_shapes(op)} | {"input_scale", "input_zero"}
-    return (
-        a.operand("input") == b.operand("input")
-        and a.transforms == b.transforms
-        and ("out_scale" in a.features) == ("out_scale" in b.features)
-        and all((n in held) == (n in other) for n in names)
-        and all(torch.equal(held[n], other[n]) for n in names if n in held)
-    )
-
-
-def _linear_shared(x: Tensor, tensors: list[Tensor], op_texts: Sequence[str]) -> list[Tensor]:
-    """Layers of one x: every distinct input spec is transformed and quantized once."""
-    flat, first = x.reshape(-1, x.shape[-1]), 0
-    out: list[Tensor] = []
-    made: list[tuple[OpSpec, Mapping[str, Tensor], Tensor]] = []
-    for op in map(op_from_text, op_texts):
-        count = len(_names(op))
-        buffers = _named(op, tensors[first : first + count])
-        first += count
-        ready = next((r for o, b, r in made if _same_input(op, buffers, o, b)), None)
-        if ready is None:
-            ready = _prepare(flat, op, buffers)
-            made.append((op, buffers, ready))
-        y = _finish(_multiply(ready, x.dtype, op, buffers), op, buffers)
-        out.append(y.view(*x.shape[:-1], op.size("n")))
-    return out
-
-
 def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     op = op_from_text(op_text)
     buffers = _named(op, tensors)
@@ -325,10 +291,6 @@ def _fake_linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], op_from_text(op_text).size("n"))
 
 
-def _fake_shared(x: Tensor, tensors: list[Tensor], op_texts: Sequence[str]) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], op_from_text(text).size("n")) for text in op_texts]
-
-
 def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     return x.new_empty(x.shape[0], op_from_text(op_text).size("n"))
 
@@ -339,13 +301,11 @@ def _fake_embedding(ids: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     return torch.empty(*ids.shape, op.size("k"), dtype=dtype, device=ids.device)
 
 
-_OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+for _name, _impl, _fake in (
     ("linear_ref", _linear, _fake_linear),
-    ("linear_shared_ref", _linear_shared, _fake_shared),
     ("grouped_linear_ref", _grouped_linear, _fake_grouped),
     ("embedding_ref", _embedding, _fake_embedding),
-)
-for _name, _impl, _fake in _OPS:
+):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quant_core::{_name}", _fake, lib=_lib)
 
@@ -460,23 +420,15 @@ class ReferenceKernel:
         return functools.partial(runners[op.op], to_text(op), op.size("k"))
 
     def bind_shared(self, ops: Sequence[OpSpec]) -> Callable[..., list[Tensor]] | None:
-        """One quantization of x per distinct input spec; None where no layer quantizes it."""
-        if not any(op.operand("input") or op.transforms for op in ops):
-            return None
-        return functools.partial(_run_shared, tuple(map(to_text, ops)), ops[0].size("k"))
+        """See ``quant_core.kernels.reference_shared``."""
+        from quant_core.kernels.reference_shared import bind_shared
+
+        return bind_shared(ops)
 
 
 def _run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     _check_x(x, k)
     return torch.ops.quant_core.linear_ref(x, tensors, text)  # type: ignore[no-any-return]
-
-
-def _run_shared(
-    texts: tuple[str, ...], k: int, tensors: list[list[Tensor]], x: Tensor
-) -> list[Tensor]:
-    _check_x(x, k)
-    flat = [t for mine in tensors for t in mine]
-    return torch.ops.quant_core.linear_shared_ref(x, flat, texts)  # type: ignore[no-any-return]
 
 
 def _run_grouped(text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
