@@ -240,7 +240,7 @@ def measure(path: Path, cache: Path, rounds: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make, measure, print; everything made is deleted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], default=KINDS)
+    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], default=[])
     parser.add_argument("--layers", type=int, default=3, help="of a made model, 100 MB each")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

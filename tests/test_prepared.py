@@ -382,6 +382,57 @@ def test_limit_that_is_no_number_is_an_error(cache: Path, monkeypatch: pytest.Mo
     assert err.value.code == "Q-CFG-VALUE"
 
 
+# ---------------------------------------------------------------------------------- mapped pages
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANT_PREPARED_MAP", "1")
+    monkeypatch.setattr(entry, "_MAPPED_BYTES", 1024)
+
+
+@pytest.mark.usefixtures("mapped")
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: p.name)
+def test_mapped_model_is_the_cold_one(
+    path: Path, cache: Path, sealed: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, pages = stored(load(path, "off")), []
+    load(path, cache)
+    real = entry.Entry.mapped
+
+    def counted(self: entry.Entry, *args: object) -> torch.Tensor | None:
+        found = real(self, *args)  # type: ignore[arg-type]
+        pages.append(found is not None)
+        assert found is None or found.data_ptr() % entry.ALIGN == 0
+        return found
+
+    monkeypatch.setattr(entry.Entry, "mapped", counted)
+    sealed()
+    model = load(path, cache)
+    assert stored(model) == plain
+    assert within_bound(model, path)
+    assert any(pages)
+
+
+@pytest.mark.usefixtures("mapped")
+def test_writing_into_a_mapped_buffer_changes_no_file(cache: Path) -> None:
+    load(ONE, cache)
+    model, before = load(ONE, cache), only_entry(cache).read_bytes()
+    for value in model.buffers():
+        value.zero_()
+    assert only_entry(cache).read_bytes() == before
+    assert within_bound(load(ONE, cache), ONE)
+
+
+@pytest.mark.usefixtures("mapped")
+def test_mapped_model_outlives_its_entry(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(ONE, cache)
+    model = load(ONE, cache)
+    run_cli(capsys, "clear", "--folder", str(cache))
+    assert folder.entries(cache) == []
+    assert within_bound(model, ONE)
+
+
 # ---------------------------------------------------------------------------------- quant cache
 
 

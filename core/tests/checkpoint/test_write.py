@@ -289,3 +289,21 @@ def test_write_eight_writers_at_once_one_wins_whole(tmp_path):
         for n in checkpoint.tensors
     )
     assert len(os.listdir(folder)) == 5
+
+
+def test_write_aligned_data_begin_at_cache_lines_and_read_back(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.int32),
+        "bytes": torch.arange(128).to(torch.uint8),
+        "half": torch.arange(64).half(),
+        "one": torch.tensor(1.5),
+        "words": torch.arange(32, dtype=torch.int32),
+    }
+    (file,) = write_safetensors(tmp_path / "out", tensors, align=64)
+    assert {n: t.tolist() for n, t in load_file(file).items()} == {
+        n: t.tolist() for n, t in tensors.items()
+    }
+    with SafetensorsCheckpoint.open(file) as checkpoint:
+        at = {n: t.offset for n, t in checkpoint.tensors.items()}
+    assert all(at[n] % 64 == 0 for n in ("bytes", "half", "words"))
+    assert min(at["odd"], at["one"]) > max(at["bytes"], at["half"], at["words"])

@@ -42,6 +42,7 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     stem: str = "model",
     overwrite: bool = False,
+    align: int = 8,
 ) -> tuple[Path, ...]:
     """Write ``<stem>.safetensors``, or numbered shards and an index, into ``folder``.
 
@@ -51,6 +52,8 @@ def write_safetensors(
             of its own.
         metadata: free-form strings for every file's header.
         overwrite: replace weights of the same stem that are already there.
+        align: bytes at which the data begin; tensors of whole multiples come first, so that each
+            of them begins at one, too.
 
     Returns:
         The data files, then the index if there is one.
@@ -88,7 +91,7 @@ def write_safetensors(
                 path=folder,
                 actual=tuple(old),
             )
-        return _write_set(folder, items, max_shard_bytes, metadata, stem, old)
+        return _write_set(folder, items, max_shard_bytes, metadata, stem, old, align)
 
 
 def _write_set(
@@ -98,6 +101,7 @@ def _write_set(
     metadata: Mapping[str, str],
     stem: str,
     old: list[str],
+    align: int,
 ) -> tuple[Path, ...]:
     staged: list[Path] = []
     placed: list[Path] = []
@@ -112,7 +116,7 @@ def _write_set(
         total = 0
         for shard in _shards(items, max_shard_bytes, str(folder)):
             total += sum(_nbytes(t) for t in shard.values())
-            stage(_file_parts(shard, metadata))
+            stage(_file_parts(shard, metadata, align))
             shards.append(sorted(shard))
         count = len(shards)
         finals = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -210,12 +214,16 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _file_parts(
-    shard: Mapping[str, Tensor], metadata: Mapping[str, str]
+    shard: Mapping[str, Tensor], metadata: Mapping[str, str], align: int
 ) -> Iterator[bytes | memoryview]:
     """Length, header and data of one file."""
     import torch
 
-    order = sorted(shard, key=lambda n: (-shard[n].element_size(), n))
+    def place(name: str) -> tuple[bool, int, str]:
+        odd = align > 8 and bool(_nbytes(shard[name]) % align)
+        return odd, -shard[name].element_size(), name
+
+    order = sorted(shard, key=place)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
@@ -227,7 +235,7 @@ def _file_parts(
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % align)
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         if shard[name].numel():

@@ -10,7 +10,7 @@
 
 Off unless asked for: ``load_model(path, prepared="auto")`` or ``QUANT_PREPARED``. An entry that
 does not fit is not an error: it is rebuilt, with a warning that says why. Nothing is unpickled,
-nothing is mapped; files are written whole or not at all.
+nothing is mapped unless asked for; files are written whole or not at all.
 """
 
 from __future__ import annotations

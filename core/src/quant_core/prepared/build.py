@@ -140,7 +140,11 @@ class PreparedBuilder(Builder):
             buffers = choice.kernel.allocate(choice.op, self.device)
         self.entry.check(name, index, buffers)
         for buffer, target in buffers.items():
-            self.entry.read_into(name, index, buffer, target)
+            pages = self.entry.mapped(name, index, buffer, target)
+            if pages is None:
+                self.entry.read_into(name, index, buffer, target)
+            else:
+                buffers[buffer] = pages
         self.choices.append((name + rows, choice))
         members = [BoundMember(name=m, start=a, stop=b, packing=p) for m, a, b, p in part.members]
         return _CLASSES[part.op.op](choice, buffers, members, chooser)

@@ -9,6 +9,9 @@
 
 A file that is cut short fails the header's own arithmetic; one whose header was touched fails the
 sum. The data carry no sum of their own: like a checkpoint's, they are read once and trusted.
+
+With ``QUANT_PREPARED_MAP=1`` buffers are pages of the file itself, private to a process that writes
+into them, shared by all that do not. Data begin at multiples of 64 bytes for that.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +38,20 @@ from quant_core.spec_json import from_text, op_from_text, to_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Entry", "Module", "Part", "described", "entry_error", "read_key", "write_entry"]
+__all__ = [
+    "ALIGN",
+    "Entry",
+    "Module",
+    "Part",
+    "described",
+    "entry_error",
+    "read_key",
+    "write_entry",
+]
+
+
+ALIGN = 64  # bytes of a cache line
+_MAPPED_BYTES = 64 << 10  # smaller buffers are read: they share pages with others
 
 
 def entry_error(path: Path, found: str, expected: str) -> CheckpointError:
@@ -120,11 +137,14 @@ class Entry:
         """
         self.path = path / BUFFERS
         self._file, self._tensors, metadata = _open(self.path)
+        self._mapping: mmap.mmap | None = None
         try:
             if metadata["key"] != key.text:
                 raise entry_error(self.path, "the key of another load", "this one's")
             self._modules: dict[str, tuple[str, list[Any]]] = json.loads(metadata["modules"])
             self._ops: list[str] = json.loads(metadata["ops"])
+            if os.environ.get("QUANT_PREPARED_MAP") == "1":
+                self._mapping = mmap.mmap(self._file.fd, 0, access=mmap.ACCESS_COPY)
         except BaseException:
             self._file.close()
             raise
@@ -179,6 +199,29 @@ class Entry:
         if here is not target:
             target.copy_(here.view(info.shape))
 
+    def mapped(self, name: str, part: int, buffer: str, target: Tensor) -> Tensor | None:
+        """The buffer as pages of the file; None where it is to be read.
+
+        Args:
+            target: the buffer that the kernel allocated; ``check`` was called with it.
+
+        Raises:
+            CheckpointError: ``Q-PREPARED-ENTRY`` if the file has been cut.
+        """
+        import torch
+
+        info = self._tensors[described(name, part, buffer)]
+        if self._mapping is None or target.device.type != "cpu" or info.offset % ALIGN:
+            return None
+        if info.nbytes < _MAPPED_BYTES:
+            return None
+        if info.offset + info.nbytes > len(self._mapping):
+            raise entry_error(self.path, "a file that ends early", "the size in its header")
+        flat = torch.frombuffer(
+            self._mapping, dtype=target.dtype, count=target.numel(), offset=info.offset
+        )
+        return flat.view(target.shape)
+
     def touch(self) -> None:
         """Note that the entry was used. A cache that may only be read stays as it is."""
         try:
@@ -229,4 +272,5 @@ def write_entry(
         max_shard_bytes=2**62,
         metadata=metadata,
         stem=BUFFERS.removesuffix(".safetensors"),
+        align=ALIGN,
     )
