@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | clean | test-transformers-low. Needs Python >= 3.11, make and pip.
+# make setup | demo | test | check | bench | clean | test-transformers-low | test-vllm. Needs Python >= 3.11, make and pip.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ JOBS ?= 2
 # Each worker computes on one thread: more of them than cores only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test test-fast test-transformers-low check format bench clean
+.PHONY: setup demo test test-fast test-transformers-low test-vllm check format bench clean
 
 setup: $(STAMP)
 
@@ -58,6 +58,11 @@ bench: setup
 # The engine tests on the oldest transformers that is supported, in an environment of their own.
 test-transformers-low: setup
 	tests/run_transformers_low.sh
+
+# The vLLM engine with the real vLLM, in an environment of its own; says so where that cannot be
+# built. No .venv is needed for it.
+test-vllm:
+	tests/run_vllm.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,6 +27,9 @@ GOLDEN = [
     "registry",
 ]
 
+# Engines that have an environment of their own; their adapters are imported there.
+ENGINES = {"vllm", "sglang"}
+
 
 def modules() -> list[str]:
     roots = [REPO / "core" / "src", *sorted(REPO.glob("plugins/*/src"))]
@@ -72,7 +75,12 @@ def test_top_level_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize("name", modules())
 def test_all_names_of_a_module_exist(name: str) -> None:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as err:
+        if str(err.name).partition(".")[0] not in ENGINES:
+            raise
+        pytest.skip(f"{err.name} is not installed")
     names = getattr(module, "__all__", [])
     assert [n for n in names if not hasattr(module, n)] == []
     assert len(names) == len(set(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
 import shutil
@@ -247,3 +248,11 @@ def test_copy_of_a_fixture_is_whole(tmp_path: Path) -> None:
     with served(folder) as llm:
         got = greedy(llm, prompts())
     assert first_difference(got, reference(ACT_ORDER, prompts()), 5e-5) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["", "_cache", "_config", "_experts", "_layers", "_loader"], ids=lambda n: f"vllm{n}"
+)
+def test_all_names_of_the_adapter_exist(name: str) -> None:
+    module = importlib.import_module(f"quant_core.engines.vllm{name}")
+    assert [n for n in module.__all__ if not hasattr(module, n)] == []

@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 from quant_core.engines.packed import neutral
 from quant_core.errors import ConfigError
 from quant_core.load import read_matrix
+from quant_core.plan import member_parts
 
 if TYPE_CHECKING:
     from quant_core.engines.vllm_config import QuantCoreConfig
@@ -52,12 +53,19 @@ class CacheMethod(BaseKVCacheMethod):  # type: ignore[misc]
                 for role, scale in self._scales().items():
                     getattr(layer, f"{role}_scale").data.fill_(scale)
             else:
+                self._skip(f"vLLM's cache is {layer.kv_cache_dtype}")
                 log.info(
                     "%s: the checkpoint has scales for a quantized cache, and the cache is %s",
                     self.prefix,
                     layer.kv_cache_dtype,
                 )
         super().process_weights_after_loading(layer)
+
+    def _skip(self, rule: str) -> None:
+        plan = self.quant_config.plan
+        member = self.quant_config.names.attention(self.prefix)
+        for _, name, _, _ in () if member is None else member_parts(member):
+            plan.ledger.skip(name, rule)
 
     def _scales(self) -> dict[str, float]:
         plan = self.quant_config.plan
