@@ -78,6 +78,10 @@ class Ledger:
             self._shared.add(part)
         self._claimed_names.add(part[0])
 
+    def release(self, name: str) -> None:
+        """Forget who claims a tensor as a whole, so that its parts can be claimed."""
+        self.claims.pop((name, ()), None)
+
     def skip(self, name: str, rule: str) -> None:
         """Account for a tensor that is rightly not loaded."""
         self.skipped[name] = rule

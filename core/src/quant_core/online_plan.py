@@ -18,6 +18,7 @@ from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import FLOAT_DTYPES
 from quant_core.errors import ConfigError, LayoutError, PluginError, printable, summarize
 from quant_core.online import OnlineRequest, OnlineScheme, SkipRules, find_online
+from quant_core.online_stacks import StackLayout, StackPart, stack_parts
 from quant_core.plan import Member, Plan, member_parts
 from quant_core.scheme import Scheme
 from quant_core.spec import Axis, LayerDesc, ParamSpec, Span, Unquantized
@@ -44,13 +45,15 @@ class OnLoad(Scheme):
     Attributes:
         wanted: the scheme of the result.
         source: how the weight is stored now, None for floats.
+        stack: the part of stacked experts that is read, None for a weight of its own.
     """
 
     wanted: Scheme
     source: Scheme | None = None
+    stack: StackPart | None = None
 
     @staticmethod
-    def of(wanted: Scheme, source: Scheme | None) -> OnLoad:
+    def of(wanted: Scheme, source: Scheme | None, stack: StackPart | None = None) -> OnLoad:
         return OnLoad(
             name=wanted.name,
             shape=wanted.shape,
@@ -58,11 +61,14 @@ class OnLoad(Scheme):
             transforms=wanted.transforms,
             wanted=wanted,
             source=source,
+            stack=stack,
         )
 
     def params(self, layer: LayerDesc) -> Sequence[ParamSpec]:
         if self.source is not None:
             return self.source.params(layer)
+        if self.stack is not None:
+            return self.stack.params()
         out, inp = Axis(tag="out"), Axis(tag="in")
         weight = ParamSpec(name="weight", shape=self.shape, dtypes=_FLOATS, axes=(out, inp))
         if not layer.bias:
@@ -98,7 +104,9 @@ class OnLoad(Scheme):
         self, layer: LayerDesc, tensors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         if self.source is None:
-            return tensors["weight"], tensors.get("bias")
+            weight = tensors["weight"]
+            turned = self.stack is not None and self.stack.transposed
+            return (weight.T.contiguous() if turned else weight), tensors.get("bias")
         from quant_core.dequantize import dense_weight
 
         lt = self.source.canonicalize(layer, tensors)
@@ -140,12 +148,19 @@ class OnlinePlan:
         return [n for n in plain if self.plan.members[n].quantized]
 
 
-def quantize_plan(plan: Plan, request: OnlineRequest, replaceable: Replaceable) -> OnlinePlan:
+def quantize_plan(
+    plan: Plan,
+    request: OnlineRequest,
+    replaceable: Replaceable,
+    stacks: Mapping[str, StackLayout] | None = None,
+) -> OnlinePlan:
     """Decide what of ``plan`` is quantized while it is loaded; reads no tensor.
 
     Args:
         plan: of a float checkpoint; its ledger goes on counting for the result.
         replaceable: of the engine.
+        stacks: experts that are stored as stacks and can be replaced: public module name -> how
+            they lie.
 
     Raises:
         ConfigError: ``Q-CFG-CONFLICT`` for a quantized source without ``requantize``,
@@ -158,7 +173,16 @@ def quantize_plan(plan: Plan, request: OnlineRequest, replaceable: Replaceable) 
     skip = SkipRules(request.skip)
     found: dict[str, OnLoad] = {}
     kept: dict[str, str] = {}
+    parts = stack_parts(plan, stacks or {})
     for name, member in plan.members.items():
+        if name in parts:
+            made = [_part(plugin, scheme, options, skip, p) for p in parts[name]]
+            rule = next((m for m in made if isinstance(m, str)), "")
+            if rule:
+                kept[name] = rule
+            found |= {p.layer.name: m for p, m in zip(parts[name], made)
+                      if isinstance(m, OnLoad) and not rule}  # fmt: skip
+            continue
         answer = _decide(plan, member, plugin, scheme, options, skip, replaceable)
         if isinstance(answer, OnLoad):
             found[name] = answer
@@ -239,6 +263,30 @@ def _decide(
         return f"floats in a {plan.checkpoint.container} container"
     if why := replaceable(member):
         return why
+    wanted = _wanted(plugin, scheme, options, layer)
+    if isinstance(wanted, str):
+        return wanted
+    return OnLoad.of(wanted, member.scheme if isinstance(member.scheme, Scheme) else None)
+
+
+def _part(
+    plugin: str,
+    scheme: OnlineScheme,
+    options: Mapping[str, Any],
+    skip: SkipRules,
+    part: StackPart,
+) -> OnLoad | str:
+    """How one role of stacked experts is quantized, or why not."""
+    if skipped := skip(part.layer.name):
+        return f"skip: {skipped}"
+    wanted = _wanted(plugin, scheme, options, part.layer)
+    return wanted if isinstance(wanted, str) else OnLoad.of(wanted, None, part)
+
+
+def _wanted(
+    plugin: str, scheme: OnlineScheme, options: Mapping[str, Any], layer: LayerDesc
+) -> Scheme | str:
+    """The scheme of one layer, or the rule by which there is none."""
     wanted = scheme.make(layer, options)
     if isinstance(wanted, Unquantized):
         return wanted.rule
@@ -251,7 +299,7 @@ def _decide(
             plugin=plugin,
             tensor=layer.name,
         )
-    return OnLoad.of(wanted, member.scheme if isinstance(member.scheme, Scheme) else None)
+    return wanted
 
 
 def _matrix(checkpoint: Checkpoint, member: Member) -> LayerDesc | None:
@@ -274,7 +322,8 @@ def _whole_experts(plan: Plan, found: dict[str, OnLoad], kept: dict[str, str]) -
     """Experts are quantized with all their matrices or not at all."""
     stacks: dict[str, list[str]] = {}
     for name in (*found, *kept):
-        if plan.members[name].layer.experts:
+        member = plan.members.get(name)  # parts of a stack were decided together
+        if member is not None and member.layer.experts:
             stacks.setdefault(name.rpartition(".")[0], []).append(name)
     for names in stacks.values():
         plain = [n for n in names if n in kept]
@@ -298,16 +347,24 @@ def _result(
     members, target = dict(plan.members), dict(plan.members)
     claimed: set[str] = set()
     for name, scheme in found.items():
-        old = plan.members[name]
-        layer = _matrix(plan.checkpoint, old)
-        assert layer is not None
-        params = old.params if old.quantized else tuple(scheme.params(layer))
+        if scheme.stack is not None:
+            layer, stored = scheme.stack.layer, scheme.stack.stored
+            for whole in (members, target):
+                whole.pop(name.rpartition(".")[0], None)
+            params = tuple(scheme.params(layer))
+        else:
+            old = plan.members[name]
+            matrix, stored = _matrix(plan.checkpoint, old), old.stored
+            assert matrix is not None
+            layer = matrix
+            params = old.params if old.quantized else tuple(scheme.params(layer))
         members[name] = Member(layer=layer, scheme=scheme, params=params)
         written = _by_name(layer)
         target[name] = Member(
             layer=written, scheme=scheme.wanted, params=tuple(scheme.wanted.params(written))
         )
-        claimed |= set(old.stored)
+        claimed |= set(stored)
+    _divide(plan, members, found)
     dense = {public: stored for public, stored in plan.dense.items() if stored not in claimed}
     warnings = [*plan.warnings]
     meant = ("embedding", NOT_IN_MODEL)
@@ -325,3 +382,14 @@ def _result(
         config=None if answer is None else dict(answer),
         kept=rules,
     )
+
+
+def _divide(plan: Plan, members: Mapping[str, Member], found: Mapping[str, OnLoad]) -> None:
+    """Count stacks by their parts: each is read once, and all of them are the tensor."""
+    for scheme in found.values():
+        for stored in () if scheme.stack is None else scheme.stack.stored:
+            plan.ledger.release(stored)
+    for name, scheme in found.items():
+        if scheme.stack is not None:
+            for _, _, _, part in member_parts(members[name]):
+                plan.ledger.claim(part, name)

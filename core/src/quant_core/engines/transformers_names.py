@@ -30,6 +30,7 @@ __all__ = ["Layout", "Slot", "arrange"]
 Cut = tuple[int | slice, ...]
 
 _EXPERTS = re.compile(r"^(.*\bexperts)\.(?!\d+\.)(.+)$")
+_ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 _NUMBERED = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
 
 
@@ -177,14 +178,13 @@ def arrange(plan: Plan, model: PreTrainedModel) -> Layout:
 
 def _place_member(rename: _Renamer, layout: Layout, name: str, member: Member) -> None:
     role = member.layer.role
-    if member.layer.experts and role:  # a part of a stack that is stored as the model has it
-        found = rename(f"{name.rpartition('.')[0]}.{weight_leaf(role)}")
-        if found is not None and found.converter is None:
-            module = found.target.rpartition(".")[0]
-            _add(layout.experts.setdefault(module, {}), role, member)
-            return
+    if member.layer.experts and role and _place_part(rename, layout, name, member, role):
+        return  # a part of a stack that is stored as the model has it
     key = f"{_as_one_expert(name) if member.layer.experts else name}.weight"
     found = rename(key)
+    role = _ROLES.get(name.rpartition(".")[2], "") if member.layer.experts else ""
+    if found is None and role and _place_part(rename, layout, name, member, role):
+        return  # stored one by one, where the model has stacks and knows no other storage
     if found is None:
         layout.stray_members.append(member)
         return
@@ -203,6 +203,16 @@ def _place_member(rename: _Renamer, layout: Layout, name: str, member: Member) -
     if found.source in rows:
         raise _twice(found.target, rows[found.source].layer.name, member.layer.name)
     rows[found.source] = member
+
+
+def _place_part(rename: _Renamer, layout: Layout, name: str, member: Member, role: str) -> bool:
+    """Whether experts are a role of the model's own stack, which is then noted."""
+    found = rename(f"{name.rpartition('.')[0]}.{weight_leaf(role)}")
+    if found is None or found.converter is not None:
+        return False
+    module = found.target.rpartition(".")[0]
+    _add(layout.experts.setdefault(module, {}), role, member)
+    return True
 
 
 def _add(roles: dict[str, Member], role: str, member: Member) -> None:

@@ -15,13 +15,14 @@ from quant_core.engines.transformers_names import arrange
 from quant_core.engines.transformers_save import Provenance
 from quant_core.errors import summarize
 from quant_core.online_plan import NOT_IN_MODEL, OnlinePlan
+from quant_core.online_stacks import StackLayout
 from quant_core.plan import Member, Plan, member_parts
 from quant_core.spec import TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["online_provenance", "replaceable_in"]
+__all__ = ["online_provenance", "replaceable_in", "stacks_in"]
 
 
 def replaceable_in(model: PreTrainedModel, plan: Plan) -> Callable[[Member], str]:
@@ -52,6 +53,28 @@ def replaceable_in(model: PreTrainedModel, plan: Plan) -> Callable[[Member], str
         return f"{type(module).__name__} is no layer that can be packed"
 
     return why_not
+
+
+def stacks_in(model: PreTrainedModel, plan: Plan) -> dict[str, StackLayout]:
+    """Stacked experts of ``plan`` that packed ones can replace: public module name -> layout.
+
+    Args:
+        model: the skeleton, its own modules still in place.
+    """
+    slots = arrange(plan, model).slots
+    out = {}
+    for name, slot in slots.items():
+        module, _, leaf = name.rpartition(".")
+        target = slot.target.rpartition(".")[0]
+        if leaf != "gate_up_proj" or not slot.target.endswith(leaf):
+            continue
+        experts: Any = model.get_submodule(target)
+        if is_replaceable(experts):
+            out[module] = StackLayout(
+                transposed=bool(getattr(experts, "is_transposed", False)),
+                in_turn=not getattr(experts, "is_concatenated", True),
+            )
+    return out
 
 
 def online_provenance(online: OnlinePlan, loaded: Provenance) -> Provenance:

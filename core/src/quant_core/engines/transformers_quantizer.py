@@ -25,7 +25,7 @@ from quant_core.checkpoint.open import open_checkpoint
 from quant_core.detect import quantization_config
 from quant_core.engines.transformers_cache import CacheMode, check_mode
 from quant_core.engines.transformers_fill import Filled, fill_model
-from quant_core.engines.transformers_online import online_provenance, replaceable_in
+from quant_core.engines.transformers_online import online_provenance, replaceable_in, stacks_in
 from quant_core.engines.transformers_save import Provenance, attach_save
 from quant_core.errors import CheckpointError, ConfigError, summarize
 from quant_core.online import OnlineRequest
@@ -201,7 +201,8 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
                 block, request = quantization_config(checkpoint), self.quantization_config.request
                 online = None
                 if request is not None:
-                    online = quantize_plan(plan, request, replaceable_in(model, plan))
+                    fits, stacks = replaceable_in(model, plan), stacks_in(model, plan)
+                    online = quantize_plan(plan, request, fits, stacks)
                     plan, block = online.plan, online.config
                 self._report(plan)
                 if online is not None or self.quantization_config.original is None:
