@@ -67,7 +67,7 @@ _FP8_TOKEN = QuantSpec(
 ACTIVATIONS = {"w4a8": _FP8_TOKEN}
 """Activations that the online scheme has not."""
 
-DEFAULT_SHAPES = "4096x4096,4096x28672,14336x4096,5120x13824,2880x5120"
+DEFAULT_SHAPES = "4096x4096,4096x28672,14336x4096,5120x13824,3584x18944"
 DEFAULT_ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
 
 
@@ -133,6 +133,17 @@ def _int4_peer(k: int, n: int) -> list[Any]:
     return sets
 
 
+def _hopeless(times: dict[str, float], m: int, before: dict[str, tuple[int, float]]) -> set[str]:
+    """Contestants that more rows cannot bring back: far behind, or behind and growing with M."""
+    best, out = min(times.values()), set()
+    for name, us in times.items():
+        rows, last = before.get(name, (m, us))
+        grows = us / last > 0.5 * m / rows
+        if m >= 64 and (us > 25 * best or (us > 3 * best and grows)):
+            out.add(name)
+    return out
+
+
 def measure(bench: Bench, k: int, n: int, scheme: str) -> None:
     """All contestants of one shape and scheme for every number of rows."""
     torch.manual_seed(0)
@@ -148,6 +159,8 @@ def measure(bench: Bench, k: int, n: int, scheme: str) -> None:
     peer = _int4_peer(k, n) if scheme == "int4" else []
     acts = op.operand("input")
     costs: dict[str, list[list[float]]] = {}
+    before: dict[str, tuple[int, float]] = {}
+    hopeless: set[str] = set()
     for m in bench.rows:
         if bench.left() < 5:
             bench.problems.append({"where": f"{k}x{n} {scheme} M={m}", "error": "out of time"})
@@ -168,6 +181,8 @@ def measure(bench: Bench, k: int, n: int, scheme: str) -> None:
             if said.cost_at(m) < math.inf:
                 calls[name] = [lambda v=v, x=x, run=run: run(v, x) for v in sets]
         graphs, facts = {}, {}
+        for name in hopeless & set(calls):
+            del calls[name]
         for name, thunks in calls.items():
             try:
                 eager = thunks[0]()
@@ -187,6 +202,8 @@ def measure(bench: Bench, k: int, n: int, scheme: str) -> None:
                 torch.cuda.synchronize()
         times = interleaved(graphs)
         chosen = _winner(choice, m)
+        hopeless |= _hopeless(times, m, before) - {chosen, "bf16 F.linear"}
+        before = {name: (m, us) for name, us in times.items()}
         for name, us in times.items():
             bench.records.append(
                 {"k": k, "n": n, "scheme": scheme, "rows": m, "who": name, "us": us,
@@ -217,8 +234,8 @@ def main() -> int:
         deadline=time.monotonic() + args.seconds,
         only={n for n in args.kernels.split(",") if n},
     )
-    for scheme in args.schemes.split(","):
-        for shape in args.shapes.split(","):
+    for shape in args.shapes.split(","):
+        for scheme in args.schemes.split(","):
             k, n = (int(p) for p in shape.split("x"))
             if bench.left() < 10:
                 bench.problems.append({"where": f"{shape} {scheme}", "error": "out of time"})
