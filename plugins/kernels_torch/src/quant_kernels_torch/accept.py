@@ -13,7 +13,7 @@ from quant_core.spec import CANONICAL, CHANNEL, TENSOR, OpSpec, Scale
 __all__ = ["BLOCK", "at_rows", "block_fp8_problem", "common_problem", "fp8_problem", "int8_problem"]
 
 BLOCK = 128
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # the last: or more
 _WIDE = ("f32", "bf16", "f16")
 _FLOATS = ("bfloat16", "float16", "float32")
 
