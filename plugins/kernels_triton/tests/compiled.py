@@ -30,7 +30,8 @@ def _compile(fn: Any, box: list[int], p: GluonPlan, r: Recipe, warps: int, more:
     types = {"xd": f"tensordesc<{act}[{box[0]},{box[1]}],{layout!r}>", "W": "*i16", "Y": f"*{act}"}
     for name, c in zip(("S0", "S1", "Z", "O0", "O1"), p.factors):
         types[name] = _PAIRS.get(c >> 3 & 7, "*i16") if c & 7 == GROUP else "*fp32"
-    types |= dict.fromkeys(("ROW0", "ROW1", "BIAS", "PART"), "*fp32") | {"COUNT": "*i32"}
+    types |= dict.fromkeys(("ROW0", "ROW1", "BIAS", "PART"), "*fp32")
+    types |= dict.fromkeys(("COUNT", "ORDER", "EXPERT", "BOUNDS"), "*i32")
     types |= dict.fromkeys(("M", "N", "NP", "K", "G"), "i32")
     constants = {
         **{f"C{i}": c for i, c in enumerate(p.factors)},
@@ -42,6 +43,7 @@ def _compile(fn: Any, box: list[int], p: GluonPlan, r: Recipe, warps: int, more:
         "MODE": p.mode,
         "SPG": p.spg,
         "PDL": True,
+        "GROUPED": True,
         "GN": 8,
         "BM": box[0],
         "ASM": dequant(p.element, act, p.mode, p.zero_value),
@@ -58,8 +60,8 @@ def _compile(fn: Any, box: list[int], p: GluonPlan, r: Recipe, warps: int, more:
     made = triton.compile(source, target=target, options={"num_warps": warps, "launch_pdl": True})
     ptx = made.asm["ptx"]
     assert "wgmma.mma_async" in ptx
-    # one store per stage of set-up and the epilogue at most: no code passes through shared memory
-    assert ptx.count("st.shared") <= 4, ptx.count("st.shared")
+    # what a warp group is started with, and the epilogue: no code passes through shared memory
+    assert ptx.count("st.shared") <= 8, ptx.count("st.shared")
     path = Path(made.metadata_group[next(iter(made.metadata_group))]).parent / "again.ptx"
     path.write_text(ptx)
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"

@@ -25,6 +25,7 @@ __all__ = [
     "raw_factor",
     "row_factor",
     "row_values",
+    "shifted",
 ]
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.8, 3.6
@@ -63,6 +64,23 @@ def raw_factor(P, tile, sub, lane, group, G, K, HALF: gl.constexpr, SPG: gl.cons
         across = (K + COLS - 1) // COLS
         at = (tile * 16) // ROWS * across + gl.minimum(col // COLS, across - 1)
         return gl.load(P + (at + lane * 0))
+
+
+@gluon.jit
+def shifted(P, expert, NP, G, N, K, F: gl.constexpr):
+    """The factor's pointer moved to one expert of a stack."""
+    ROWS: gl.constexpr = ((F >> 8) & 0xFFF) * 16
+    COLS: gl.constexpr = (F >> 20) * 16
+    if (F & 7) == 0:
+        return P + expert
+    elif (F & 7) == 1:
+        return P + expert * NP
+    elif (F & 7) == 2:
+        return P + expert.to(gl.int64) * ((NP // 16) * ((G * 128 + COLS - 1) // COLS) * 8)
+    elif (F & 7) == 3:
+        return P + expert * (((N + ROWS - 1) // ROWS) * ((K + COLS - 1) // COLS))
+    else:
+        return P
 
 
 @gluon.jit

@@ -23,7 +23,7 @@ from quant_kernels_triton.recipe import (
     Recipe,
 )
 
-__all__ = ["GluonPlan", "Ring", "Specialized", "config", "plan"]
+__all__ = ["GluonPlan", "Ring", "Specialized", "config", "grouped_config", "plan"]
 
 _AS = {
     "uint4": "uint4",
@@ -169,9 +169,22 @@ def config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
         warps = 8 if wide and bm == 64 else 4
         stages = 3 if p.bytes and bm == 64 else 4
         return Ring(bm, warps, stages, _split(n // (16 * warps), groups, 2 * SMS), acc)
-    if n // 64 >= 2 * SMS:
-        return Ring(128, 4, 3, 1, False)
+    if n // 64 >= 2 * SMS:  # a block partly beyond x: two tiles of outputs share its rows
+        return Ring(128, 8 if rows % 128 else 4, 3, 1, False)
     blocks = -(-rows // 64) * (n // 64)
     if blocks >= 2 * SMS:
         return Ring(128, 4, 3, 1, False)
     return Ring(64, 4, 3 if p.bytes else 4, _split(blocks, groups, 2 * SMS), False)
+
+
+def grouped_config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
+    """Block sizes for ``rows`` rows spread over the experts of a stack."""
+    each = -(-rows // max(recipe.experts, 1))
+    if each > 192:
+        return Specialized(256, 5, 8)
+    acc = p.spg == 1 and p.mode in (1, 2)
+    if each <= 16:
+        return Ring(16, 4, 4, 1, acc)
+    if each <= 32:
+        return Ring(32, 4, 4, 1, acc)
+    return Ring(64, 4, 3 if p.bytes else 4, 1, False) if each <= 64 else Ring(128, 4, 3, 1, False)

@@ -15,16 +15,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quant_core.errors import KernelError
 from quant_core.kernels.base import Rejected
 from quant_kernels_triton.asm import constraints, dequant
-from quant_kernels_triton.gluon_plan import Ring, Specialized, config, plan
+from quant_kernels_triton.gluon_plan import Ring, Specialized, config, grouped_config, plan
 from quant_kernels_triton.gluon_ring import ring
 from quant_kernels_triton.gluon_ws import specialized
 from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
 from quant_kernels_triton.recipe import ELEMENTS, GROUP, Recipe
+from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
 
-__all__ = ["run_config", "run_gluon"]
+__all__ = ["run_config", "run_gluon", "run_grouped_gluon"]
 
 _PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # two rows of a factor in one word
 _SIZES = {code: {"f32": 4, "bf16": 2, "f16": 2}.get(e, 1) for e, code in ELEMENTS.items()}
+_LARGE = 1 << 26  # weights from which copying x beats boxes that reach beyond it (measured)
 _COUNTERS = 1 << 16
 _counters: dict[tuple[int, object], Tensor] = {}
 
@@ -119,9 +121,16 @@ def _counter(device: int) -> Tensor | None:
     return held
 
 
-def _run_ring(held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Ring) -> None:
+_Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
+
+
+def _run_ring(
+    held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Ring,
+    experts: _Schedule | None,
+) -> None:  # fmt: skip
     r, device = held.recipe, x.device.index
-    m, blocks = x.shape[0], -(-x.shape[0] // c.bm) * -(-r.rows // (16 * c.warps))
+    m = x.shape[0] if experts is None else experts[1].shape[0] * c.bm
+    blocks = -(-m // c.bm) * -(-r.rows // (16 * c.warps))
     split, count, part = c.split, y, y
     if split > 1:
         counter = _counter(device) if blocks <= _COUNTERS else None
@@ -130,45 +139,91 @@ def _run_ring(held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: 
         else:
             count = counter
             part = torch.empty(split, m, r.n, dtype=torch.float32, device=x.device)
-    key = ("ring", r, c.bm, c.warps, c.stages, split, c.acc)
+    grouped = experts is not None
+    key = ("ring", r, c.bm, c.warps, c.stages, split, c.acc, grouped)
 
     def build() -> Build:
         more = {"NW": c.warps, "ST": c.stages, "SPLIT": split, "GN": 8, "ACC": c.acc}
+        more["GROUPED"] = grouped
         return held.build(x, c.bm, 128, c.warps, 0 if c.acc else held.plan.mode, more)
 
     desc = _descriptor(x, c.bm, 128, is_compiled(key, device))
-    args = (desc, *held.arguments(tensors), y, part, count, m, r.n, r.rows, r.k, r.groups)
+    sizes = (m, r.n, r.rows, r.k, r.groups)
+    args = (desc, *held.arguments(tensors), y, part, count, *(experts or (y, y, y)), *sizes)
     launch(ring, key, (blocks * split, 1), args, device, build)
 
 
 def _run_specialized(
-    held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Specialized
-) -> None:
-    r, m, device = held.recipe, x.shape[0], x.device.index
-    key = ("ws", r, c.bm, c.stages, c.together)
+    held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Specialized,
+    experts: _Schedule | None,
+) -> None:  # fmt: skip
+    r, device = held.recipe, x.device.index
+    m = x.shape[0] if experts is None else experts[1].shape[0] * c.bm
+    grouped = experts is not None
+    key = ("ws", r, c.bm, c.stages, c.together, grouped)
 
     def build() -> Build:
-        more = {"ST": c.stages, "GN": c.together}
+        more = {"ST": c.stages, "GN": c.together, "GROUPED": grouped}
         return held.build(x, c.bm, 64, 4, held.plan.mode, more)
 
+    if not grouped and m % c.bm and m <= 512 and r.n * r.k >= _LARGE:
+        x = F.pad(x, (0, 0, 0, -m % c.bm))
     desc = _descriptor(x, c.bm, 64, is_compiled(key, device))
-    args = (desc, *held.arguments(tensors), y, m, r.n, r.rows, r.k, r.groups)
+    sizes = (m, r.n, r.rows, r.k, r.groups)
+    args = (desc, *held.arguments(tensors), y, *(experts or (y, y, y)), *sizes)
     grid = (-(-m // c.bm) * -(-r.rows // 128), 1)
     launch(specialized, key, grid, args, device, build)
 
 
-def run_config(r: Recipe, x: Tensor, tensors: Sequence[Tensor], c: Ring | Specialized) -> Tensor:
-    """y [M, N] = x [M, K] W^T (+ bias) with the given block sizes."""
-    if r.gather:  # -1 picks the appended zero column
-        held = tensors[r.buffers.index("gather")]
-        x = F.pad(x, (0, 1)).index_select(1, torch.where(held < 0, r.k_in, held)[: r.k])
-    x = aligned(x)
+def _gathered(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    if not r.gather:
+        return x
+    held = tensors[r.buffers.index("gather")]  # -1 picks the appended zero column
+    return F.pad(x, (0, 1)).index_select(1, torch.where(held < 0, r.k_in, held)[: r.k])
+
+
+def run_config(
+    r: Recipe, x: Tensor, tensors: Sequence[Tensor], c: Ring | Specialized,
+    experts: _Schedule | None = None,
+) -> Tensor:  # fmt: skip
+    """y [M, N] = x [M, K] W^T (+ bias) with the given block sizes.
+
+    Args:
+        experts: blocks of ``c.bm`` rows of x, which is sorted by expert.
+    """
+    x = aligned(_gathered(r, x, tensors))
     y = x.new_empty(x.shape[0], r.n)
     if x.shape[0]:
         if isinstance(c, Ring):
-            _run_ring(_layer(r), x, tensors, y, c)
+            _run_ring(_layer(r), x, tensors, y, c, experts)
         else:
-            _run_specialized(_layer(r), x, tensors, y, c)
+            _run_specialized(_layer(r), x, tensors, y, c, experts)
+    return y
+
+
+def run_grouped_gluon(
+    r: Recipe,
+    x: Tensor,
+    index: Tensor,
+    tensors: Sequence[Tensor],
+    c: Ring | Specialized | None = None,
+) -> Tensor:
+    """y [T, N]: row t through expert ``index[t]``; zeros where that is no expert."""
+    own = getattr(torch, r.act_dtype)
+    if x.dtype != own:
+        return run_grouped_gluon(r, x.to(own), index, tensors, c).to(x.dtype)
+    t = x.shape[0]
+    if not t:
+        return x.new_zeros(0, r.n)
+    if c is None:
+        c = grouped_config(_layer(r).plan, r, t)
+    if t <= max(2, r.experts // 4):  # sorting costs more than reading an expert twice
+        blocks = each_alone(index, r.experts)
+    else:
+        blocks = sorted_blocks(index, r.experts, c.bm)
+        x = x.index_select(0, blocks[0])
+    y = run_config(r, x, tensors, c, blocks)
+    clear_rows(index, y, r.experts)
     return y
 
 

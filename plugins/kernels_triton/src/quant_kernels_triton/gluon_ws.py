@@ -28,6 +28,7 @@ from quant_kernels_triton.gluon_parts import (
     outer_factors,
     parameters,
     raw_factor,
+    shifted,
 )
 
 __all__ = ["specialized"]
@@ -86,12 +87,13 @@ def _operand(w, raw, BYTES: gl.constexpr, BF16: gl.constexpr, C0: gl.constexpr, 
 
 
 @gluon.jit
-def _consumer(xs, full, empty, W, P, ROW0, ROW1, BIAS, Y, M, N, NP, K, G, pn, m0,
+def _consumer(xs, full, empty, W, P, ROW0, ROW1, BIAS, Y, ORDER, M, N, NP, K, G, groups, pn, m0,
               ROW: gl.constexpr, BM: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr,
               BYTES: gl.constexpr, BF16: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr,
               C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr, R0: gl.constexpr,
               R1: gl.constexpr, HAS_BIAS: gl.constexpr, ZERO: gl.constexpr, MODE: gl.constexpr,
-              SPG: gl.constexpr, ASM: gl.constexpr, REGS: gl.constexpr):  # fmt: skip
+              SPG: gl.constexpr, ASM: gl.constexpr, REGS: gl.constexpr,
+              GROUPED: gl.constexpr):  # fmt: skip
     S2: gl.constexpr = 2 if BYTES else 1
     SB: gl.constexpr = (2 if SPG == 8 else 1) if BYTES else (SPG // 2 if SPG >= 2 else 1)
     P2: gl.constexpr = S2 if SPG >= 4 else 1
@@ -145,7 +147,7 @@ def _consumer(xs, full, empty, W, P, ROW0, ROW1, BIAS, Y, M, N, NP, K, G, pn, m0
     acc = gl.zeros([64, BM], gl.float32, mma)
     st = 0
     ph = 0
-    for g in range(G):
+    for g in range(groups):
         g2 = gl.minimum(g + 2, G - 1)
         ma = gl.load(Wp + g2 * (2 * HW))
         mb = gl.load(Wp + g2 * (2 * HW) + HW)
@@ -184,16 +186,21 @@ def _consumer(xs, full, empty, W, P, ROW0, ROW1, BIAS, Y, M, N, NP, K, G, pn, m0
     y = gl.convert_layout(acc.to(ACT), OL)
     on = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
     om = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, OL))
-    gl.store(Y + om[None, :].to(gl.int64) * N + on[:, None], y,
+    to = om
+    if GROUPED:
+        to = gl.load(ORDER + om, mask=om < M, other=0)
+    gl.store(Y + to[None, :].to(gl.int64) * N + on[:, None], y,
              mask=(om < M)[None, :] & (on < N)[:, None])  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
-def specialized(xd, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, M, N, NP, K, G,
-                BM: gl.constexpr, ST: gl.constexpr, GN: gl.constexpr, PDL: gl.constexpr,
-                BYTES: gl.constexpr, BF16: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr,
-                C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr, R0: gl.constexpr,
-                R1: gl.constexpr, HAS_BIAS: gl.constexpr, ZERO: gl.constexpr, MODE: gl.constexpr,
+def specialized(xd, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, ORDER, EXPERT, BOUNDS,
+                M, N, NP, K, G,
+                BM: gl.constexpr, ST: gl.constexpr, GN: gl.constexpr, GROUPED: gl.constexpr,
+                PDL: gl.constexpr, BYTES: gl.constexpr, BF16: gl.constexpr,
+                C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr,
+                C4: gl.constexpr, R0: gl.constexpr, R1: gl.constexpr, HAS_BIAS: gl.constexpr,
+                ZERO: gl.constexpr, MODE: gl.constexpr,
                 SPG: gl.constexpr, ASM: gl.constexpr, REGS: gl.constexpr):  # fmt: skip
     ACT: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
     NC: gl.constexpr = 2
@@ -204,7 +211,27 @@ def specialized(xd, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, M, N, NP, K, G,
     first = gid * GN
     size = gl.minimum(nn - first, GN)
     pn = first + (pid % (GN * nm)) % size
-    m0 = (pid % (GN * nm)) // size * BM
+    pm = (pid % (GN * nm)) // size
+    m0 = pm * BM
+    m1 = M
+    groups = G
+    if GROUPED:  # as in gluon_ring
+        expert = gl.load(EXPERT + pm)
+        m0 = gl.load(BOUNDS + 2 * pm)
+        m1 = gl.where(expert < 0, m0, gl.load(BOUNDS + 2 * pm + 1))
+        groups = gl.where(expert < 0, 0, G)
+        expert = gl.maximum(expert, 0)
+        WG: gl.constexpr = 1024 if BYTES else 512
+        W = W + expert.to(gl.int64) * ((NP // 16) * G * WG)
+        S0 = shifted(S0, expert, NP, G, N, K, C0)
+        S1 = shifted(S1, expert, NP, G, N, K, C1)
+        Z = shifted(Z, expert, NP, G, N, K, C2)
+        O0 = shifted(O0, expert, NP, G, N, K, C3)
+        O1 = shifted(O1, expert, NP, G, N, K, C4)
+        ROW0 = shifted(ROW0, expert, NP, G, N, K, R0)
+        ROW1 = shifted(ROW1, expert, NP, G, N, K, R1)
+        if HAS_BIAS:
+            BIAS = BIAS + expert * N
     xs = gl.allocate_shared_memory(ACT, [ST, BM, 64], xd.layout)
     full = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
@@ -219,13 +246,13 @@ def specialized(xd, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, M, N, NP, K, G,
     P = (S0, S1, Z, O0, O1)
     gl.warp_specialize(
         [
-            (_consumer, (xs, full, empty, W, P, ROW0, ROW1, BIAS, Y, M, N, NP, K, G, pn, m0, 0,
-                         BM, ST, NC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO, MODE,
-                         SPG, ASM, REGS)),
-            (_consumer, (xs, full, empty, W, P, ROW0, ROW1, BIAS, Y, M, N, NP, K, G, pn, m0, 1,
-                         BM, ST, NC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO, MODE,
-                         SPG, ASM, REGS)),
-            (_producer, (xd, xs, full, empty, m0, G, BM, ST)),
+            (_consumer, (xs, full, empty, W, P, ROW0, ROW1, BIAS, Y, ORDER, m1, N, NP, K, G, groups,
+                         pn, m0, 0, BM, ST, NC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                         HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GROUPED)),
+            (_consumer, (xs, full, empty, W, P, ROW0, ROW1, BIAS, Y, ORDER, m1, N, NP, K, G, groups,
+                         pn, m0, 1, BM, ST, NC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                         HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GROUPED)),
+            (_producer, (xd, xs, full, empty, m0, groups, BM, ST)),
         ],
         [4, 1],
         [232, 24],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from quant_core.kernels.base import Kernel
+from quant_kernels_triton.scaled_kernel import Scaled
 from quant_kernels_triton.wna16 import Dense, GluonTiles, PlainTriton
 
 __all__ = ["KERNELS"]
 
-KERNELS: tuple[Kernel, ...] = (GluonTiles(), PlainTriton(), Dense())
+KERNELS: tuple[Kernel, ...] = (GluonTiles(), PlainTriton(), Dense(), Scaled())

@@ -1,29 +1,40 @@
 """The torch ops: one opaque node each under torch.compile, a thin launch otherwise.
 
     quant_triton::linear(x, tensors, recipe, way) -> y          x [..., K] -> [..., N]
-    quant_triton::grouped_linear(x, experts, tensors, recipe)   x [T, K], experts [T] -> [T, N]
+    quant_triton::grouped_linear(x, experts, tensors, recipe, way)  x [T, K], experts [T] -> [T, N]
+    quant_triton::scaled_linear(x, tensors, plan) -> y          x [..., K] -> [..., N]
     quant_triton::embedding(ids, tensors, recipe) -> rows       ids [...] -> [..., K]
 
-``recipe`` is ``Recipe.text()``, ``tensors`` the buffers in the order of its names; ``way`` says
-which kernels run: "plain", "dense" or "gluon".
+``recipe`` is ``Recipe.text()`` and ``plan`` ``ScaledPlan.text()``; ``tensors`` are the buffers in
+the order of their names; ``way`` says which kernels run: "plain", "dense" or "gluon". Activations
+that a recipe quantizes to a type the chip does not multiply are rounded to it and back first.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
+from quant_core.kernels.activations import fake_quantize
+from quant_core.spec import QuantSpec
+from quant_core.spec_json import from_text
 from quant_kernels_triton.plain_run import run_dense, run_embedding, run_gemm, run_grouped
 from quant_kernels_triton.recipe import Recipe, recipe_from_text
+from quant_kernels_triton.scaled_plan import scaled_from_text
+from quant_kernels_triton.scaled_run import run_scaled
 
-__all__ = ["bound_embedding", "bound_grouped", "bound_linear"]
+__all__ = ["bound_embedding", "bound_grouped", "bound_linear", "bound_scaled"]
 
 _lib = torch.library.Library("quant_triton", "FRAGMENT")
 _lib.define("linear(Tensor x, Tensor[] tensors, str recipe, str way) -> Tensor")
-_lib.define("grouped_linear(Tensor x, Tensor experts, Tensor[] tensors, str recipe) -> Tensor")
+_lib.define(
+    "grouped_linear(Tensor x, Tensor experts, Tensor[] tensors, str recipe, str way) -> Tensor"
+)
+_lib.define("scaled_linear(Tensor x, Tensor[] tensors, str plan) -> Tensor")
 _lib.define("embedding(Tensor ids, Tensor[] tensors, str recipe) -> Tensor")
 
 
@@ -51,13 +62,33 @@ def _check_x(x: Tensor, k: int) -> None:
         )
 
 
+@functools.cache
+def _spec(text: str) -> QuantSpec:
+    spec: QuantSpec = from_text(text)
+    return spec
+
+
+def _emulated(x: Tensor, r: Recipe) -> Tensor:
+    """x [T, K] as the recipe's activations represent it."""
+    return fake_quantize(x, _spec(r.input)) if r.input else x
+
+
 def _linear(x: Tensor, tensors: list[Tensor], recipe: str, way: str) -> Tensor:
     r = recipe_from_text(recipe)
-    return _WAYS[way](r, x.reshape(-1, r.k_in), tensors).view(*x.shape[:-1], r.n)
+    flat = _emulated(x.reshape(-1, r.k_in), r)
+    return _WAYS[way](r, flat, tensors).view(*x.shape[:-1], r.n)
 
 
-def _grouped_linear(x: Tensor, experts: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
-    return run_grouped(recipe_from_text(recipe), x, experts, tensors)
+def _grouped_linear(
+    x: Tensor, experts: Tensor, tensors: list[Tensor], recipe: str, way: str
+) -> Tensor:
+    r = recipe_from_text(recipe)
+    x = _emulated(x, r)
+    if way == "gluon":
+        from quant_kernels_triton.gluon_run import run_grouped_gluon
+
+        return run_grouped_gluon(r, x, experts, tensors)
+    return run_grouped(r, x, experts, tensors)
 
 
 def _embedding(ids: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
@@ -65,11 +96,22 @@ def _embedding(ids: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
     return run_embedding(r, ids, tensors).view(*ids.shape, r.k)
 
 
+def _scaled_linear(x: Tensor, tensors: list[Tensor], plan: str) -> Tensor:
+    p = scaled_from_text(plan)
+    return run_scaled(p, x.reshape(-1, p.k), tensors).view(*x.shape[:-1], p.n)
+
+
+def _fake_scaled(x: Tensor, tensors: list[Tensor], plan: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scaled_from_text(plan).n)
+
+
 def _fake_linear(x: Tensor, tensors: list[Tensor], recipe: str, way: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], recipe_from_text(recipe).n)
 
 
-def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
+def _fake_grouped(
+    x: Tensor, experts: Tensor, tensors: list[Tensor], recipe: str, way: str
+) -> Tensor:
     return x.new_empty(x.shape[0], recipe_from_text(recipe).n)
 
 
@@ -82,6 +124,7 @@ def _fake_embedding(ids: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
 for _name, _impl, _fake in (
     ("linear", _linear, _fake_linear),
     ("grouped_linear", _grouped_linear, _fake_grouped),
+    ("scaled_linear", _scaled_linear, _fake_scaled),
     ("embedding", _embedding, _fake_embedding),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
@@ -94,10 +137,18 @@ def bound_linear(text: str, way: str, k: int, tensors: list[Tensor], x: Tensor) 
     return torch.ops.quant_triton.linear(x, tensors, text, way)  # type: ignore[no-any-return]
 
 
-def bound_grouped(text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
+def bound_grouped(
+    text: str, way: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor
+) -> Tensor:
     """The same for a stack of experts."""
     _check_x(x, k)
-    return torch.ops.quant_triton.grouped_linear(x, experts, tensors, text)  # type: ignore[no-any-return]
+    return torch.ops.quant_triton.grouped_linear(x, experts, tensors, text, way)  # type: ignore[no-any-return]
+
+
+def bound_scaled(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
+    """The same for a linear layer with 8-bit activations."""
+    _check_x(x, k)
+    return torch.ops.quant_triton.scaled_linear(x, tensors, text)  # type: ignore[no-any-return]
 
 
 def bound_embedding(text: str, tensors: list[Tensor], ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from quant_core.kernels.base import Rejected
 from quant_core.spec import CANONICAL, OpSpec, QuantSpec, Scale
+from quant_core.spec_json import to_text
 
 __all__ = ["ABSENT", "ELEMENTS", "FLOATS", "Factor", "Recipe", "describe", "recipe_from_text"]
 
@@ -69,6 +70,7 @@ class Recipe:
     gather: bool
     bias: bool
     act_dtype: str
+    input: str  # how activations are rounded, as text; "" = not
     buffers: tuple[str, ...]  # names, in the order of ``tiles.allocate``
 
     @property
@@ -177,9 +179,12 @@ def describe(op: OpSpec, *, ops: tuple[str, ...]) -> Recipe | Rejected:
     if op.op not in ops:
         return Rejected(axis="op", have=op.op, need=" or ".join(ops))
     roles = sorted({role for role, _ in op.operands})
-    if roles != ["weight"]:
-        return Rejected(axis="operands", have=", ".join(roles), need="weight only")
-    spec = op.weight
+    allowed = ["weight"] if op.op == "embedding" else ["input", "weight"]
+    if not set(roles) <= set(allowed) or "weight" not in roles:
+        return Rejected(axis="operands", have=", ".join(roles), need=" and ".join(allowed))
+    spec, acts = op.weight, op.operand("input")
+    if acts is not None and any(s.static for s in acts.scales):
+        return Rejected(axis="input", have="a stored scale", need="scales computed at run time")
     if problem := _element_problem(spec):
         return problem
     n, k_in = op.size("n"), op.size("k")
@@ -225,5 +230,6 @@ def describe(op: OpSpec, *, ops: tuple[str, ...]) -> Recipe | Rejected:
         gather=spec.gather,
         bias="bias" in op.features,
         act_dtype=op.act_dtype,
+        input="" if acts is None else to_text(acts),
         buffers=_buffer_names(op, len(offsets), bits),
     )

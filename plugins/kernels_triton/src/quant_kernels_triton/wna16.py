@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Dense", "GluonTiles", "PlainTriton", "TilesKernel"]
 
 
+_EMULATION_US = 40.0  # of rounding activations by torch's own ops
+
+
 def interpreting() -> bool:
     """Whether Triton was told to interpret kernels, which then run on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -42,7 +45,12 @@ class TilesKernel:
     def _recipe(self, op: OpSpec) -> Recipe | Rejected:
         if op.device[0] != "cuda" and not (op.device[0] == "cpu" and interpreting()):
             return Rejected(axis="device", have=op.device[0], need="cuda")
-        return describe(op, ops=self.OPS)
+        recipe = describe(op, ops=self.OPS)
+        if isinstance(recipe, Rejected) or not recipe.input:
+            return recipe
+        from quant_core.kernels.activations import unsupported_input
+
+        return unsupported_input(op) or recipe
 
     def _bound(self, op: OpSpec) -> Recipe:
         recipe = self._recipe(op)
@@ -58,8 +66,12 @@ class TilesKernel:
 
     def _accepted(self, op: OpSpec, recipe: Recipe) -> Accepted:
         table, measured = costs(self.name, recipe, op.device)
-        note = "" if measured else "no measured table for this device"
-        return Accepted(cost=table[0][1], costs=table, note=note)
+        notes = [] if measured else ["no measured table for this device"]
+        acts = op.operand("input")
+        if acts is not None:
+            table = tuple((bound, us + _EMULATION_US) for bound, us in table)
+            notes.append(f"{acts.element.name} activations emulated in {op.act_dtype}")
+        return Accepted(cost=table[0][1], costs=table, note="; ".join(notes))
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
         recipe = self._recipe(op)
@@ -101,7 +113,7 @@ class PlainTriton(TilesKernel):
         if op.op == "embedding":
             return functools.partial(ops.bound_embedding, text)
         if op.op == "grouped_linear":
-            return functools.partial(ops.bound_grouped, text, recipe.k_in)
+            return functools.partial(ops.bound_grouped, text, "plain", recipe.k_in)
         return functools.partial(ops.bound_linear, text, "plain", recipe.k_in)
 
 
@@ -148,6 +160,7 @@ class GluonTiles(TilesKernel):
     """See ``gluon_ring`` and ``gluon_ws``. Weights are rounded once to the type of x."""
 
     name = "gluon_wna16"
+    OPS = ("linear", "grouped_linear")
 
     def _recipe(self, op: OpSpec) -> Recipe | Rejected:
         if op.device[0] != "cuda":
@@ -169,4 +182,5 @@ class GluonTiles(TilesKernel):
         from quant_kernels_triton import ops
 
         recipe = self._bound(op)
-        return functools.partial(ops.bound_linear, recipe.text(), "gluon", recipe.k_in)
+        bound = ops.bound_grouped if op.op == "grouped_linear" else ops.bound_linear
+        return functools.partial(bound, recipe.text(), "gluon", recipe.k_in)

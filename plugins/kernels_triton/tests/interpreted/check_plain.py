@@ -6,10 +6,13 @@ it makes bfloat16, so that only its structure, not its rounding, could be checke
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quant_core.dequantize import dense_weight
+from quant_core.kernels.activations import fake_quantize
 from quant_core.kernels.base import Accepted
 from quant_kernels_triton.wna16 import Dense, PlainTriton
 
@@ -100,3 +103,18 @@ def test_experts_equal_the_oracle(name, tokens):
             assert error(got[t : t + 1], x[t : t + 1], parts[i][1].dequantize()) < BOUND
         else:
             assert not got[t].any()
+
+
+@pytest.mark.parametrize("kernel", [PlainTriton(), Dense()], ids=lambda k: k.name)
+def test_quantized_activations_are_emulated_as_the_reference_does(kernel):
+    e2m1 = SPECS["mxfp4"]
+    acts = replace(e2m1, scales=(replace(e2m1.scales[0], static=False),))
+    op = make_op(e2m1, 64, 256, act="float16")
+    op = replace(op, operands=(*op.operands, ("input", acts)))
+    lt = make_layer(e2m1, 64, 256)
+    answer = kernel.accepts(op)
+    assert "emulated" in answer.note
+    x = torch.randn(5, 256).half()
+    got = bind(kernel, op, [({"row": 0}, lt)])(x)
+    assert error(got, fake_quantize(x, acts), lt.dequantize()) < BOUND
+    assert error(got, x, lt.dequantize()) > 1e-2  # negative control: not rounded
