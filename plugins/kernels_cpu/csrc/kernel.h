@@ -286,9 +286,9 @@ QK_INLINE void NAME(tile_short)(const NAME(view) *v, int64_t block, int64_t k, i
         for (int j = 0; j < NV; j++) vstore(out + m * QK_ROWS + j * VW, y[m][j]);
 }
 
-/* Most tokens of a tile. */
-static inline int64_t NAME(tile_most)(const qk_op *op) {
-    return op->group < SHORT_GROUP ? SHORT_TILE : MAX_TILE;
+/* Most tokens of a tile. What fits one large tile stays one: two small ones would wait for sums. */
+static inline int64_t NAME(tile_most)(const qk_op *op, int64_t tokens) {
+    return op->group < SHORT_GROUP && tokens > MAX_TILE ? SHORT_TILE : MAX_TILE;
 }
 
 #define SHORT_CASE(N)                                                             \
@@ -337,7 +337,7 @@ static void NAME(slab)(const NAME(view) *v, int64_t block, int64_t blocks, int64
     const qk_op *op = v->op;
     const int64_t panel_bytes = K_CHUNK / KP * QK_ROWS * 4, bytes = QK_ROWS * op->width / 8;
     /* even tiles: 13 tokens make 7 + 6, not 12 + 1 */
-    const int64_t tiles = qk_div_up(tokens, NAME(tile_most)(op)), step = qk_div_up(tokens, tiles);
+    const int64_t tiles = qk_div_up(tokens, NAME(tile_most)(op, tokens)), step = qk_div_up(tokens, tiles);
     memset(out, 0, blocks * tokens * QK_ROWS * sizeof(float));
     for (int64_t k = 0; k < op->k; k += K_CHUNK) {
         const int64_t stop = qk_min(op->k, k + K_CHUNK);
