@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_layers.py                          the table of docs/performance.md
     python benchmarks/cpu_layers.py --shape 4096x14336 --tokens 1 --json out.json
+    python benchmarks/cpu_layers.py --threads 1 --processor --only w4a16     on a busy machine
 
 Every round runs each candidate once, so that a slow moment of the machine slows all of them alike;
 reported are the median time, the median of the ratios to bf16 ``F.linear`` of the same round, and
@@ -192,21 +193,23 @@ def read_speed(nbytes: int = 256 * MIB) -> float:
     return nbytes / best / 1e9
 
 
-def measure(runs: dict[str, Run], x: Tensor, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of every round."""
+def measure(
+    runs: dict[str, Run], x: Tensor, rounds: int, seconds: float, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds per call of every round, by ``clock``."""
     loops = {}
     for name, run in runs.items():
         run(x)
-        start = time.perf_counter()
+        start = clock()
         run(x)
-        loops[name] = max(1, int(seconds / (time.perf_counter() - start)))
+        loops[name] = max(1, int(seconds / (clock() - start)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(loops[name]):
                 run(x)
-            times[name].append((time.perf_counter() - start) / loops[name])
+            times[name].append((clock() - start) / loops[name])
     return times
 
 
@@ -214,7 +217,9 @@ def bench(n: int, k: int, tokens: int, args: argparse.Namespace) -> list[dict[st
     found = candidates(n, k, tokens, args.cold)
     found = {f: c for f, c in found.items() if args.only in f or f == "bf16 F.linear"}
     x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).bfloat16()
-    times = measure({name: run for name, (run, _, _) in found.items()}, x, args.rounds, args.round)
+    clock = time.process_time if args.processor else time.perf_counter
+    runs = {name: run for name, (run, _, _) in found.items()}
+    times = measure(runs, x, args.rounds, args.round, clock)
     anchor = times["bf16 F.linear"]
     rows = []
     for name, (run, nbytes, lt) in found.items():
@@ -268,10 +273,15 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 8, 64, 512])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--round", type=float, default=0.02, help="seconds per candidate and round")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--processor", action="store_true", help="processor time; best with --threads 1"
+    )
     parser.add_argument("--only", default="", help="candidates whose name holds this, and bf16")
     parser.add_argument("--cold", type=int, default=256, help="MiB of weights to rotate over")
     parser.add_argument("--json", help="write the rows here")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     info = machine() | {"read_gb_s": read_speed(), "call_us": overhead_us()}
     print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in info.items()))
     print(
