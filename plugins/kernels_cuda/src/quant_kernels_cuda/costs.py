@@ -39,7 +39,8 @@ def bucket_costs(v: Variant, capability: str) -> tuple[tuple[int, float], ...]:
         fixed, per = lines[str(rows)]
         # every row of experts may read an expert of its own
         read = megabytes * (min(rows, v.experts) if v.op == "grouped_linear" else 1)
-        out.append((rows, round(fixed + read * per * slower, 2)))
+        us = round(fixed + read * per * slower, 2)
+        out.append((rows, max(us, out[-1][1] if out else us)))  # never cheaper with more rows
     whole = out[-1][1]
     if v.op == "grouped_linear":
         fixed, per = lines["1"]

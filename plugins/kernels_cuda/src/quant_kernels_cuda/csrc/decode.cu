@@ -3,10 +3,10 @@
 // out^T = W x^T: weights are the A operand of mma.m16n8k16, in registers in the order they are
 // stored; x is the B operand, read by ldmatrix from shared memory.
 //
-//   * One block per multiprocessor, 16 warps. A block walks over tiles of 16 RT output rows. Its columns
-//     are cut in phases (as many as x fits shared memory), a phase in runs of ``run`` chunks of GPC
-//     groups of 128. The runs of all tiles of all phases form one line, dealt to the warps in turn:
-//     any K is balanced.
+//   * One block per multiprocessor, 16 warps. A block walks over tiles of 16 RT output rows. Its
+//     columns are cut in phases (as much of x as fits shared memory), a phase in runs of 2^run
+//     chunks of GPC groups of 128. The runs of all tiles of all phases form one line, dealt to the
+//     warps in turn: any K is balanced.
 //   * A warp's codes and factors come by cp.async into a ring of ST stages that only this warp
 //     uses: no block barrier in the loop. The ring fills before the previous kernel has finished
 //     (programmatic dependent launch) and while x is exchanged: weights depend on neither.
@@ -64,14 +64,16 @@ struct Args {
   int span, run;       // groups of a phase (a multiple of GPC), log2 of the chunks of a run
   int batch, slots;    // tiles per barrier, most warps that share a tile
   int coarse, shift;   // groups per row and log2 of 128-column groups per value of G_COARSE
-  int block_rows, block_groups, block_cols;  // G_BLOCK: 16 rows and 128-groups per value, values per row
+  // G_BLOCK: per value 16-row tiles and 128-groups; values per row of blocks
+  int block_rows, block_groups, block_cols;
   int pitch;                                 // bytes of a row of x in shared memory
   int row_type[ROW_FACTORS], row_single[ROW_FACTORS], row_inverse[ROW_FACTORS], bias_type;
   int expert_count;
   int buffers;  // for sums: 1 if all tiles make one batch, else 2
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __grid_constant__ Args A) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+decode_kernel(const __grid_constant__ Args A) {
   extern __shared__ __align__(128) char smem[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
   const int rank = A.cluster > 1 ? blockIdx.x % A.cluster : 0;
@@ -267,194 +269,196 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_kernel(const __g
   int parity = 0;
 #pragma unroll 1
   for (int phase = 0; phase < phases; phase++) {
-  load_x(phase);  // after the last barrier nobody reads the x of the phase before
-  const bool last = phase == phases - 1;
-  const int chunks = chunks_of(phase), slots = min(runs_of(phase), WARPS);
+    load_x(phase);  // after the last barrier nobody reads the x of the phase before
+    const bool last = phase == phases - 1;
+    const int chunks = chunks_of(phase), slots = min(runs_of(phase), WARPS);
 #pragma unroll 1
-  for (int b0 = 0; b0 < tiles; b0 += A.batch) {
-    const int b1 = min(b0 + A.batch, tiles);
-    float* const batch_sums = sums + parity * sums_size;
-    while (now.phase == phase && now.tile < b1) {
-      const int slot = now.run, tile = now.tile, tile_in_batch = tile - b0;
-      float acc[RT][NT][4] = {};
-      do {  // all runs of this warp in the tile
-      const int end = min(now.chunk + (1 << A.run), chunks);
+    for (int b0 = 0; b0 < tiles; b0 += A.batch) {
+      const int b1 = min(b0 + A.batch, tiles);
+      float* const batch_sums = sums + parity * sums_size;
+      while (now.phase == phase && now.tile < b1) {
+        const int slot = now.run, tile = now.tile, tile_in_batch = tile - b0;
+        float acc[RT][NT][4] = {};
+        do {  // all runs of this warp in the tile
+          const int end = min(now.chunk + (1 << A.run), chunks);
 #pragma unroll 1
-      for (int chunk = now.chunk; chunk < end; chunk++) {
-        copies_wait<ST - 2>();
-        __syncwarp();  // factors were copied by other lanes
-        const char* at = ring + stage * STAGE;
-        uint4 w[RT][PIECES];
-        uint2 h[RT][HIGH ? HIGH : 1];
-#pragma unroll
-        for (int r = 0; r < RT; r++) {
-#pragma unroll
-          for (int i = 0; i < PIECES; i++)
-            w[r][i] = *(const uint4*)(at + r * TILE + i * 512 + lane * 16);
-#pragma unroll
-          for (int i = 0; i < HIGH; i++)
-            h[r][i] = *(const uint2*)(at + r * TILE + AT_HIGH + i * 256 + lane * 8);
-        }
-        {
-          const int e = stage + ST - 1;
-          issue(next, e >= ST ? e - ST : e);
-          if (next.phase < phases) advance(next);
-        }
-        float block_now[RT * GPC];
-#pragma unroll
-        for (int i = 0; i < RT * GPC; i++) block_now[i] = block_next[i];
-        if (S0_GRAIN == G_BLOCK) {
-          At then = {phase, now.tile, now.run, chunk};
-          advance(then);
-          block_scale(then, block_next);
-        }
-#pragma unroll
-        for (int q = 0; q < GPC; q++) {
-          float part[RT][NT][4] = {};
-          u32 zero0[RT], zero1[RT], w0[RT], w1[RT];
-#pragma unroll
-          for (int r = 0; r < RT; r++)
-            zero0[r] = zero1[r] = zero_pair(ZERO), w0[r] = w1[r] = WEIGHT_CONST;
-          u32 b[2][NT][4];
-          const u32 x_group = (chunk * GPC + q) * 256;
-#pragma unroll
-          for (int n = 0; n < NT; n++) ldmatrix4(b[0][n], x_lane[n] + (x_group & x_mask[n]));
-#pragma unroll
-          for (int step = 0; step < 8; step++) {
-            if (step % 2 == 0 && step < 6) {
-#pragma unroll
-              for (int n = 0; n < NT; n++)
-                ldmatrix4(b[(step / 2 + 1) & 1][n],
-                          x_lane[n] + ((x_group + (step / 2 + 1) * 64) & x_mask[n]));
-            }
+          for (int chunk = now.chunk; chunk < end; chunk++) {
+            copies_wait<ST - 2>();
+            __syncwarp();  // factors were copied by other lanes
+            const char* at = ring + stage * STAGE;
+            uint4 w[RT][PIECES];
+            uint2 h[RT][HIGH ? HIGH : 1];
 #pragma unroll
             for (int r = 0; r < RT; r++) {
-              const char* const factors = at + r * TILE;
-              if (ZERO_INTEGER && step % (8 / Z_SUBS) == 0) {
-                u32 low, up;
-                ZF::raw(factors + AT_Z, q, step * Z_SUBS / 8, row, low, up);
-                zero0[r] = zero_pair(low), zero1[r] = zero_pair(up);
-              }
-              if (IN_WEIGHT && step % (8 / S0_SUBS) == 0)
-                weight_scales<S0_TYPE>(
-                    ((const u16*)(factors + AT_S0))[(q * S0_SUBS + step * S0_SUBS / 8) * 8 + row],
-                    w0[r], w1[r]);
-              u32 a[4];
-              if (CODE_BITS >= 5) {
-                const uint4& v = w[r][q * PLANES16 + step / 2];
-                const u32 c0 = step & 1 ? v.z : v.x, c1 = step & 1 ? v.w : v.y;
-                if (FLOAT_CODES) floats8(c0, c1, w0[r], w1[r], a);
-                else integers8(c0, c1, zero0[r], zero1[r], a);
-              } else {
-                const int i = CODE_BITS == 4 ? step : step / 2;
-                const uint4& v = w[r][q * PLANES16 + i / 4];
-                const u32 c = i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-                const uint2& top = h[r][HIGH ? q : 0];
-                if (FLOAT_CODES) floats4(c, w0[r], w1[r], a);
-                else if (CODE_BITS == 4) integers4(c, zero0[r], zero1[r], a);
-                else if (CODE_BITS == 2) integers2(c, step, zero0[r], zero1[r], a);
-                else integers3(c, step < 4 ? top.x : top.y, step, zero0[r], zero1[r], a);
-              }
 #pragma unroll
-              for (int n = 0; n < NT; n++) {
-                const u32* f = b[(step / 2) & 1][n] + (step & 1) * 2;
-                mma(FLUSH ? part[r][n] : acc[r][n], a, f[0], f[1]);
-              }
-              if (FLUSH && (step + 1) % STEPS == 0) {
-                const int sub = step / STEPS;
-                float2 s = make_float2(1.f, 1.f);
-                if (S0_GRAIN == G_BLOCK)
-                  s.x = s.y = block_now[r * GPC + q];
-                else if (!IN_WEIGHT && S0::RING)
-                  s = S0::read(factors + AT_S0, q, sub * S0_SUBS / PARTS, row);
-                if (S1::RING) {
-                  const float2 t = S1::read(factors + AT_S1, q, sub * S1_SUBS / PARTS, row);
-                  s.x *= t.x, s.y *= t.y;
-                }
-                float2 o = make_float2(0.f, 0.f);
-                if (OFFSET) {
-                  o = O0::read(factors + AT_O0, q, sub * O0_SUBS / PARTS, row);
-                  if (O1::RING) {
-                    const float2 t = O1::read(factors + AT_O1, q, sub * O1_SUBS / PARTS, row);
-                    o.x *= t.x, o.y *= t.y;
-                  }
-                } else if (ZERO_FLOAT) {
-                  const float2 t = ZF::read(factors + AT_Z, q, sub * Z_SUBS / PARTS, row);
-                  o.x = -t.x * s.x, o.y = -t.y * s.y;
+              for (int i = 0; i < PIECES; i++)
+                w[r][i] = *(const uint4*)(at + r * TILE + i * 512 + lane * 16);
+#pragma unroll
+              for (int i = 0; i < HIGH; i++)
+                h[r][i] = *(const uint2*)(at + r * TILE + AT_HIGH + i * 256 + lane * 8);
+            }
+            {
+              const int e = stage + ST - 1;
+              issue(next, e >= ST ? e - ST : e);
+              if (next.phase < phases) advance(next);
+            }
+            float block_now[RT * GPC];
+#pragma unroll
+            for (int i = 0; i < RT * GPC; i++) block_now[i] = block_next[i];
+            if (S0_GRAIN == G_BLOCK) {
+              At then = {phase, now.tile, now.run, chunk};
+              advance(then);
+              block_scale(then, block_next);
+            }
+#pragma unroll
+            for (int q = 0; q < GPC; q++) {
+              float part[RT][NT][4] = {};
+              u32 zero0[RT], zero1[RT], w0[RT], w1[RT];
+#pragma unroll
+              for (int r = 0; r < RT; r++)
+                zero0[r] = zero1[r] = zero_pair(ZERO), w0[r] = w1[r] = WEIGHT_CONST;
+              u32 b[2][NT][4];
+              const u32 x_group = (chunk * GPC + q) * 256;
+#pragma unroll
+              for (int n = 0; n < NT; n++) ldmatrix4(b[0][n], x_lane[n] + (x_group & x_mask[n]));
+#pragma unroll
+              for (int step = 0; step < 8; step++) {
+                if (step % 2 == 0 && step < 6) {
+#pragma unroll
+                  for (int n = 0; n < NT; n++)
+                    ldmatrix4(b[(step / 2 + 1) & 1][n],
+                              x_lane[n] + ((x_group + (step / 2 + 1) * 64) & x_mask[n]));
                 }
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                  float *const c = acc[r][n], *const p = part[r][n];
-                  c[0] += p[0] * s.x, c[1] += p[1] * s.x, c[2] += p[2] * s.y, c[3] += p[3] * s.y;
-                  if (XSUMS) {
-                    const float2 t = *(const float2*)(
-                        xsums + ((chunk * GPC + q) * PARTS + sub) * NT * 8 + n * 8 + quad * 2);
-                    c[0] += o.x * t.x, c[1] += o.x * t.y, c[2] += o.y * t.x, c[3] += o.y * t.y;
+                for (int r = 0; r < RT; r++) {
+                  const char* const factors = at + r * TILE;
+                  if (ZERO_INTEGER && step % (8 / Z_SUBS) == 0) {
+                    u32 low, up;
+                    ZF::raw(factors + AT_Z, q, step * Z_SUBS / 8, row, low, up);
+                    zero0[r] = zero_pair(low), zero1[r] = zero_pair(up);
                   }
-                  p[0] = p[1] = p[2] = p[3] = 0.f;
+                  if (IN_WEIGHT && step % (8 / S0_SUBS) == 0)
+                    weight_scales<S0_TYPE>(
+                        ((const u16*)(factors +
+                                      AT_S0))[(q * S0_SUBS + step * S0_SUBS / 8) * 8 + row],
+                        w0[r], w1[r]);
+                  u32 a[4];
+                  if (CODE_BITS >= 5) {
+                    const uint4& v = w[r][q * PLANES16 + step / 2];
+                    const u32 c0 = step & 1 ? v.z : v.x, c1 = step & 1 ? v.w : v.y;
+                    if (FLOAT_CODES) floats8(c0, c1, w0[r], w1[r], a);
+                    else integers8(c0, c1, zero0[r], zero1[r], a);
+                  } else {
+                    const int i = CODE_BITS == 4 ? step : step / 2;
+                    const uint4& v = w[r][q * PLANES16 + i / 4];
+                    const u32 c = i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+                    const uint2& top = h[r][HIGH ? q : 0];
+                    if (FLOAT_CODES) floats4(c, w0[r], w1[r], a);
+                    else if (CODE_BITS == 4) integers4(c, zero0[r], zero1[r], a);
+                    else if (CODE_BITS == 2) integers2(c, step, zero0[r], zero1[r], a);
+                    else integers3(c, step < 4 ? top.x : top.y, step, zero0[r], zero1[r], a);
+                  }
+#pragma unroll
+                  for (int n = 0; n < NT; n++) {
+                    const u32* f = b[(step / 2) & 1][n] + (step & 1) * 2;
+                    mma(FLUSH ? part[r][n] : acc[r][n], a, f[0], f[1]);
+                  }
+                  if (FLUSH && (step + 1) % STEPS == 0) {
+                    const int sub = step / STEPS;
+                    float2 s = make_float2(1.f, 1.f);
+                    if (S0_GRAIN == G_BLOCK)
+                      s.x = s.y = block_now[r * GPC + q];
+                    else if (!IN_WEIGHT && S0::RING)
+                      s = S0::read(factors + AT_S0, q, sub * S0_SUBS / PARTS, row);
+                    if (S1::RING) {
+                      const float2 t = S1::read(factors + AT_S1, q, sub * S1_SUBS / PARTS, row);
+                      s.x *= t.x, s.y *= t.y;
+                    }
+                    float2 o = make_float2(0.f, 0.f);
+                    if (OFFSET) {
+                      o = O0::read(factors + AT_O0, q, sub * O0_SUBS / PARTS, row);
+                      if (O1::RING) {
+                        const float2 t = O1::read(factors + AT_O1, q, sub * O1_SUBS / PARTS, row);
+                        o.x *= t.x, o.y *= t.y;
+                      }
+                    } else if (ZERO_FLOAT) {
+                      const float2 t = ZF::read(factors + AT_Z, q, sub * Z_SUBS / PARTS, row);
+                      o.x = -t.x * s.x, o.y = -t.y * s.y;
+                    }
+#pragma unroll
+                    for (int n = 0; n < NT; n++) {
+                      float *const c = acc[r][n], *const p = part[r][n];
+                      c[0] += p[0] * s.x, c[1] += p[1] * s.x;
+                      c[2] += p[2] * s.y, c[3] += p[3] * s.y;
+                      if (XSUMS) {
+                        const float2 t = *(const float2*)(
+                            xsums + ((chunk * GPC + q) * PARTS + sub) * NT * 8 + n * 8 + quad * 2);
+                        c[0] += o.x * t.x, c[1] += o.x * t.y, c[2] += o.y * t.x, c[3] += o.y * t.y;
+                      }
+                      p[0] = p[1] = p[2] = p[3] = 0.f;
+                    }
+                  }
                 }
               }
             }
+            stage = stage + 1 == ST ? 0 : stage + 1;
           }
-        }
-        stage = stage + 1 == ST ? 0 : stage + 1;
+          now.run += WARPS;
+          settle(now);
+        } while (now.tile == tile && now.phase == phase);
+        float* const to = batch_sums + (tile_in_batch * slots + slot) * A.m * PITCH + row;
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+          for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              const int m = n * 8 + quad * 2 + (i & 1);
+              if (m < A.m) to[m * PITCH + r * 16 + (i >> 1) * 8] = acc[r][n][i];
+            }
       }
-      now.run += WARPS;
-      settle(now);
-      } while (now.tile == tile && now.phase == phase);
-      float* const to = batch_sums + (tile_in_batch * slots + slot) * A.m * PITCH + row;
-#pragma unroll
-      for (int r = 0; r < RT; r++)
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int m = n * 8 + quad * 2 + (i & 1);
-            if (m < A.m) to[m * PITCH + r * 16 + (i >> 1) * 8] = acc[r][n][i];
-          }
-    }
 
-    // ---- the sums of the batch; a thread has the same outputs in every phase
-    const int outputs = (b1 - b0) * ROWS * A.m;
-    float2 fb = make_float2(0.f, 0.f);
-    if (last && threadIdx.x < outputs && row_of(b0, threadIdx.x) < A.n)
-      fb = factor_and_bias(row_of(b0, threadIdx.x));
-    __syncthreads();
-    float* const shared = block_sums + parity * A.batch * ROWS * A.m;
+      // ---- the sums of the batch; a thread has the same outputs in every phase
+      const int outputs = (b1 - b0) * ROWS * A.m;
+      float2 fb = make_float2(0.f, 0.f);
+      if (last && threadIdx.x < outputs && row_of(b0, threadIdx.x) < A.n)
+        fb = factor_and_bias(row_of(b0, threadIdx.x));
+      __syncthreads();
+      float* const shared = block_sums + parity * A.batch * ROWS * A.m;
 #pragma unroll 1
-    for (int o = threadIdx.x; o < outputs; o += THREADS) {
-      const int m = token_of(o), out = row_of(b0, o);
-      const float* from = batch_sums + (tile_of(o) * slots * A.m + m) * PITCH + o % ROWS;
-      float v = 0.f;
-#pragma unroll 4
-      for (int s = 0; s < slots; s++) v += from[s * A.m * PITCH];
-      if (phases > 1) {
-        float& total = totals[b0 * ROWS * A.m + o];
-        v += phase ? total : 0.f;
-        total = v;
-      }
-      if (!last) continue;
-      if (A.cluster > 1) {
-        shared[o] = v;
-      } else if (out < A.n) {
-        if (o >= THREADS) fb = factor_and_bias(out);
-        ((u16*)A.y)[(u64)(x_row + m) * A.n + out] = float_to_act(v * fb.x + fb.y);
-      }
-    }
-    if (A.cluster > 1 && last) {
-      cluster_sync();
       for (int o = threadIdx.x; o < outputs; o += THREADS) {
         const int m = token_of(o), out = row_of(b0, o);
-        if ((o >> 5) % A.cluster != rank || out >= A.n) continue;
+        const float* from = batch_sums + (tile_of(o) * slots * A.m + m) * PITCH + o % ROWS;
         float v = 0.f;
-        for (int r = 0; r < A.cluster; r++)
-          v += cluster_read((u32)__cvta_generic_to_shared(shared + o), r);
-        if (o >= THREADS) fb = factor_and_bias(out);
-        ((u16*)A.y)[(u64)(x_row + m) * A.n + out] = float_to_act(v * fb.x + fb.y);
+#pragma unroll 4
+        for (int s = 0; s < slots; s++) v += from[s * A.m * PITCH];
+        if (phases > 1) {
+          float& total = totals[b0 * ROWS * A.m + o];
+          v += phase ? total : 0.f;
+          total = v;
+        }
+        if (!last) continue;
+        if (A.cluster > 1) {
+          shared[o] = v;
+        } else if (out < A.n) {
+          if (o >= THREADS) fb = factor_and_bias(out);
+          ((u16*)A.y)[(u64)(x_row + m) * A.n + out] = float_to_act(v * fb.x + fb.y);
+        }
       }
+      if (A.cluster > 1 && last) {
+        cluster_sync();
+        for (int o = threadIdx.x; o < outputs; o += THREADS) {
+          const int m = token_of(o), out = row_of(b0, o);
+          if ((o >> 5) % A.cluster != rank || out >= A.n) continue;
+          float v = 0.f;
+          for (int r = 0; r < A.cluster; r++)
+            v += cluster_read((u32)__cvta_generic_to_shared(shared + o), r);
+          if (o >= THREADS) fb = factor_and_bias(out);
+          ((u16*)A.y)[(u64)(x_row + m) * A.n + out] = float_to_act(v * fb.x + fb.y);
+        }
+      }
+      parity ^= A.buffers - 1;
     }
-    parity ^= A.buffers - 1;
-  }
   }
   if (A.cluster > 1) cluster_sync();  // nobody leaves while its sums are read
 }

@@ -92,7 +92,8 @@ DEVICE void ldmatrix4(u32* b, u32 address) {
 
 // Asynchronous copies to shared memory; ``bytes`` less than the size fills the rest with zeros.
 DEVICE void copy16(u32 to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0],[%1],16,%2;" ::"r"(to), "l"(from),
+               "r"(bytes)
                : "memory");
 }
 DEVICE void copy16_small(u32 to, const void* from, int bytes) {
