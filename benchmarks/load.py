@@ -10,6 +10,7 @@ Interleaved, a round is one of each, files in the page cache:
     copy    the same bytes into fresh memory, which is what a model needs at least
     load    ``load_model``: plan, modules of transformers, kernels' buffers
     warm    ``load_model(prepared=...)`` after a first load wrote the entry
+    mapped  the same with QUANT_PREPARED_MAP=1, and then every byte of the model summed up
 
 Reported are the fastest round of each and the processor time (user + system) of the cheapest, which
 other work on the machine disturbs less. Weights are random; only their sizes and layouts matter.
@@ -21,6 +22,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
 import resource
 import shutil
 import tempfile
@@ -196,6 +198,16 @@ def copy(path: Path) -> list[torch.Tensor]:
     return [t.clone() for t in stored_tensors(path)]
 
 
+def mapped(path: Path, cache: Path) -> Any:
+    os.environ["QUANT_PREPARED_MAP"] = "1"
+    try:
+        model = quant_core.load_model(path, prepared=cache)
+    finally:
+        del os.environ["QUANT_PREPARED_MAP"]
+    held = {t.data_ptr(): t for t in (*model.buffers(), *model.parameters())}
+    return model, sum(int(_int64(t.data).sum()) for t in held.values() if t.nbytes >= 8)
+
+
 def _cpu() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
@@ -216,6 +228,7 @@ def measure(path: Path, cache: Path, rounds: int) -> dict[str, Any]:
         "copy": lambda: copy(path),
         "load": lambda: quant_core.load_model(path, prepared="off"),
         "warm": lambda: quant_core.load_model(path, prepared=cache),
+        "mapped": lambda: mapped(path, cache),
     }
     model = ways["warm"]()  # imports, page cache, and the entry
     kernels = sorted({m.kernel.name for m in model.modules() if isinstance(m, QuantModule)})
@@ -231,7 +244,7 @@ def measure(path: Path, cache: Path, rounds: int) -> dict[str, Any]:
     for name, times in runs.items():
         row[f"{name}_s"] = min(wall for wall, _ in times)
         row[f"{name}_cpu_s"] = min(cpu for _, cpu in times)
-    for name in ("copy", "load", "warm"):
+    for name in ("copy", "load", "warm", "mapped"):
         row[f"{name}_ratio"] = row[f"{name}_s"] / row["touch_s"]
         row[f"{name}_cpu_ratio"] = row[f"{name}_cpu_s"] / row["touch_cpu_s"]
     return row
@@ -261,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         finally:
             shutil.rmtree(root)
         cells = [f"{kind:<10} {row['bytes'] / 1e6:5.0f} MB"]
-        for way in ("touch", "copy", "load", "warm"):
+        for way in ("touch", "copy", "load", "warm", "mapped"):
             wall, cpu = row[f"{way}_s"], row[f"{way}_cpu_s"]
             ratio, cpu_ratio = row.get(f"{way}_ratio", 1.0), row.get(f"{way}_cpu_ratio", 1.0)
             cells.append(f"{way} {wall:.3f} ({ratio:.2f}) | {cpu:.3f} ({cpu_ratio:.2f})")
