@@ -94,8 +94,12 @@ def test_wrong_options_stop_the_start(block: dict[str, Any], found: str) -> None
 
 
 def test_loader_without_the_method_is_refused() -> None:
-    text = fails(FIXTURES / "ct-w4a16-awq-asym", quantization=None)
-    assert "quantization='quant_core'" in text
+    """By vLLM itself: the load format exists only where the method is used."""
+    with (
+        pytest.raises(ValueError, match="quant_core"),
+        served(FIXTURES / "ct-w4a16-awq-asym", quantization=None),
+    ):
+        pass
 
 
 # ------------------------------------------------------------------------------- taking over
@@ -211,12 +215,12 @@ def test_broken_plugin_of_somebody_else_does_not_stop_the_engine(
 
 UNUSED = """
 import sys, json
-import vllm.plugins, vllm.transformers_utils.config, vllm.model_executor.model_loader
-import vllm.model_executor.layers.quantization
+import vllm.plugins
+from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
 before = set(sys.modules)
 vllm.plugins.load_general_plugins()
-new = set(sys.modules) - before
-print("NEW", json.dumps(sorted(n for n in new if not n.startswith("vllm."))))
+print("NEW", json.dumps(sorted(set(sys.modules) - before)))
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 assert "quant_core" in QUANTIZATION_METHODS
 """
@@ -251,7 +255,9 @@ def test_copy_of_a_fixture_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "_cache", "_config", "_experts", "_layers", "_loader"], ids=lambda n: f"vllm{n}"
+    "name",
+    ["", "_cache", "_config", "_experts", "_layers", "_loader", "_parser"],
+    ids=lambda n: f"vllm{n}",
 )
 def test_all_names_of_the_adapter_exist(name: str) -> None:
     module = importlib.import_module(f"quant_core.engines.vllm{name}")

@@ -57,11 +57,13 @@ def expected(folder: Path) -> list[list[int]]:
     return [t.ids for t in reference(folder, prompts())]
 
 
+@pytest.mark.slow
 def test_own_processes_and_compiled_gives_the_same_tokens(tmp_path: Path) -> None:
     got = elsewhere(tmp_path, WEIGHTS_ONLY, enforce_eager=False, distributed_executor_backend="mp")
     assert got == expected(WEIGHTS_ONLY)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each rank")
 @pytest.mark.parametrize(
     ("folder", "more"),

@@ -20,7 +20,7 @@ log = logging.getLogger("quant_core")
 
 
 def register() -> None:
-    """Make the method, load format and config format ``quant_core`` known to vLLM. Idempotent."""
+    """Make the method and config format ``quant_core`` known to vLLM. Idempotent."""
     try:
         _register()
     except Exception as err:  # vLLM of another version may lack anything; it must still start
@@ -39,11 +39,10 @@ def _register() -> None:
 
     if METHOD in quantization.QUANTIZATION_METHODS:
         return
-    from vllm.model_executor.model_loader import register_model_loader
     from vllm.transformers_utils.config import register_config_parser
 
-    from quant_core.engines.vllm_loader import QuantCoreConfigParser, QuantCoreLoader
+    from quant_core.engines.vllm_parser import QuantCoreConfigParser
 
-    register_model_loader(METHOD)(QuantCoreLoader)
+    # the load format is registered by the config, where it is used: its import is not small
     register_config_parser(METHOD)(QuantCoreConfigParser)
     quantization.register_quantization_config(METHOD)(QuantCoreConfig)

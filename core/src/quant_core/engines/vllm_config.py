@@ -76,6 +76,7 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+        _register_loader()
 
     # ------------------------------------------------------------------- what vLLM asks the class
 
@@ -114,6 +115,7 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
+        _register_loader()
         self.model = local_path(model_name, revision)
         text = getattr(hf_config, "get_text_config", lambda: hf_config)()
         self.num_layers = getattr(text, "num_hidden_layers", None)
@@ -218,6 +220,12 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.models.utils import WeightsMapper
 
         return WeightsMapper()
+
+
+def _register_loader() -> None:
+    from quant_core.engines.vllm_loader import register_loader
+
+    register_loader()
 
 
 def local_path(model: str, revision: str | None = None) -> str:

@@ -1,14 +1,12 @@
-"""Load format and config format ``quant_core`` in vLLM, and the names that its own loader skips.
+"""Load format ``quant_core`` in vLLM, and the names that its own loader skips.
 
     --load-format quant_core     float tensors under the model's own names, and a ticket for every
                                  packed member, so that vLLM's naming leads to every layer; every
                                  parameter must be filled; needed for containers that vLLM cannot
                                  read, for what is stored under no name of the model, to reload
     (vLLM's own load formats)    safetensors; packed tensors are left out of the stream
-    --config-format quant_core   a model's config from its container
 
-Source: vLLM 0.32.0, model_executor/model_loader/{base_loader,reload/},
-transformers_utils/config.py.
+Source: vLLM 0.32.0, model_executor/model_loader/{base_loader,reload/}.
 """
 
 from __future__ import annotations
@@ -16,12 +14,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from quant_core.engines.vllm_config import METHOD, QuantCoreConfig, local_path
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
@@ -34,13 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PackedNames",
-    "QuantCoreConfigParser",
     "QuantCoreLoader",
     "cannot_reload",
     "check_floats",
 ]
 
 log = logging.getLogger("quant_core")
+
+_registered: list[bool] = []
 
 
 class QuantCoreLoader(BaseModelLoader):  # type: ignore[misc]
@@ -90,6 +87,15 @@ class QuantCoreLoader(BaseModelLoader):  # type: ignore[misc]
         config.reopen(model_config.model)
         config.feeding = True
         return _stream(config, again=True)
+
+
+def register_loader() -> None:
+    """Once in each process that our method reaches: importing vLLM's loaders takes a while."""
+    from vllm.model_executor.model_loader import register_model_loader
+
+    if not _registered:
+        register_model_loader(METHOD)(QuantCoreLoader)
+        _registered.append(True)
 
 
 def _ours(config: object) -> QuantCoreConfig:
@@ -248,46 +254,3 @@ def _packed_tensors(member: Member) -> Iterator[str]:
     for param, name, _, _ in member_parts(member):
         if param.name != "bias" or member.layer.experts:
             yield name
-
-
-class QuantCoreConfigParser(ConfigParserBase):  # type: ignore[misc]
-    """The model's config: from config.json, or from the container that holds the weights."""
-
-    def parse(
-        self,
-        model: str | Path,
-        trust_remote_code: bool,
-        revision: str | None = None,
-        code_revision: str | None = None,
-        **kwargs: Any,
-    ) -> tuple[dict[str, Any], Any]:
-        from vllm.transformers_utils.config import HFConfigParser
-
-        from quant_core.checkpoint.open import open_checkpoint
-
-        path = local_path(str(model), revision)
-        with open_checkpoint(path) as checkpoint:
-            has_config, folder = "model_type" in checkpoint.config, str(checkpoint.folder)
-        if has_config:
-            return HFConfigParser().parse(folder, trust_remote_code, **kwargs)  # type: ignore[no-any-return]
-        from quant_core.engines.transformers import as_config
-
-        config = as_config(path)
-        config.quantization_config = {"quant_method": METHOD}
-        if not config.architectures:
-            config.architectures = [_architecture(config)]
-        return config.to_dict(), config
-
-
-def _architecture(config: Any) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
-
-    if config.model_type not in NAMES:
-        raise ConfigError(
-            f"model_type {config.model_type!r} has no language model in transformers, expected one "
-            "it knows. Put the model's config.json beside the weights.",
-            code="Q-ENGINE-MODEL",
-            tensor="model_type",
-            actual=config.model_type,
-        )
-    return str(NAMES[config.model_type])
