@@ -45,7 +45,7 @@ class _Desc:
 class _Layer:
     """A recipe with its plan and what is fixed of its launches."""
 
-    __slots__ = ("buffers", "fixed", "plan", "recipe", "views")
+    __slots__ = ("buffers", "configs", "fixed", "plan", "recipe", "sizes", "views")
 
     def __init__(self, recipe: Recipe) -> None:
         p = plan(recipe)
@@ -58,6 +58,8 @@ class _Layer:
                 actual=p.have,
             )
         self.recipe, self.plan = recipe, p
+        self.sizes = (recipe.n, recipe.rows, recipe.k, recipe.groups)
+        self.configs: dict[int, Ring | Specialized] = {}
         self.fixed = {
             "BYTES": p.bytes,
             "BF16": recipe.act_dtype == "bfloat16",
@@ -83,6 +85,13 @@ class _Layer:
     def arguments(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Codes, five factors, two factors of rows, bias; the codes where one is absent."""
         return [tensors[i] for i in self.buffers]
+
+    def config(self, rows: int) -> Ring | Specialized:
+        """Block sizes for ``rows`` rows, looked up once."""
+        held = self.configs.get(rows)
+        if held is None:
+            held = self.configs[rows] = config(self.plan, self.recipe, rows)
+        return held
 
     def build(self, x: Tensor, bm: int, width: int, warps: int, mode: int, more: Any) -> Build:
         """Constants of one kernel; ``more`` adds the block sizes."""
@@ -112,7 +121,7 @@ def _counter(device: int) -> Tensor | None:
     """Zeroed counters of blocks, kept per stream; None if they cannot be made now."""
     if torch.cuda.is_current_stream_capturing():
         return _counters.get((device, "graph"))
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = torch._C._cuda_getCurrentRawStream(device)
     held = _counters.get((device, stream))
     if held is None:
         made = torch.zeros(2, _COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
@@ -130,7 +139,7 @@ def _run_ring(
 ) -> None:  # fmt: skip
     r, device = held.recipe, x.device.index
     m = x.shape[0] if experts is None else experts[1].shape[0] * c.bm
-    blocks = -(-m // c.bm) * -(-r.rows // (16 * c.warps))
+    blocks = -(-m // c.bm) * -(-held.sizes[1] // (16 * c.warps))
     split, count, part = c.split, y, y
     if split > 1:
         counter = _counter(device) if blocks <= _COUNTERS else None
@@ -148,7 +157,7 @@ def _run_ring(
         return held.build(x, c.bm, 128, c.warps, 0 if c.acc else held.plan.mode, more)
 
     desc = _descriptor(x, c.bm, 128, is_compiled(key, device))
-    sizes = (m, r.n, r.rows, r.k, r.groups)
+    sizes = (m, *held.sizes)
     args = (desc, *held.arguments(tensors), y, part, count, *(experts or (y, y, y)), *sizes)
     launch(ring, key, (blocks * split, 1), args, device, build)
 
@@ -169,9 +178,9 @@ def _run_specialized(
     if not grouped and m % c.bm and m <= 512 and r.n * r.k >= _LARGE:
         x = F.pad(x, (0, 0, 0, -m % c.bm))
     desc = _descriptor(x, c.bm, 64, is_compiled(key, device))
-    sizes = (m, r.n, r.rows, r.k, r.groups)
+    sizes = (m, *held.sizes)
     args = (desc, *held.arguments(tensors), y, *(experts or (y, y, y)), *sizes)
-    grid = (-(-m // c.bm) * -(-r.rows // 128), 1)
+    grid = (-(-m // c.bm) * -(-held.sizes[1] // 128), 1)
     launch(specialized, key, grid, args, device, build)
 
 
@@ -236,4 +245,4 @@ def run_gluon(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     own = getattr(torch, r.act_dtype)
     if x.dtype != own:
         return run_gluon(r, x.to(own), tensors).to(x.dtype)
-    return run_config(r, x, tensors, config(_layer(r).plan, r, x.shape[0]))
+    return run_config(r, x, tensors, _layer(r).config(x.shape[0]))

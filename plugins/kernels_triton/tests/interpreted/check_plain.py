@@ -118,3 +118,27 @@ def test_quantized_activations_are_emulated_as_the_reference_does(kernel):
     got = bind(kernel, op, [({"row": 0}, lt)])(x)
     assert error(got, fake_quantize(x, acts), lt.dequantize()) < BOUND
     assert error(got, x, lt.dequantize()) > 1e-2  # negative control: not rounded
+
+
+def test_ops_pass_opcheck():
+    spec = SPECS["uint4 g128 f16"]
+    kernel, op = PlainTriton(), make_op(spec, 64, 128)
+    buffers = kernel.allocate(op)
+    kernel.load_(buffers, op, make_layer(spec, 64, 128), {"row": 0})
+    run, checks = kernel.bind(op), ("test_schema", "test_faketensor")
+    args = (torch.randn(3, 128).half(), list(buffers.values()), *run.args[:2])
+    torch.library.opcheck(torch.ops.quant_triton.linear, args, test_utils=checks)
+    op = make_op(spec, 64, 128, op="embedding")
+    text = kernel.bind(op).args[0]
+    args = (torch.tensor([1, 5]), list(buffers.values()), text)
+    torch.library.opcheck(torch.ops.quant_triton.embedding, args, test_utils=checks)
+
+
+def test_restore_gives_the_canonical_tensors_back():
+    spec = SPECS["uint4 g32 bf16 code"]
+    kernel, op = PlainTriton(), make_op(spec, 72, 288)
+    lt, buffers = make_layer(spec, 72, 288), kernel.allocate(op)
+    kernel.load_(buffers, op, lt, {"row": 0})
+    back = kernel.restore(buffers, op).weight
+    for name, value in lt.weight.tensors().items():
+        assert torch.equal(back.tensors()[name], value), name
