@@ -66,6 +66,24 @@ def test_options_reach_the_format(fixtures, tmp_path, capsys):
     assert (block["version"], block["group_size"]) == ("gemv", 64)
 
 
+def test_options_of_a_block_and_a_flag(fixtures, tmp_path, capsys):
+    argv = ["--to", "fp8", "--option", "block=64x128", "--option", "granularity=block"]
+    run_json(capsys, "convert", fixtures / "hf-fp8-block128", tmp_path / "a", *argv)
+    block = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert block["weight_block_size"] == [64, 128]
+    argv = ["--to", "quark", "--option", "zero_points=true"]
+    run_json(capsys, "convert", fixtures / "torchao-int8wo", tmp_path / "b", *argv)
+    block = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    assert block["global_quant_config"]["weight"]["dtype"] == "uint8"
+
+
+def test_a_wrong_block_is_a_config_error(fixtures, tmp_path, capsys):
+    argv = ["convert", str(fixtures / "hf-fp8-block128"), str(tmp_path / "out"), "--to", "fp8"]
+    assert main([*argv, "--option", "block=128"]) == 1
+    assert "expected rows x columns" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "argv", [["--option", "nonsense"], ["--max-shard-size", "0"], ["--max-shard-size", "5XB"], []]
 )

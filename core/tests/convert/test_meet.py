@@ -69,7 +69,7 @@ def test_fp8_codes_do_not_become_fp4_codes_that_lack_a_value():
     )  # here all values are fp4 values
     other = replace(wide, codes=wide.codes.clone())
     other.codes[1, 3] = 0x3A  # 1.25
-    with pytest.raises(LayoutError, match="1 values that fp4_e2m1 lacks"):
+    with pytest.raises(LayoutError, match="values that fp4_e2m1 lacks"):
         meet(other, mx(1, 1).spec, 32, Losses("x"))
 
 

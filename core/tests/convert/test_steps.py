@@ -275,9 +275,15 @@ def test_all_losses_of_a_matrix_are_named_at_once():
         assert text in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{"size": 3}, {"color": "red"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"size": 3}, {"color": "red"}, {"group": "x"}, {"group": 0}, {"group": -1}, {"group": True}],
+    ids=str,
+)
 def test_options_are_checked_by_name_and_value(options):
+    known = {"size": (1, 2), "group": int, "any": ()}
     with pytest.raises(ConfigError) as caught:
-        check_options(options, {"size": (1, 2)}, "made_up")
+        check_options(options, known, "made_up")
     assert caught.value.code == "Q-CFG-VALUE"
-    check_options({"size": 2}, {"size": (1, 2)}, "made_up")
+    assert caught.value.tensor in options
+    check_options({"size": 2, "group": 32, "any": "x"}, known, "made_up")

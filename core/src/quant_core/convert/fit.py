@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from quant_core.scheme import Scheme
     from quant_core.tensors import LayerTensors
 
-__all__ = ["Fit", "Losses", "cannot_hold", "check_options"]
+__all__ = ["Allowed", "Fit", "Losses", "cannot_hold", "check_options"]
+
+Allowed = tuple[Any, ...] | type[int]
+"""Values of an option: these, every positive integer (``int``), or all ()."""
 
 
 def cannot_hold(where: str, found: str, expected: str, fix: str) -> LayoutError:
@@ -76,29 +79,32 @@ class Losses:
         return tuple(self._items)
 
 
-def check_options(
-    options: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]], plugin: str
-) -> None:
+def check_options(options: Mapping[str, Any], known: Mapping[str, Allowed], plugin: str) -> None:
     """Refuse option names and values that a format does not have.
 
     Args:
-        known: option -> allowed values; () allows every value.
+        known: option -> allowed values; ``int`` allows every positive integer, () every value.
 
     Raises:
         ConfigError: ``Q-CFG-VALUE``.
     """
     for key, value in options.items():
         allowed = known.get(key)
-        if allowed is None or (allowed and value not in allowed):
-            expected = f"one of {sorted(known)}" if allowed is None else f"one of {allowed}"
-            what = "option" if allowed is None else f"option {key!r}:"
-            shown = printable(key if allowed is None else value)
-            raise ConfigError(
-                f"convert to {plugin!r}: {what} {shown!r}, expected {expected}. "
-                "Correct or drop the option.",
-                code="Q-CFG-VALUE",
-                tensor=key,
-                expected=sorted(known) if allowed is None else allowed,
-                actual=value,
-                plugin=plugin,
-            )
+        if allowed is None:
+            what, expected = f"option {printable(key)!r}", f"one of {sorted(known) or 'none'}"
+        elif allowed is int:
+            if type(value) is int and value > 0:
+                continue
+            what, expected = f"option {key!r}: {printable(value)!r}", "a positive integer"
+        elif not allowed or value in allowed:  # type: ignore[operator]
+            continue
+        else:
+            what, expected = f"option {key!r}: {printable(value)!r}", f"one of {allowed}"
+        raise ConfigError(
+            f"convert to {plugin!r}: {what}, expected {expected}. Correct or drop the option.",
+            code="Q-CFG-VALUE",
+            tensor=key,
+            expected=sorted(known) if allowed is None else allowed,
+            actual=value,
+            plugin=plugin,
+        )

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import fit_linear, nearest_fit
-from quant_core.convert.fit import Fit, Losses, cannot_hold, check_options
+from quant_core.convert.fit import Allowed, Fit, Losses, cannot_hold, check_options
 from quant_core.scheme import Scheme
 from quant_plugin_autoround.config import Dialect
 from quant_plugin_autoround.fit_floats import candidates
@@ -38,7 +38,7 @@ _DIALECTS: Mapping[str, Dialect] = {
     "auto_round": "raw",
     "auto_round:auto_awq": "interleaved",
 }
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {"packing_format": tuple(_DIALECTS), "group_size": ()}
+_OPTIONS: Mapping[str, Allowed] = {"packing_format": tuple(_DIALECTS), "group_size": int}
 _DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 
 

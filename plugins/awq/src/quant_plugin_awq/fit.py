@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import fit_linear
-from quant_core.convert.fit import Fit, Losses, cannot_hold, check_options
+from quant_core.convert.fit import Allowed, Fit, Losses, cannot_hold, check_options
 from quant_core.errors import LayoutError
 from quant_core.scheme import Scheme
 from quant_plugin_awq.geometry import TILED, padded_groups
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["fit", "settle"]
 
 _BITS = 4
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+_OPTIONS: Mapping[str, Allowed] = {
     "version": ("gemm", "gemv", "gemv_fast", "llm-awq"),
-    "group_size": (),
+    "group_size": int,
 }
 _DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import fit_linear, nearest_fit, wide_dtype
-from quant_core.convert.fit import Fit, Losses, check_options
+from quant_core.convert.fit import Allowed, Fit, Losses, check_options
 from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.spec import Element, QuantSpec, Zero
 from quant_plugin_compressed_tensors.args import INT_BITS, QuantArgs
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {"group_size": ()}
+_OPTIONS: Mapping[str, Allowed] = {"group_size": int}
 _DTYPES = {element: dtype for dtype, element in SCALE_ELEMENTS.items()}
 _SCALES = ("f16", "bf16", "f32")
 _HOLDS = "integers of 2 to 8 bits, fp8, NVFP4 and MX floats"

@@ -2,7 +2,7 @@
 
     option       values                      default
     granularity  tensor, channel, block      the layer's own; what holds all layers in the end
-    block        [rows, columns]             the layer's own, else [128, 128]
+    block        rows x columns: 128x128     the layer's own, else 128x128
 
 "channel" writes quant_method fbgemm_fp8. Activations are fp8 in any case; they have a stored scale
 if the source has one for each tensor. Scales keep their float type.
@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import nearest_fit, sizes_of, wide_dtype
-from quant_core.convert.fit import Fit, check_options
+from quant_core.convert.fit import Allowed, Fit, check_options
+from quant_core.errors import ConfigError, printable
 from quant_core.scheme import Scheme
 from quant_core.spec import CHANNEL, TENSOR
 from quant_plugin_fp8.config import Fp8Config, parse_config
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "settle"]
 
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+_OPTIONS: Mapping[str, Allowed] = {
     "granularity": ("tensor", "channel", "block"),
     "block": (),
 }
@@ -49,6 +50,26 @@ def fit(
 def _config(**block: Any) -> Fp8Config:
     """A config checked as one that was read."""
     return parse_config({"quant_method": "fp8", **block}, "options")
+
+
+def _block(text: object) -> tuple[int, int]:
+    """Rows and columns of "128x128".
+
+    Raises:
+        ConfigError: ``Q-CFG-VALUE``.
+    """
+    parts = str(text).split("x")
+    if len(parts) != 2 or not all(p.isascii() and p.isdigit() and 0 < len(p) < 8 for p in parts):
+        raise ConfigError(
+            f"convert to 'fp8': option 'block': {printable(text)!r}, expected rows x columns, "
+            "such as 128x128. Correct or drop the option.",
+            code="Q-CFG-VALUE",
+            tensor="block",
+            expected="128x128",
+            actual=text,
+            plugin="fp8",
+        )
+    return int(parts[0]), int(parts[1])
 
 
 def _candidates(
@@ -76,13 +97,13 @@ def _candidates(
     if wanted in (None, "block"):
         own = spec.scales[0].grain if spec.scales else TENSOR
         blocks = own[0] > 1 and own[1] > 0 and own not in (TENSOR, CHANNEL)
-        size = list(options.get("block", own if blocks else (128, 128)))
-        config = _config(weight_block_size=size)
+        size = _block(options["block"]) if "block" in options else own if blocks else (128, 128)
+        config = _config(weight_block_size=list(size))
         assert config.block is not None
         grid = (-(-n // config.block[0]), -(-k // config.block[1]))
         yield build_scheme(config, **common, scale_name="weight_scale_inv", scale_shape=grid)
         if inputs is not None and inputs.scales[0].element == "e8m0":
-            config = _config(weight_block_size=size, scale_fmt="ue8m0")
+            config = _config(weight_block_size=list(size), scale_fmt="ue8m0")
             yield build_scheme(config, **common, scale_name="weight_scale_inv", scale_shape=grid)
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import fit_linear
-from quant_core.convert.fit import Fit, Losses, cannot_hold, check_options
+from quant_core.convert.fit import Allowed, Fit, Losses, cannot_hold, check_options
 from quant_core.scheme import Scheme
 from quant_plugin_gptq.config import FORMATS
 from quant_plugin_gptq.reader import ALL_BITS, COMMON_BITS
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "settle"]
 
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {"checkpoint_format": FORMATS, "group_size": ()}
+_OPTIONS: Mapping[str, Allowed] = {"checkpoint_format": FORMATS, "group_size": int}
 _DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import nearest_fit, sizes_of, wide_dtype
-from quant_core.convert.fit import Fit, check_options
+from quant_core.convert.fit import Allowed, Fit, check_options
 from quant_core.scheme import Scheme
 from quant_plugin_hqq.meta import PACKINGS, Meta
 from quant_plugin_hqq.scheme import HqqScheme, build_scheme
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["fit", "settle"]
 
 _PACKING = {1: "1bit_u8", 2: "2bit_u8", 3: "3bit_32", 4: "4bit_u8", 8: "8bit_u8"}
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {"nbits": tuple(_PACKING), "group_size": ()}
+_OPTIONS: Mapping[str, Allowed] = {"nbits": tuple(_PACKING), "group_size": int}
 _FLAGS = {"channel_wise": 1, "encoded_state_dict": 1, "offload_meta": 0, "optimize": 1,
           "quant_scale": 0, "quant_zero": 0, "round_zero": 0, "stores_quant_config": 1,
           "view_as_float": 0}  # fmt: skip

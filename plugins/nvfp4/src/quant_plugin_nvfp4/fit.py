@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import nearest_fit, sizes_of, wide_dtype
-from quant_core.convert.fit import Fit, check_options
+from quant_core.convert.fit import Allowed, Fit, check_options
 from quant_plugin_nvfp4.algos import ALGOS
 from quant_plugin_nvfp4.scheme import SMOOTH, ModelOptScheme, scheme_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {"algo": tuple(ALGOS), "group_size": ()}
+_OPTIONS: Mapping[str, Allowed] = {"algo": tuple(ALGOS), "group_size": int}
 _HOLDS = "fp8, NVFP4, MXFP8, MXFP4, int4 in groups or int8 per row, symmetric"
 
 

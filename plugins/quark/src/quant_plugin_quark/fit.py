@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import nearest_fit, sizes_of, wide_dtype
-from quant_core.convert.fit import Fit, check_options
+from quant_core.convert.fit import Allowed, Fit, check_options
 from quant_core.convert.target import Outline
 from quant_core.scheme import Scheme
 from quant_core.spec import CHANNEL, TENSOR, Span, TensorInfo
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "settle"]
 
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {"group_size": (), "zero_points": (True, False)}
+_OPTIONS: Mapping[str, Allowed] = {"group_size": int, "zero_points": (True, False)}
 _HOLDS = "fp8, fp6, fp4, int8, int4, uint8 or uint4 as Quark stores them"
 _CONFIG = QuarkConfig(default=LayerArgs(where="options"), file="config.json")
 _NAMES = {element.name: dtype for dtype, element in ELEMENTS.items()}

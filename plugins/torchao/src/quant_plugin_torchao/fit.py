@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quant_core.convert.choose import nearest_fit, sizes_of, wide_dtype
-from quant_core.convert.fit import Fit, check_options
+from quant_core.convert.fit import Allowed, Fit, check_options
 from quant_core.scheme import Scheme
 from quant_core.spec import Zero
 from quant_plugin_torchao.entry import SUPPORTED, Entry, float8_inputs, int8_inputs
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "settle"]
 
-_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "group_size": (),
+_OPTIONS: Mapping[str, Allowed] = {
+    "group_size": int,
     "kind": SUPPORTED,
     "bits": tuple(range(2, 9)),
 }

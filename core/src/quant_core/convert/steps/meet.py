@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant_core.convert.fit import Losses, cannot_hold
-from quant_core.convert.steps.codes import code_zeros, map_codes, recenter
+from quant_core.convert.steps.codes import code_zeros, map_codes, recenter, row_blocks
 from quant_core.convert.steps.layer import ANOTHER, in_order
 from quant_core.convert.steps.offsets import integer_zero
 from quant_core.convert.steps.scales import divisor_of, one_scale
@@ -58,6 +58,9 @@ def meet(qt: QuantizedTensor, want: QuantSpec, in_features: int, losses: Losses)
         raise cannot_hold(where, found, expected, ANOTHER)
     if not want.gather:
         qt = in_order(qt, in_features, where)
+    zero = qt.spec.zero
+    if zero is None or (zero.kind != "offset" and zero.element not in _WIDE):
+        _scales(qt, want, Losses(where, True))  # cheap, and refuses before all codes are touched
     if kinds[1] == "float":
         qt = _float_codes(qt, want.element, where)
         if qt.spec.zero is not None or want.zero is not None:
@@ -84,17 +87,14 @@ def _float_codes(qt: QuantizedTensor, element: Element, where: str) -> Quantized
         same = (wanted == value) & (torch.signbit(wanted) == torch.signbit(values[code]))
         if bool(same.any()):
             table[code] = int(same.nonzero()[0])
-    rows, lost = [], set[int]()
-    step = max(1, (2 << 20) // max(qt.shape[1], 1))
-    for start in range(0, qt.shape[0], step):
-        codes = unpack_codes(slice_rows_of(qt, start, min(start + step, qt.shape[0]))).long()
-        used = codes.unique()
-        lost.update(used[table[used] == _NONE].tolist())
-        if not lost:
-            rows.append(pack(table[codes], element.bits, CANONICAL))
-    if lost:
-        found = f"{old.name} codes with {len(lost)} values that {element.name} lacks"
-        raise cannot_hold(where, found, f"{element.name} codes", ANOTHER)
+    rows = []
+    for start, stop in row_blocks(qt.shape[0], qt.shape[1]):
+        codes = unpack_codes(slice_rows_of(qt, start, stop)).long()
+        new = table[codes]
+        if bool((new == _NONE).any()):
+            found = f"{old.name} codes with values that {element.name} lacks"
+            raise cannot_hold(where, found, f"{element.name} codes", ANOTHER)
+        rows.append(pack(new, element.bits, CANONICAL))
     spec = replace(qt.spec, element=element)
     return replace(qt, spec=spec, codes=torch.cat(rows), packing=CANONICAL)
 
