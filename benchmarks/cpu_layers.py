@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from plots import bar_chart
 from torch import Tensor
 
 from quant_core.kernels.choose import choose
@@ -267,6 +268,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _bar_label(row: dict[str, Any]) -> str:
+    ours = "ours " if row["kernel"].startswith("w") else ""
+    return f"{ours}{row['kernel']}  {row['shape']}  M={row['tokens']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="*", default=["4096x14336", "4096x4096", "576x1536"])
@@ -280,6 +286,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="candidates whose name holds this, and bf16")
     parser.add_argument("--cold", type=int, default=256, help="MiB of weights to rotate over")
     parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--plot", help="write a bar chart of the ratios to bf16 here, as SVG")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     info = machine() | {"read_gb_s": read_speed(), "call_us": overhead_us()}
@@ -299,6 +306,11 @@ def main() -> None:
                 flush=True,
             )
     info["load_after"] = os.getloadavg()[0]
+    if args.plot:
+        title = f"Layers, {args.threads} thread(s): speed relative to bf16 F.linear"
+        bars = [(_bar_label(r), round(r["ratio"], 2)) for r in rows]
+        with open(args.plot, "w", encoding="utf-8") as f:
+            f.write(bar_chart(title, bars))
     if args.json:
         with open(args.json, "w", encoding="utf-8") as f:
             json.dump({"machine": info, "rows": rows}, f, indent=1)
