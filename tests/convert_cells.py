@@ -112,7 +112,7 @@ gptqmodel-dynamic-4-8bit-skip: GPTQ 4 and 8 bits
 gptqmodel-2bit-g32-asym: GPTQ 2 bits, zero points
     =     =     =     =     =     =     =     =     fine  =     =     kind  kind  kind
 gguf-llama-q4_k_m: GGUF K-quants
-    bits  grid  =     grid  grid  grid  quot  grid  fine  grid  fine  kind  kind  kind
+    bits  grid  =     grid  grid  grid  quot  grid  fine  grid  bits  kind  kind  kind
 gguf-moe-q4_k_m: GGUF K-quants, experts
     bits  grid  =     grid  grid  grid  quot  grid  fine  grid  fine  kind  kind  kind
 gguf-llama-q8_0: GGUF Q8_0
@@ -134,7 +134,7 @@ ct-w8a8-int8-static-asym-act: compressed-tensors W8A8, stored scales
 ct-w4afp8: compressed-tensors W4A8 (fp8)
     drop  drop  drop  drop  =     =     drop  drop  fine  drop  drop  kind  kind  kind
 hqq-4bit-g64: HQQ int4, float zeros
-    zero  grid  f16   grid  grid  grid  =     grid  fine  grid  fine  kind  kind  kind
+    zero  grid  f16   grid  grid  grid  =     grid  fine  grid  bits  kind  kind  kind
 torchao-int8wo: TorchAO int8 per row
     bits  =     =     =     =     =     =     =     =     =     =     kind  kind  kind
 torchao-intx4-g32: TorchAO int4 in groups
