@@ -6,7 +6,8 @@ The shipped table ``tables/<capability>.json`` is written by benchmarks/gpu_kern
 
 ``class`` is the element with the group of its finest scale, "uint4/128". For a layer the entries of
 the kernel are taken, of its own class where there are any, else of the class nearest in bits; the
-two shapes nearest in size are interpolated along the logarithm of their weights, scaled by bytes.
+two shapes nearest in size are interpolated along the logarithm of their weights. What exceeds a
+launch scales with bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, ANY
 
 _READ_GBS, _FLOPS_PER_US = 1500.0, 2.0e8  # of a mid-range GPU: the heuristic only ranks
 _START = 8.0  # microseconds of a launch
+_LAUNCH = 5.0  # of a measured call, microseconds that a smaller layer does not save
 _SLOWER = {"triton_wna16": 1.6, "triton_dense": 1.0, "gluon_wna16": 1.0}
 
 
@@ -91,7 +93,9 @@ def _measured(kernel: str, recipe: Recipe, capability: str) -> tuple[tuple[int, 
         total = weight = 0.0
         for e in near:
             w = 1.0 / (abs(math.log(e.n * e.k) - size) + 0.05)
-            total += w * math.log(max(_at(e.us, rows) * recipe.n * recipe.k / (e.n * e.k), 2.0))
+            share = recipe.n * recipe.k / (e.n * e.k)
+            us = _LAUNCH + max(_at(e.us, rows) - _LAUNCH, 0.5) * share
+            total += w * math.log(us)
             weight += w
         out.append((bound, round(math.exp(total / weight), 2)))
     return tuple(out)
