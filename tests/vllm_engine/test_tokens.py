@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from vllm_serving import first_difference, greedy, prompts, reference, served, without_notes
 
 from checkpoint_sets import FIXTURES, SHARED
@@ -80,7 +81,6 @@ def test_container_without_config_gives_the_same_tokens(tmp_path: Path) -> None:
 
 def deepseek(folder: Path) -> tuple[Path, Path]:
     """A DeepSeek-V3 whose latent size vLLM's attention on the CPU has: packed, and as floats."""
-    from safetensors.torch import save_file
     from transformers import DeepseekV3Config
 
     config = DeepseekV3Config(
@@ -109,6 +109,23 @@ def test_latent_attention_gives_the_tokens_of_vllm_on_dequantized_weights(tmp_pa
     with served(packed, **settings) as llm:
         got = greedy(llm, prompts())
     assert first_difference(got, want, 2e-2) == ""
+
+
+def test_draft_layers_in_the_file_are_passed_over(tmp_path: Path) -> None:
+    """Packed layers beyond num_hidden_layers belong to a draft model."""
+    packed, _ = deepseek(tmp_path)
+    settings = {"hf_overrides": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+    with served(packed, **settings) as llm:
+        want = greedy(llm, prompts())
+    tensors = load_file(packed / "model.safetensors")
+    for name in [n for n in tensors if ".layers.1." in n]:
+        tensors[name.replace(".layers.1.", ".layers.2.")] = tensors[name].clone()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    with served(packed, **settings) as llm:
+        got = greedy(llm, prompts())
+    assert first_difference(got, want, 0.0) == ""
 
 
 @pytest.mark.shared
