@@ -46,31 +46,9 @@ def check_positive(tensor: str, scale: Tensor, *, plugin: str) -> None:
         )
 
 
-def read_codes(codes: Tensor, tensor: str, *, plugin: str) -> Tensor:
-    """Codes as bytes, as stored.
-
-    Args:
-        codes: uint8 (packed), or float8_e4m3fn.
-
-    Raises:
-        LayoutError: ``Q-VALUE-WEIGHT`` for NaN among fp8 codes.
-    """
-    if codes.dtype == torch.uint8:
-        return codes
-    raw = codes.view(torch.uint8)
-    nans = int(((raw & 0x7F) == 0x7F).sum())
-    if nans:
-        found = f"{nans} of {raw.numel()} codes are NaN"
-        raise LayoutError(
-            f"{tensor}: {found}, expected finite values. "
-            "The quantization overflowed; quantize again.",
-            code="Q-VALUE-WEIGHT",
-            tensor=tensor,
-            expected="finite values",
-            actual=found,
-            plugin=plugin,
-        )
-    return raw
+def read_codes(codes: Tensor) -> Tensor:
+    """Codes as bytes, as stored: uint8 (packed), or float8_e4m3fn."""
+    return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
 
 
 def write_codes(codes: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> Tensor:
@@ -83,7 +61,7 @@ def canonicalize(scheme: FloatScheme, where: str, tensors: Mapping[str, Tensor])
     """Stored tensors of one layer to canonical form; shapes and dtypes were checked.
 
     Raises:
-        LayoutError: ``Q-VALUE-WEIGHT``, ``Q-VALUE-SCALE``.
+        LayoutError: ``Q-VALUE-SCALE``.
     """
     scales = []
     for stored, scale in zip(scheme.scales, scheme.weight.scales, strict=True):
@@ -93,11 +71,10 @@ def canonicalize(scheme: FloatScheme, where: str, tensors: Mapping[str, Tensor])
         if value.element_size() == 1:
             value = value.view(torch.uint8)
         scales.append(value.reshape(scale_grid(scheme.shape, scale.grain)))
-    name = f"{where}.{scheme.codes}"
     qt = QuantizedTensor(
         spec=scheme.weight,
         shape=scheme.shape,
-        codes=read_codes(tensors[scheme.codes], name, plugin=scheme.plugin),
+        codes=read_codes(tensors[scheme.codes]),
         scales=tuple(scales),
     )
     input_scale = None

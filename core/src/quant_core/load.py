@@ -10,56 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quant_core.dequantize import level_values
-from quant_core.errors import FormatError, LayoutError, printable
+from quant_core.errors import FormatError, printable
+from quant_core.finite import check_matrix
 from quant_core.plan import Member, Plan, param_sources
 from quant_core.plan import plan as make_plan
 from quant_core.scheme import Scheme
-from quant_core.spec import LayerDesc, Scale, Unquantized
+from quant_core.spec import Unquantized
 from quant_core.tensors import LayerTensors
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
 
 __all__ = ["LoadedTensor", "load_tensor", "no_such_name", "read_matrix", "read_parameter"]
-
-
-def _check_finite(
-    where: str, name: str, values: Tensor, scale: Scale, codebook: tuple[Tensor, ...]
-) -> None:
-    decoded = level_values(values, scale, codebook)
-    if decoded.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(decoded))).all()):
-        return  # a NaN anywhere makes both ends NaN
-    bad = ~torch.isfinite(decoded)
-    if bool(bad.any()):
-        first = tuple(int(i) for i in bad.nonzero()[0])
-        raise LayoutError(
-            f"{where}: {int(bad.sum())} of {bad.numel()} {name} values are NaN or infinite (first "
-            f"at {first}), expected finite numbers. The quantization overflowed; quantize again.",
-            code="Q-VALUE-SCALE",
-            tensor=where,
-            expected="finite",
-            actual=int(bad.sum()),
-        )
-
-
-def _check_values(layer: LayerDesc, lt: LayerTensors) -> None:
-    """Scales, offsets and bias must be finite."""
-    for qt in lt.operands.values():
-        if qt.spec.blocks:
-            continue
-        for values, scale in zip(qt.scales, qt.spec.scales, strict=True):
-            _check_finite(layer.stored, "scale", values, scale, qt.codebook)
-        levels = qt.spec.zero.levels if qt.spec.zero is not None else ()
-        for values, scale in zip(qt.offset, levels, strict=True):
-            _check_finite(layer.stored, "offset", values, scale, qt.codebook)
-    if lt.bias is not None and not bool(torch.isfinite(lt.bias.float()).all()):
-        raise LayoutError(
-            f"{layer.stored}: bias holds NaN or infinity, expected finite numbers. "
-            "Export the checkpoint again.",
-            code="Q-VALUE-WEIGHT",
-            tensor=layer.stored,
-        )
 
 
 def read_matrix(plan: Plan, member: Member, expert: int | None = None) -> LayerTensors:
@@ -70,7 +32,8 @@ def read_matrix(plan: Plan, member: Member, expert: int | None = None) -> LayerT
 
     Raises:
         CheckpointError: the file changed or cannot be read.
-        LayoutError: values that the format does not allow; ``Q-VALUE-SCALE`` for scales.
+        LayoutError: values that the format does not allow; ``Q-VALUE-SCALE`` and
+            ``Q-VALUE-WEIGHT`` for numbers that are not finite.
     """
     scheme, layer, tensors = member.scheme, member.layer, {}
     assert isinstance(scheme, Scheme)
@@ -88,7 +51,7 @@ def read_matrix(plan: Plan, member: Member, expert: int | None = None) -> LayerT
     if expert is not None:
         one = replace(layer, stored=layer.stored.format(expert=expert), experts=())
     lt = scheme.canonicalize(one, tensors)
-    _check_values(one, lt)
+    check_matrix(one, lt, tensors)
     return lt
 
 

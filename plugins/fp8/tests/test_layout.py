@@ -77,13 +77,15 @@ def test_partial_blocks_at_both_edges_use_their_own_scales(ref):
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
-def test_nan_weights_are_counted(code):
-    scheme = scheme_of({"quant_method": "fp8"}, (2, 2), ())
-    codes = BYTES.clone()
-    codes[1, 0] = code
-    stored = {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": torch.tensor(1.0)}
-    with pytest.raises(LayoutError, match=r"x\.weight: 1 of 4") as err:
-        scheme.canonicalize(DESC, stored)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_weights_are_counted(write, made, family, code):
+    tensors = made.model(family)
+    planned = plan(write(tensors, made.configs[family]))
+    read_matrix(planned, planned.quantized[UP])
+    tensors[f"{UP}.weight"].view(torch.uint8)[1, 0] = code
+    planned = plan(write(tensors, made.configs[family]))
+    with pytest.raises(LayoutError, match=r"up_proj\.weight: 1 of .*first at \(1, 0\)") as err:
+        read_matrix(planned, planned.quantized[UP])
     assert err.value.code == "Q-VALUE-WEIGHT"
 
 

@@ -81,7 +81,7 @@ class FloatScheme(CtScheme):
     ) -> tuple[Tensor, Packing, Tensor | None]:
         from quant_plugin_compressed_tensors.layout import read_float
 
-        return read_float(self, where, tensors)
+        return read_float(self, tensors)
 
     def write_codes(
         self, codes: Tensor, packing: Packing, zeros: Tensor | None

@@ -205,19 +205,11 @@ def write_plain(
 
 
 def read_float(
-    scheme: FloatScheme, where: str, tensors: Mapping[str, Tensor]
+    scheme: FloatScheme, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Packing, Tensor | None]:
-    """Codes as stored, as bytes.
-
-    Raises:
-        LayoutError: ``Q-VALUE-WEIGHT`` for NaN among fp8 codes.
-    """
+    """Codes as stored, as bytes."""
     name = "weight_packed" if scheme.packed else "weight"
-    return (
-        read_codes(tensors[name], f"{where}.{name}", plugin="compressed_tensors"),
-        CANONICAL,
-        None,
-    )
+    return read_codes(tensors[name]), CANONICAL, None
 
 
 def write_float(scheme: FloatScheme, codes: Tensor, packing: Packing) -> dict[str, Tensor]:

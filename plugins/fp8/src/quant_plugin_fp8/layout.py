@@ -39,20 +39,6 @@ def _grid(scheme: Fp8Scheme) -> tuple[int, int]:
     return (-(-n // rows) if rows else 1, -(-k // cols) if cols else 1)
 
 
-def _check_codes(where: str, codes: Tensor) -> None:
-    nan = int((codes & 0x7F == 0x7F).sum())
-    if nan:
-        raise LayoutError(
-            f"{where}.weight: {nan} of {codes.numel()} weights are NaN (bytes 0x7F, 0xFF), "
-            "expected finite numbers. The quantization overflowed; quantize again.",
-            code="Q-VALUE-WEIGHT",
-            tensor=f"{where}.weight",
-            expected="finite",
-            actual=nan,
-            plugin="fp8",
-        )
-
-
 def _value_error(where: str, count: int, found: str, expected: str) -> LayoutError:
     return LayoutError(
         f"{where}: {count} value(s) {found}, expected {expected}. Quantize the model again.",
@@ -93,11 +79,10 @@ def canonicalize(
     Shapes:  see the module's docstring  ->  codes uint8 (N, K), scale on the grid of its grain,
              input_scale (1,)
     Raises:  CheckpointError for what is missing; LayoutError ``Q-LAYOUT-SHAPE``,
-             ``Q-LAYOUT-DTYPE``, ``Q-VALUE-WEIGHT`` (NaN codes), ``Q-VALUE-SCALE``
+             ``Q-LAYOUT-DTYPE``, ``Q-VALUE-SCALE``; NaN codes are core's
     """
     check_tensors(layer, scheme.params(layer), tensors, plugin="fp8")
     codes = tensors["weight"].contiguous().view(torch.uint8)
-    _check_codes(layer.stored, codes)
     scale = tensors[scheme.scale_name].reshape(_grid(scheme))
     if scheme.weight.scales[0].element == "e8m0":
         scale = scale.contiguous().view(torch.uint8)

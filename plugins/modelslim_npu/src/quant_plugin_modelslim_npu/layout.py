@@ -53,7 +53,7 @@ def _read_codes(scheme: MsScheme, where: str, stored: Tensor) -> tuple[Tensor, P
     """Codes and their order.
 
     Raises:
-        LayoutError: ``Q-VALUE-CODE`` for values outside 4 bits, ``Q-VALUE-WEIGHT`` for NaN in fp8.
+        LayoutError: ``Q-VALUE-CODE`` for values outside 4 bits.
     """
     store = scheme.kind.store
     if store == "int4_words":
@@ -66,12 +66,7 @@ def _read_codes(scheme: MsScheme, where: str, stored: Tensor) -> tuple[Tensor, P
             found, fix = f"values from {low} to {high}", "The type is wrong, or the tensor damaged."
             raise _bad("Q-VALUE-CODE", f"{where}.weight", found, "-8 to 7 for 4 bits", fix)
         return pack((stored + 8).view(torch.uint8), 4, CANONICAL), CANONICAL
-    codes = stored.view(torch.uint8)
-    if store == "fp8" and bool(((codes & 0x7F) == 0x7F).any()):
-        count = int(((codes & 0x7F) == 0x7F).sum())
-        fix = "The quantization overflowed; quantize again."
-        raise _bad("Q-VALUE-WEIGHT", f"{where}.weight", f"{count} NaN", "finite numbers", fix)
-    return codes, CANONICAL
+    return stored.view(torch.uint8), CANONICAL
 
 
 def _write_codes(scheme: MsScheme, qt: QuantizedTensor) -> Tensor:

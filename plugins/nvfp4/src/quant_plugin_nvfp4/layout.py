@@ -56,22 +56,9 @@ def _check_positive(tensor: str, scale: Tensor) -> None:
         raise _bad("Q-VALUE-SCALE", tensor, found, "finite positive scales", fix)
 
 
-def _codes(scheme: ModelOptScheme, where: str, weight: Tensor) -> Tensor:
-    """Raw codes in the order of ``Algo.packing``.
-
-    Raises:
-        LayoutError: ``Q-VALUE-WEIGHT`` for NaN among fp8 codes.
-    """
-    if scheme.algo.weight == "int4":
-        return weight ^ _SIGNS
-    codes = weight.view(torch.uint8)
-    if scheme.algo.element.name == "fp8_e4m3":
-        nans = int(((codes & 0x7F) == 0x7F).sum())
-        if nans:
-            found = f"{nans} of {codes.numel()} codes are NaN"
-            fix = "The quantization overflowed; quantize again."
-            raise _bad("Q-VALUE-WEIGHT", f"{where}.weight", found, "finite values", fix)
-    return codes
+def _codes(scheme: ModelOptScheme, weight: Tensor) -> Tensor:
+    """Raw codes in the order of ``Algo.packing``."""
+    return weight ^ _SIGNS if scheme.algo.weight == "int4" else weight.view(torch.uint8)
 
 
 def _scales(
@@ -101,7 +88,7 @@ def canonicalize(scheme: ModelOptScheme, where: str, tensors: Mapping[str, Tenso
     weight = QuantizedTensor(
         spec=scheme.weight,
         shape=scheme.shape,
-        codes=_codes(scheme, where, tensors["weight"]),
+        codes=_codes(scheme, tensors["weight"]),
         packing=scheme.algo.packing,
         scales=_scales(scheme, where, tensors),
     )

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["canonicalize", "serialize"]
 
 _TOP_BITS = -0x77777778  # 0x88888888 as int32: the top bit of each of eight nibbles
-_FP8_NAN = {"fp8_e4m3": (0x7F, 0x7F), "fp8_e5m2": (0x7F, 0x7D)}  # mask, first NaN code
 
 
 # ------------------------------------------------------------------------------------------ scales
@@ -139,25 +138,13 @@ def _stored_zeros(scheme: QuarkScheme, zeros: Tensor | None) -> dict[str, Tensor
 # ------------------------------------------------------------------------------------------- codes
 
 
-def _codes(scheme: QuarkScheme, where: str, stored: Tensor) -> Tensor:
-    """Words as stored; floats and int8 as bytes.
-
-    Raises:
-        LayoutError: ``Q-VALUE-WEIGHT`` for NaN (or infinity) among fp8 codes.
-    """
+def _codes(scheme: QuarkScheme, stored: Tensor) -> Tensor:
+    """Words as stored; floats and int8 as bytes."""
     if scheme.signed:
         return stored ^ _TOP_BITS
     if stored.dtype == torch.int32:
         return stored
-    codes = stored.view(torch.uint8)
-    if scheme.weight.element.name in _FP8_NAN:
-        mask, first = _FP8_NAN[scheme.weight.element.name]
-        nans = int(((codes & mask) >= first).sum())
-        if nans:
-            found = f"{nans} of {codes.numel()} codes are NaN"
-            fix = "The quantization overflowed; quantize again."
-            raise bad_tensor("Q-VALUE-WEIGHT", f"{where}.weight", found, "finite values", fix)
-    return codes
+    return stored.view(torch.uint8)
 
 
 def _stored_codes(scheme: QuarkScheme, codes: Tensor, packing: Packing) -> Tensor:
@@ -194,7 +181,7 @@ def canonicalize(scheme: QuarkScheme, where: str, tensors: Mapping[str, Tensor])
     weight = QuantizedTensor(
         spec=scheme.weight,
         shape=scheme.shape,
-        codes=_codes(scheme, where, tensors["weight"]),
+        codes=_codes(scheme, tensors["weight"]),
         packing=scheme.packing,
         scales=_scales(scheme, where, tensors),
         zeros=_zeros(scheme, where, tensors),

@@ -1,0 +1,112 @@
+"""Every number of a matrix is finite: scales, offsets, bias, and codes of types that have NaN.
+
+Checked once for all formats, where a matrix is read. Kernels count on it: several decode fp8 by
+arithmetic on its bits, in which NaN and infinity would be ordinary numbers.
+
+    fp8_e4m3               s 1111 111            NaN
+    fp8_e5m2               s 11111 00, 01 .. 11  infinity, NaN
+    fp8_e4m3_fnuz, e5m2    1 0000000             NaN; other codes all are numbers
+
+fp4 and fp6 have neither. Codes are read as bytes, in whatever packing: codes of 8 bits are whole
+bytes in each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quant_core.dequantize import level_values
+from quant_core.errors import LayoutError
+from quant_core.spec import LayerDesc, Scale
+from quant_core.tensors import LayerTensors, QuantizedTensor
+
+__all__ = ["check_matrix", "odd_codes"]
+
+_PIECE = 1 << 19  # bytes, so that the copy of a piece stays in the cache
+_LEAST = {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}  # without the sign; what is not below is no number
+_NEGATIVE_ZERO = ("fp8_e4m3_fnuz", "fp8_e5m2_fnuz")
+
+
+def odd_codes(codes: Tensor, element: str) -> Tensor | None:
+    """Which codes of a small float are NaN or infinite.
+
+    Args:
+        codes: uint8 of any shape, one code per byte.
+        element: name of the float element.
+
+    Returns:
+        bool of the shape of ``codes``; None if there is no such code.
+    """
+    raw = codes.contiguous().view(-1)
+    if element in _NEGATIVE_ZERO:
+        least = raw.view(torch.int8).amin() if raw.numel() else 0
+        return codes == 0x80 if int(least) == -128 else None
+    top = _LEAST.get(element)
+    if top is None or all(int((p & 0x7F).amax()) < top for p in raw.split(_PIECE) if p.numel()):
+        return None
+    return (codes & 0x7F) >= top
+
+
+def _error(where: str, bad: Tensor, what: str, code: str) -> LayoutError:
+    first, count = tuple(int(i) for i in bad.nonzero()[0]), int(bad.sum())
+    return LayoutError(
+        f"{where}: {count} of {bad.numel()} {what} are NaN or infinite (first at {first}), "
+        "expected finite numbers. The quantization overflowed; quantize again.",
+        code=code,
+        tensor=where,
+        expected="finite",
+        actual=count,
+    )
+
+
+def _check_codes(where: str, qt: QuantizedTensor, stored: Mapping[str, Tensor]) -> None:
+    element = qt.spec.element
+    if element.kind != "float" or element.bits != 8:
+        return
+    codes = qt.codes.view(torch.uint8)
+    bad = odd_codes(codes, element.name)
+    if bad is None:
+        return
+    size = codes.numel()
+    leaf = next((n for n, t in stored.items() if t.numel() * t.element_size() == size), "")
+    raise _error(f"{where}.{leaf}" if leaf else where, bad, "weights", "Q-VALUE-WEIGHT")
+
+
+def _check_level(
+    where: str, name: str, values: Tensor, scale: Scale, codebook: tuple[Tensor, ...]
+) -> None:
+    decoded = level_values(values, scale, codebook)
+    if decoded.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(decoded))).all()):
+        return  # a NaN anywhere makes both ends NaN
+    bad = ~torch.isfinite(decoded)
+    if bool(bad.any()):
+        raise _error(where, bad, f"{name} values", "Q-VALUE-SCALE")
+
+
+def check_matrix(layer: LayerDesc, lt: LayerTensors, stored: Mapping[str, Tensor]) -> None:
+    """Codes, scales, offsets and bias of one matrix are finite.
+
+    Args:
+        stored: the tensors it was read from, to name the one that is not.
+
+    Raises:
+        LayoutError: ``Q-VALUE-WEIGHT`` for codes and bias, ``Q-VALUE-SCALE`` for scales and
+            offsets, with the number of values and the place of the first.
+    """
+    where = layer.stored
+    for qt in lt.operands.values():
+        if qt.spec.blocks:
+            continue
+        for values, scale in zip(qt.scales, qt.spec.scales, strict=True):
+            _check_level(where, "scale", values, scale, qt.codebook)
+        levels = qt.spec.zero.levels if qt.spec.zero is not None else ()
+        for values, scale in zip(qt.offset, levels, strict=True):
+            _check_level(where, "offset", values, scale, qt.codebook)
+        _check_codes(where, qt, stored)
+    if lt.bias is not None:
+        bad = ~torch.isfinite(lt.bias.float())
+        if bool(bad.any()):
+            raise _error(f"{where}.bias", bad, "values", "Q-VALUE-WEIGHT")
