@@ -11,8 +11,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from quant_core.errors import KernelError, LayoutError
+from quant_core.errors import LayoutError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.kernels.storage import misused
 from quant_core.spec import OpSpec, Packing
 from quant_kernels_cpu.library import ISAS, library, unavailable
 from quant_kernels_cpu.loading import source_of
@@ -47,13 +48,7 @@ class WnA16:
     def _bound(self, op: OpSpec) -> Layout:
         layout = self._layout(op)
         if isinstance(layout, Rejected):
-            raise KernelError(
-                f"{self.name} was asked to run what it rejects: {layout}. Choose a kernel that "
-                "accepts the operation.",
-                code="Q-KERNEL-NONE",
-                expected=layout.need,
-                actual=layout.have,
-            )
+            raise misused(self.name, layout)
         return layout
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:

@@ -10,8 +10,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from quant_core.errors import KernelError, LayoutError
+from quant_core.errors import LayoutError
 from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.storage import misused
 from quant_core.spec import OpSpec
 from quant_kernels_cpu.library import library, unavailable
 from quant_kernels_cpu.support_int8 import Int8Layout, describe_int8
@@ -44,13 +45,7 @@ class W8A8:
     def _bound(self, op: OpSpec) -> Int8Layout:
         layout = self._layout(op)
         if isinstance(layout, Rejected):
-            raise KernelError(
-                f"{self.name} was asked to run what it rejects: {layout}. Choose a kernel that "
-                "accepts the operation.",
-                code="Q-KERNEL-NONE",
-                expected=layout.need,
-                actual=layout.have,
-            )
+            raise misused(self.name, layout)
         return layout
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:

@@ -6,11 +6,11 @@ cuda_decode   codes of 2 to 8 bits and small floats, exact weights, float32 sums
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from quant_core.errors import KernelError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.kernels.storage import Tiles16, misused
 from quant_core.spec import OpSpec
 from quant_kernels_cuda import compiler, driver
 from quant_kernels_cuda.costs import bucket_costs
@@ -18,8 +18,6 @@ from quant_kernels_cuda.variant import Variant, describe
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from quant_core.tensors import LayerTensors
 
 __all__ = ["KERNELS", "Decode"]
 
@@ -31,11 +29,10 @@ def _capability(text: str) -> tuple[int, int]:
     return (int(major), int(minor or 0)) if major.isdigit() else (0, 0)
 
 
-class Decode:
+class Decode(Tiles16):
     """Few rows of float activations times packed weights; see csrc/decode.cu."""
 
     name = "cuda_decode"
-    layout = "tiles16"
     OPS = ("linear", "grouped_linear")
 
     def _variant(self, op: OpSpec) -> Variant | Rejected:
@@ -61,13 +58,7 @@ class Decode:
     def _bound(self, op: OpSpec) -> Variant:
         v = self._variant(op)
         if isinstance(v, Rejected):
-            raise KernelError(
-                f"{self.name} was asked to run what it rejects: {v}. Choose a kernel that accepts "
-                "the operation.",
-                code="Q-KERNEL-NONE",
-                expected=v.need,
-                actual=v.have,
-            )
+            raise misused(self.name, v)
         return v
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
@@ -76,23 +67,6 @@ class Decode:
             return v
         costs = bucket_costs(v, op.device[1])
         return Accepted(cost=costs[0][1], costs=costs, note="tensor cores, weights read once")
-
-    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        from quant_core.kernels import tiles
-
-        return tiles.allocate(op, device)
-
-    def load_(
-        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
-    ) -> None:
-        from quant_core.kernels import tiles
-
-        tiles.load_(buffers, op, part, at)
-
-    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
-        from quant_core.kernels import tiles
-
-        return tiles.restore(buffers, op)
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         import torch

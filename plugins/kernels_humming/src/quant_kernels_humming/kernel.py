@@ -8,18 +8,14 @@ codes tells). It goes when the buffers go.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.kernels.storage import Rows
 from quant_core.spec import OpSpec
 from quant_core.spec_json import to_text
 from quant_kernels_humming.layout import configs
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from quant_core.tensors import LayerTensors
 
 __all__ = ["KERNELS", "Humming"]
 
@@ -38,10 +34,11 @@ def _unavailable() -> str:
     return "" if numbers == (0, 1) else f"version {version}"
 
 
-class Humming:
+class Humming(Rows):
     """See the module's docstring."""
 
     name = "humming"
+    layout = ""  # its buffers hold what is restored; what runs is the library's own copy
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
         if op.device[0] != "cuda":
@@ -58,23 +55,6 @@ class Humming:
             workspace_bytes=nbytes,
             note=note + "runs only when named or measured",
         )
-
-    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        return ReferenceKernel().allocate(op, device)
-
-    def load_(
-        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
-    ) -> None:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        ReferenceKernel().load_(buffers, op, part, at)
-
-    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        return ReferenceKernel().restore(buffers, op)
 
     def bind(self, op: OpSpec) -> Callable[..., Any]:
         from quant_kernels_humming.ops import run_linear

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quant_core.errors import KernelError
 from quant_core.kernels.base import Rejected
 from quant_core.kernels.reference import ReferenceKernel
+from quant_core.kernels.storage import misused
 from quant_core.spec_json import op_from_text
 from quant_kernels_humming.layout import configs, tensors_of
 
@@ -28,13 +28,7 @@ def _make(tensors: list[Tensor], text: str) -> Any:
     op = op_from_text(text)
     made = configs(op)
     if isinstance(made, Rejected):
-        raise KernelError(
-            f"humming was asked to run what it rejects: {made}. Choose a kernel that accepts the "
-            "operation.",
-            code="Q-KERNEL-NONE",
-            expected=made.need,
-            actual=made.have,
-        )
+        raise misused("humming", made)
     weight, acts = made
     names = ReferenceKernel().allocate(op, "meta")
     held = ReferenceKernel().restore(dict(zip(names, tensors, strict=True)), op)

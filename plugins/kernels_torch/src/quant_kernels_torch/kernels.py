@@ -12,10 +12,11 @@ All but the first keep the reference kernel's own row-major buffers (layout "row
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.kernels.storage import Rows, Tiles16
 from quant_core.spec import OpSpec
 from quant_core.spec_json import to_text
 from quant_kernels_torch.accept import (
@@ -28,8 +29,6 @@ from quant_kernels_torch.accept import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from quant_core.tensors import LayerTensors
 
 __all__ = ["KERNELS", "BlockFp8", "Dequant", "Fp8", "GroupedFp8", "Int8"]
 
@@ -53,11 +52,10 @@ def _capability(op: OpSpec, least: tuple[int, int]) -> Rejected | None:
     return Rejected(axis="device", have=f"capability {op.device[1]}", need=need)
 
 
-class Dequant:
+class Dequant(Tiles16):
     """The whole weight dequantized on every call, then a plain product; for many rows."""
 
     name = "torch_dequant"
-    layout = "tiles16"
     OPS: tuple[str, ...] = ("linear", "grouped_linear", "embedding")
     DEVICES: tuple[str, ...] = ("cuda",)
 
@@ -96,23 +94,6 @@ class Dequant:
             note=f"dequantizes the whole weight on every call{emulated}",
         )
 
-    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        from quant_core.kernels import tiles
-
-        return tiles.allocate(op, device)
-
-    def load_(
-        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
-    ) -> None:
-        from quant_core.kernels import tiles
-
-        tiles.load_(buffers, op, part, at)
-
-    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
-        from quant_core.kernels import tiles
-
-        return tiles.restore(buffers, op)
-
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         from quant_kernels_torch import dense
 
@@ -124,11 +105,10 @@ class Dequant:
         return functools.partial(runs[op.op], to_text(op))
 
 
-class _Rows:
-    """Buffers of the reference kernel, row-major and 8 bits a code."""
+class _Products(Rows):
+    """One of torch's products on rows of 8-bit codes."""
 
     name: str
-    layout = "rows"
     OPS: tuple[str, ...] = ("linear",)
     DEVICES: tuple[str, ...] = ("cuda", "cpu")
     FEATURES: tuple[str, ...] = ("bias", "input_scale")
@@ -160,28 +140,11 @@ class _Rows:
         note = "activations quantized by separate torch ops"
         return Accepted(cost=costs[0][1], costs=costs, note=note)
 
-    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        return ReferenceKernel().allocate(op, device)
-
-    def load_(
-        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
-    ) -> None:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        ReferenceKernel().load_(buffers, op, part, at)
-
-    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        return ReferenceKernel().restore(buffers, op)
-
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         return functools.partial(self._runner(), to_text(op))
 
 
-class Fp8(_Rows):
+class Fp8(_Products):
     """fp8 weights times fp8 activations, scales per row, token or tensor."""
 
     name = "torch_scaled_mm"
@@ -196,7 +159,7 @@ class Fp8(_Rows):
         return run_fp8
 
 
-class BlockFp8(_Rows):
+class BlockFp8(_Products):
     """fp8 weights in blocks of 128 x 128 times fp8 activations in groups of 128."""
 
     name = "torch_scaled_mm_block"
@@ -219,7 +182,7 @@ class BlockFp8(_Rows):
         return run_block_fp8
 
 
-class Int8(_Rows):
+class Int8(_Products):
     """int8 weights times int8 activations; exact integer sums."""
 
     name = "torch_int_mm"
@@ -240,7 +203,7 @@ class Int8(_Rows):
         return run_int8
 
 
-class GroupedFp8(_Rows):
+class GroupedFp8(_Products):
     """Stacks of fp8 experts with a scale per row, activations per token."""
 
     name = "torch_grouped_fp8"

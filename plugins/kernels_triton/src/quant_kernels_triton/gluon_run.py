@@ -12,8 +12,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quant_core.errors import KernelError
 from quant_core.kernels.base import Rejected
+from quant_core.kernels.storage import misused
 from quant_kernels_triton.asm import constraints, dequant
 from quant_kernels_triton.gluon_plan import Ring, Specialized, config, grouped_config, plan
 from quant_kernels_triton.gluon_ring import ring
@@ -50,13 +50,7 @@ class _Layer:
     def __init__(self, recipe: Recipe) -> None:
         p = plan(recipe)
         if isinstance(p, Rejected):
-            raise KernelError(
-                f"gluon_wna16 was asked to run what it rejects: {p}. Choose a kernel that "
-                "accepts the operation.",
-                code="Q-KERNEL-NONE",
-                expected=p.need,
-                actual=p.have,
-            )
+            raise misused("gluon_wna16", p)
         self.recipe, self.plan = recipe, p
         self.sizes = (recipe.n, recipe.rows, recipe.k, recipe.groups)
         self.configs: dict[int, Ring | Specialized] = {}

@@ -7,11 +7,11 @@ them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from quant_core.errors import KernelError
 from quant_core.kernels.base import ANY_ROWS, Accepted, Rejected
+from quant_core.kernels.storage import Rows, misused
 from quant_core.spec import OpSpec
 from quant_kernels_triton.costs import BUCKETS
 from quant_kernels_triton.scaled_plan import ScaledPlan, describe_scaled
@@ -20,16 +20,13 @@ from quant_kernels_triton.wna16 import interpreting
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quant_core.tensors import LayerTensors
-
 __all__ = ["Scaled"]
 
 
-class Scaled:
+class Scaled(Rows):
     """fp8 and int8 activations, quantized by one kernel; see ``scaled_run``."""
 
     name = "triton_scaled"
-    layout = "rows"
 
     def _plan(self, op: OpSpec) -> ScaledPlan | Rejected:
         if op.device[0] != "cuda" and not (op.device[0] == "cpu" and interpreting()):
@@ -62,32 +59,8 @@ class Scaled:
     def _bound(self, op: OpSpec) -> ScaledPlan:
         p = self._plan(op)
         if isinstance(p, Rejected):
-            raise KernelError(
-                f"{self.name} was asked to run what it rejects: {p}. Choose a kernel that accepts "
-                "the operation.",
-                code="Q-KERNEL-NONE",
-                expected=p.need,
-                actual=p.have,
-            )
+            raise misused(self.name, p)
         return p
-
-    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        self._bound(op)
-        return ReferenceKernel().allocate(op, device)
-
-    def load_(
-        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
-    ) -> None:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        ReferenceKernel().load_(buffers, op, part, at)
-
-    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
-        from quant_core.kernels.reference import ReferenceKernel
-
-        return ReferenceKernel().restore(buffers, op)
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         from quant_kernels_triton import ops

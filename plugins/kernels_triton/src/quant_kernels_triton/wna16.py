@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from quant_core.errors import KernelError
 from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.storage import Tiles16, misused
 from quant_core.spec import OpSpec
 from quant_kernels_triton.costs import costs
 from quant_kernels_triton.gluon_plan import plan
@@ -21,8 +21,6 @@ from quant_kernels_triton.recipe import Recipe, describe
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from quant_core.tensors import LayerTensors
 
 __all__ = ["Dense", "GluonTiles", "PlainTriton", "TilesKernel"]
 
@@ -35,11 +33,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-class TilesKernel:
-    """What the kernels of this package on "tiles16" share: buffers and refusals."""
+class TilesKernel(Tiles16):
+    """What the kernels of this package on "tiles16" share: refusals."""
 
     name = ""
-    layout = "tiles16"
     OPS: tuple[str, ...] = ("linear",)
 
     def _recipe(self, op: OpSpec) -> Recipe | Rejected:
@@ -55,13 +52,7 @@ class TilesKernel:
     def _bound(self, op: OpSpec) -> Recipe:
         recipe = self._recipe(op)
         if isinstance(recipe, Rejected):
-            raise KernelError(
-                f"{self.name} was asked to run what it rejects: {recipe}. Choose a kernel that "
-                "accepts the operation.",
-                code="Q-KERNEL-NONE",
-                expected=recipe.need,
-                actual=recipe.have,
-            )
+            raise misused(self.name, recipe)
         return recipe
 
     def _accepted(self, op: OpSpec, recipe: Recipe) -> Accepted:
@@ -76,24 +67,6 @@ class TilesKernel:
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
         recipe = self._recipe(op)
         return recipe if isinstance(recipe, Rejected) else self._accepted(op, recipe)
-
-    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        from quant_core.kernels import tiles
-
-        self._bound(op)
-        return tiles.allocate(op, device)
-
-    def load_(
-        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
-    ) -> None:
-        from quant_core.kernels import tiles
-
-        tiles.load_(buffers, op, part, at)
-
-    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
-        from quant_core.kernels import tiles
-
-        return tiles.restore(buffers, op)
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         raise NotImplementedError
