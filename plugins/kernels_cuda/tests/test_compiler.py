@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import pytest
 
@@ -136,11 +135,3 @@ def test_broken_source_raises_with_the_compilers_words():
     with pytest.raises(KernelError, match="nonsense") as e:
         module.compiler().compile("nonsense;", {}, ("--gpu-architecture=sm_90",))
     assert e.value.code == "Q-KERNEL-COMPILE"
-
-
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv("QUANT_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module.cache_folder() == tmp_path / "quant-core" / "cuda"
-    monkeypatch.setenv("QUANT_CACHE", os.fspath(tmp_path / "own"))
-    assert module.cache_folder() == tmp_path / "own" / "cuda"

@@ -8,8 +8,8 @@ in a request: the file is written by ``quant bench --save`` only, and read once 
     {"device": ..., "versions": {...}, "costs": {<operation>: {<kernel>: [[rows, us], ...]}}}
 
 The fingerprint covers torch and every installed package that offers kernels, so a new version
-starts anew. ``QUANT_CACHE`` names the cache folder (default ``~/.cache/quant-core``);
-``QUANT_MEASURED=off`` ignores the file. A file that cannot be read is ignored with one warning.
+starts anew. ``QUANT_CACHE`` names another folder (``quant_core.cache``); ``QUANT_MEASURED=off``
+ignores the file. A file that cannot be read is ignored with one warning.
 """
 
 from __future__ import annotations
@@ -26,24 +26,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from quant_core.cache import cache_folder
 from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
 from quant_core.spec import CANONICAL, OpSpec
 from quant_core.spec_json import to_text
 
-__all__ = ["answer", "cache_folder", "op_key", "save", "table_path"]
+__all__ = ["answer", "op_key", "save", "table_path"]
 
 log = logging.getLogger("quant_core")
 
 Costs = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
-
-
-def cache_folder() -> Path:
-    """``QUANT_CACHE``, or ``quant-core`` in the user's cache folder."""
-    chosen = os.environ.get("QUANT_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "quant-core"
 
 
 def op_key(op: OpSpec) -> str:
@@ -83,7 +75,7 @@ def table_path(device: tuple[str, str]) -> Path:
     text = json.dumps(_versions(), sort_keys=True)
     mark = hashlib.sha256(text.encode()).hexdigest()[:12]
     slug = re.sub(r"[^A-Za-z0-9]+", "-", _device_name(device)).strip("-").lower()
-    return cache_folder() / "kernels" / f"{slug}-{mark}.json"
+    return cache_folder("kernels") / f"{slug}-{mark}.json"
 
 
 @functools.lru_cache(maxsize=8)
@@ -143,7 +135,7 @@ def answer(kernel: Kernel, op: OpSpec) -> Accepted | Rejected:
     said = kernel.accepts(op)
     if isinstance(said, Rejected) or os.environ.get("QUANT_MEASURED") == "off":
         return said
-    if not (cache_folder() / "kernels").is_dir():  # the usual case, and cheap
+    if not cache_folder("kernels").is_dir():  # the usual case, and cheap
         return said
     if not said.exact:  # it is opted in to by name, however fast it is
         return said

@@ -2,7 +2,7 @@
 
     <folder>/<40 hex digits of the key>/buffers.safetensors
 
-The folder is ``$QUANT_PREPARED_DIR``, else ``quant-core/prepared`` in the user's cache. Entries may
+The folder is ``$QUANT_PREPARED_DIR``, else ``prepared`` in the cache folder. Entries may
 take ``$QUANT_PREPARED_BYTES`` together (32 GiB); above that the one unused for longest goes first.
 Using an entry moves its mtime. Only what has the names above is ever deleted.
 """
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quant_core.cache import cache_folder
 from quant_core.errors import ConfigError, printable
 
 __all__ = ["BUFFERS", "Found", "clear", "default_folder", "entries", "folder_for", "make_room"]
@@ -33,8 +34,7 @@ def default_folder() -> Path:
     named = os.environ.get("QUANT_PREPARED_DIR")
     if named:
         return Path(os.path.abspath(named))
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(base)) / "quant-core" / "prepared"
+    return cache_folder("prepared")
 
 
 def folder_for(prepared: str | os.PathLike[str] | None) -> Path | None:

@@ -21,9 +21,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from quant_core.cache import cache_folder
 from quant_core.errors import KernelError
 
-__all__ = ["Compiler", "cache_folder", "compile_cached", "compiler", "sources", "unavailable"]
+__all__ = ["Compiler", "compile_cached", "compiler", "sources", "unavailable"]
 
 log = logging.getLogger("quant_core")
 
@@ -157,14 +158,6 @@ def sources() -> tuple[str, dict[str, str]]:
     return (folder / "decode.cu").read_text("utf-8"), headers
 
 
-def cache_folder() -> Path:
-    """``$QUANT_CACHE/cuda``, else ``quant-core/cuda`` in the user's cache folder."""
-    if named := os.environ.get("QUANT_CACHE"):
-        return Path(named) / "cuda"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "quant-core" / "cuda"
-
-
 def _read_cached(file: Path) -> bytes | None:
     try:
         held = file.read_bytes()
@@ -207,7 +200,7 @@ def compile_cached(defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
                *(f"-D{name}={value}" for name, value in defines))  # fmt: skip
     rtc = compiler()
     text = "\0".join((source, *headers, *headers.values(), *options, str(rtc.version)))
-    file = cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
+    file = cache_folder("cuda") / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
     held = _read_cached(file)
     if held is None:
         held = rtc.compile(source, headers, options)
