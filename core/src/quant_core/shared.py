@@ -11,7 +11,8 @@ group gives up after a few tries. Each result is handed out once and kept for on
 Only for few tokens, where what surrounds the arithmetic counts; never where a gradient is needed,
 and not under ``torch.compile``: a graph shows no tensor's identity.
 
-Kernels take part by ``bind_shared`` (``quant_core.kernels.base``).
+Kernels take part by ``bind_shared`` (``quant_core.kernels.base``); those of the GPU's storage order
+as one matrix (``quant_core.kernels.joined``).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from quant_core.kernels.joined import JOINABLE, JoinedRun, place_together_
+
 if TYPE_CHECKING:
     from quant_core.nn import QuantLinear
 
-__all__ = ["SharedGroup", "Siblings", "share_inputs", "together", "weights_changed"]
+__all__ = ["SharedGroup", "Siblings", "joined", "share_inputs", "together", "weights_changed"]
 
 Run = Callable[[list[list[Tensor]], Tensor], list[Tensor]]
 """Buffers of each layer, in the order of ``allocate``, and x -> each layer's output."""
@@ -88,6 +91,9 @@ class SharedGroup:
 
     def take(self, index: int, x: Tensor) -> Tensor:
         """The output of layer ``index`` for ``x``."""
+        if x.is_inference() and not x.is_cpu:  # its values would have to be fetched to compare
+            layer = self.layers[index]
+            return layer._run(layer._values(), x)  # type: ignore[no-any-return]
         held: _Held | None = getattr(self._local, "held", None)
         if held is not None:
             if held.valid(x):
@@ -140,12 +146,17 @@ class Siblings:
             self.layers = ()
 
 
+def _common(layer: QuantLinear) -> str:
+    """What layers of one call have in common: the kernel, or a storage order that joins them."""
+    layout = str(getattr(layer.kernel, "layout", ""))
+    return layout if layout in JOINABLE else layer.kernel.name
+
+
 def _bind(layers: Sequence[QuantLinear]) -> Run | None:
     """One call for all ``layers``; None where they have no kernel, or place, in common."""
-    kernel = layers[0].kernel
-    ask = getattr(kernel, "bind_shared", None)
+    ask = getattr(layers[0].kernel, "bind_shared", None)
     places = {t.device for layer in layers for t in layer.tensors.values()}
-    if ask is None or len(places) != 1 or any(a.kernel.name != kernel.name for a in layers):
+    if ask is None or len(places) != 1 or len({_common(layer) for layer in layers}) != 1:
         return None
     return ask([layer.op for layer in layers])  # type: ignore[no-any-return]
 
@@ -161,7 +172,7 @@ def together(layers: Sequence[QuantLinear]) -> list[tuple[Run, tuple[int, ...]]]
     """
     kernels: dict[str, list[int]] = {}
     for i, layer in enumerate(layers):
-        kernels.setdefault(layer.kernel.name, []).append(i)
+        kernels.setdefault(_common(layer), []).append(i)
     calls: list[tuple[Run, tuple[int, ...]]] = []
     for found in kernels.values():
         run = _bind([layers[i] for i in found]) if len(found) > 1 else None
@@ -172,11 +183,16 @@ def together(layers: Sequence[QuantLinear]) -> list[tuple[Run, tuple[int, ...]]]
     return calls
 
 
-def share_inputs(model: nn.Module) -> None:
+def share_inputs(model: nn.Module, *, place: bool | None = None) -> None:
     """Let neighbouring quantized layers of ``model`` run together where they get one input.
 
     Called by the engines after loading. Copies of a model (``deepcopy``, pickling) start without;
-    call it again for them.
+    call it again for them, and after a move to another device.
+
+    Args:
+        place: whether buffers may move, so that neighbours become one matrix
+            (``kernels.joined``); takes one more copy of them, a block of layers at a time. None:
+            everywhere but on a CPU, where a layer may be mapped from a file.
     """
     from quant_core.nn import QuantLinear
 
@@ -184,10 +200,37 @@ def share_inputs(model: nn.Module) -> None:
         found: dict[tuple[str, int], list[QuantLinear]] = {}
         for child in module.children():
             if isinstance(child, QuantLinear) and child.owns_buffers:
-                found.setdefault((child.kernel.name, child.in_features), []).append(child)
+                found.setdefault((_common(child), child.in_features), []).append(child)
         for layers in found.values():
-            if len(layers) > 1 and _bind(layers) is not None:
-                _observe(layers)
+            run = _bind(layers) if len(layers) > 1 else None
+            if run is None:
+                continue
+            if isinstance(run, JoinedRun):
+                device = next(iter(layers[0].tensors.values())).device
+                if not (device.type != "cpu" if place is None else place):
+                    continue
+                place_together_(layers)
+            _observe(layers)
+
+
+def joined(layers: Sequence[QuantLinear]) -> QuantLinear | None:
+    """One layer in place of several of one input: its output is theirs, behind each other.
+
+    For code that knows which layers get one input, and for ``torch.compile``, under which none
+    learns it. The layers' buffers become parts of the joint ones: use either, both see a reload.
+    None if they cannot be one matrix.
+    """
+    from quant_core.kernels.choose import Choice
+    from quant_core.nn import QuantLinear
+
+    run = _bind(layers)
+    if not isinstance(run, JoinedRun):
+        return None
+    place_together_(layers)
+    buffers = run.buffers([layer._values() for layer in layers])
+    assert buffers is not None, "they have just been placed together"
+    choice = Choice(kernel=run.kernel, op=run.op, trace=layers[0].trace)
+    return QuantLinear(choice, dict(zip(layers[0].tensors, buffers, strict=True)))
 
 
 def _observe(layers: Iterable[QuantLinear]) -> None:

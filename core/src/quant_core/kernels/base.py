@@ -78,8 +78,9 @@ class Kernel(Protocol):
     reads       reads(op, packing) -> bool: ``load_`` takes parts whose codes lie in ``packing``;
                 without it core repacks every part to ``op.packing`` first.
     bind_shared bind_shared(ops) -> run | None: linear layers of one input as one call,
-                run([[buffers of a layer...], ...], x) -> [y, ...], each y as ``bind`` gives it, bit
-                for bit; layers that quantize x alike share that. None: not these.
+                run([[buffers of a layer...], ...], x) -> [y, ...], each y as ``bind`` gives it (up
+                to the order of float32 sums); layers that quantize x alike share that. None: not
+                these.
     """
 
     name: str

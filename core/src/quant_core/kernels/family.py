@@ -20,7 +20,7 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from quant_core.errors import KernelError
 from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
+from quant_core.kernels.joined import JOINABLE, JoinedRun, joined_op
 from quant_core.kernels.measured import answer as answer_of
 from quant_core.spec import OpSpec, Packing
 from quant_core.spec_json import to_text
@@ -272,6 +273,14 @@ class Family:
         """Whether ``load_`` takes parts whose codes lie in ``packing``: the owner's answer."""
         ask = getattr(self._owner, "reads", None)
         return ask is not None and bool(ask(op, packing))
+
+    def bind_shared(self, ops: Sequence[OpSpec]) -> JoinedRun | None:
+        """Layers of one input as one matrix, where they can be one."""
+        op = joined_op(ops) if self.layout in JOINABLE else None
+        if op is None:
+            return None
+        whole = Family(self.layout, self.members, op)
+        return JoinedRun(whole, op, [self.bind(o) for o in ops], [o.size("n") for o in ops])
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         answers = self._answers(op)
