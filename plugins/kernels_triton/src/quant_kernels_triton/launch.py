@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_kernels_triton.direct import launcher
+
 __all__ = ["Build", "aligned", "is_compiled", "launch"]
 
-_compiled: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
+_compiled: dict[Hashable, Callable[..., None]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +70,7 @@ def launch(
         compiled = fn[grid](*typed, **b.constants, **b.options)
         if hasattr(compiled, "run"):  # not in the interpreter
             values = tuple(b.constants[name] for name in fn.arg_names[len(args) :])
-            held = compiled.run, compiled.function, compiled.packed_metadata, values
-            _compiled[key, device] = held
+            _compiled[key, device] = launcher(compiled, values)
         return
-    run, function, metadata, values = held
     stream = torch._C._cuda_getCurrentRawStream(device)
-    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-    run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *plain, *values)
+    held(grid[0], grid[1], stream, [a.data_ptr() if isinstance(a, Tensor) else a for a in args])

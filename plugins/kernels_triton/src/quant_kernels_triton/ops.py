@@ -29,6 +29,7 @@ from quant_kernels_triton.scaled_run import run_scaled
 
 __all__ = ["bound_embedding", "bound_grouped", "bound_linear", "bound_scaled"]
 
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _lib = torch.library.Library("quant_triton", "FRAGMENT")
 _lib.define("linear(Tensor x, Tensor[] tensors, str recipe, str way) -> Tensor")
 _lib.define(
@@ -49,6 +50,20 @@ _WAYS: dict[str, Callable[[Recipe, Tensor, Sequence[Tensor]], Tensor]] = {
     "dense": run_dense,
     "gluon": _gluon,
 }
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether nothing wants to see an op here: no tracing, no mode, an ordinary tensor on a GPU.
+
+    Then the op's Python function is called directly, which saves the dispatcher's part of the
+    host's time.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _TENSORS
+        and x.is_cuda
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def _check_x(x: Tensor, k: int) -> None:
@@ -134,6 +149,8 @@ for _name, _impl, _fake in (
 def bound_linear(text: str, way: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     """What ``bind`` gives for a linear layer, with the first three arguments fixed."""
     _check_x(x, k)
+    if _plain(x):
+        return _linear(x, tensors, text, way)
     return torch.ops.quant_triton.linear(x, tensors, text, way)  # type: ignore[no-any-return]
 
 
@@ -148,6 +165,8 @@ def bound_grouped(
 def bound_scaled(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     """The same for a linear layer with 8-bit activations."""
     _check_x(x, k)
+    if _plain(x):
+        return _scaled_linear(x, tensors, text)
     return torch.ops.quant_triton.scaled_linear(x, tensors, text)  # type: ignore[no-any-return]
 
 
