@@ -1,4 +1,4 @@
-"""The plugins printed in docs/plugins.md: written to disk, installed and used in a fresh process."""
+"""The plugins printed in docs/plugins.md: written to disk, installed, used in a fresh process."""
 
 from __future__ import annotations
 

@@ -178,10 +178,18 @@ def test_plugin_init_holds_hookimpls_only(plugin: Path) -> None:
         assert imported("\n".join(map(ast.unparse, top)), heavy) == []
 
 
-@pytest.mark.parametrize("path", python_files(CORE / "kernels"), ids=name_of)
+KERNEL_SOURCES = python_files(
+    CORE / "kernels", *(p / "src" for p in PLUGINS if p.name.startswith("kernels_"))
+)
+ABOVE_KERNELS = (
+    "checkpoint", "plan", "load", "build", "detect", "engines", "ledger", "resolve", "cli",
+    "scheme", "convert", "online", "live", "prepared",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", KERNEL_SOURCES, ids=name_of)
 def test_kernels_never_learn_where_a_tensor_came_from(path: Path) -> None:
-    rooms = ("checkpoint", "plan", "load", "build", "detect", "engines", "ledger", "resolve", "cli")
-    forbidden = tuple(f"quant_core.{room}" for room in rooms)
+    forbidden = tuple(f"quant_core.{room}" for room in ABOVE_KERNELS)
     assert imported(path.read_text("utf-8"), forbidden) == []
 
 
@@ -191,7 +199,18 @@ def light_modules() -> list[str]:
     for plugin in PLUGINS:
         project = tomllib.loads((plugin / "pyproject.toml").read_text("utf-8"))["project"]
         out += project["entry-points"]["quant_core"].values()
-    return out
+    return out + engine_modules()
+
+
+def engine_modules() -> list[str]:
+    """What serving engines import at every start, whether quant-core is used or not."""
+    project = tomllib.loads((REPO / "core" / "pyproject.toml").read_text("utf-8"))["project"]
+    groups = project["entry-points"].values()
+    return [target.partition(":")[0] for group in groups for target in group.values()]
+
+
+def test_engines_are_entered_by_light_modules() -> None:
+    assert "quant_core.engines.vllm" in engine_modules()
 
 
 @pytest.mark.parametrize("module", light_modules())

@@ -1,8 +1,8 @@
 """The storage order "tiles16" of GPU kernels: weights in the order of tensor core registers.
 
-Kernels of any package that declare ``layout = LAYOUT`` read the same buffers, so one stored copy
-serves every number of rows. A tile is 16 output rows; K is cut in groups of 128. Lane l of a warp
-owns, of every tile and group, rows l // 4 and l // 4 + 8 and the columns
+Kernels of any package that derive from ``storage.Tiles16`` read the same buffers, so one stored
+copy serves every number of rows. A tile is 16 output rows; K is cut in groups of 128. Lane l of a
+warp owns, of every tile and group, rows l // 4 and l // 4 + 8 and the columns
 
     k = S * 16 + kh * 8 + (l % 4) * 2 + p      step S 0..7, kh 0..1, p 0..1
 
@@ -48,7 +48,6 @@ from quant_core.spec import CANONICAL, Grain, OpSpec, Scale
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = [
-    "LAYOUT",
     "allocate",
     "buffer_shapes",
     "grain_kind",
@@ -63,7 +62,6 @@ __all__ = [
     "untile_grid",
 ]
 
-LAYOUT = "tiles16"
 TILE = 16  # rows of a tile
 GROUP = 128  # columns of a group
 _ROWS = 64  # N is padded to this
