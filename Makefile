@@ -1,4 +1,5 @@
-# make setup | demo | test | check | bench | clean | test-transformers-low | test-vllm. Needs Python >= 3.11, make and pip.
+# make setup | demo | test | check | bench | clean | test-transformers-low | test-tools | test-vllm |
+# test-sglang. Needs Python >= 3.11, make and pip.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ JOBS ?= 2
 # Each worker computes on one thread: more of them than cores only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test test-fast test-transformers-low test-vllm check format bench clean
+.PHONY: setup demo test test-fast test-transformers-low test-tools test-vllm test-sglang check format bench clean
 
 setup: $(STAMP)
 
@@ -45,6 +46,7 @@ check: setup
 	$(BIN)/mypy core/src/quant_core
 	$(BIN)/python tools/gen_known_formats.py --check
 	$(BIN)/python tools/gen_format_table.py --check
+	$(BIN)/python tools/gen_engine_table.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -60,10 +62,18 @@ bench: setup
 test-transformers-low: setup
 	tests/run_transformers_low.sh
 
+# What the formats' own tools make of converted checkpoints; they are installed beside .venv.
+test-tools: setup
+	tests/run_tools.sh
+
 # The vLLM engine with the real vLLM, in an environment of its own; says so where that cannot be
 # built. No .venv is needed for it.
 test-vllm:
 	tests/run_vllm.sh
+
+# The SGLang engine with SGLang's real classes, likewise.
+test-sglang:
+	tests/run_sglang.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

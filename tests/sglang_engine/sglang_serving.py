@@ -18,7 +18,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-__all__ = ["forward", "loaded", "published", "reference_logits", "served_logits", "without_notes"]
+__all__ = [
+    "forward",
+    "loaded",
+    "published",
+    "reference_logits",
+    "reference_model",
+    "served_logits",
+    "without_notes",
+]
 
 
 @contextmanager
@@ -76,11 +84,13 @@ def forward(model: Any, ids: list[int]) -> Tensor:
     """Logits of all tokens: the model's own layers, and its output layer's own method."""
     from sglang.srt.layers.logits_processor import should_apply_lm_head_quant_method
     from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
     batch = mock.MagicMock(name="ForwardBatch")
     batch.num_token_non_padded, batch.can_run_tbo = None, False
     tokens = torch.tensor(ids)
-    with torch.no_grad(), mock.patch.object(RadixAttention, "forward", _attend):
+    context = forward_context(ForwardContext(attn_backend=mock.MagicMock()))
+    with torch.no_grad(), context, mock.patch.object(RadixAttention, "forward", _attend):
         hidden = model.model(tokens, torch.arange(len(ids)), batch)
         head = model.lm_head
         if should_apply_lm_head_quant_method(head, head.quant_method):
@@ -95,13 +105,16 @@ def served_logits(path: Path, ids: list[int], **settings: Any) -> Tensor:
         return forward(model, ids)
 
 
-def reference_logits(path: Path, ids: list[int], **options: Any) -> Tensor:
+def reference_model(path: Path, **options: Any) -> Any:
     """From ``load_model``, in float32."""
     from quant_core import load_model
 
-    model = load_model(path, dtype=torch.float32, **options)
+    return load_model(path, dtype=torch.float32, **options)
+
+
+def reference_logits(path: Path, ids: list[int], **options: Any) -> Tensor:
     with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].float()
+        return reference_model(path, **options)(torch.tensor([ids])).logits[0].float()
 
 
 def without_notes(folder: Path, to: Path) -> Path:

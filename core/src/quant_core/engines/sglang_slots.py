@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Round", "Slots"]
 
+_WEIGHTS = ("weight", "w13_weight", "w2_weight")
+
 # What SGLang's models make of the ends of stored names before they look them up.
 _RENAMED = {"weight_scale_inv": "weight_scale", "activation_scale": "input_scale"}
 
@@ -84,7 +86,7 @@ class Slots:
         around.all.append(self)
         for name, keys in sources.items():
             for one in {name, _renamed(name)}:
-                if one.endswith("weight"):
+                if one in _WEIGHTS:
                     continue  # see add_weight
                 self._add(layer, one, torch.empty(0, dtype=torch.uint8), keys)
 

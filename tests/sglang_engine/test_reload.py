@@ -1,0 +1,95 @@
+"""Weights of a running model are replaced: as SGLang's weight updater does it, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sglang_serving import forward, loaded, reference_logits, without_notes
+from torch import Tensor
+
+from checkpoint_sets import FIXTURES, SHARED
+from quant_core.errors import CheckpointError, LayoutError
+
+IDS = [5, 17, 200, 3, 99, 42, 7]
+ACT_ORDER = FIXTURES / "gptqmodel-4bit-g128-asym-descact"
+
+
+def changed(folder: Path, to: Path) -> Path:
+    """The same checkpoint with other scales: every packed layer and nothing else changes."""
+    out = without_notes(folder, to)
+    tensors = load_file(out / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith("scales") or (name.endswith("weight_scale") and value.is_floating_point()):
+            tensors[name] = value * 0.5
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def update(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """What update_weights_from_disk and a weight-update session do with a stream."""
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    device = torch.device("cpu")
+    DefaultModelLoader.restore_weights_before_loading(model, device)
+    DefaultModelLoader.load_weights_and_postprocess(model, iter(weights), device)
+
+
+def stream(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def addresses(model: Any) -> list[int]:
+    return [p.data_ptr() for n, p in model.named_parameters() if "packed" in n]
+
+
+@pytest.mark.parametrize(
+    "source", [ACT_ORDER, pytest.param(SHARED / "ar-moe-w4g64", marks=pytest.mark.shared)]
+)
+def test_new_weights_take_the_place_of_the_old(source: Path, tmp_path: Path) -> None:
+    old, new = without_notes(source, tmp_path / "old"), changed(source, tmp_path / "new")
+    with loaded(old) as model:
+        before, places = forward(model, IDS), addresses(model)
+        update(model, stream(new).items())
+        after = forward(model, IDS)
+        assert addresses(model) == places
+        update(model, stream(old).items())
+        again = forward(model, IDS)
+    assert (after - reference_logits(new, IDS)).abs().max() <= 5e-5
+    assert (after - before).abs().max() > 1e-2
+    assert torch.equal(again, before)
+
+
+def test_incomplete_update_changes_no_packed_layer(tmp_path: Path) -> None:
+    old, new = without_notes(ACT_ORDER, tmp_path / "old"), changed(ACT_ORDER, tmp_path / "new")
+    weights = stream(new)
+    lost = "model.layers.1.self_attn.k_proj.g_idx"
+    del weights[lost]
+    with loaded(old) as model:
+        before = forward(model, IDS)
+        with pytest.raises(CheckpointError) as err:
+            update(model, weights.items())
+        assert torch.equal(forward(model, IDS), before)
+    assert err.value.code == "Q-TENSOR-MISSING"
+    assert lost in str(err.value)
+
+
+def test_update_with_weights_of_another_format_is_refused(tmp_path: Path) -> None:
+    old = without_notes(ACT_ORDER, tmp_path / "old")
+    with loaded(old) as model:
+        before = forward(model, IDS)
+        with pytest.raises((CheckpointError, LayoutError)) as err:
+            update(model, stream(FIXTURES / "gptqmodel-awq-gemm-g128").items())
+        assert torch.equal(forward(model, IDS)[:0], before[:0])
+    assert err.value.code in ("Q-TENSOR-MISSING", "Q-ENGINE-RELOAD")
+
+
+def test_packed_weights_outside_of_an_update_are_refused(tmp_path: Path) -> None:
+    old = without_notes(ACT_ORDER, tmp_path / "old")
+    with loaded(old) as model, pytest.raises(LayoutError) as err:
+        model.load_weights(iter(stream(old).items()))
+    assert err.value.code == "Q-ENGINE-RELOAD"

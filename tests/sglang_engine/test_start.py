@@ -1,0 +1,160 @@
+"""Who asks for us gets us, and nobody else; what must not start, does not, with our error."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from safetensors.torch import load_file, save_file
+from sglang_serving import loaded, published, without_notes
+
+from checkpoint_sets import FIXTURES, SHARED
+from quant_core.engines.sglang_config import TAKE_OVER, QuantCoreConfig
+from quant_core.errors import ConfigError, LayoutError, QuantError
+
+ACT_ORDER = FIXTURES / "gptqmodel-4bit-g128-asym-descact"
+
+
+def fails(folder: Path, **settings: Any) -> QuantError:
+    with pytest.raises(QuantError) as err, loaded(folder, **settings):
+        pass
+    return err.value
+
+
+def edited(tmp_path: Path, edit: Any) -> Path:
+    folder = without_notes(ACT_ORDER, tmp_path / "edited")
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_plugin_is_found_and_first_in_order() -> None:
+    from sglang.srt.arg_groups.choices import QUANTIZATION_CHOICES
+    from sglang.srt.configs import model_config
+    from sglang.srt.layers import quantization
+    from sglang.srt.plugins import load_plugins_by_group
+
+    found = load_plugins_by_group("sglang.srt.plugins")
+    for _ in range(2):  # idempotent
+        found["quant_core"][0]()
+    methods = quantization.QUANTIZATION_METHODS
+    assert next(iter(methods)) == "quant_core"
+    assert model_config.QUANTIZATION_METHODS is methods
+    assert quantization.get_quantization_config("quant_core") is QuantCoreConfig
+    assert quantization.CPU_QUANTIZATION_METHODS["quant_core"] is QuantCoreConfig
+    assert QUANTIZATION_CHOICES.count("quant_core") == 1
+    assert {"awq", "fp8", "compressed-tensors"} < set(methods)
+
+
+def test_plugin_registers_no_hook() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    assert not HookRegistry._hooks
+
+
+@pytest.mark.parametrize(
+    ("asked", "take_over", "expected"),
+    [
+        ("quant_core", "", "quant_core"),
+        (None, "", "gptq"),
+        (None, "awq, gptq", "quant_core"),
+        (None, "awq", "gptq"),
+    ],
+)
+def test_method_is_ours_only_on_request(
+    asked: str | None, take_over: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TAKE_OVER, take_over)
+    with published(ACT_ORDER, quantization=asked) as config:
+        assert config.quantization == expected
+
+
+def test_config_survives_pickle(tmp_path: Path) -> None:
+    config = QuantCoreConfig.from_config(
+        {"quant_method": "quant_core", "strict": True, "packed_modules_mapping": {"a": ["b"]}}
+    )
+    config.model = str(without_notes(ACT_ORDER, tmp_path / "model"))
+    with published(ACT_ORDER):
+        assert config.plan is not None
+        copy = pickle.loads(pickle.dumps(config))
+        assert copy.options == config.options
+        assert copy.packed_modules_mapping == {"a": ["b"]}
+        assert copy.plan.quantized.keys() == config.plan.quantized.keys()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.scales",
+        "model.layers.0.self_attn.k_proj.g_idx",
+        "model.layers.0.input_layernorm.weight",
+        "model.norm.weight",
+    ],
+)
+def test_dropped_tensor_stops_the_start(tmp_path: Path, name: str) -> None:
+    err = fails(edited(tmp_path, lambda t: t.pop(name)))
+    assert err.code == "Q-TENSOR-MISSING"
+    assert name in str(err)
+
+
+def test_member_without_a_layer_stops_the_start(tmp_path: Path) -> None:
+    folder = without_notes(ACT_ORDER, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def no_layer(name: str, layers: int | None) -> str:
+        return ""
+
+    with mock.patch("quant_core.engines.sglang_config._absent", no_layer):
+        err = fails(folder)
+    assert err.code == "Q-TENSOR-UNEXPECTED"
+    assert "model.layers.1." in str(err)
+
+
+def test_container_that_sglang_cannot_read_is_refused(tmp_path: Path) -> None:
+    err = fails(without_notes(FIXTURES / "gguf-llama-q4_k_m", tmp_path / "model"))
+    assert isinstance(err, ConfigError)
+    assert err.code == "Q-ENGINE-CONTAINER"
+    assert "quant convert" in str(err)
+
+
+def test_unknown_option_is_refused() -> None:
+    block = '{"quantization_config": {"quant_method": "quant_core", "onlin": "mxfp8"}}'
+    err = fails(ACT_ORDER, json_model_override_args=block)
+    assert err.code == "Q-CFG-KEY"
+
+
+def test_draft_model_is_refused(tmp_path: Path) -> None:
+    from sglang.srt.layers.moe.utils import draft_model_build_scope
+
+    config = QuantCoreConfig(model=str(ACT_ORDER))
+    with published(ACT_ORDER), draft_model_build_scope(), pytest.raises(ConfigError) as err:
+        assert config.plan is None
+    assert err.value.code == "Q-ENGINE-DRAFT"
+    assert "--speculative-draft-model-quantization unquant" in str(err.value)
+
+
+@pytest.mark.shared
+def test_adapters_on_experts_are_refused(tmp_path: Path) -> None:
+    folder = without_notes(SHARED / "ar-moe-w4g64", tmp_path / "model")
+    with loaded(folder) as model:
+        experts = model.model.layers[0].mlp.experts
+        with pytest.raises(LayoutError) as err:
+            experts.quant_method.get_triton_quant_info(experts)
+    assert err.value.code == "Q-ENGINE-MODULE"
+
+
+@pytest.mark.shared
+def test_balanced_experts_are_refused(tmp_path: Path) -> None:
+    folder = without_notes(SHARED / "ar-moe-w4g64", tmp_path / "model")
+    with mock.patch("quant_core.engines.sglang_experts.get_exec") as asked:
+        asked.return_value.moe.enable_eplb = True
+        err = fails(folder)
+    assert err.code == "Q-ENGINE-MODULE"
+    assert "--enable-eplb" in str(err)
