@@ -92,7 +92,9 @@ def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def fuse_small_ops(compiled: bool) -> None:
     """Fewer launches per layer, for every candidate alike."""
     wrap = torch.compile if compiled else lambda f: f
-    decode_attention = wrap(grouped_attention)
+    decode_attention = (
+        torch.compile(grouped_attention, dynamic=False) if compiled else grouped_attention
+    )
 
     def attention(
         module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,

@@ -1,0 +1,187 @@
+"""What an eager call costs the host, and whether joined layers and graphs give the same numbers.
+
+    python benchmarks/gpu_host.py --json out.json
+
+Microseconds of one call without waiting for the device: least mean of 7 rounds of 100 calls. Each
+kernel through its bound function, the module around it, ``F.linear`` beside them; Triton kernels
+also through Triton's own launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from source_tree import use
+
+use()
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from quant_core.dequantize import dense_weight  # noqa: E402
+from quant_core.live import linear_of  # noqa: E402
+from quant_core.shared import joined, share_inputs  # noqa: E402
+
+N = K = 4096
+KERNELS = (
+    ("int4", "cuda_decode", (1, 16)),
+    ("int4", "gluon_wna16", (1, 32, 300)),
+    ("int4", "tiles16", (1, 32)),
+    ("compressed_tensors:fp8", "triton_scaled", (1,)),
+    ("compressed_tensors:fp8", "cuda_decode@rounded", (1,)),
+)
+
+
+def host_us(call: Callable[[], Any], calls: int = 100) -> float:
+    """Least mean of several rounds; the device is idle when a round begins."""
+    rounds = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        rounds.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return min(rounds)
+
+
+def _graph_equals(call: Callable[[], Tensor]) -> bool:
+    want = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    got.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    return torch.equal(got, want) and torch.equal(call(), want)
+
+
+def _error(y: Tensor, want: Tensor) -> float:
+    return ((y.double() - want).norm() / want.norm()).item()
+
+
+def kernel_rows(scheme: str, kernels: str, rows: tuple[int, ...], weight: Tensor) -> list[Any]:
+    """Figures of one kernel, checked against a float64 product of the restored weights."""
+    out = []
+    layer = linear_of(scheme, weight, kernels=kernels)
+    restored = layer.restore().weight
+    dense = dense_weight(restored, K).double().to(weight.device)
+    for m in rows:
+        x = torch.randn(m, K, dtype=torch.bfloat16, device="cuda")
+        values = layer._values()
+        row = {"scheme": scheme, "kernel": layer.kernel.name, "asked": kernels, "rows": m}
+        y = layer(x)
+        row["error"] = _error(y, x.double() @ dense.T)
+        row["graph_and_repeat_equal"] = _graph_equals(lambda x=x: layer(x))
+        fresh = x.clone()
+        row["other_address_equal"] = torch.equal(layer(fresh), y)
+        row["bound_us"] = host_us(lambda x=x, v=values: layer._run(v, x))
+        row["module_us"] = host_us(lambda x=x: layer(x))
+        out.append(row)
+        print(json.dumps(row), flush=True)
+    return out
+
+
+def through_triton(weight: Tensor) -> list[Any]:
+    """The Gluon kernel through Triton's own launcher, for comparison."""
+    from quant_kernels_triton import direct, launch
+
+    layer, out = linear_of("int4", weight, kernels="gluon_wna16"), []
+    ours, held = direct._direct, dict(launch._compiled)
+    direct._direct = lambda compiled, values: None
+    launch._compiled.clear()
+    for m in (1, 32):
+        x = torch.randn(m, K, dtype=torch.bfloat16, device="cuda")
+        values = layer._values()
+        layer(x)
+        us = host_us(lambda x=x, v=values: layer._run(v, x))
+        out.append({"kernel": "gluon_wna16, Triton's launcher", "rows": m, "bound_us": us})
+        print(json.dumps(out[-1]), flush=True)
+    direct._direct = ours
+    launch._compiled.clear()
+    launch._compiled.update(held)
+    return out
+
+
+class _Attention(nn.Module):
+    def __init__(self, scheme: str) -> None:
+        super().__init__()
+        for name, n in (("q", 4096), ("k", 1024), ("v", 1024)):
+            weight = torch.randn(n, K, dtype=torch.bfloat16, device="cuda") * 0.02
+            setattr(self, name, linear_of(scheme, weight, name=name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+def joined_rows(scheme: str) -> list[Any]:
+    """q, k, v one by one, learnt to be one call, and as one layer."""
+    out, model = [], _Attention(scheme)
+    for m in (1, 8):
+        x = torch.randn(m, K, dtype=torch.bfloat16, device="cuda")
+        for part in (model.q, model.k, model.v):
+            part._shared = part._siblings = None
+        alone = model(x)
+        row: dict[str, Any] = {"scheme": scheme, "kernel": "q, k, v", "rows": m}
+        row["alone_us"] = host_us(lambda x=x: model(x))
+        share_inputs(model)
+        for _ in range(3):
+            shared = model(x)
+        row["groups"] = model.q._shared is not None
+        row["shared_us"] = host_us(lambda x=x: model(x))
+        row["bitwise_equal"] = torch.equal(shared, alone)
+        row["difference"] = _error(shared, alone.double())
+        row["graph_and_repeat_equal"] = _graph_equals(lambda x=x: model(x))
+        one = joined([model.q, model.k, model.v])
+        row["one_layer_equal"] = one is not None and torch.equal(one(x), shared)
+        out.append(row)
+        print(json.dumps(row), flush=True)
+    return out
+
+
+@torch.no_grad()
+def main() -> None:
+    """Everything, each part on its own."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true", help="where a Gluon call spends it")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    weight = torch.randn(N, K, dtype=torch.bfloat16, device="cuda") * 0.02
+    x = torch.randn(1, K, dtype=torch.bfloat16, device="cuda")
+    rows: list[Any] = [{"kernel": "F.linear", "bound_us": host_us(lambda: F.linear(x, weight))}]
+    parts: list[Callable[[], list[Any]]] = [
+        *(lambda s=s, k=k, m=m: kernel_rows(s, k, m, weight) for s, k, m in KERNELS),
+        lambda: joined_rows("int4"),
+        lambda: joined_rows("compressed_tensors:fp8"),
+        lambda: through_triton(weight),
+    ]
+    for part in parts:
+        try:
+            rows += part()
+        except Exception as err:  # a benchmark goes on and reports it
+            rows.append({"problem": f"{type(err).__name__}: {err}"[:600]})
+            print(rows[-1], flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
+    if args.profile:
+        import cProfile
+        import pstats
+
+        layer = linear_of("int4", weight, kernels="gluon_wna16")
+        layer(x)
+        torch.cuda.synchronize()
+        with cProfile.Profile() as profile:
+            for _ in range(300):
+                layer(x)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(16)
+
+
+if __name__ == "__main__":
+    main()
