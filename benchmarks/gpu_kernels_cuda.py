@@ -32,12 +32,12 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO / "core/src"), str(REPO / "plugins/kernels_cuda/src"),
-                str(REPO / "plugins/kernels_cuda/tests")]  # fmt: skip
+                str(REPO / "plugins/kernels_cuda/tests/support")]  # fmt: skip
 
-import cuda_cases as cases
 import torch
 import torch.nn.functional as F
 
+import cuda_cases as cases
 from quant_core.dequantize import dense_weight
 from quant_core.kernels import tiles
 from quant_core.nn import matrices

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from cpu_made import SPECS
 from quant_core.spec import QuantSpec
 from quant_kernels_cpu.library import ISAS, library, unavailable
-
-from .made import SPECS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

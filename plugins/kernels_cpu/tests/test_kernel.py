@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpu_made import SPECS, TABLE_SPECS, make_layer, make_op
 from quant_core.dequantize import dense_weight
 from quant_core.errors import KernelError, LayoutError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
@@ -24,8 +25,6 @@ from quant_kernels_cpu.blocks import write_codes_
 from quant_kernels_cpu.kernel import KERNELS, WnA16
 from quant_kernels_cpu.library import unavailable
 from quant_kernels_cpu.support import Layout, describe, layout_from_text
-
-from .made import SPECS, TABLE_SPECS, make_layer, make_op
 
 CODE4 = SPECS["uint4 g32 f16 code"]
 

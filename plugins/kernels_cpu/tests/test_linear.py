@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cpu_made import SPECS, TABLE_SPECS, make_layer, make_op
 from quant_core.dequantize import dense_weight
 from quant_core.errors import LayoutError
 from quant_kernels_cpu import ops
 from quant_kernels_cpu.kernel import WnA16
 from quant_kernels_cpu.library import ISAS, library, unavailable
-
-from .made import SPECS, TABLE_SPECS, make_layer, make_op
 
 # rounding of the result to the type of x: half a unit in its last place
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}

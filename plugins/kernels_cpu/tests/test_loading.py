@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cpu_made import SPECS, make_layer, make_op
 from quant_core.errors import LayoutError
 from quant_core.intspec import INTERLEAVE, halves
 from quant_core.kernels.choose import Choice
@@ -21,8 +22,6 @@ from quant_core.tensors import LayerTensors
 from quant_kernels_cpu.kernel import WnA16
 from quant_kernels_cpu.library import unavailable
 from quant_kernels_cpu.loading import source_of
-
-from .made import SPECS, make_layer, make_op
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
 

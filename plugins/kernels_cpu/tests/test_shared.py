@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+from cpu_made import SPECS, make_layer, make_op
 from quant_core.errors import LayoutError
 from quant_core.kernels.choose import choose
 from quant_core.nn import QuantLinear
@@ -16,8 +17,6 @@ from quant_kernels_cpu import ops
 from quant_kernels_cpu.kernel import W4A8, WnA16
 from quant_kernels_cpu.library import library, unavailable
 from quant_kernels_cpu.watch import watched
-
-from .made import SPECS, make_layer, make_op
 
 K = 352
 ROWS = (40, 96, 32, 7)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cpu_made import SPECS, make_layer, make_op
 from quant_core.dequantize import dense_weight
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.choose import choose
 from quant_core.registry import registry
 from quant_kernels_cpu.kernel import W4A8, WnA16
 from quant_kernels_cpu.library import library, unavailable
-
-from .made import SPECS, make_layer, make_op
 
 pytestmark = pytest.mark.skipif(
     bool(unavailable()) or not library().vnni, reason="this processor has no AVX512-VNNI"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cpu_made_int8 import ASYM, CASES, TOKEN, acts, exact, make, make_op, weight
 from quant_core.errors import KernelError, LayoutError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
 from quant_core.kernels.choose import choose
@@ -19,8 +20,6 @@ from quant_core.tensors import LayerTensors, QuantizedTensor
 from quant_kernels_cpu.library import ISAS, library, unavailable
 from quant_kernels_cpu.support_int8 import describe_int8, int8_layout_from_text
 from quant_kernels_cpu.w8a8 import W8A8
-
-from .made_int8 import ASYM, CASES, TOKEN, acts, exact, make, make_op, weight
 
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 

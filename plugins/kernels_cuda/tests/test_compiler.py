@@ -6,14 +6,13 @@ import logging
 
 import pytest
 
+from cuda_cases import SPECS, inputs_of, make_layer, make_op
 from quant_core.errors import KernelError
 from quant_kernels_cuda import compiler as module
 from quant_kernels_cuda.compiler import compile_cached, sources, unavailable
 from quant_kernels_cuda.ops import _defines
 from quant_kernels_cuda.schedule import candidates
 from quant_kernels_cuda.variant import describe
-
-from .cuda_cases import SPECS, inputs_of, make_layer, make_op
 
 
 class FakeRtc:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cuda_cases import SPECS, inputs_of, make_layer, make_op
 from quant_core.dequantize import dense_weight
 from quant_core.kernels.base import Rejected
 from quant_kernels_cuda.kernel import Decode
-
-from .cuda_cases import SPECS, inputs_of, make_layer, make_op
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cuda_cases import SPECS, make_layer, make_op
 from quant_kernels_cuda.schedule import WARPS, candidates, schedule
 from quant_kernels_cuda.variant import Variant, describe
-
-from .cuda_cases import SPECS, make_layer, make_op
 
 H100 = (132, 232448, 8)  # multiprocessors, bytes of shared memory, blocks of a cluster
 SMALL = (28, 101376, 1)

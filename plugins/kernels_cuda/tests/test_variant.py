@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from cuda_cases import E2M1, Q4K, SPECS, inputs_of, integer, make_layer, make_op, scale
 from quant_core.kernels import tiles
 from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
 from quant_core.kernels.choose import choose
@@ -17,8 +18,6 @@ from quant_kernels_cuda import kernel as kernel_module
 from quant_kernels_cuda.costs import bucket_costs
 from quant_kernels_cuda.kernel import KERNELS, Decode
 from quant_kernels_cuda.variant import Variant, describe, variant_from_text
-
-from .cuda_cases import E2M1, Q4K, SPECS, inputs_of, integer, make_layer, make_op, scale
 
 N, K = 80, 416
 

@@ -7,8 +7,7 @@ import pytest
 from quant_core.kernels.base import ANY_ROWS
 from quant_kernels_triton.costs import BUCKETS, costs
 from quant_kernels_triton.recipe import Recipe, describe
-
-from .made import SPECS, make_op
+from triton_made import SPECS, make_op
 
 HOPPER = ("cuda", "9.0")
 

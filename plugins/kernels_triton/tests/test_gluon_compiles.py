@@ -15,12 +15,11 @@ from quant_core.kernels.base import Accepted, Rejected
 from quant_kernels_triton.gluon_plan import GluonPlan, Ring, Specialized, config, plan
 from quant_kernels_triton.recipe import describe
 from quant_kernels_triton.wna16 import GluonTiles
-
-from .made import SPECS, make_op
+from triton_made import SPECS, make_op
 
 PROGRAM = """
 import sys
-from tests.compiled import compile_ring, compile_specialized
+from triton_compiled import compile_ring, compile_specialized
 compile_ring(sys.argv[1], sys.argv[2])
 compile_specialized(sys.argv[1], sys.argv[2])
 """
@@ -37,7 +36,7 @@ DEVICE = ("cuda", "9.0")
 )
 def test_kernels_compile_without_spills_or_layout_changes(name, act, tmp_path):
     pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
-    here = os.path.dirname(os.path.dirname(__file__))
+    here = os.path.join(os.path.dirname(__file__), "support")
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": here}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", PROGRAM, name, act]

@@ -15,8 +15,7 @@ from quant_core.dequantize import dense_weight
 from quant_core.kernels.activations import fake_quantize
 from quant_core.kernels.base import Accepted
 from quant_kernels_triton.wna16 import Dense, PlainTriton
-
-from ..made import SPECS, make_layer, make_op
+from triton_made import SPECS, make_layer, make_op
 
 # weights rounded to float16 (2^-11 / sqrt 3 each, relative) and the result once more
 BOUND = 6e-4

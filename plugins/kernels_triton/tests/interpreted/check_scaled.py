@@ -14,8 +14,7 @@ from quant_core.spec import CHANNEL, TENSOR, Element, OpSpec, QuantSpec, Scale, 
 from quant_kernels_triton.scaled_kernel import Scaled
 from quant_kernels_triton.scaled_plan import describe_scaled
 from quant_kernels_triton.scaled_run import codes_of
-
-from ..made import make_layer, make_op
+from triton_made import make_layer, make_op
 
 FP8 = Element(name="fp8_e4m3", bits=8, kind="float")
 INT8 = Element.int(8)

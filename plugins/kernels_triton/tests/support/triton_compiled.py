@@ -17,8 +17,7 @@ from quant_kernels_triton.gluon_plan import GluonPlan, config, plan
 from quant_kernels_triton.gluon_ring import ring
 from quant_kernels_triton.gluon_ws import specialized
 from quant_kernels_triton.recipe import GROUP, Recipe, describe
-
-from .made import SPECS, make_op
+from triton_made import SPECS, make_op
 
 _PAIRS = {0: "*i64", 1: "*i32", 2: "*i32"}  # by element of the factor; others are bytes
 
