@@ -263,10 +263,6 @@ class Span:
     def size(self) -> int:
         return self.stop - self.start
 
-    @property
-    def is_whole(self) -> bool:
-        return self.start == 0 and self.stop == self.total and self.padded in (0, self.total)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerDesc:

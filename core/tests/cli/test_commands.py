@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from quant_core.cli.main import main
 from quant_core.registry import load_registry
+from quant_core.spec import PLUGIN_API, PluginInfo
 from toy import candidate, toy_layer, toy_module, toy_registry
 
 REGISTRY = sys.modules["quant_core.registry"]
@@ -193,6 +194,22 @@ def test_formats_and_plugins_without_plugins_say_how_to_add_one(
     assert "pip install quant-plugin-" in capsys.readouterr().out
     assert main(["plugins"]) == 0
     assert "pip install quant-plugin-" in capsys.readouterr().out
+
+
+def test_plugins_says_what_each_is_or_which_hooks_it_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = PluginInfo(id="toy", api=PLUGIN_API, summary="rows of int8")
+    module = toy_module(plugin_info=lambda: info)
+    monkeypatch.setattr(REGISTRY, "_registry", load_registry([candidate(module)]))
+    assert main(["plugins"]) == 0
+    said = capsys.readouterr().out
+    assert "rows of int8" in said
+    assert "make_scheme" not in said
+    assert main(["plugins", "--hooks"]) == 0
+    said = capsys.readouterr().out
+    assert "detect_format make_scheme" in said
+    assert "rows of int8" not in said
 
 
 def test_plugins_shows_what_was_set_aside_and_why(

@@ -14,7 +14,9 @@ HELP = "list installed plugins, and those set aside with the reason"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments of its own."""
+    parser.add_argument(
+        "--hooks", action="store_true", help="list the hooks of each in place of what it is"
+    )
 
 
 def _collect() -> dict[str, Any]:
@@ -31,6 +33,7 @@ def _collect() -> dict[str, Any]:
                 "dist": p.dist,
                 "version": p.version,
                 "api": ".".join(map(str, p.info.api)),
+                "summary": p.info.summary,
                 "target": p.target,
                 "import_ms": round(p.import_ms, 2),
                 "hooks": [h for h in hook_names() if reg.implements(p.id, h)],
@@ -51,13 +54,13 @@ def _collect() -> dict[str, Any]:
     }
 
 
-def _render(data: dict[str, Any]) -> Iterator[str]:
+def _render(data: dict[str, Any], hooks: bool) -> Iterator[str]:
     rows = [
         (p["id"], p["dist"], p["version"], p["api"], f"{p['import_ms']:.1f}",
-         " ".join(h for h in p["hooks"] if h != "plugin_info"))
+         " ".join(h for h in p["hooks"] if h != "plugin_info") if hooks else p["summary"])
         for p in data["plugins"]
     ]  # fmt: skip
-    header = ("plugin", "dist", "version", "api", "import ms", "hooks")
+    header = ("plugin", "dist", "version", "api", "import ms", "hooks" if hooks else "what")
     yield from table(header, rows, indent="")
     if not rows:
         yield "no plugins in use: install one, for example `pip install quant-plugin-<format>`"
@@ -69,5 +72,5 @@ def _render(data: dict[str, Any]) -> Iterator[str]:
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
     data = _collect()
-    emit(args, data, _render(data))
+    emit(args, data, _render(data, args.hooks))
     return 0
