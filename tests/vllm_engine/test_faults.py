@@ -14,10 +14,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_serving import first_difference, greedy, prompts, reference, served, without_notes
+from vllm_serving import (
+    addresses,
+    first_difference,
+    greedy,
+    model_of,
+    prompts,
+    reference,
+    served,
+    without_notes,
+)
 
 from checkpoint_sets import FIXTURES
-from quant_core.errors import LayoutError, QuantError
+from quant_core.errors import QuantError
 
 ACT_ORDER = FIXTURES / "gptqmodel-4bit-g128-asym-descact"
 
@@ -39,7 +48,9 @@ def fails(folder: Path, **settings: Any) -> str:
     return text
 
 
-@pytest.mark.parametrize("load_format", ["quant_core", "auto"])
+@pytest.mark.parametrize(
+    "load_format", [pytest.param("quant_core", marks=pytest.mark.short), "auto"]
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -105,6 +116,7 @@ def test_loader_without_the_method_is_refused() -> None:
 # ------------------------------------------------------------------------------- taking over
 
 
+@pytest.mark.short
 def test_method_is_ours_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     from quant_core.engines.vllm_config import TAKE_OVER, QuantCoreConfig
 
@@ -119,6 +131,7 @@ def test_method_is_ours_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None
     assert ask({"quant_method": ""}, None, hf_config=None) is None
 
 
+@pytest.mark.short
 def test_config_pickles_small_and_plans_again() -> None:
     from quant_core.engines.vllm_config import QuantCoreConfig
 
@@ -139,36 +152,24 @@ def reload(llm: Any, path: Path | None = None) -> None:
     )
 
 
-def addresses(llm: Any) -> dict[str, int]:
-    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
-    return {name: p.data_ptr() for name, p in model.named_parameters() if p.numel()}
-
-
-@pytest.mark.parametrize("name", [ACT_ORDER.name, "gguf-moe-q4_k_m", "bnb-nf4-dq"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(ACT_ORDER.name, marks=pytest.mark.short), "gguf-moe-q4_k_m", "bnb-nf4-dq"],
+)
 def test_reload_fills_the_same_storage(name: str, tmp_path: Path) -> None:
     """Weights are overwritten, then read from a copy elsewhere: the tokens come back."""
     wanted = prompts()
     copy = without_notes(FIXTURES / name, tmp_path / "copy")
     with served(FIXTURES / name) as llm:
         want, before = greedy(llm, wanted), addresses(llm)
-        model = llm.llm_engine.model_executor.driver_worker.model_runner.model
         with torch.no_grad():
-            for parameter, value in model.named_parameters():
+            for parameter, value in model_of(llm).named_parameters():
                 if "packed" in parameter:
                     value.zero_()
         assert first_difference(greedy(llm, wanted), want, 1e-3)
         reload(llm, copy)
         assert first_difference(greedy(llm, wanted), want, 0.0) == ""
         assert addresses(llm) == before
-
-
-def test_weights_from_memory_are_refused() -> None:
-    tensors = load_file(ACT_ORDER / "model.safetensors")
-    with served(ACT_ORDER) as llm:
-        worker = llm.llm_engine.model_executor.driver_worker
-        with pytest.raises(LayoutError) as err:
-            worker.model_runner.reload_weights(weights_iterator=iter(tensors.items()))
-    assert err.value.code == "Q-ENGINE-RELOAD"
 
 
 # ---------------------------------------------------------------------------------- neighbours
@@ -181,6 +182,7 @@ def plugin_info():
 """
 
 
+@pytest.mark.short
 def test_broken_plugin_of_somebody_else_does_not_stop_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +228,7 @@ assert "quant_core" in QUANTIZATION_METHODS
 """
 
 
+@pytest.mark.short
 def test_entry_point_imports_next_to_nothing_when_unused() -> None:
     """Counted, not timed: no torch, triton or plugin code of ours, and few modules at all."""
     run = subprocess.run(
@@ -256,7 +259,7 @@ def test_copy_of_a_fixture_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "_cache", "_config", "_experts", "_layers", "_loader", "_parser"],
+    ["", "_cache", "_config", "_experts", "_layers", "_loader", "_parser", "_refit"],
     ids=lambda n: f"vllm{n}",
 )
 def test_all_names_of_the_adapter_exist(name: str) -> None:

@@ -19,7 +19,11 @@ from safetensors.torch import save_file
 from vllm_serving import COUNT, first_difference, greedy, prompts, reference, served
 
 from checkpoint_sets import FIXTURES, SHARED
+from engine_table import served as served_names
 
+CACHES = served_names(
+    "tests/vllm_engine/test_modes.py::test_cache_scales_of_the_file_reach_the_attention_layers"
+)
 WEIGHTS_ONLY = FIXTURES / "ct-w4a16-awq-asym"
 
 SERVE = """
@@ -127,7 +131,7 @@ def test_lora_on_a_packed_base_adds_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("name", ["ct-kvfp8-w4a16", "modelopt-fp8-kvfp8"])
+@pytest.mark.parametrize("name", CACHES)
 def test_cache_scales_of_the_file_reach_the_attention_layers(name: str) -> None:
     """vLLM's CPU attention has no quantized cache; so the values are compared, not tokens."""
     from quant_core.engines.packed import neutral
@@ -149,6 +153,7 @@ def test_cache_scales_of_the_file_reach_the_attention_layers(name: str) -> None:
             assert got == want
 
 
+@pytest.mark.short
 def test_float_and_packed_members_of_one_fused_layer(tmp_path: Path) -> None:
     """v_proj stays float, q and k are packed: vLLM itself refuses such a layer."""
     from transformers import LlamaConfig

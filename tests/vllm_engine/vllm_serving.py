@@ -14,8 +14,11 @@ import torch
 
 __all__ = [
     "Tokens",
+    "addresses",
     "first_difference",
+    "float_llama",
     "greedy",
+    "model_of",
     "prompts",
     "reference",
     "served",
@@ -56,6 +59,20 @@ def reference(path: Path, wanted: Sequence[list[int]], **options: Any) -> list[T
     return out
 
 
+def float_llama(folder: Path, seed: int = 0) -> Path:
+    """A random float checkpoint, large enough for groups of 32 and blocks of 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=False,
+        dtype=torch.float32, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 @contextmanager
 def served(path: Path, **settings: Any) -> Iterator[Any]:
     """An ``LLM`` in this process, gone afterwards."""
@@ -83,6 +100,16 @@ def served(path: Path, **settings: Any) -> Iterator[Any]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def model_of(llm: Any) -> Any:
+    """vLLM's module, of an engine in this process."""
+    return llm.llm_engine.model_executor.driver_worker.model_runner.model
+
+
+def addresses(llm: Any) -> dict[str, int]:
+    """Where its parameters are: captured graphs know these places."""
+    return {name: p.data_ptr() for name, p in model_of(llm).named_parameters() if p.numel()}
 
 
 def greedy(llm: Any, wanted: Sequence[list[int]], count: int = COUNT) -> list[Tokens]:

@@ -72,7 +72,13 @@ class Checkpoint(ABC):
         self._check_small(name)
         return bytes(self.read(name).contiguous().flatten().view(torch.uint8).tolist())
 
+    @cached_property
+    def described_by(self) -> set[str]:
+        """Tensors that planning read, by ``read_bytes``: a plan holds for no other values."""
+        return set()
+
     def _check_small(self, name: str) -> None:
+        self.described_by.add(name)
         info = self.tensors.get(name)
         if info is not None and info.nbytes > _SMALL_BYTES:
             raise LimitError(

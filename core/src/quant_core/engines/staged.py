@@ -19,7 +19,7 @@ from quant_core.plan import Member, Plan, member_parts
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Staged", "cannot_reload", "staged_plan", "stored_names"]
+__all__ = ["Staged", "cannot_reload", "check_described", "staged_plan", "stored_names"]
 
 
 class Staged(Checkpoint):
@@ -59,8 +59,27 @@ class Staged(Checkpoint):
 
 
 def staged_plan(plan: Plan, values: Mapping[str, Tensor]) -> Plan:
-    """The same plan, reading ``values``."""
+    """The same plan, reading ``values``.
+
+    Raises:
+        LayoutError: ``Q-ENGINE-RELOAD`` as ``check_described``.
+    """
+    for name, value in values.items():
+        check_described(plan, name, value)
     return replace(plan, checkpoint=Staged(plan.checkpoint, values))
+
+
+def check_described(plan: Plan, name: str, value: Tensor) -> None:
+    """A tensor that describes others (sizes, a text) is as it was when the plan was made.
+
+    Raises:
+        LayoutError: ``Q-ENGINE-RELOAD``.
+    """
+    if name not in plan.checkpoint.described_by:
+        return
+    old = plan.checkpoint.read(name)
+    if old.shape != value.shape or not bool((old == value.detach().to("cpu", old.dtype)).all()):
+        raise cannot_reload(f"tensor {printable(name)!r}, which describes others, changed")
 
 
 def stored_names(plan: Plan, members: Iterable[Member]) -> list[str]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quant_core.build import Builder
     from quant_core.engines.sharing import Account, Names, Options
     from quant_core.engines.vllm_loader import PackedNames
+    from quant_core.engines.vllm_refit import Refit
     from quant_core.plan import Plan
 
 __all__ = ["METHOD", "TAKE_OVER", "QuantCoreConfig", "local_path"]
@@ -58,7 +59,8 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         self.account: Account | None = None
         self.held: set[str] = set()  # float parameters that packed layers read themselves
         self.checked = False  # the model is built and every member has a layer
-        self.feeding = False  # our loader's stream is being read
+        self.feeding = False  # a stream of ours is being read
+        self._refit: Refit | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         gone = (
@@ -70,6 +72,7 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
             "held",
             "checked",
             "feeding",
+            "_refit",
         )
         return {k: v for k, v in self.__dict__.items() if k not in gone}
 
@@ -136,10 +139,14 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
     def reopen(self, model: str) -> None:
         """Plan another checkpoint in place of this one; layers look their members up by name."""
         account = self.account
-        self.model, self._plan = local_path(model), None
+        self.model, self._plan, self._refit = local_path(model), None, None
         assert self.plan is not None
         if account is not None and self.account is not None:
             self.account.taken = account.taken
+
+    def read_from(self, plan: Plan) -> None:
+        """From now on packed layers read from another plan of the same checkpoint."""
+        self._plan = plan
 
     @property
     def names(self) -> Names:
@@ -197,19 +204,23 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Leave out of vLLM's own stream what packed layers read themselves.
 
+        A second stream that is not our loader's brings new weights from memory.
+
         Raises:
-            LayoutError: ``Q-ENGINE-RELOAD`` for a second stream that is not our loader's.
+            LayoutError: ``Q-ENGINE-RELOAD`` if this model takes none.
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
         if self.feeding:
             return WeightsMapper()
-        from quant_core.engines.vllm_loader import PackedNames, cannot_reload, check_floats
-
         if self.checked:
-            raise cannot_reload(
-                "the model is loaded, and these weights do not come from our loader"
-            )
+            from quant_core.engines.vllm_refit import Refit, RefitMapper
+
+            if self._refit is None:
+                self._refit = Refit(self)
+            return RefitMapper.of(self, self._refit)
+        from quant_core.engines.vllm_loader import PackedNames, check_floats
+
         if self._packed_names is None:
             check_floats(self.plan)
             self._packed_names = PackedNames(self)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PackedNames",
     "QuantCoreLoader",
-    "cannot_reload",
     "check_floats",
 ]
 
@@ -132,6 +131,7 @@ def _weights(config: QuantCoreConfig, again: bool) -> Iterator[tuple[str, Tensor
     from quant_core.engines.packed import neutral
     from quant_core.engines.sharing import stored_bias
     from quant_core.engines.vllm_layers import ticket
+    from quant_core.engines.vllm_refit import tickets
     from quant_core.load import read_parameter
 
     plan, account = config.plan, config.account
@@ -144,8 +144,6 @@ def _weights(config: QuantCoreConfig, again: bool) -> Iterator[tuple[str, Tensor
     for name, member in plan.members.items():
         if name not in account.taken or not member.quantized:
             continue
-        if again and member.layer.experts and member.layer.role:
-            raise cannot_reload(f"the experts {name} are stored as one tensor for all")
         if not member.layer.experts:
             bias = stored_bias(plan, member)
             if bias is not None:
@@ -153,19 +151,9 @@ def _weights(config: QuantCoreConfig, again: bool) -> Iterator[tuple[str, Tensor
                     value = plan.checkpoint.read_parameter(bias)
                 plan.ledger.load((bias, ()))
                 yield f"{name}.bias", value
-            yield f"{name}.weight", ticket()
-        elif not member.layer.role:
-            module, _, last = name.rpartition(".")
-            yield f"{module}.{member.layer.experts[0]}.{last}.weight", ticket()
-
-
-def cannot_reload(why: str) -> LayoutError:
-    return LayoutError(
-        f"weights cannot be loaded again in place: {why}; expected a checkpoint on disk whose "
-        f"experts are stored one by one, read with load_format={METHOD!r}. Write the weights to a "
-        "folder and reload from there, or restart the engine.",
-        code="Q-ENGINE-RELOAD",
-    )
+        elif member.layer.role and not again:
+            continue  # vLLM processes their layer without
+        yield from ((n, ticket()) for n in tickets(member))
 
 
 def _check_filled(plan: Plan, model: nn.Module, loaded: set[str]) -> None:
