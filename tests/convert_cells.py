@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["CELLS", "ROWS", "TARGETS", "Cell", "Row", "rows"]
+__all__ = ["CELLS", "LEFT_CACHE", "ROWS", "TARGETS", "Cell", "Row", "rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Cell:
 
 
 _DROP, _RULE = "no longer quantized", "rounded by another rule"
+LEFT_CACHE = "keys and values are no longer quantized"
 _GRID, _DIVISOR = "rounded to 8-bit codes", "nearest divisor"
 
 CELLS: Mapping[str, Cell] = {
@@ -45,6 +46,15 @@ CELLS: Mapping[str, Cell] = {
         losses=("activations quantized as",),
     ),
     "gets": Cell(text="weights exact, activations become quantized", losses=("become quantized",)),
+    "kv": Cell(text="exact, keys and values no longer quantized", losses=(LEFT_CACHE,)),
+    "kv+": Cell(
+        text="weights exact, keys and values no longer quantized, activations not as they were",
+        losses=(LEFT_CACHE, "activations"),
+    ),
+    "rope": Cell(
+        text="exact, keys quantized after the rotary embedding in place of before",
+        losses=("keys quantized after",),
+    ),
     # the weights change
     "div": Cell(
         text="a factor that no float32 divisor gives; relative error below 1e-6",
@@ -193,6 +203,14 @@ modelopt-mxfp8: ModelOpt MXFP8
     kind  kind  kind  rule  rule  rule  kind  fine  kind  rule  =     fine  rule  kind
 msmodelslim-mxfp8: ModelSlim MXFP8
     kind  kind  kind  rule  rule  rule  kind  fine  kind  =     rule  fine  rule  kind
+ct-kvfp8-w4a16: compressed-tensors W4A16, fp8 keys and values
+    kv    kv    kv    kv    =     =     kv    kv    fine  kv    =     kind  kind  kind
+modelopt-fp8-kvfp8: ModelOpt fp8, fp8 keys and values
+    kind  kind  kind  kv    =     =     kind  kv+   kind  kv+   =     =     pow2  kind
+quark-fp8-kvfp8: Quark fp8, fp8 keys before the rotary embedding, and values
+    kind  kind  kind  kv    rope  =     kind  kv+   kind  kv+   rope  rope  pow2  kind
+msmodelslim-w8a8-kvc8: ModelSlim W8A8, int8 keys and values
+    bits  kv+   kv+   kv+   kv+   kv+   kv+   kv+   kv+   =     kv+   kind  kind  kind
 ct-spinquant-r1r2r4-w4a16: compressed-tensors, rotations at run time
     maps  maps  maps  maps  maps  maps  maps  maps  maps  maps  maps  kind  maps  kind
 """

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_sets import REPO, checkpoints_root, has_shared
-from convert_cells import CELLS, TARGETS, rows
+from convert_cells import CELLS, LEFT_CACHE, TARGETS, rows
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.convert import convert, diff, targets
+from quant_core.convert.cache import check_cache
 from quant_core.errors import LayoutError
-from quant_core.load import load_tensor
+from quant_core.load import load_tensor, read_matrix
 from quant_core.plan import plan
 from quant_core.registry import registry
 
@@ -43,6 +44,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def attention(folder):
+    """Modules with scales of keys and values."""
+    return plan(open_checkpoint(folder)).attention.keys()
+
+
 def assert_same_weights(a, b):
     left, right = plan(open_checkpoint(a)), plan(open_checkpoint(b))
     assert left.members.keys() == right.members.keys()
@@ -52,6 +58,10 @@ def assert_same_weights(a, b):
         assert torch.equal(want, got), name
     for name in left.dense:
         assert torch.equal(load_tensor(left, name).dense, load_tensor(right, name).dense), name
+    for name, member in right.attention.items():
+        assert check_cache(read_matrix(left, left.attention[name]), read_matrix(right, member)), (
+            name
+        )
     right.ledger.check_loaded()
 
 
@@ -62,6 +72,7 @@ def test_cell(source, to, cell, tmp_path):
         assert convert(source, out, to=to).exact
         assert plan(open_checkpoint(out)).match.plugin == to
         assert_same_weights(source, out)
+        assert attention(source) == attention(out)
         return
     with pytest.raises(LayoutError) as caught:
         convert(source, out, to=to)
@@ -78,6 +89,7 @@ def test_cell(source, to, cell, tmp_path):
     assert not result.exact
     named = [loss for layer in result.layers for loss in layer.losses]
     assert all(any(part in loss for loss in named) for part in cell.losses)
+    assert bool(attention(out)) == (bool(attention(source)) and LEFT_CACHE not in named)
     if not cell.bound:
         assert_same_weights(source, out)
         return

@@ -208,11 +208,89 @@ def test_asking_for_scales_that_are_not_there_is_an_error(tmp_path):
     assert err.value.code == "Q-ENGINE-CACHE"
 
 
-def test_conversion_says_that_the_scales_are_left_behind(made, tmp_path):
-    result = quant_core.convert(made[0], tmp_path / "out", to="compressed_tensors")
-    assert any("KV cache (2 attention modules) are not carried" in w for w in result.warnings)
-    left = load_model(tmp_path / "out")
-    assert (_logits(left) - made[2]).abs().max() < 1e-5
+CONVERTED = {"compressed_tensors": "k_scale", "quark": "k_proj.output_scale",
+             "nvfp4": "k_proj.k_scale"}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", CONVERTED)
+def test_conversion_carries_the_scales_over(made, to, tmp_path):
+    folder, rounded, plain = made
+    result = quant_core.convert(folder, tmp_path / "out", to=to)
+    assert result.exact
+    source, out = open_checkpoint(folder), open_checkpoint(tmp_path / "out")
+    for i in range(2):
+        value = out.read(f"model.layers.{i}.self_attn.{CONVERTED[to]}")
+        want = source.read(f"model.layers.{i}.self_attn.k_scale")
+        assert value.dtype == want.dtype
+        assert torch.equal(value.flatten(), want)
+    model = load_model(tmp_path / "out", kv_cache="checkpoint")
+    assert (_logits(model) - rounded).abs().max() < 1e-5
+    # a format that only offers them gives a float cache unasked, and the result says so
+    asked = to == "nvfp4"
+    assert any("on demand in the result" in w for w in result.warnings) == asked
+    default = _logits(load_model(tmp_path / "out"))
+    assert (default - (plain if asked else rounded)).abs().max() < 1e-5
+    model.model.layers[1].self_attn.quant_cache.k_scale.mul_(2)
+    assert (_logits(model) - rounded).abs().max() > 1e-3  # negative control
+
+
+def test_a_ring_of_conversions_gives_the_same_scales(made, tmp_path):
+    at, said = made[0], []
+    for i, to in enumerate(("nvfp4", "quark", "compressed_tensors")):
+        result = quant_core.convert(at, tmp_path / str(i), to=to)
+        assert result.exact
+        said += result.warnings
+        at = tmp_path / str(i)
+    assert any("as soon as the result is loaded" in w for w in said)
+    old, new = open_checkpoint(made[0]), open_checkpoint(at)
+    for i, x in SCALES:
+        name = f"model.layers.{i}.self_attn.{x}_scale"
+        assert (old.tensors[name].shape, old.tensors[name].dtype) == ((1,), "bfloat16")
+        assert (new.tensors[name].shape, new.tensors[name].dtype) == ((1,), "bfloat16")
+        assert torch.equal(old.read(name), new.read(name))
+
+
+def test_target_without_such_scales_is_refused_unless_the_loss_is_taken(made, tmp_path):
+    with pytest.raises(LayoutError, match="no scales of keys and values in 'torchao'") as err:
+        quant_core.convert(made[0], tmp_path / "out", to="torchao")
+    assert err.value.code == "Q-LAYOUT-REPRESENT"
+    assert "--allow-inexact" in str(err.value)
+    assert list(tmp_path.iterdir()) == []
+    result = quant_core.convert(made[0], tmp_path / "out", to="torchao", allow_inexact=True)
+    lost = {r.name: r.losses for r in result.layers if r.losses}
+    left = "keys and values are no longer quantized"
+    assert lost == {f"model.layers.{i}.self_attn": (left,) for i in range(2)}
+    assert (_logits(load_model(tmp_path / "out")) - made[2]).abs().max() < 1e-5
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("to", ["quark", "nvfp4"])
+def test_converted_checkpoint_gives_the_producers_logits(checkpoints, to, tmp_path):
+    """The producer's own logits, whose bound a float cache misses."""
+    source = checkpoints / "ct-kvfp8-w4a16"
+    expected = open_checkpoint(source / "expected.safetensors")
+    ids, want = expected.read("input_ids").view(1, -1), expected.read("logits")
+    bound = json.loads((source / "expected.json").read_text())["bound"]
+    assert quant_core.convert(source, tmp_path / "out", to=to).exact
+    off = {}
+    for mode in ("checkpoint", "float"):
+        model = load_model(tmp_path / "out", dtype=torch.float32, kv_cache=mode)
+        off[mode] = (_logits(model, ids)[0] - want).abs()
+    assert off["checkpoint"].max() <= bound["max"]
+    assert off["checkpoint"].mean() < 1e-5  # the same codes; float32 sums in another order
+    assert off["float"].mean() > bound["mean"]
+
+
+@pytest.mark.shared
+def test_keys_before_the_rotary_embedding_go_elsewhere_as_a_loss(checkpoints, tmp_path):
+    source = checkpoints / "quark-fp8-kvfp8"
+    with pytest.raises(LayoutError, match="quantized before the rotary embedding"):
+        quant_core.convert(source, tmp_path / "out", to="compressed_tensors")
+    result = quant_core.convert(
+        source, tmp_path / "out", to="compressed_tensors", allow_inexact=True
+    )
+    lost = {loss for r in result.layers for loss in r.losses}
+    assert lost == {"keys quantized after the rotary embedding"}
 
 
 def test_scale_of_zero_is_refused_by_load_and_found_by_verify(tmp_path, capsys):

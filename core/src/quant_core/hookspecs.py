@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quant_core.convert.target import Target
     from quant_core.describe import Extras
     from quant_core.kernels.base import Kernel
+    from quant_core.kv_cache import CacheForm
     from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
     from quant_core.spec import (
@@ -238,6 +239,20 @@ def fit_scheme(  # type: ignore[empty-body]
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT`` with the reason and what can be done. All refusals of
             a checkpoint are reported together. Since API 0.2.
+    """
+
+
+@hookspec
+def cache_form() -> CacheForm | None:
+    """Which scales of quantized keys and values can you store?
+
+    Called on the target's plugin by ``convert``, for every attention module that has such scales
+    in the source. Core carries them over bit by bit under your names, or refuses with the
+    difference. Whoever answers describes them in ``make_config`` or ``make_extras`` too:
+    ``plan.attention`` holds the modules. Without an answer the format stores none.
+
+    Returns:
+        ``quant_core.kv_cache.CacheForm``, or None. Since API 0.2.
     """
 
 

@@ -42,7 +42,14 @@ if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.tensors import LayerTensors
 
-__all__ = ["CacheScheme", "CacheTensor", "Role", "cache_schemes", "served_cache_schemes"]
+__all__ = [
+    "CacheForm",
+    "CacheScheme",
+    "CacheTensor",
+    "Role",
+    "cache_schemes",
+    "served_cache_schemes",
+]
 
 Role = Literal["q", "k", "v"]
 _ROLES: tuple[Role, ...] = ("q", "k", "v")
@@ -110,6 +117,30 @@ class CacheScheme(Scheme):
         from quant_core import kv_states
 
         return kv_states.serialize(self, tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheForm:
+    """Which scales of keys and values a format can store, and under which names.
+
+    Attributes:
+        names: as ``suffixes`` of ``cache_schemes``.
+        elements: names of the codes' element types.
+        grain: one value for all, or one per feature.
+        shape: of a scale that is one value.
+        zeros: dtypes of zero points; () = none can be stored.
+        sites: which values are rounded; the first is the usual one.
+        projections, default: as in ``CacheScheme``.
+    """
+
+    names: Mapping[str, str]
+    elements: tuple[str, ...]
+    grain: Grain = TENSOR
+    shape: tuple[int, ...] = ()
+    zeros: tuple[str, ...] = ()
+    sites: tuple[Literal["cache", "projection"], ...] = ("cache",)
+    projections: Mapping[str, str] = field(default_factory=dict)
+    default: bool = False
 
 
 # --------------------------------------------------------------------------- from a file's header

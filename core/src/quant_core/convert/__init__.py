@@ -99,6 +99,7 @@ def convert(
         CheckpointError: ``Q-CKPT-EXISTS``, ``Q-CKPT-IO``; whatever is wrong with ``src``.
     """
     from quant_core.checkpoint.open import open_checkpoint
+    from quant_core.convert.cache import cache_warnings
     from quant_core.convert.side_files import model_config
     from quant_core.convert.survey import survey
     from quant_core.convert.write import check_destination, write_target
@@ -139,11 +140,7 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             step=lambda name: report("write", name, total),
         )
-        if source.attention:
-            warnings.append(
-                f"{checkpoint.path}: scales of a quantized KV cache ({len(source.attention)} "
-                "attention modules) are not carried over; the result has a float cache"
-            )
+        warnings += cache_warnings(source, found.target.plan.attention, to)
         return Result(
             source=checkpoint.path,
             path=path,

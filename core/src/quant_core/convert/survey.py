@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from quant_core.convert.cache import cache_label, check_cache, fit_cache
 from quant_core.convert.fit import Fit, cannot_hold
 from quant_core.convert.measure import Distance, distance
 from quant_core.convert.stacks import whole_shape
 from quant_core.convert.target import Outline, Target, fit_matrix, target_layer
 from quant_core.errors import LayoutError, PluginError
+from quant_core.kv_cache import CacheScheme
 from quant_core.ledger import Ledger
 from quant_core.load import read_matrix
 from quant_core.plan import Member, Plan, param_sources
@@ -74,6 +76,7 @@ class _Pass:
     reports: dict[str, LayerReport] = field(default_factory=dict)
     infos: dict[str, TensorInfo] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)  # parameter -> torch dtype name
+    caches: dict[str, Member] = field(default_factory=dict)  # attention module -> member
 
     def run(self) -> None:
         for name, member in self.source.quantized.items():
@@ -84,6 +87,38 @@ class _Pass:
                     raise
                 self.refused.append(err)
             self.step(name)
+        for name, member in self.source.attention.items():
+            try:
+                self._cache(name, member)
+            except LayoutError as err:
+                if err.code != "Q-LAYOUT-REPRESENT":
+                    raise
+                self.refused.append(err)
+
+    def _cache(self, name: str, member: Member) -> None:
+        """The scales of keys and values of one attention module."""
+        assert isinstance(member.scheme, CacheScheme)
+        layer, label = target_layer(member.layer), cache_label(member.scheme)
+        registry = self.source.registry
+        scheme, losses = fit_cache(registry, self.format, layer, member.scheme, self.allow_inexact)
+        after = label if scheme else "float"
+        self.reports[name] = LayerReport(name=name, before=label, after=after, losses=losses)
+        if scheme is None:
+            return
+        tensors = read_matrix(self.source, member)
+        stored = scheme.serialize(layer, tensors)
+        if not check_cache(tensors, scheme.canonicalize(layer, stored)):
+            raise PluginError(
+                f"plugin {self.format!r}: the scales of keys and values of {name!r} read back "
+                "differently from its cache_form, expected the same. This is a bug of the plugin; "
+                "report it there.",
+                code="Q-PLUGIN-RESULT",
+                plugin=self.format,
+                tensor=name,
+            )
+        for t in scheme.tensors:
+            self._add(t.stored, t.dtype, t.shape)
+        self.caches[name] = Member(layer=layer, scheme=scheme, params=tuple(scheme.params(layer)))
 
     def _member(self, name: str, member: Member) -> None:
         assert isinstance(member.scheme, Scheme)
@@ -241,7 +276,8 @@ def _refusal(source: Plan, format: str, refused: list[LayoutError], allowed: boo
     more = f"\n  and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
     word = "" if allowed else " exactly"
     return LayoutError(
-        f"{source.checkpoint.path}: {len(refused)} of {len(source.quantized)} quantized modules "
+        f"{source.checkpoint.path}: {len(refused)} of "
+        f"{len(source.quantized) + len(source.attention)} quantized modules "
         f"cannot be held by {format!r}{word}, expected all of them to fit:{shown}{more}",
         code="Q-LAYOUT-REPRESENT",
         path=source.checkpoint.path,
@@ -318,6 +354,7 @@ def survey(
         members=walk.members(),
         dense={name: name for name in (*source.dense, *walk.floats)},
         ledger=Ledger(outline),
+        attention=walk.caches,
     )
     target = Target(
         format=format,

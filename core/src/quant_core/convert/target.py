@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant_core.checkpoint.base import Checkpoint, Index
 from quant_core.errors import CheckpointError, PluginError
+from quant_core.kv_cache import CacheScheme
 from quant_core.plan import Member, Plan
 from quant_core.scheme import Scheme
 from quant_core.spec import LayerDesc, TensorInfo
@@ -134,6 +135,16 @@ class Target:
         member = self.plan.members[name]
         assert isinstance(member.scheme, Scheme)
         return member.scheme.serialize(member.layer, fit.tensors)
+
+    def cache(self, name: str) -> dict[str, Tensor]:
+        """Stored name -> tensor of the scales of keys and values of one attention module."""
+        from quant_core.load import read_matrix
+
+        member = self.plan.attention[name]
+        assert isinstance(member.scheme, CacheScheme)
+        tensors = read_matrix(self.source, self.source.attention[name])
+        values = member.scheme.serialize(member.layer, tensors)
+        return {t.stored: values[t.name] for t in member.scheme.tensors}
 
     def parameter(self, name: str) -> Tensor:
         """A float parameter by its public name; a quantized weight is dequantized."""

@@ -23,7 +23,8 @@ from quant_core.convert.stacks import Stack
 from quant_core.convert.target import Target
 from quant_core.describe import Extras
 from quant_core.errors import CheckpointError, LayoutError, PluginError, printable, summarize
-from quant_core.plan import param_sources
+from quant_core.kv_cache import CacheScheme
+from quant_core.plan import Member, param_sources
 from quant_core.plan import plan as make_plan
 from quant_core.scheme import Scheme
 
@@ -106,6 +107,8 @@ def _tensors(target: Target, step: Callable[[str], None]) -> Iterator[tuple[str,
         step(name)
     for tensor, stack in stacks.items():
         raise _apart(target, tensor, f"parts, {stack.missing} values of which nothing holds")
+    for name in target.plan.attention:
+        yield from target.cache(name).items()
     for name in target.plan.dense:
         yield name, target.parameter(name)
 
@@ -157,6 +160,9 @@ def _check_result(target: Target, path: Path) -> list[str]:
         want, have = target.plan.quantized, result.quantized
         odd = sorted(want.keys() ^ have.keys())
         odd += [n for n in want.keys() & have.keys() if _label(want[n]) != _label(have[n])]
+        kept, found = target.plan.attention, result.attention
+        odd += sorted(kept.keys() ^ found.keys())
+        odd += [n for n in kept.keys() & found.keys() if _cache(kept[n]) != _cache(found[n])]
         if odd:
             raise PluginError(
                 f"plugin {target.format!r}: what it wrote reads back differently in {len(odd)} "
@@ -172,6 +178,12 @@ def _check_result(target: Target, path: Path) -> list[str]:
 def _label(member: object) -> object:
     scheme = getattr(member, "scheme", None)
     return scheme.shape if isinstance(scheme, Scheme) else None
+
+
+def _cache(member: Member) -> object:
+    scheme = member.scheme
+    assert isinstance(scheme, CacheScheme)
+    return scheme.operands, scheme.site, scheme.default
 
 
 def write_target(

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
+from typing import Any, Literal
 
 from quant_core.checkpoint.base import Checkpoint
-from quant_core.kv_cache import CacheScheme, cache_schemes
+from quant_core.describe import one_value
+from quant_core.kv_cache import CacheForm, CacheScheme, cache_schemes
 from quant_core.spec import Element
 from quant_plugin_compressed_tensors.args import QuantArgs
 from quant_plugin_compressed_tensors.config import CtConfig
 
-__all__ = ["KV_LEAVES", "cache_warnings", "schemes"]
+__all__ = ["FORM", "KV_LEAVES", "cache_warnings", "describe_cache", "schemes"]
 
 KV_LEAVES = frozenset(
     f"{x}_{what}" for x in "qkv" for what in ("scale", "zero_point", "global_scale")
@@ -30,9 +32,32 @@ KV_LEAVES = frozenset(
 """Last name components of the scales of quantized attention and its cache."""
 
 _NEW = {x: f"{x}_scale" for x in "qkv"} | {f"{x}_zero": f"{x}_zero_point" for x in "qkv"}
+FORM = CacheForm(
+    names={k: v for k, v in _NEW.items() if k[0] in "kv"},
+    elements=("fp8_e4m3", "int8"),
+    shape=(1,),
+    zeros=("int8",),
+    default=True,
+)
+"""What ``kv_cache_scheme`` states: keys and values. Queries would need a config group."""
+
 _OLD = {x: f"{x}_proj.output_scale" for x in "kv"} | {
     f"{x}_zero": f"{x}_proj.output_zero_point" for x in "kv"
 }
+
+
+def describe_cache(schemes: Iterable[CacheScheme]) -> dict[str, Any] | None:
+    """``kv_cache_scheme`` of the attention modules; None if there are none.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` if they differ.
+    """
+    kinds = {(o.element.name, o.zero is None) for s in schemes for o in s.operands.values()}
+    if not kinds:
+        return None
+    (element, symmetric) = one_value(kinds, "kv_cache_scheme", plugin="compressed_tensors")
+    kind: Literal["int", "float"] = "int" if element == "int8" else "float"
+    return QuantArgs(bits=8, kind=kind, symmetric=symmetric).to_json()
 
 
 def _arguments(config: CtConfig) -> QuantArgs | None:

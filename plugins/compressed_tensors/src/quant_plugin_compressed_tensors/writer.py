@@ -13,6 +13,8 @@ from typing import Any
 
 from quant_core.describe import float_matrices, schemes_of
 from quant_core.errors import LayoutError
+from quant_core.kv_cache import CacheScheme
+from quant_plugin_compressed_tensors.cache import describe_cache
 from quant_plugin_compressed_tensors.config import CtConfig
 from quant_plugin_compressed_tensors.packed import PackedScheme
 from quant_plugin_compressed_tensors.scheme import CtScheme
@@ -22,12 +24,17 @@ __all__ = ["config_for", "describe"]
 _VERSIONS = {False: "0.18.0", True: "0.17.1"}  # padded words -> a version that wrote them so
 
 
-def describe(schemes: Mapping[str, CtScheme], floats: Iterable[str] = ()) -> dict[str, Any]:
+def describe(
+    schemes: Mapping[str, CtScheme],
+    floats: Iterable[str] = (),
+    caches: Iterable[CacheScheme] = (),
+) -> dict[str, Any]:
     """A config block.
 
     Args:
         schemes: stored module path -> scheme.
         floats: stored module paths of float matrices.
+        caches: schemes of keys and values.
 
     Raises:
         LayoutError: ``Q-LAYOUT-REPRESENT`` if no scheme is given, or words are packed in two ways.
@@ -64,7 +71,7 @@ def describe(schemes: Mapping[str, CtScheme], floats: Iterable[str] = ()) -> dic
             for i, ((weights, inputs, fmt), names) in enumerate(groups.items())
         },
         "ignore": list(floats) if len(groups) == 1 else [],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": describe_cache(caches),
     }
 
 
@@ -74,4 +81,5 @@ def config_for(plan: Any) -> Mapping[str, Any]:
     if match is not None and isinstance(match.config, CtConfig):
         stored: dict[str, Any] = json.loads(match.config.stored)
         return stored
-    return describe(schemes_of(plan, CtScheme), float_matrices(plan))
+    caches = [m.scheme for m in plan.attention.values()]
+    return describe(schemes_of(plan, CtScheme), float_matrices(plan), caches)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.convert.fit import Fit
     from quant_core.describe import Extras
+    from quant_core.kv_cache import CacheForm
     from quant_core.scheme import Scheme
     from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
     from quant_core.tensors import LayerTensors
@@ -43,6 +44,13 @@ def attention_schemes(match: FormatMatch, checkpoint: Checkpoint) -> Mapping[str
     from quant_plugin_modelslim_npu.cache import schemes
 
     return schemes(checkpoint)
+
+
+@hookimpl
+def cache_form() -> CacheForm:
+    from quant_plugin_modelslim_npu.cache import FORM
+
+    return FORM
 
 
 @hookimpl

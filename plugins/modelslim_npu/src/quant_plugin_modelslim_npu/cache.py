@@ -16,15 +16,19 @@ Source: ModelSlim 26.1, files of its ``dynamic_cache`` processor.
 from __future__ import annotations
 
 from quant_core.checkpoint.base import Checkpoint
-from quant_core.kv_cache import CacheScheme, cache_schemes
+from quant_core.kv_cache import CacheForm, CacheScheme, cache_schemes
 from quant_core.spec import Element
 
-__all__ = ["schemes"]
+__all__ = ["FORM", "schemes"]
 
 _SUFFIXES = {
     **{x: f"{x}_proj.kv_cache_scale" for x in "kv"},
     **{f"{x}_zero": f"{x}_proj.kv_cache_offset" for x in "kv"},
 }
+
+FORM = CacheForm(
+    names=_SUFFIXES, elements=("int8",), grain=(0, 1), zeros=("float32", "bfloat16", "float16")
+)
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, CacheScheme]:

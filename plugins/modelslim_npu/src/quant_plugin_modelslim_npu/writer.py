@@ -16,6 +16,7 @@ from quant_plugin_modelslim_npu.scheme import MsScheme
 __all__ = ["extras_for"]
 
 _FILE = "quant_model_description.json"
+_CACHE = "C8"  # int8 keys and values
 _VERSION = "1.0.0"  # of the description, as ModelSlim 26.1.0 writes it
 
 
@@ -46,8 +47,12 @@ def extras_for(plan: Any) -> Extras:
         )
     tensors = [*plan.checkpoint.tensors]
     entries = {n: types.get(n.rpartition(".")[0], "FLOAT") for n in tensors}
+    caches = [t.stored for m in plan.attention.values() for t in m.scheme.tensors]
+    entries |= dict.fromkeys(caches, _CACHE)
+    kinds = {"kv_cache_type": _CACHE, "kv_quant_type": _CACHE} if caches else {}
     content = {
         **entries,
+        **kinds,
         "version": _VERSION,
         "model_quant_type": Counter(types.values()).most_common(1)[0][0],
         "metadata": {},

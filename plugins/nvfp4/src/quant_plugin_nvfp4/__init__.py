@@ -11,6 +11,7 @@ from quant_core.spec import PluginInfo
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.convert.fit import Fit
+    from quant_core.kv_cache import CacheForm
     from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
     from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
@@ -40,6 +41,13 @@ def attention_schemes(match: FormatMatch, checkpoint: Checkpoint) -> Mapping[str
     from quant_plugin_nvfp4.cache import schemes
 
     return schemes(match.config, checkpoint)
+
+
+@hookimpl
+def cache_form() -> CacheForm:
+    from quant_plugin_nvfp4.cache import FORM
+
+    return FORM
 
 
 @hookimpl

@@ -8,6 +8,7 @@ from typing import Any
 
 from quant_core.describe import float_matrices, schemes_of
 from quant_core.errors import LayoutError
+from quant_plugin_nvfp4.cache import cache_block
 from quant_plugin_nvfp4.config import ModelOptConfig
 from quant_plugin_nvfp4.scheme import ModelOptScheme
 
@@ -57,4 +58,6 @@ def config_for(plan: Any) -> Mapping[str, Any]:
     if match is not None and isinstance(match.config, ModelOptConfig):
         stored: dict[str, Any] = json.loads(match.config.stored)
         return stored
-    return describe(schemes_of(plan, ModelOptScheme), tuple(float_matrices(plan)))
+    block = describe(schemes_of(plan, ModelOptScheme), tuple(float_matrices(plan)))
+    caches = [m.scheme for m in plan.attention.values()]
+    return block | {"kv_cache_scheme": cache_block(caches)} if caches else block

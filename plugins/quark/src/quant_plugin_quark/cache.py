@@ -12,19 +12,47 @@ Source: measured against the reload of amd-quark 0.13 (``import_model_from_safet
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 from quant_core.checkpoint.base import Checkpoint
-from quant_core.kv_cache import CacheScheme, cache_schemes
+from quant_core.describe import one_value
+from quant_core.kv_cache import CacheForm, CacheScheme, cache_schemes
 from quant_plugin_quark.args import TensorArgs
 from quant_plugin_quark.beside import KV_MODULES
 from quant_plugin_quark.config import QuarkConfig
 from quant_plugin_quark.scheme import KV_RULE
 
-__all__ = ["cache_warnings", "schemes"]
+__all__ = ["FORM", "cache_args", "cache_warnings", "schemes"]
 
 _PROJECTIONS = {name[0]: name for name in KV_MODULES}
+_NAMES = {role: f"{name}.output_scale" for role, name in _PROJECTIONS.items()}
+_ZERO_NAMES = {f"{r}_zero": f"{n}.output_zero_point" for r, n in _PROJECTIONS.items()}
+
+FORM = CacheForm(
+    names=_NAMES | _ZERO_NAMES,
+    elements=("fp8_e4m3", "int8"),
+    zeros=("int8",),
+    sites=("projection", "cache"),
+    projections=_PROJECTIONS,
+    default=True,
+)
+
+
+def cache_args(schemes: Iterable[CacheScheme]) -> tuple[TensorArgs, bool]:
+    """``output_tensors`` of the projections, and whether keys are rounded after the rotary
+    embedding.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-REPRESENT`` if the attention modules differ.
+    """
+    kinds = {
+        (o.element.name, o.zero is None, s.site == "cache")
+        for s in schemes
+        for o in s.operands.values()
+    }
+    dtype, symmetric, post_rope = one_value(kinds, "output_tensors", plugin="quark")
+    return TensorArgs(dtype=dtype, qscheme="per_tensor", symmetric=symmetric), post_rope
 
 
 def _owners(checkpoint: Checkpoint) -> list[str]:
@@ -59,12 +87,9 @@ def schemes(config: QuarkConfig, checkpoint: Checkpoint) -> dict[str, CacheSchem
     args = _arguments(config, projections) if projections else None
     if args is None:
         return {}
-    suffixes = {role: f"{name}.output_scale" for role, name in _PROJECTIONS.items()}
-    if not args.symmetric:
-        suffixes |= {f"{r}_zero": f"{n}.output_zero_point" for r, n in _PROJECTIONS.items()}
     found = cache_schemes(
         checkpoint,
-        suffixes,
+        _NAMES if args.symmetric else _NAMES | _ZERO_NAMES,
         element=args.element,
         site="cache" if config.post_rope else "projection",
         projections=_PROJECTIONS,

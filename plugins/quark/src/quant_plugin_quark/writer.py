@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from quant_core.describe import float_matrices, schemes_of
 from quant_core.errors import LayoutError
+from quant_core.kv_cache import CacheScheme
+from quant_plugin_quark.args import LayerArgs
+from quant_plugin_quark.cache import cache_args
 from quant_plugin_quark.config import QuarkConfig
 from quant_plugin_quark.scheme import QuarkScheme
 
@@ -59,10 +63,35 @@ def describe(schemes: Mapping[str, QuarkScheme], floats: Iterable[str] = ()) -> 
     }
 
 
+def _with_caches(
+    block: dict[str, Any], schemes: Mapping[str, QuarkScheme], caches: Mapping[str, CacheScheme]
+) -> dict[str, Any]:
+    """The same with the outputs of the projections that compute keys and values (and queries)."""
+    args, post_rope = cache_args(caches.values())
+    layers, cached = {}, {}
+    for path, scheme in caches.items():
+        for role in scheme.operands:
+            name = f"{path}.{scheme.projections[role]}"
+            made = schemes.get(name)
+            layer = LayerArgs(where=name) if made is None or made.args is None else made.args
+            layers[name] = replace(layer, outputs=(args,)).to_json()
+            cached[f"*{scheme.projections[role]}"] = layers[name]
+    return {
+        **block,
+        "layer_quant_config": block["layer_quant_config"] | layers,
+        "kv_cache_quant_config": cached,
+        "kv_cache_post_rope": post_rope,
+        "export": {**block["export"], "kv_cache_group": [*cached]},
+    }
+
+
 def config_for(plan: Any) -> Mapping[str, Any]:
     """The block for a ``quant_core.plan.Plan`` whose quantized members are of this format."""
     match = plan.match
     if match is not None and isinstance(match.config, QuarkConfig):
         stored: dict[str, Any] = json.loads(match.config.stored)
         return stored
-    return describe(schemes_of(plan, QuarkScheme), float_matrices(plan))
+    schemes = schemes_of(plan, QuarkScheme)
+    block = describe(schemes, float_matrices(plan))
+    caches = {m.layer.stored: m.scheme for m in plan.attention.values()}
+    return _with_caches(block, schemes, caches) if caches else block
