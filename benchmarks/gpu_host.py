@@ -3,8 +3,7 @@
     python benchmarks/gpu_host.py --json out.json
 
 Microseconds of one call without waiting for the device: least mean of 7 rounds of 100 calls. Each
-kernel through its bound function, the module around it, ``F.linear`` beside them; Triton kernels
-also through Triton's own launcher.
+kernel through its bound function, the module around it, ``F.linear`` beside them.
 """
 
 from __future__ import annotations
@@ -88,27 +87,6 @@ def kernel_rows(scheme: str, kernels: str, rows: tuple[int, ...], weight: Tensor
     return out
 
 
-def through_triton(weight: Tensor) -> list[Any]:
-    """The Gluon kernel through Triton's own launcher, for comparison."""
-    from quant_kernels_triton import direct, launch
-
-    layer, out = linear_of("int4", weight, kernels="gluon_wna16"), []
-    ours, held = direct._direct, dict(launch._compiled)
-    direct._direct = lambda compiled, values: None
-    launch._compiled.clear()
-    for m in (1, 32):
-        x = torch.randn(m, K, dtype=torch.bfloat16, device="cuda")
-        values = layer._values()
-        layer(x)
-        us = host_us(lambda x=x, v=values: layer._run(v, x))
-        out.append({"kernel": "gluon_wna16, Triton's launcher", "rows": m, "bound_us": us})
-        print(json.dumps(out[-1]), flush=True)
-    direct._direct = ours
-    launch._compiled.clear()
-    launch._compiled.update(held)
-    return out
-
-
 class _Attention(nn.Module):
     def __init__(self, scheme: str) -> None:
         super().__init__()
@@ -160,7 +138,6 @@ def main() -> None:
         *(lambda s=s, k=k, m=m: kernel_rows(s, k, m, weight) for s, k, m in KERNELS),
         lambda: joined_rows("int4"),
         lambda: joined_rows("compressed_tensors:fp8"),
-        lambda: through_triton(weight),
     ]
     for part in parts:
         try:

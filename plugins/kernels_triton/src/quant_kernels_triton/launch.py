@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_kernels_triton.direct import launcher
-
 __all__ = ["Build", "aligned", "is_compiled", "launch"]
 
-_compiled: dict[Hashable, Callable[..., None]] = {}
+_compiled: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +68,10 @@ def launch(
         compiled = fn[grid](*typed, **b.constants, **b.options)
         if hasattr(compiled, "run"):  # not in the interpreter
             values = tuple(b.constants[name] for name in fn.arg_names[len(args) :])
-            _compiled[key, device] = launcher(compiled, values)
+            held = compiled.run, compiled.function, compiled.packed_metadata, values
+            _compiled[key, device] = held
         return
+    run, function, metadata, values = held
     stream = torch._C._cuda_getCurrentRawStream(device)
-    held(grid[0], grid[1], stream, [a.data_ptr() if isinstance(a, Tensor) else a for a in args])
+    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *plain, *values)
