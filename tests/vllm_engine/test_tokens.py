@@ -94,7 +94,7 @@ def test_container_without_config_gives_the_same_tokens(tmp_path: Path) -> None:
     compare(tmp_path, config_format="quant_core")
 
 
-def deepseek(folder: Path) -> tuple[Path, Path]:
+def deepseek(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     """A DeepSeek-V3 whose latent size vLLM's attention on the CPU has: packed, and as floats."""
     from transformers import DeepseekV3Config
 
@@ -105,7 +105,8 @@ def deepseek(folder: Path) -> tuple[Path, Path]:
         first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=512, qk_nope_head_dim=64,
         qk_rope_head_dim=64, v_head_dim=64, max_position_embeddings=512, routed_scaling_factor=1.0,
     )  # fmt: skip
-    tiny = make_tiny(folder / "packed", config)
+    folder.mkdir(exist_ok=True)
+    tiny = make_tiny(folder / "packed", config, seed=seed)
     (folder / "float").mkdir()
     dense = {name: view.detach().clone().contiguous() for name, view, _ in stored_names(tiny.dense)}
     save_file(dense, folder / "float" / "model.safetensors", metadata={"format": "pt"})
@@ -125,6 +126,20 @@ def test_latent_attention_gives_the_tokens_of_vllm_on_dequantized_weights(tmp_pa
     with served(packed, **settings) as llm:
         got = greedy(llm, prompts())
     assert first_difference(got, want, 2e-2) == ""
+
+
+def test_latent_attention_takes_new_weights_from_memory(tmp_path: Path) -> None:
+    """vLLM absorbs kv_b_proj again."""
+    (old, _), (new, _) = deepseek(tmp_path / "old"), deepseek(tmp_path / "new", seed=1)
+    settings = {"hf_overrides": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}
+    with served(new, **settings) as llm:
+        want = greedy(llm, prompts())
+    with served(old, **settings) as llm:
+        assert first_difference(greedy(llm, prompts()), want, 2e-2)
+        runner = llm.llm_engine.model_executor.driver_worker.model_runner
+        runner.reload_weights(weights_iterator=iter(load_file(new / "model.safetensors").items()))
+        got = greedy(llm, prompts())
+    assert first_difference(got, want, 0.0) == ""
 
 
 def test_draft_layers_in_the_file_are_passed_over(tmp_path: Path) -> None:

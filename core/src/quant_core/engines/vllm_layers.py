@@ -108,13 +108,13 @@ def _accept(
     """``weight_loader`` of every ticket.
 
     Raises:
-        LayoutError: ``Q-ENGINE-RELOAD`` for weights that do not come from our loader.
+        LayoutError: ``Q-ENGINE-RELOAD`` for a tensor that is none of the layer's own.
     """
     if loaded_weight.dtype != torch.uint8 or loaded_weight.numel() != 1:
         raise LayoutError(
             f"a packed layer was given a {loaded_weight.dtype} tensor of shape "
-            f"{tuple(loaded_weight.shape)}, expected weights from a checkpoint on disk. Write them "
-            "to a folder and reload from there with load_format='quant_core'.",
+            f"{tuple(loaded_weight.shape)}, expected the tensors that its checkpoint stores for "
+            "it. Send those, or restart the engine with the new checkpoint.",
             code="Q-ENGINE-RELOAD",
             actual=tuple(loaded_weight.shape),
         )
