@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from quant_core.checkpoint.base import Checkpoint
+from quant_core.describe import module_names
 from quant_core.errors import CheckpointError, printable
 from quant_core.resolve import NamePattern, first_match, numberless
 from quant_core.spec import LayerDesc, TensorInfo, Unquantized
@@ -35,11 +36,7 @@ def siblings_of(
 
 def stored_modules(layer: LayerDesc, checkpoint: Checkpoint) -> dict[str, Leaves]:
     """Stored module path -> its tensors, one entry per expert of a stack."""
-    if layer.experts and "{expert}" in layer.stored:
-        paths = [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
-    else:
-        paths = [layer.stored]
-    return {p: checkpoint.modules.get(p, {}) for p in paths}
+    return {p: checkpoint.modules.get(p, {}) for p in module_names(layer)}
 
 
 def _mismatch(

@@ -50,6 +50,7 @@ from quant_core.tensors import LayerTensors, QuantizedTensor
 __all__ = [
     "allocate",
     "buffer_shapes",
+    "factor_grids",
     "grain_kind",
     "load_",
     "padded",
@@ -101,7 +102,7 @@ def _sizes(op: OpSpec) -> tuple[int, int]:
     return op.size("n"), op.size("k_stored", op.size("k"))
 
 
-def _grids(op: OpSpec) -> dict[str, Scale]:
+def factor_grids(op: OpSpec) -> dict[str, Scale]:
     """Buffer name -> element and grain of every factor, of zeros and of offsets."""
     spec = op.weight
     out = {f"scales_{i}": s for i, s in enumerate(spec.scales)}
@@ -126,7 +127,7 @@ def problem(op: OpSpec) -> Rejected | None:
         return Rejected(axis="in_features", have=str(k), need="a multiple of 32")
     if not n:
         return Rejected(axis="out_features", have="0", need="at least one row")
-    for name, s in _grids(op).items():
+    for name, s in factor_grids(op).items():
         c = s.grain[1]
         if not s.static:
             return Rejected(axis=name, have="a run-time scale", need="a stored scale")
@@ -209,7 +210,7 @@ def buffer_shapes(op: OpSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         8: ((r, g, 4, 32, 16), torch.uint8),
     }
     out = {name: shapes[width] for name, width in zip(_PLANES, _WIDTHS[bits])}
-    for name, s in _grids(op).items():
+    for name, s in factor_grids(op).items():
         rows, c = s.grain
         shape: tuple[int, ...] = {
             "tensor": (1,),
@@ -291,7 +292,7 @@ def allocate(op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
     for expert in range(experts) if experts else (None,):
         if np_ > n:
             _write_codes_(_planes(out, op, expert), bits, n, pad)
-        for name, s in _grids(op).items():
+        for name, s in factor_grids(op).items():
             target = out[name] if expert is None else out[name][expert]
             kind = grain_kind(s.grain, k)
             if kind == "group" and np_ > n:
@@ -322,7 +323,7 @@ def _checked(part: LayerTensors, op: OpSpec, names: set[str]) -> dict[str, Tenso
         "gather": ((k,), torch.int32),
         "bias": ((rows,), _bias_dtype(op)),
     }
-    for name, s in _grids(op).items():
+    for name, s in factor_grids(op).items():
         r, c = s.grain
         grid = (-(-rows // r) if r else 1, -(-k // c) if c else 1)
         expected[name] = (grid, scale_dtype(s.element))
@@ -370,7 +371,7 @@ def load_(
         codes = torch.full((stop - start, kp), _pad_code(op), dtype=torch.uint8, device=device)
         codes[:, :k] = unpack(words, bits, (stop - start, k), CANONICAL)
         _write_codes_(planes, stored_bits(bits), start, codes)
-    grids = _grids(op)
+    grids = factor_grids(op)
     for name, value in tensors.items():
         if name == "codes":
             continue
@@ -406,7 +407,7 @@ def _matrix(buffers: Mapping[str, Tensor], op: OpSpec, expert: int | None) -> di
         codes = untile_codes(held, stored_bits(bits))[: stop - start, :k]
         parts.append(pack(codes.contiguous(), bits, CANONICAL))
     out = {"codes": torch.cat(parts)}
-    for name, s in _grids(op).items():
+    for name, s in factor_grids(op).items():
         held_grid = buffers[name] if expert is None else buffers[name][expert]
         kind = grain_kind(s.grain, k)
         if kind == "group":

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, printable, summarize
 from quant_core.intspec import SCALE_ELEMENTS
+from quant_core.presence import stored_modules
 from quant_core.resolve import numberless
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
 from quant_plugin_awq.checks import check_header, header_sizes, resolve_group
@@ -26,15 +27,6 @@ __all__ = ["scheme_for"]
 
 _PACKED = ("qweight", "qzeros", "scaled_zeros", "scales")
 Leaves = Mapping[str, TensorInfo]
-
-
-def _modules(layer: LayerDesc, checkpoint: Checkpoint) -> dict[str, Leaves]:
-    """Stored module path -> its tensors, one entry per expert of a stack."""
-    if layer.experts and "{expert}" in layer.stored:
-        paths = [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
-    else:
-        paths = [layer.stored]
-    return {p: checkpoint.modules.get(p, {}) for p in paths}
 
 
 def _is_packed(leaves: Leaves) -> bool:
@@ -182,7 +174,7 @@ def scheme_for(
         ConfigError: ``Q-CFG-CONFLICT`` if the words hold another number of bits.
     """
     config: AwqConfig = match.config
-    modules = _modules(layer, checkpoint)
+    modules = stored_modules(layer, checkpoint)
     if not any(_is_packed(leaves) for leaves in modules.values()):
         return _unquantized(config, layer, modules, checkpoint)
     _check_presence(config, layer, modules, checkpoint)

@@ -17,6 +17,7 @@ from typing import Any
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import FLOAT_DTYPES
 from quant_core.errors import CheckpointError, ConfigError, printable
+from quant_core.presence import stored_modules
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
 from quant_plugin_compressed_tensors.cache import KV_LEAVES
 from quant_plugin_compressed_tensors.config import CtConfig, Group
@@ -45,15 +46,6 @@ _QUANTIZED = frozenset(
 )
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 Leaves = Mapping[str, TensorInfo]
-
-
-def _modules(layer: LayerDesc, checkpoint: Checkpoint) -> dict[str, Leaves]:
-    """Stored module path -> its tensors, one entry per expert of a stack."""
-    if layer.experts and "{expert}" in layer.stored:
-        paths = [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
-    else:
-        paths = [layer.stored]
-    return {p: checkpoint.modules.get(p, {}) for p in paths}
 
 
 def _is_quantized(leaves: Leaves) -> bool:
@@ -239,7 +231,7 @@ def scheme_for(
         LayoutError: ``Q-LAYOUT-GROUP``, ``Q-LAYOUT-SHAPE``.
     """
     config: CtConfig = match.config
-    modules = _modules(layer, checkpoint)
+    modules = stored_modules(layer, checkpoint)
     quantized = {p: leaves for p, leaves in modules.items() if _is_quantized(leaves)}
     if not quantized:
         return _unquantized(config, layer, modules, checkpoint)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from quant_core.checkpoint.base import Checkpoint
+from quant_core.describe import module_names
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
 from quant_core.intspec import SCALE_ELEMENTS, check_groups, weight_spec
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
@@ -38,7 +39,7 @@ def scheme_for(
             experts of unlike shapes.
     """
     config: GptqConfig = match.config
-    names = _stored_names(layer)
+    names = module_names(layer)
     stored = {n: checkpoint.modules[n] for n in names if n in checkpoint.modules}
     packed = {n: v for n, v in stored.items() if any(p in v for p in _PACKED)}
     floats = [n for n, v in stored.items() if n not in packed and "weight" in v]
@@ -54,12 +55,6 @@ def scheme_for(
     first = next(iter(packed))
     _check_experts(config, packed, first)
     return _Builder(config, layer, checkpoint, first, packed[first]).scheme()
-
-
-def _stored_names(layer: LayerDesc) -> list[str]:
-    if "{expert}" not in layer.stored:
-        return [layer.stored]
-    return [layer.stored.replace("{expert}", str(e)) for e in layer.experts]
 
 
 def _mismatch(checkpoint: Checkpoint, name: str, found: str, but: str) -> CheckpointError:

@@ -25,7 +25,7 @@ from torch import Tensor
 from quant_core.dequantize import dequantize_codes
 from quant_core.kernels import tiles
 from quant_core.kernels.activations import fake_quantize
-from quant_core.spec import OpSpec, Scale
+from quant_core.spec import OpSpec
 from quant_core.spec_json import op_from_text
 from quant_core.tensors import QuantizedTensor
 from quant_kernels_torch.products import by_expert
@@ -57,20 +57,9 @@ def _named(text: str, tensors: list[Tensor]) -> tuple[OpSpec, dict[str, Tensor]]
     return op_from_text(text), dict(zip(_names(text), tensors, strict=True))
 
 
-def _levels(op: OpSpec) -> dict[str, Scale]:
-    """Buffer name -> element and grain of each factor, of zeros and of offsets."""
-    spec = op.weight
-    out = {f"scales_{i}": s for i, s in enumerate(spec.scales)}
-    if spec.zero is not None and spec.zero.kind == "code":
-        out["zeros"] = Scale(element=spec.zero.element, grain=spec.scales[0].grain)
-    if spec.zero is not None and spec.zero.kind == "offset":
-        out |= {f"offset_{i}": s for i, s in enumerate(spec.zero.levels)}
-    return out
-
-
 def _step(op: OpSpec, k: int) -> int:
     """Rows dequantized at once: whole tiles, and whole blocks of every scale."""
-    align = math.lcm(tiles.TILE, *(max(s.grain[0], 1) for s in _levels(op).values()))
+    align = math.lcm(tiles.TILE, *(max(s.grain[0], 1) for s in tiles.factor_grids(op).values()))
     return max(align, BLOCK_WEIGHTS // k // align * align)
 
 
@@ -82,7 +71,7 @@ def _rows(held: Mapping[str, Tensor], op: OpSpec, start: int, stop: int) -> Tens
     planes = tuple(held[n][first:last] for n in ("codes", "codes_high") if n in held)
     codes = tiles.untile_codes(planes, tiles.stored_bits(op.weight.element.bits))
     grids = {}
-    for name, s in _levels(op).items():
+    for name, s in tiles.factor_grids(op).items():
         r, c = s.grain
         kind, value = tiles.grain_kind(s.grain, k), held[name]
         if kind == "group":
@@ -181,7 +170,7 @@ def _tiles_embedding(ids: Tensor, tensors: list[Tensor], op_text: str) -> Tensor
     for name in ("codes", "codes_high"):
         if name in held:
             some[name] = held[name][tile]
-    for name, s in _levels(op).items():
+    for name, s in tiles.factor_grids(op).items():
         kind = tiles.grain_kind(s.grain, k)
         if kind == "group":
             some[name] = held[name][tile]
