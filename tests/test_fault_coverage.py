@@ -6,11 +6,13 @@ The table is in fault_coverage.py. Also here: the few traps that no package can 
 from __future__ import annotations
 
 import ast
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from checkpoint_sets import FIXTURES, REPO
 from fault_coverage import ABSENT, COUNTS, FAULTS, FOLDERS, TRAPS
@@ -92,6 +94,7 @@ def test_e13_threads_load_alike():
     folder = FIXTURES / "gptqmodel-awq-gemm-g128"
     ids = torch.arange(16)[None]
     before = torch.get_num_threads()
+    state = (PreTrainedModel.tie_weights, torch.get_default_dtype(), gc.isenabled())
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(8) as pool:
@@ -101,3 +104,4 @@ def test_e13_threads_load_alike():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(logits[0], other) for other in logits[1:])
+    assert state == (PreTrainedModel.tie_weights, torch.get_default_dtype(), gc.isenabled())

@@ -279,7 +279,7 @@ def load_model(
         requantize=requantize,
         **config_overrides,
     )
-    with _quiet(), _collector_paused():
+    with _ONE_AT_A_TIME, _quiet(), _collector_paused():
         model = _model_class(config, path).from_pretrained(
             None,
             config=config,
@@ -289,6 +289,12 @@ def load_model(
         )
     model.name_or_path = model.config.name_or_path = str(path)
     return model
+
+
+# transformers replaces ``PreTrainedModel.tie_weights`` and torch's default dtype while it builds a
+# model, and puts back what it found: of two threads, the later one would put back the first one's
+# replacement, and no model after that would be tied (transformers 5.23, initialization.py).
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
