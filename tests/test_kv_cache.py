@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -217,6 +218,7 @@ def test_conversion_carries_the_scales_over(made, to, tmp_path):
     folder, rounded, plain = made
     result = quant_core.convert(folder, tmp_path / "out", to=to)
     assert result.exact
+    assert quant_core.diff(folder, tmp_path / "out").equal
     source, out = open_checkpoint(folder), open_checkpoint(tmp_path / "out")
     for i in range(2):
         value = out.read(f"model.layers.{i}.self_attn.{CONVERTED[to]}")
@@ -261,6 +263,28 @@ def test_target_without_such_scales_is_refused_unless_the_loss_is_taken(made, tm
     left = "keys and values are no longer quantized"
     assert lost == {f"model.layers.{i}.self_attn": (left,) for i in range(2)}
     assert (_logits(load_model(tmp_path / "out")) - made[2]).abs().max() < 1e-5
+    apart = quant_core.diff(made[0], tmp_path / "out")
+    assert apart.caches == [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert not apart.equal
+
+
+def test_diff_sees_one_changed_scale(made, tmp_path, capsys):
+    shutil.copytree(made[0], tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_scale"] *= 2
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    assert quant_core.diff(made[0], tmp_path / "other").caches == ["model.layers.1.self_attn"]
+    assert main(["diff", str(made[0]), str(tmp_path / "other")]) == 0
+    said = "keys and values quantized otherwise: model.layers.1.self_attn"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.shared
+def test_scales_that_nobody_applies_are_named_by_the_conversion(checkpoints, tmp_path):
+    source = checkpoints / "modelopt-nvfp4-kvnvfp4"
+    result = quant_core.convert(source, tmp_path / "out", to="nvfp4")
+    said = "in the source: KV-cache scales present, not applied (2 attention modules)"
+    assert result.warnings == [said]
 
 
 @pytest.mark.shared

@@ -57,6 +57,8 @@ def _render(found: Diff, logits: Logits | None, top: int) -> Iterator[str]:
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         for name in names:
             yield f"only in {side}: {escaped(name)}"
+    for name in found.caches:
+        yield f"keys and values quantized otherwise: {escaped(name)}"
     if logits is not None:
         yield (
             f"logits: KL(A || B) mean {logits.kl:.3e}, largest {logits.largest_kl:.3e} nats; "

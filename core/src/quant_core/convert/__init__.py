@@ -140,6 +140,7 @@ def convert(
             max_shard_bytes=max_shard_bytes,
             step=lambda name: report("write", name, total),
         )
+        warnings += [f"in the source: {w}" for w in source.warnings]
         warnings += cache_warnings(source, found.target.plan.attention, to)
         return Result(
             source=checkpoint.path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -43,17 +43,22 @@ class LayerDiff:
 
 @dataclass(slots=True, kw_only=True)
 class Diff:
-    """All weights, largest differences first, and the names that only one of the two has."""
+    """All weights, largest differences first, and the names that only one of the two has.
+
+    ``caches`` are attention modules whose keys and values are quantized otherwise, or in one only.
+    """
 
     a: Path
     b: Path
     layers: list[LayerDiff] = field(default_factory=list)
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
+    caches: list[str] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
-        return not (self.only_a or self.only_b or any(d.error for d in self.layers))
+        apart = self.only_a or self.only_b or self.caches
+        return not (apart or any(d.error for d in self.layers))
 
     def plain(self) -> dict[str, Any]:
         """JSON-able."""
@@ -64,6 +69,7 @@ class Diff:
             "layers": [asdict(layer) for layer in self.layers],
             "only_a": self.only_a,
             "only_b": self.only_b,
+            "caches": self.caches,
         }
 
 
@@ -118,6 +124,20 @@ class _Side:
         return read_matrix(self.plan, member, expert).weight
 
 
+def _caches(a: Plan, b: Plan) -> Iterator[str]:
+    """Attention modules whose scales of keys and values mean something else, or lie in one only."""
+    from quant_core.convert.cache import check_cache
+    from quant_core.kv_cache import CacheScheme
+    from quant_core.load import read_matrix
+
+    for name in sorted(a.attention.keys() | b.attention.keys()):
+        found = [(p, p.attention[name]) for p in (a, b) if name in p.attention]
+        sites = {m.scheme.site for _, m in found if isinstance(m.scheme, CacheScheme)}
+        same = len(found) == 2 and len(sites) == 1
+        if not (same and check_cache(*(read_matrix(p, m) for p, m in found))):
+            yield name
+
+
 def _compare(a: _Side, b: _Side, name: str) -> LayerDiff:
     shape = a.shape(name)
     if shape != b.shape(name):
@@ -166,6 +186,7 @@ def diff(
         out = Diff(a=first.path, b=second.path)
         out.only_a = sorted(left.names.keys() - right.names.keys())
         out.only_b = sorted(right.names.keys() - left.names.keys())
+        out.caches = list(_caches(left.plan, right.plan))
         for name in left.names:
             if name in right.names:
                 out.layers.append(_compare(left, right, name))
