@@ -38,7 +38,7 @@ install_ours() {
 
 [ "$(uname -sm)" = "Linux x86_64" ] || cannot "sglang $version has wheels for Linux x86_64 only"
 want=$(cat $here/requirements.txt $here/constraints.txt core/pyproject.toml \
-  plugins/*/pyproject.toml tests/run_sglang.sh | cksum)
+  plugins/*/pyproject.toml plugins/*/csrc/* tests/run_sglang.sh | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   echo "test-sglang: building $venv" >&2
   install_sglang || cannot "SGLang could not be installed, see pip's messages above"

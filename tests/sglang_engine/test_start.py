@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -158,3 +160,17 @@ def test_balanced_experts_are_refused(tmp_path: Path) -> None:
         err = fails(folder)
     assert err.code == "Q-ENGINE-MODULE"
     assert "--enable-eplb" in str(err)
+
+
+def test_registering_imports_nothing_that_sglang_has_not_imported() -> None:
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "import stub_modules; stub_modules.install()\n"
+        "import sglang.srt.configs.model_config\n"
+        "from quant_core.engines.sglang import register\n"
+        "before = set(sys.modules); register(); print('NEW', sorted(set(sys.modules) - before))"
+    )
+    here = str(Path(__file__).parent)
+    out = subprocess.run([sys.executable, "-c", script, here], capture_output=True, text=True)
+    new = out.stdout.rpartition("NEW")[2].strip()
+    assert new == "['quant_core.engines.sglang_config']", out.stderr

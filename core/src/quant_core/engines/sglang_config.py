@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 
-from quant_core.engines.sglang_slots import Round
-from quant_core.errors import ConfigError
-
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
     from sglang.srt.models.utils import WeightsMapper
 
     from quant_core.build import Builder
+    from quant_core.engines.sglang_slots import Round
     from quant_core.engines.sharing import Account, Names, Options
     from quant_core.plan import Plan
 
@@ -63,10 +61,10 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         self.account: Account | None = None
         self.checked = False  # the model is built and every member has a layer
         self.table: torch.nn.Module | None = None  # a packed embedding, for a tied output layer
-        self.round = Round()
+        self._round: Round | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_plan", "_names", "_mapper", "account", "checked", "table", "round")
+        gone = ("_plan", "_names", "_mapper", "account", "checked", "table", "_round")
         return {k: v for k, v in self.__dict__.items() if k not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,6 +145,15 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         return self._names
 
     @property
+    def round(self) -> Round:
+        """The packed layers of this model, which load again together."""
+        if self._round is None:
+            from quant_core.engines.sglang_slots import Round
+
+            self._round = Round()
+        return self._round
+
+    @property
     def fused(self) -> dict[str, Sequence[str]]:
         """Last name of a fused module -> last names of its members."""
         declared = {k: v for k, v in self.packed_modules_mapping.items() if isinstance(v, list)}
@@ -203,6 +210,8 @@ def _absent(name: str, num_layers: int | None) -> str:
 def _check_draft() -> None:
     from sglang.srt.runtime_context import get_flags
 
+    from quant_core.errors import ConfigError
+
     if get_flags().moe.in_speculative_scope:
         raise ConfigError(
             f"draft model: its quantization is {METHOD!r}, expected none or one of SGLang's own: "
@@ -216,6 +225,8 @@ def _check_draft() -> None:
 
 
 def _check_container(plan: Plan) -> None:
+    from quant_core.errors import ConfigError
+
     checkpoint = plan.checkpoint
     if checkpoint.container == "safetensors":
         return
