@@ -7,7 +7,8 @@ Kernels see canonical types only and never learn which format a tensor came from
 
 Kernels of several packages may read the same buffers: those that declare an equal ``layout`` (a
 name of the storage order). Core then binds them as one (``kernels.family``): the buffers exist
-once, and the number of rows of x picks the member that runs.
+once, and the number of rows of x picks the member that runs. ``kernels.storage`` has the shared
+orders as bases to derive a kernel from; docs/plugins.md a complete package.
 """
 
 from __future__ import annotations
