@@ -4,9 +4,10 @@
     later passes   the first layer called computes all of its group, the others take theirs
 
 Nothing is known of names or models. A layer takes a result only if it is called with the same
-tensor object, unchanged, and if no weights were loaded since; otherwise it runs alone. So results
-never depend on sharing, and where a guess turns out wrong (an input is different after all) the
-group gives up after a few tries. Each result is handed out once and kept for one thread.
+tensor object, unchanged, and if no weights were loaded since; otherwise it runs alone. So what is
+computed never depends on sharing (joined matrices may add float32 sums in another order), and where
+a guess turns out wrong (an input is different after all) the group gives up after a few tries. Each
+result is handed out once and kept for one thread.
 
 Only for few tokens, where what surrounds the arithmetic counts; never where a gradient is needed,
 and not under ``torch.compile``: a graph shows no tensor's identity.
