@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -146,3 +147,49 @@ def test_expert_parallel_ranks_add_up(tmp_path: Path) -> None:
         parts = [experts(2, at) for at in range(2)]
     assert (sum(parts) - whole).abs().max() <= 1e-5 * whole.abs().max()
     assert all(part.abs().max() > 0 for part in parts)
+
+
+def table(config: QuantCoreConfig) -> Any:
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    text = config.plan.checkpoint.tensors["token_embd.weight"].shape
+    return VocabParallelEmbedding(
+        text[0], text[1], params_dtype=torch.float32, quant_config=config,
+        prefix="model.embed_tokens",
+    )  # fmt: skip
+
+
+def head(config: QuantCoreConfig) -> Any:
+    from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+
+    size, width = config.plan.checkpoint.tensors["token_embd.weight"].shape
+    return ParallelLMHead(
+        size, width, params_dtype=torch.float32, quant_config=config, prefix="lm_head"
+    )
+
+
+def test_packed_table_gives_rows_and_logits_of_every_rank(tmp_path: Path) -> None:
+    """The layer alone: only a container that SGLang cannot read has packed tables here."""
+    from quant_core import load_tensor
+    from quant_core.dequantize import dequantize
+
+    folder = without_notes(FIXTURES / "gguf-llama-q4_k_m", tmp_path / "model")
+    dense = dequantize(load_tensor(folder, "model.embed_tokens").matrices[0].weight)
+    ids = torch.tensor([3, 0, len(dense) - 1, 17])
+    x = torch.randn(2, dense.shape[1], generator=torch.Generator().manual_seed(0))
+    allowed = mock.patch("quant_core.engines.sglang_config._check_container")
+    with allowed, published(ACT_ORDER), torch.no_grad():
+        config = QuantCoreConfig(model=str(folder))
+        whole = rank(config, table, 0, 1)
+        del config.names.members["lm_head"]  # as in a checkpoint that ties it
+        tied = rank(config, head, 0, 1)
+        again = tied.quant_method.apply(tied, x)[:, : len(dense)]
+        parts = [rank(config, table, at, 2) for at in range(2)]
+        rows = whole.quant_method.embedding(whole, ids)
+        logits = whole.quant_method.apply(whole, x)[:, : len(dense)]
+        halves = [p.quant_method.apply(p, x) for p in parts]
+    assert torch.equal(rows, dense[ids])
+    assert torch.equal(again, logits)
+    assert not tied.weight.numel()
+    assert (logits - x @ dense.T).abs().max() <= 1e-4 * logits.abs().max()
+    assert torch.equal(torch.cat(halves, dim=1)[:, : len(dense)], logits)
