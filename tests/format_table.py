@@ -159,13 +159,13 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
             config={"config_groups.group_0.targets": ["Linear", "Embedding"]},
         ),
         "stacked experts": _stack("expected a matrix"),
-        "attention": (Example(source="ct-kvfp8-w4a16", module=_ATTENTION),),
+        "attention": (Example(source="ct-kvfp8-w4a16", module=_ATTENTION, to="nvfp4"),),
     },
     "fp8": {
         "linear": (Example(source="hf-fp8-block128", module=_DOWN0, refused=_RULE),),
         **_placed("hf-fp8-block128", _DOWN0, refused=_RULE, embedding=_TOKENS, heads_as_float=True),
         "stacked experts": _stack("expected two dimensions"),
-        "attention": (Example(source="made:fp8-kv", module=_ATTENTION),),
+        "attention": (Example(source="made:fp8-kv", module=_ATTENTION, to="nvfp4"),),
     },
     "gguf": {
         "linear": (
@@ -221,7 +221,13 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
             to="gguf",
         ),
         "stacked experts": _stack("expected two axes"),
-        "attention": (Example(source="msmodelslim-w8a8-kvc8", module=_ATTENTION),),
+        "attention": (
+            Example(
+                source="msmodelslim-w8a8-kvc8",
+                module=_ATTENTION,
+                refused={"convert": "have scales per feature"},
+            ),
+        ),
     },
     "mxfp4": {
         "linear": Empty(why="holds experts only", shown="a layer is refused"),
@@ -239,7 +245,7 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
         "linear": (Example(source="made:mxfp8", module=_GATE0, to="autoround"),),
         **_placed("made:mxfp8", _GATE0, to="autoround", embedding=_TOKENS),
         "stacked experts": _stack("expected [out, in]"),
-        "attention": (Example(source="made:mxfp8-kv", module=_ATTENTION),),
+        "attention": (Example(source="made:mxfp8-kv", module=_ATTENTION, to="quark"),),
     },
     "nvfp4": {
         "linear": (
@@ -259,7 +265,7 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
             "gguf",
         ),
         "stacked experts": _stack("expected a matrix"),
-        "attention": (Example(source="modelopt-fp8-kvfp8", module=_ATTENTION),),
+        "attention": (Example(source="modelopt-fp8-kvfp8", module=_ATTENTION, to="quark"),),
     },
     "quark": {
         "linear": (
@@ -274,7 +280,13 @@ TABLE: dict[str, dict[str, Cell | Example]] = {
             to="gguf",
         ),
         "stacked experts": _stack("expected a matrix"),
-        "attention": (Example(source="quark-fp8-kvfp8", module=_ATTENTION),),
+        "attention": (
+            Example(
+                source="quark-fp8-kvfp8",
+                module=_ATTENTION,
+                refused={"convert": "before the rotary embedding"},
+            ),
+        ),
     },
     "torchao": {
         "linear": (

@@ -334,8 +334,6 @@ def test_serialize(cases, kind, example):
 @pytest.mark.parametrize(("kind", "example"), ROWS)
 def test_convert(cases, kind, example):
     """``to`` holds the module packed, every weight bit by bit; else the reason is given."""
-    if kind == "attention":
-        pytest.skip("scales of a cache are left behind by convert, with a warning")
     case = cases(example)
     own = case.plan.match.plugin
     asked = [example.to] if example.to else [t for t in targets(registry()) if t != own]
@@ -351,7 +349,9 @@ def test_convert(cases, kind, example):
 def _converted(case: Case, target: str) -> str:
     """ "" if ``target`` holds the module exactly, else its reason."""
     config = {k: v for k, v in case.plan.checkpoint.config.items() if k != "quantization_config"}
-    alone = replace(case.plan, members={case.member.layer.name: case.member}, dense={})
+    it = {case.member.layer.name: case.member}
+    kept = case.member.layer.kind == "attention"
+    alone = replace(case.plan, members={} if kept else it, attention=it if kept else {}, dense={})
     try:
         (layer,) = survey(alone, target, config=config, options={}).layers
     except QuantError as err:

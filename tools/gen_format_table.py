@@ -28,7 +28,7 @@ reason given. Of the operations,
   kernel and on the one chosen;
 - **serialize** gives the stored bytes back;
 - **convert** names a format that holds the example packed, every weight equal bit by bit. Where
-  there is none, the reason is below. Scales of a cache are left behind with a warning.
+  there is none, the reason is below.
 
 {kinds}
 
@@ -75,7 +75,7 @@ def _reasons(format: str, cells: Mapping[str, Any], table: ModuleType) -> Iterat
     kinds: dict[tuple[str, str], list[str]] = {}
     for kind in table.KINDS:
         cell = cells[kind]
-        if isinstance(cell, table.Empty) or kind == "attention":
+        if isinstance(cell, table.Empty):
             continue
         for example in _examples(cell):
             refused = [f"{op}: “{why}”" for op, why in sorted(example.refused.items())]

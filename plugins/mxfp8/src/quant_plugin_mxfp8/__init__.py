@@ -11,6 +11,7 @@ from quant_core.spec import PluginInfo
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.convert.fit import Fit
+    from quant_core.kv_cache import CacheForm
     from quant_core.online import OnlineScheme
     from quant_core.scheme import Scheme
     from quant_core.spec import FormatMatch, LayerDesc, ParamSpec, QuantSpec, Unquantized
@@ -39,6 +40,13 @@ def attention_schemes(match: FormatMatch, checkpoint: Checkpoint) -> Mapping[str
     from quant_plugin_mxfp8.detect import cache_schemes
 
     return cache_schemes(checkpoint)
+
+
+@hookimpl
+def cache_form() -> CacheForm:
+    from quant_plugin_mxfp8.detect import FORM
+
+    return FORM
 
 
 @hookimpl

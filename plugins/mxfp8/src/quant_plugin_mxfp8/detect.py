@@ -7,15 +7,17 @@ from dataclasses import replace
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import quantization_config
-from quant_core.kv_cache import CacheScheme, served_cache_schemes
+from quant_core.kv_cache import CacheForm, CacheScheme, served_cache_schemes
 from quant_core.presence import siblings_of
 from quant_core.spec import Element, FormatMatch, TensorInfo
 from quant_plugin_mxfp8.config import METHOD, Mxfp8Config, parse_config
 
-__all__ = ["KV_LEAVES", "SCALE_NAMES", "cache_schemes", "detect", "is_quantized"]
+__all__ = ["FORM", "KV_LEAVES", "SCALE_NAMES", "cache_schemes", "detect", "is_quantized"]
 
 _E4M3 = Element(name="fp8_e4m3", bits=8, kind="float")
 SCALE_NAMES = ("weight_scale_inv", "weight_scale")
+FORM = CacheForm(names={"k": "k_proj.k_scale", "v": "v_proj.v_scale"}, elements=(_E4M3.name,))
+"""One of the names that serving engines look for."""
 KV_LEAVES = frozenset({"k_scale", "v_scale", "q_scale", "kv_scale", "output_scale"})
 """Last name components of scales of a quantized KV cache."""
 
