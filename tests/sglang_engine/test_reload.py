@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,27 @@ def changed(folder: Path, to: Path) -> Path:
     for name, value in tensors.items():
         if name.endswith("scales") or (name.endswith("weight_scale") and value.is_floating_point()):
             tensors[name] = value * 0.5
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def with_biases(folder: Path, to: Path, **values: Tensor) -> Path:
+    """The same checkpoint in the shape of Qwen2: biases of the query, key and value layers.
+
+    Args:
+        values: of a leaf, for all layers; others are stored as zeros, where no layer has a bias.
+    """
+    out = without_notes(folder, to)
+    config = json.loads((out / "config.json").read_text())
+    if values:
+        config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    (out / "config.json").write_text(json.dumps(config))
+    tensors = load_file(out / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(".scales")]:
+        module, size = name.removesuffix(".scales"), tensors[name].shape[-1]
+        value = values.get(module.rpartition(".")[2], torch.zeros(size))
+        if bool(value.any()) or not values:
+            tensors[f"{module}.bias"] = value.to(torch.float16).clone()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
@@ -62,6 +84,34 @@ def test_new_weights_take_the_place_of_the_old(source: Path, tmp_path: Path) -> 
     assert (after - reference_logits(new, IDS)).abs().max() <= 5e-5
     assert (after - before).abs().max() > 1e-2
     assert torch.equal(again, before)
+
+
+def test_layers_with_a_bias_take_new_weights_and_biases(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    sizes = {"q_proj": 256, "k_proj": 128, "v_proj": 128}
+    old, other = ({k: torch.randn(n, generator=g) for k, n in sizes.items()} for _ in range(2))
+    first = with_biases(ACT_ORDER, tmp_path / "old", **old)
+    plain = changed(ACT_ORDER, tmp_path / "plain")
+    new = with_biases(plain, tmp_path / "new", **other)
+    mixed = with_biases(plain, tmp_path / "mixed", **old)
+    with loaded(first) as model:
+        before = forward(model, IDS)
+        update(model, stream(new).items())
+        after = forward(model, IDS)
+    assert (before - reference_logits(first, IDS)).abs().max() <= 5e-5
+    want = reference_logits(new, IDS)
+    assert (after - want).abs().max() <= 5e-5
+    assert (want - reference_logits(mixed, IDS)).abs().max() > 1e-2  # biases count
+
+
+def test_stored_zeros_where_no_layer_has_a_bias_are_no_part_of_an_update(tmp_path: Path) -> None:
+    """As AutoGPTQ writes them for every layer."""
+    old = with_biases(ACT_ORDER, tmp_path / "old")
+    new = changed(old, tmp_path / "new")
+    with loaded(old) as model:
+        update(model, stream(new).items())
+        after = forward(model, IDS)
+    assert (after - reference_logits(new, IDS)).abs().max() <= 5e-5
 
 
 def test_incomplete_update_changes_no_packed_layer(tmp_path: Path) -> None:

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 __all__ = ["LoadedTensor", "load_tensor", "no_such_name", "read_matrix", "read_parameter"]
 
 
-def read_matrix(plan: Plan, member: Member, expert: int | None = None) -> LayerTensors:
+def read_matrix(
+    plan: Plan, member: Member, expert: int | None = None, *, bias: bool = True
+) -> LayerTensors:
     """One matrix of a quantized member in canonical form.
 
     Args:
         expert: which one of a stack; None for a plain layer.
+        bias: False leaves a stored bias unread.
 
     Raises:
         CheckpointError: the file changed or cannot be read.
@@ -38,7 +41,7 @@ def read_matrix(plan: Plan, member: Member, expert: int | None = None) -> LayerT
     scheme, layer, tensors = member.scheme, member.layer, {}
     assert isinstance(scheme, Scheme)
     for param in member.params:
-        if param.need == "ignored":
+        if param.need == "ignored" or (param.name == "bias" and not bias):
             continue
         parts = []
         for name, index in param_sources(layer, param, expert):

@@ -84,8 +84,13 @@ def _scheme(member: Member) -> Scheme:
     return member.scheme
 
 
-def read_piece(builder: Builder, piece: Piece, expert: int | None = None) -> LayerTensors:
+def read_piece(
+    builder: Builder, piece: Piece, expert: int | None = None, *, bias: bool = True
+) -> LayerTensors:
     """A rank's part of one matrix, in canonical form.
+
+    Args:
+        bias: False leaves a stored bias unread.
 
     Raises:
         LayoutError: ``Q-LAYOUT-SHAPE`` if the engine's sizes are not those of the checkpoint,
@@ -103,7 +108,8 @@ def read_piece(builder: Builder, piece: Piece, expert: int | None = None) -> Lay
             expected=wanted,
             actual=found,
         )
-    return cut(read_matrix(builder.plan, piece.member, expert), out=piece.out, inp=piece.inp)
+    matrix = read_matrix(builder.plan, piece.member, expert, bias=bias)
+    return cut(matrix, out=piece.out, inp=piece.inp)
 
 
 def _bind(
@@ -144,8 +150,8 @@ def bind_linear(
     """A linear layer from its pieces in row order. Members that agree become one part.
 
     Args:
-        bias: keep the checkpoint's bias; engines usually load and add it themselves. A bias that
-            is all zeros is never kept.
+        bias: read and keep the checkpoint's bias; engines usually load and add it themselves. A
+            bias that is all zeros is never kept.
 
     Raises:
         LayoutError: as ``read_piece``.
@@ -157,9 +163,7 @@ def bind_linear(
             parts += [_bind_float(builder, p) for p in group]
             continue
         run = list(group)
-        loaded = [read_piece(builder, p) for p in run]
-        if not bias:
-            loaded = [replace(lt, bias=None) for lt in loaded]
+        loaded = [read_piece(builder, p, bias=bias) for p in run]
         fused = fuse(loaded, [_scheme(p.member).operands.get("input") for p in run])
         if not isinstance(fused, Composite):
             parts.append(_bind(builder, name, "linear", fused, run[0].member, run[0].inp.size))

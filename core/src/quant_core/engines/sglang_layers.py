@@ -81,13 +81,13 @@ def _table_method(
 
 
 def sources_of(
-    config: QuantCoreConfig, members: Sequence[Member], shards: Sequence[Any]
+    config: QuantCoreConfig, members: Sequence[Member], shards: Sequence[Any], *, bias: bool = False
 ) -> dict[str, dict[Any, str]]:
     """Parameter name -> {shard id: stored name} of a layer's members."""
     out: dict[str, dict[Any, str]] = {}
     plan = config.plan
     for member, shard in zip(members, shards, strict=True):
-        for name in stored_names(plan, [member]):
+        for name in stored_names(plan, [member], bias=bias):
             out.setdefault(name.rpartition(".")[2], {})[shard] = name
     return out
 
@@ -102,7 +102,7 @@ class _Method(QuantizeMethodBase):  # type: ignore[misc]
         self.slots: Slots | None = None
 
     def _prepare(self, layer: Any, dtype: torch.dtype, shards: Sequence[Any]) -> None:
-        sources = sources_of(self.config, self.members, shards)
+        sources = sources_of(self.config, self.members, shards, bias=self.bias)
         self.slots = Slots(layer, sources, self.config.round)
         keys: Mapping[Any, str] = sources.get("weight", {})
         layer.packed_device = self.slots.add_weight(layer, "weight", dtype, keys)

@@ -82,15 +82,19 @@ def check_described(plan: Plan, name: str, value: Tensor) -> None:
         raise cannot_reload(f"tensor {printable(name)!r}, which describes others, changed")
 
 
-def stored_names(plan: Plan, members: Iterable[Member]) -> list[str]:
-    """Stored names of everything that packed layers read; not a layer's bias, but an expert's."""
+def stored_names(plan: Plan, members: Iterable[Member], *, bias: bool = False) -> list[str]:
+    """Stored names of everything that packed layers read.
+
+    Args:
+        bias: as in ``bind_linear``: a layer's own too. Experts always read theirs.
+    """
     out: dict[str, None] = {}
     for member in members:
         if not member.quantized:
             out[plan.dense[f"{member.layer.name}.weight"]] = None
             continue
         for param, name, _, _ in member_parts(member):
-            mine = param.name != "bias" or member.layer.experts
+            mine = param.name != "bias" or bias or member.layer.experts
             if mine and param.need != "ignored" and name in plan.checkpoint.tensors:
                 out[name] = None
     return list(out)
