@@ -103,8 +103,11 @@ def test_described_version_names_the_packing(ct, write):
     with pytest.raises(LayoutError) as err:
         describe(_schemes(ct, write, layers)[1])
     assert err.value.code == "Q-LAYOUT-REPRESENT"
+    nothing = SimpleNamespace(
+        match=None, members={}, attention={}, checkpoint=SimpleNamespace(tensors={})
+    )
     with pytest.raises(LayoutError):
-        config_for(SimpleNamespace(match=None, members={}, checkpoint=SimpleNamespace(tensors={})))
+        config_for(nothing)
 
 
 def test_described_config_of_float_formats_reads_back(ct, write):
