@@ -11,12 +11,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from sglang_serving import loaded, published, without_notes
 
 from checkpoint_sets import FIXTURES, SHARED
 from quant_core.engines.sglang_config import TAKE_OVER, QuantCoreConfig
 from quant_core.errors import ConfigError, LayoutError, QuantError
+from tiny_models import make_tiny
 
 ACT_ORDER = FIXTURES / "gptqmodel-4bit-g128-asym-descact"
 
@@ -130,6 +132,71 @@ def test_unknown_option_is_refused() -> None:
     block = '{"quantization_config": {"quant_method": "quant_core", "onlin": "mxfp8"}}'
     err = fails(ACT_ORDER, json_model_override_args=block)
     assert err.code == "Q-CFG-KEY"
+
+
+def deepseek(folder: Path, kept: str) -> Path:
+    """A DeepSeek-V3 that packs every layer without ``kept`` in its name."""
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(
+        vocab_size=288, hidden_size=128, intermediate_size=256, moe_intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1,
+        first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=128, qk_nope_head_dim=64,
+        qk_rope_head_dim=64, v_head_dim=64, max_position_embeddings=512,
+        rope_parameters={  # the one kind that SGLang has on a CPU
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0,
+            "original_max_position_embeddings": 256, "mscale_all_dim": 1.0,
+        },
+    )  # fmt: skip
+    tiny = make_tiny(
+        folder, config, quantized=lambda name, kind: kind != "other" and kept not in name
+    )
+    # what SGLang takes from DeepSeek's own config.json and transformers' config does not have
+    return tiny.write(topk_method="noaux_tc", scoring_func="sigmoid", moe_layer_freq=1)
+
+
+def test_packed_latent_attention_is_refused_before_weights_are_loaded(tmp_path: Path) -> None:
+    folder = deepseek(tmp_path / "model", kept="_a_proj")
+    loader = "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_and_postprocess"
+    with mock.patch(loader) as loading:
+        err = fails(folder)
+    assert not loading.called
+    assert err.code == "Q-ENGINE-MODULE"
+    for part in ("model.layers.0.self_attn.kv_b_proj", "model.layers.1.", "skip", "vLLM"):
+        assert part in str(err)
+
+
+@pytest.mark.shared
+def test_latent_attention_of_a_real_checkpoint_is_refused(tmp_path: Path) -> None:
+    err = fails(without_notes(SHARED / "ct-mla-fp8-block", tmp_path / "model"))
+    assert err.code == "Q-ENGINE-MODULE"
+    assert "model.layers.1.self_attn.kv_b_proj" in str(err)
+    assert "model.layers.2." not in str(err)  # the draft's
+
+
+def test_latent_attention_stored_as_floats_is_loaded_beside_packed_layers(tmp_path: Path) -> None:
+    """SGLang's own absorption of the float weight; running it needs SGLang's kernels."""
+    folder = deepseek(tmp_path / "model", kept="self_attn")
+    stored = load_file(folder / "model.safetensors")
+    with loaded(folder) as model:
+        for number, layer in enumerate(model.model.layers):
+            weight = stored[f"model.layers.{number}.self_attn.kv_b_proj.weight"].view(4, 128, 128)
+            assert torch.equal(layer.self_attn.w_kc, weight[:, :64])
+            assert torch.equal(layer.self_attn.w_vc, weight[:, 64:].transpose(1, 2))
+        assert type(model.model.layers[0].mlp.down_proj.quant_method).__name__ == "LinearMethod"
+
+
+def test_dropped_float_of_latent_attention_stops_the_start(tmp_path: Path) -> None:
+    """SGLang has written its own name of a rotary embedding into the config by then."""
+    folder = deepseek(tmp_path / "model", kept="self_attn")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.kv_a_layernorm.weight"
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    err = fails(folder)
+    assert err.code == "Q-TENSOR-MISSING"
+    assert name in str(err)
 
 
 def test_draft_model_is_refused(tmp_path: Path) -> None:

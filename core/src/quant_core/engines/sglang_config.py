@@ -9,6 +9,7 @@ Source: SGLang 0.5.23, srt/layers/quantization/base_config.py, srt/model_loader/
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,7 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             CheckpointError: ``Q-TENSOR-MISSING`` for a float parameter that is not stored.
             ConfigError: ``Q-ENGINE-DRAFT`` for a draft model.
+            LayoutError: ``Q-ENGINE-MODULE`` for latent attention that SGLang would absorb.
         """
         if self._plan is None:
             from quant_core.engines.packed import neutral
@@ -132,6 +134,7 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
             with neutral():
                 self._plan = open_plan(_local_path(self.model or _model_path()), self.options)
             _check_container(self._plan)
+            _check_absorbed(self._plan)
             self.account = Account(self._plan)
         return self._plan
 
@@ -188,21 +191,22 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         self.checked = True
         assert self.plan is not None
         assert self.account is not None
-        config = _hf_config()
-        text = getattr(config, "get_text_config", lambda: config)()
-        layers = getattr(text, "num_hidden_layers", None)
+        layers = _num_layers()
         self.account.check(lambda name: _absent(name, layers))
-        check_floats(self.plan, config)
+        check_floats(self.plan, _transformers_config())
+
+
+def _of_draft(name: str, num_layers: int | None) -> bool:
+    number = _LAYER_NUMBER.search(name)
+    beyond = number and num_layers is not None and int(number[1]) >= num_layers
+    return bool(beyond) or name.startswith("mtp.")
 
 
 def _absent(name: str, num_layers: int | None) -> str:
     """Why this rank has no layer for a member; "" if there is no reason."""
     from sglang.srt.runtime_context import get_parallel
 
-    number = _LAYER_NUMBER.search(name)
-    if number and num_layers is not None and int(number[1]) >= num_layers:
-        return "layers of a draft model"
-    if name.startswith("mtp."):
+    if _of_draft(name, num_layers):
         return "layers of a draft model"
     return "held by another pipeline stage" if get_parallel().pp_size > 1 else ""
 
@@ -241,10 +245,55 @@ def _check_container(plan: Plan) -> None:
     )
 
 
+def _check_absorbed(plan: Plan) -> None:
+    """Latent attention (MLA): models split the weight of ``kv_b_proj`` in ``load_weights``.
+
+    Raises:
+        LayoutError: ``Q-ENGINE-MODULE`` if it is packed.
+
+    Source: SGLang 0.5.23, srt/models/deepseek_common/deepseek_weight_loader.py
+    (post_load_weights); srt/models/{minicpm3,kimi_linear,longcat_flash}.py do the same.
+    """
+    from quant_core.errors import LayoutError, summarize
+
+    layers = _num_layers()
+    names = [n for n in plan.quantized if n.endswith(".kv_b_proj") and not _of_draft(n, layers)]
+    if not names:
+        return
+    raise LayoutError(
+        f"{plan.checkpoint.path}: {len(names)} layer(s) of latent attention are quantized: "
+        f"{summarize(names)}; expected floats: SGLang splits their weights while it loads, before "
+        "packed layers exist. Exclude kv_b_proj from quantization (option skip, if it is done "
+        "while loading), or serve the checkpoint with vLLM.",
+        code="Q-ENGINE-MODULE",
+        path=plan.checkpoint.path,
+        tensor=names[0],
+    )
+
+
 def _hf_config() -> Any:
     from sglang.srt.runtime_context import process_model_config
 
     return process_model_config().hf_config
+
+
+def _num_layers() -> int | None:
+    config = _hf_config()
+    text = getattr(config, "get_text_config", lambda: config)()
+    return getattr(text, "num_hidden_layers", None)
+
+
+def _transformers_config() -> Any:
+    """A copy of the model's config without the name that SGLang's DeepSeek writes into it.
+
+    Source: SGLang 0.5.23, srt/models/deepseek_v2.py (rope_scaling["rope_type"]).
+    """
+    config = copy.deepcopy(_hf_config())
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = getattr(config, name, None)
+        if isinstance(rope, dict) and rope.get("rope_type") == "deepseek_yarn":
+            rope["rope_type"] = "yarn"
+    return config
 
 
 def _model_path() -> str:
