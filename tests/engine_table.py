@@ -10,9 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["CHECKPOINTS", "ENGINES", "FEATURES", "KINDS", "RUNS", "Holds", "No", "Yes", "served"]
+__all__ = [
+    "CHECKPOINTS",
+    "ENGINES",
+    "FEATURES",
+    "KINDS",
+    "REFUSED",
+    "RUNS",
+    "Holds",
+    "No",
+    "Yes",
+    "refused",
+    "served",
+]
 
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "sglang")
 
 KINDS = ("linear", "lm_head", "embedding", "experts", "stacked experts", "attention")
 """As in format_table.py."""
@@ -66,7 +78,11 @@ CHECKPOINTS = {
 _CACHES = ("ct-kvfp8-w4a16", "modelopt-fp8-kvfp8")
 _OTHERS = tuple(name for name in CHECKPOINTS if name not in _CACHES)
 _HERE = "tests/test_engine_table.py"
-_VLLM = "tests/vllm_engine"
+_VLLM, _SGLANG = "tests/vllm_engine", "tests/sglang_engine"
+_GGUF = tuple(name for name, holds in CHECKPOINTS.items() if holds.format == "gguf")
+_ALONE_RUN = ("hf-gptoss-mxfp4",)  # its attention needs SGLang's kernels: the experts alone
+_CLAMPED = "test_clamped_experts_stored_as_one_tensor_compute_the_same"
+_CONTAINER = f"{_SGLANG}/test_start.py::test_container_that_sglang_cannot_read_is_refused"
 
 RUNS = {
     "transformers": {f"{_HERE}::test_transformers_keeps_every_member_packed": tuple(CHECKPOINTS)},
@@ -74,13 +90,28 @@ RUNS = {
         f"{_VLLM}/test_tokens.py::test_every_checkpoint_gives_the_same_tokens": _OTHERS,
         f"{_VLLM}/test_modes.py::test_cache_scales_of_the_file_reach_the_attention_layers": _CACHES,
     },
+    "sglang": {
+        f"{_SGLANG}/test_logits.py::test_every_checkpoint_gives_the_same_logits": tuple(
+            name for name in _OTHERS if name not in (*_GGUF, *_ALONE_RUN)
+        ),
+        f"{_SGLANG}/test_logits.py::{_CLAMPED}": _ALONE_RUN,
+        f"{_SGLANG}/test_logits.py::test_cache_scales_are_those_of_the_file": _CACHES,
+    },
 }
 """Engine -> test -> checkpoints that it is run on."""
+
+REFUSED = {"sglang": {_CONTAINER: _GGUF}}
+"""Engine -> test that shows the refusal -> checkpoints that it does not serve."""
 
 
 def served(test: str) -> tuple[str, ...]:
     """The checkpoints that a test named ``file::function`` is run on."""
     return next(runs[test] for runs in RUNS.values() if test in runs)
+
+
+def refused(engine: str) -> tuple[str, ...]:
+    """The checkpoints that an engine does not serve."""
+    return tuple(name for names in REFUSED.get(engine, {}).values() for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,21 +139,30 @@ _ASIDE = "test_plugin_that_raises_at_import_is_set_aside_and_others_work"
 _MAPS = "test_device_map_over_several_devices_is_refused_before_loading"
 _TOKENS, _MODES, _FAULTS = (f"{_VLLM}/test_{name}.py" for name in ("tokens", "modes", "faults"))
 _ASKS = f"{_VLLM}/test_requests.py"
+_START, _LOGITS = f"{_SGLANG}/test_start.py", f"{_SGLANG}/test_logits.py"
+_RANKS, _AGAIN = f"{_SGLANG}/test_parallel.py", f"{_SGLANG}/test_reload.py"
+_IN_TURN = "ranks one after the other"
 
 FEATURES: dict[str, dict[str, Yes | No]] = {
     "unlike members of one fused layer": {
         "transformers": Yes(test=f"{_HERE}::test_transformers_keeps_every_member_packed"),
         "vllm": Yes(test=f"{_MODES}::test_float_and_packed_members_of_one_fused_layer"),
+        "sglang": Yes(test=f"{_LOGITS}::test_every_checkpoint_gives_the_same_logits"),
     },
     "latent attention (MLA)": {
         "transformers": Yes(test=f"{_MODELS}::{_DENSE}"),
         "vllm": Yes(
             test=f"{_TOKENS}::test_latent_attention_gives_the_tokens_of_vllm_on_dequantized_weights"
         ),
+        "sglang": No(
+            why="SGLang splits kv_b_proj while it loads; as floats it loads",
+            test=f"{_START}::test_packed_latent_attention_is_refused_before_weights_are_loaded",
+        ),
     },
     "container without config.json": {
         "transformers": Yes(test=f"tests/test_config_from_container.py::{_ALONE}"),
         "vllm": Yes(test=f"{_TOKENS}::test_container_without_config_gives_the_same_tokens"),
+        "sglang": No(why="SGLang reads floats from safetensors only", test=_CONTAINER),
     },
     "a single file given as the model": {
         "transformers": Yes(test=f"tests/test_config_from_container.py::{_ALONE}"),
@@ -130,22 +170,26 @@ FEATURES: dict[str, dict[str, Yes | No]] = {
             why="vLLM reads it as config.json; give its folder",
             test=f"{_ASKS}::test_single_file_is_refused_by_vllm_and_its_folder_is_served",
         ),
+        "sglang": No(why="SGLang reads floats from safetensors only", test=_CONTAINER),
     },
     "online quantization": {
         "transformers": Yes(test="tests/test_online.py::test_tiny_models"),
         "vllm": Yes(test=f"{_TOKENS}::test_online_quantization_of_a_float_model"),
+        "sglang": Yes(test=f"{_LOGITS}::test_online_quantization_gives_the_same_logits"),
     },
     "dropped tensor stops the load": {
         "transformers": Yes(
             test=f"{_ENGINE}::test_dropping_any_tensor_of_a_real_checkpoint_raises_and_names_it"
         ),
         "vllm": Yes(test=f"{_FAULTS}::test_dropped_tensor_stops_the_start"),
+        "sglang": Yes(test=f"{_START}::test_dropped_tensor_stops_the_start"),
     },
     "broken plugin of somebody else is set aside": {
         "transformers": Yes(test=f"core/tests/test_registry.py::{_ASIDE}"),
         "vllm": Yes(
             test=f"{_FAULTS}::test_broken_plugin_of_somebody_else_does_not_stop_the_engine"
         ),
+        "sglang": Yes(test=f"core/tests/test_registry.py::{_ASIDE}", note="in core"),
     },
     "taking over the engine's own formats": {
         "transformers": Yes(
@@ -153,22 +197,26 @@ FEATURES: dict[str, dict[str, Yes | No]] = {
             note="by `install()`",
         ),
         "vllm": Yes(test=f"{_ASKS}::test_listed_method_is_taken_over", note="on request"),
+        "sglang": Yes(test=f"{_START}::test_method_is_ours_only_on_request", note="on request"),
     },
     "compiled graphs": {
         "transformers": Yes(test=f"{_ENGINE}::test_compiled_forward_is_one_graph_and_equal"),
         "vllm": Yes(test=f"{_MODES}::test_own_processes_and_compiled_gives_the_same_tokens"),
+        "sglang": No(why="not tested"),
     },
     "tensor parallelism": {
         "transformers": No(
             why="use a serving engine", test=f"core/tests/engines/test_transformers.py::{_MAPS}"
         ),
         "vllm": Yes(test=f"{_MODES}::test_two_ranks_give_the_same_tokens"),
+        "sglang": Yes(test=f"{_RANKS}::test_parts_of_ranks_are_parts_of_the_whole", note=_IN_TURN),
     },
     "expert parallelism": {
         "transformers": No(
             why="use a serving engine", test=f"core/tests/engines/test_transformers.py::{_MAPS}"
         ),
         "vllm": Yes(test=f"{_MODES}::test_two_ranks_give_the_same_tokens"),
+        "sglang": Yes(test=f"{_RANKS}::test_expert_parallel_ranks_add_up", note=_IN_TURN),
     },
     "redundant experts (EPLB)": {
         "transformers": No(why="has no such thing"),
@@ -176,14 +224,20 @@ FEATURES: dict[str, dict[str, Yes | No]] = {
             why="refused by vLLM for methods that do not offer it",
             test=f"{_ASKS}::test_redundant_experts_are_refused",
         ),
+        "sglang": No(why="refused", test=f"{_START}::test_balanced_experts_are_refused"),
     },
     "LoRA on a packed base": {
         "transformers": No(why="not tested"),
         "vllm": Yes(test=f"{_MODES}::test_lora_on_a_packed_base_adds_what_it_says"),
+        "sglang": No(
+            why="not tested on linear layers; refused on experts",
+            test=f"{_START}::test_adapters_on_experts_are_refused",
+        ),
     },
     "weights loaded again, from disk": {
         "transformers": Yes(test=f"{_ENGINE}::test_copy_and_state_dict_round_trip"),
         "vllm": Yes(test=f"{_FAULTS}::test_reload_fills_the_same_storage"),
+        "sglang": Yes(test=f"{_AGAIN}::test_new_weights_take_the_place_of_the_old"),
     },
     "weights loaded again, from memory": {
         "transformers": Yes(test=f"{_ENGINE}::test_copy_and_state_dict_round_trip"),
@@ -191,11 +245,16 @@ FEATURES: dict[str, dict[str, Yes | No]] = {
             test=f"{_VLLM}/test_refit.py::test_packed_tensors_are_taken_in_any_order",
             note="safetensors checkpoints",
         ),
+        "sglang": Yes(test=f"{_AGAIN}::test_new_weights_take_the_place_of_the_old"),
     },
     "draft layers (MTP) in the file": {
         "transformers": Yes(test=f"{_MODELS}::{_FURTHER}", note="passed over"),
         "vllm": Yes(
             test=f"{_TOKENS}::test_draft_layers_in_the_file_are_passed_over", note="passed over"
+        ),
+        "sglang": Yes(
+            test=f"{_START}::test_layers_beyond_those_of_the_model_are_passed_over",
+            note="passed over",
         ),
     },
 }

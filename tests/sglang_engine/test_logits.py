@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sglang_serving import (
     forward,
     loaded,
@@ -21,24 +22,24 @@ from sglang_serving import (
 )
 
 from checkpoint_sets import FIXTURES, SHARED
+from engine_table import served as served_names
 
 ORDER = 5e-5  # of logits around 10; 0 was seen
 IDS = [5, 17, 200, 3, 99, 42, 7]
 
-FORMATS = sorted(
-    d
-    for d in FIXTURES.iterdir()
-    if d.is_dir() and not next(d.glob("*.gguf"), None) and "gptoss" not in d.name
-)
-MORE = [  # kinds of layers that no fixture has
-    "ct-moe-w4a16-g128",
-    "ar-moe-w4g64",
-    "modelopt-moe-nvfp4",
-    "hf-fp8-block128-moe",
-    "ar-lmhead-w4",
-    "ct-mixed-fp8attn-w4mlp-nvfp4last",
-    "gptqmodel-4bit-g32-descact-sym",
-]
+_HERE = "tests/sglang_engine/test_logits.py"
+
+
+def checkpoints(test: str) -> list[Any]:
+    """Those of the engine table; what is not shipped is marked."""
+    return [
+        pytest.param(name, marks=[] if (FIXTURES / name).is_dir() else pytest.mark.shared)
+        for name in served_names(f"{_HERE}::{test}")
+    ]
+
+
+def folder_of(name: str) -> Path:
+    return (FIXTURES if (FIXTURES / name).is_dir() else SHARED) / name
 
 
 def compare(path: Path, to: Path, options: dict[str, Any] | None = None, **settings: Any) -> None:
@@ -49,15 +50,9 @@ def compare(path: Path, to: Path, options: dict[str, Any] | None = None, **setti
     assert (got - want).abs().max() <= ORDER
 
 
-@pytest.mark.parametrize("folder", FORMATS, ids=lambda d: d.name)
-def test_every_format_gives_the_same_logits(folder: Path, tmp_path: Path) -> None:
-    compare(folder, tmp_path)
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("name", MORE)
-def test_other_layers_give_the_same_logits(name: str, tmp_path: Path) -> None:
-    compare(SHARED / name, tmp_path)
+@pytest.mark.parametrize("name", checkpoints("test_every_checkpoint_gives_the_same_logits"))
+def test_every_checkpoint_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    compare(folder_of(name), tmp_path)
 
 
 @pytest.mark.shared
@@ -87,16 +82,16 @@ def test_clamped_experts_stored_as_one_tensor_compute_the_same(tmp_path: Path) -
     assert (got.hidden_states - want).abs().max() <= ORDER * want.abs().max()
 
 
-@pytest.mark.shared
-def test_cache_scales_are_those_of_the_file(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    folder = without_notes(SHARED / "ct-kvfp8-w4a16", tmp_path / "model")
+@pytest.mark.parametrize("name", checkpoints("test_cache_scales_are_those_of_the_file"))
+def test_cache_scales_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    folder = without_notes(folder_of(name), tmp_path / "model")
     stored = load_file(folder / "model.safetensors")
     with loaded(folder) as model:
         for number, layer in enumerate(model.model.layers):
             for role in ("k", "v"):
-                want = float(stored[f"model.layers.{number}.self_attn.{role}_scale"])
+                at = f"model.layers.{number}.self_attn."
+                found = [n for n in stored if n.startswith(at) and n.endswith(f".{role}_scale")]
+                want = float(stored[found[0]])
                 assert want not in (0.0, 1.0, -1.0)
                 assert getattr(layer.self_attn.attn, f"{role}_scale_float") == want
 

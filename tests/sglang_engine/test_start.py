@@ -13,9 +13,10 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sglang_serving import loaded, published, without_notes
+from sglang_serving import loaded, published, reference_logits, served_logits, without_notes
 
 from checkpoint_sets import FIXTURES, SHARED
+from engine_table import refused
 from quant_core.engines.sglang_config import TAKE_OVER, QuantCoreConfig
 from quant_core.errors import ConfigError, LayoutError, QuantError
 from tiny_models import make_tiny
@@ -121,8 +122,24 @@ def test_member_without_a_layer_stops_the_start(tmp_path: Path) -> None:
     assert "model.layers.1." in str(err)
 
 
-def test_container_that_sglang_cannot_read_is_refused(tmp_path: Path) -> None:
-    err = fails(without_notes(FIXTURES / "gguf-llama-q4_k_m", tmp_path / "model"))
+def test_layers_beyond_those_of_the_model_are_passed_over(tmp_path: Path) -> None:
+    """As the layers of a draft model are stored."""
+    whole = edited(tmp_path, lambda t: None)
+    alone = without_notes(whole, tmp_path / "alone")
+    for folder in (whole, alone):
+        config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+        (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(alone / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if ".layers.1." not in n}
+    assert kept.keys() < tensors.keys()
+    save_file(kept, alone / "model.safetensors", metadata={"format": "pt"})
+    got, want = served_logits(whole, [5, 17, 200]), reference_logits(alone, [5, 17, 200])
+    assert (got - want).abs().max() <= 5e-5
+
+
+@pytest.mark.parametrize("name", refused("sglang"))
+def test_container_that_sglang_cannot_read_is_refused(name: str, tmp_path: Path) -> None:
+    err = fails(without_notes(FIXTURES / name, tmp_path / "model"))
     assert isinstance(err, ConfigError)
     assert err.code == "Q-ENGINE-CONTAINER"
     assert "quant convert" in str(err)
