@@ -46,11 +46,14 @@ def check_biases(plan: Plan, module: str, members: Iterable[Member], *, wanted: 
         raise unexpected_error(plan.checkpoint, extra, f"no bias, as {module} has none")
 
 
-def check_floats(plan: Plan, hf_config: Any) -> None:
+def check_floats(plan: Plan, hf_config: Any, *, who: str = "") -> None:
     """Before an engine reads float parameters itself, for it does not notice one that is missing.
 
     The checkpoint is compared with transformers' skeleton of the same model. A model that
     transformers does not have, or converts in its own way, is not checked, with a warning.
+
+    Args:
+        who: a setting of the engine that checks any model, for the warning.
 
     Raises:
         CheckpointError: ``Q-TENSOR-MISSING``.
@@ -70,9 +73,10 @@ def check_floats(plan: Plan, hf_config: Any) -> None:
         raise
     except (ValueError, ImportError, LayoutError) as err:  # of transformers, or a refused model
         log.warning(
-            "%s: it is not checked that all float parameters are stored (%s)",
+            "%s: it is not checked that all float parameters are stored (%s)%s",
             plan.checkpoint.path,
             printable(err, 200),
+            f"; {who} does" if who else "",
         )
         return
     if lacking:

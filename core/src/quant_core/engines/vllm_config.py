@@ -219,10 +219,14 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
             if self._refit is None:
                 self._refit = Refit(self)
             return RefitMapper.of(self, self._refit)
-        from quant_core.engines.vllm_loader import PackedNames, check_floats
+        from vllm.config import get_current_vllm_config
+
+        from quant_core.engines.complete import check_floats
+        from quant_core.engines.vllm_loader import PackedNames
 
         if self._packed_names is None:
-            check_floats(self.plan)
+            model = get_current_vllm_config().model_config
+            check_floats(self.plan, model.hf_config, who=f"load_format={METHOD!r}")
             self._packed_names = PackedNames(self)
         return WeightsMapper(orig_to_new_regex={self._packed_names: None})
 

@@ -30,10 +30,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from quant_core.engines.complete import check_biases
 from quant_core.engines.packed import Packed, attach, bind_embedding, bind_linear, neutral
-from quant_core.engines.sharing import Piece, stored_bias
+from quant_core.engines.sharing import Piece
 from quant_core.errors import LayoutError
-from quant_core.ledger import missing_error, unexpected_error
+from quant_core.ledger import missing_error
 from quant_core.plan import Member
 from quant_core.spec import Span
 
@@ -213,7 +214,8 @@ class LinearMethod(_Method, LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self.config.check_taken()
-        _check_bias(self, layer)
+        wanted = getattr(layer, "bias", None) is not None
+        check_biases(self.config.plan, self.prefix, self.members, wanted=wanted)
         builder = self.config.builder(layer.packed_dtype)
         with neutral():
             parts = bind_linear(builder, self.prefix, self._pieces(layer))
@@ -234,25 +236,6 @@ def _out_spans(layer: Any, sizes: Sequence[int]) -> list[Span]:
         start = rank // copies * size
         spans.append(Span(start=start, stop=start + size, total=size * ranks // copies))
     return spans
-
-
-def _check_bias(method: _Method, layer: Any) -> None:
-    """A bias is vLLM's own parameter: stored where the layer has one, and only there."""
-    plan, wanted = method.config.plan, getattr(layer, "bias", None) is not None
-    lacking, extra = [], []
-    for member in method.members:
-        if not member.quantized:
-            continue
-        name = stored_bias(plan, member)
-        in_sums = any(p.role == "acc_bias" for p in member.params)
-        if wanted and name is None and not in_sums:
-            lacking.append(f"{member.layer.name}.bias")
-        elif not wanted and name is not None and bool(plan.checkpoint.read(name).any()):
-            extra.append(name)
-    if lacking:
-        raise missing_error(plan.checkpoint, lacking, f"{method.prefix}, which has a bias")
-    if extra:
-        raise unexpected_error(plan.checkpoint, extra, f"no bias, as {method.prefix} has none")
 
 
 # ------------------------------------------------------------------------------------- tables

@@ -11,8 +11,6 @@ Source: vLLM 0.32.0, model_executor/model_loader/{base_loader,reload/}.
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from quant_core.engines.vllm_config import METHOD, QuantCoreConfig, local_path
-from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -28,13 +26,7 @@ if TYPE_CHECKING:
 
     from quant_core.plan import Member, Plan
 
-__all__ = [
-    "PackedNames",
-    "QuantCoreLoader",
-    "check_floats",
-]
-
-log = logging.getLogger("quant_core")
+__all__ = ["PackedNames", "QuantCoreLoader"]
 
 _registered: list[bool] = []
 
@@ -179,42 +171,6 @@ def _check_filled(plan: Plan, model: nn.Module, loaded: set[str]) -> None:
     ]
     if lacking:
         raise missing_error(plan.checkpoint, lacking, f"{type(model).__name__} of vLLM")
-
-
-def check_floats(plan: Plan) -> None:
-    """Before vLLM's own loader runs, which does not notice a parameter that no tensor fills.
-
-    The checkpoint is compared with transformers' skeleton of the same model. A model that
-    transformers does not have, or converts in its own way, is not checked, with a warning.
-
-    Raises:
-        CheckpointError: ``Q-TENSOR-MISSING``.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from vllm.config import get_current_vllm_config
-
-    from quant_core.engines.transformers_check import missing_parameters
-    from quant_core.ledger import missing_error
-
-    config = copy.deepcopy(get_current_vllm_config().model_config.hf_config)
-    config.quantization_config = None
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        lacking = missing_parameters(plan, model)
-    except CheckpointError:
-        raise
-    except (ValueError, ImportError, LayoutError) as err:  # of transformers, or a refused model
-        log.warning(
-            "%s: it is not checked that all float parameters are stored (%s); load_format=%r does",
-            plan.checkpoint.path,
-            printable(err, 200),
-            METHOD,
-        )
-        return
-    if lacking:
-        raise missing_error(plan.checkpoint, lacking, f"{type(model).__name__} of config.json")
 
 
 class PackedNames:
