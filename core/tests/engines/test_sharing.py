@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from quant_core.build import Builder
 from quant_core.checkpoint.open import open_checkpoint
+from quant_core.engines.complete import check_floats
 from quant_core.engines.packed import (
     Packed,
     attach,
@@ -83,6 +85,23 @@ def test_fused_module_that_lacks_a_member_is_an_error(linear: Plan) -> None:
     with pytest.raises(CheckpointError, match="k_proj") as err:
         names.of(QKV, FUSED)
     assert err.value.code == "Q-TENSOR-MISSING"
+
+
+@pytest.mark.parametrize("kind", ["default", "of_an_engine"])
+def test_missing_float_is_named_whatever_an_engine_wrote_into_the_config(
+    linear: Plan, kind: str
+) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig.from_pretrained(linear.checkpoint.folder)
+    config.rope_parameters["rope_type"] = kind
+    check_floats(linear, config)
+    lost = "model.norm.weight"
+    found = {name: stored for name, stored in linear.dense.items() if name != lost}
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight") as err:
+        check_floats(replace(linear, dense=found), config)
+    assert err.value.code == "Q-TENSOR-MISSING"
+    assert config.rope_parameters["rope_type"] == kind
 
 
 def test_account_names_members_that_no_layer_took(linear: Plan) -> None:

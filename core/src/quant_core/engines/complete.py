@@ -65,6 +65,7 @@ def check_floats(plan: Plan, hf_config: Any, *, who: str = "") -> None:
 
     config = copy.deepcopy(hf_config)
     config.quantization_config = None
+    _restore_rope(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -81,3 +82,19 @@ def check_floats(plan: Plan, hf_config: Any, *, who: str = "") -> None:
         return
     if lacking:
         raise missing_error(plan.checkpoint, lacking, f"{type(model).__name__} of config.json")
+
+
+def _restore_rope(config: Any) -> None:
+    """Serving engines write kinds of rotary embeddings of their own into a model's config.
+
+    transformers cannot build those, and no parameter depends on the kind.
+    Source: vLLM 0.32.0, model_executor/models/{deepseek_v2,openpangu}.py; SGLang 0.5.23,
+    srt/models/deepseek_v2.py.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = getattr(config, name, None)
+        if isinstance(rope, dict) and rope.get("rope_type", "default") not in known:
+            rope["rope_type"] = "default"

@@ -9,7 +9,6 @@ Source: SGLang 0.5.23, srt/layers/quantization/base_config.py, srt/model_loader/
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -193,7 +192,7 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         assert self.account is not None
         layers = _num_layers()
         self.account.check(lambda name: _absent(name, layers))
-        check_floats(self.plan, _transformers_config())
+        check_floats(self.plan, _hf_config())
 
 
 def _of_draft(name: str, num_layers: int | None) -> bool:
@@ -281,19 +280,6 @@ def _num_layers() -> int | None:
     config = _hf_config()
     text = getattr(config, "get_text_config", lambda: config)()
     return getattr(text, "num_hidden_layers", None)
-
-
-def _transformers_config() -> Any:
-    """A copy of the model's config without the name that SGLang's DeepSeek writes into it.
-
-    Source: SGLang 0.5.23, srt/models/deepseek_v2.py (rope_scaling["rope_type"]).
-    """
-    config = copy.deepcopy(_hf_config())
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = getattr(config, name, None)
-        if isinstance(rope, dict) and rope.get("rope_type") == "deepseek_yarn":
-            rope["rope_type"] = "yarn"
-    return config
 
 
 def _model_path() -> str:
