@@ -12,6 +12,7 @@ All but the first keep the reference kernel's own row-major buffers (layout "row
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,7 @@ class Dequant(Tiles16):
         return functools.partial(runs[op.op], to_text(op))
 
 
-class _Products(Rows):
+class _Products(Rows, ABC):
     """One of torch's products on rows of 8-bit codes."""
 
     name: str
@@ -117,11 +118,13 @@ class _Products(Rows):
         bad = common_problem(op, self.OPS, self.FEATURES) or _on(op, self.DEVICES)
         return bad or self._own_problem(op)
 
+    @abstractmethod
     def _own_problem(self, op: OpSpec) -> Rejected | None:
-        raise NotImplementedError
+        """What this product in particular cannot run."""
 
+    @abstractmethod
     def _runner(self) -> Callable[..., Tensor]:
-        raise NotImplementedError
+        """The function that multiplies."""
 
     def _rates(self, op: OpSpec) -> dict[str, Any]:
         # 14 bytes an element of x: largest magnitude, division, rounding

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-class TilesKernel(Tiles16):
+class TilesKernel(Tiles16, ABC):
     """What the kernels of this package on "tiles16" share: refusals."""
 
     name = ""
@@ -68,8 +69,9 @@ class TilesKernel(Tiles16):
         recipe = self._recipe(op)
         return recipe if isinstance(recipe, Rejected) else self._accepted(op, recipe)
 
+    @abstractmethod
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
-        raise NotImplementedError
+        """The function that runs ``op``."""
 
 
 class PlainTriton(TilesKernel):
