@@ -425,6 +425,8 @@ class OpSpec:
     from ``k`` only with gather), ``experts``, ``top_k``.
     Features: "bias", "acc_bias", "gather", "tied:embedding", ... Tensor j of transform i is the
     feature "transform_<i>_<j>:<dtype>:<shape, x between sizes>".
+    Operations between layers have no operands; their features are those of
+    ``kernels.between``.
     """
 
     op: Literal[
@@ -436,6 +438,9 @@ class OpSpec:
         "kv_write",
         "kv_read",
         "attention",
+        "rms_norm",
+        "rotary",
+        "gated",
         "collective",
     ]
     operands: tuple[tuple[str, QuantSpec], ...]

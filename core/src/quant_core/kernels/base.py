@@ -71,7 +71,7 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """See the module's docstring. Four attributes are optional:
+    """See the module's docstring. Six attributes are optional:
 
     TRANSFORMS  True: the kernel applies transforms; core asks no other for an operation with any.
     layout      name of the storage order of its buffers; kernels with an equal one must agree on
@@ -82,6 +82,11 @@ class Kernel(Protocol):
                 run([[buffers of a layer...], ...], x) -> [y, ...], each y as ``bind`` gives it (up
                 to the order of float32 sums); layers that quantize x alike share that. None: not
                 these.
+    bind_gated  bind_gated(ops of gate, up, down, activation) -> run | None: a gated MLP as one
+                call, run([[buffers of gate], [of up], [of down]], x) -> y as its parts give it;
+                the run answers None for an x that it does not take.
+    bind_block  bind_block(block) -> run | None: a decoder layer as one call for one new token a
+                sequence, ``kernels.between.Block``.
     """
 
     name: str
@@ -111,5 +116,6 @@ class Kernel(Protocol):
                       q [B, H, 1, D] of one new token (feature "one_token"), k and v
                       [B, Hkv, L, D], mask bool (True = attend), float (added) or None,
                       broadcast to [B, H, 1, L], y [B, 1, H, D]
+        rms_norm, rotary, gated   as in ``kernels.between``; None for what it does not take
         It must pickle (a partial of a module-level function) and trace under torch.compile.
         """

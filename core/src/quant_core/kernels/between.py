@@ -1,0 +1,141 @@
+"""Operations between a model's linear layers: what kernels are asked, and what they answer.
+
+They have no quantized weights. A kernel offers them by the ``apply`` hook and derives from
+``Weightless``; an engine replaces a module's own arithmetic only after it has proved, on random
+input, that the kernel's equals it (``engines.transformers_parts``). In each of them ``run`` may
+answer None for what it does not take (a dtype, a stride, a device): the module's own code runs
+then. Inputs are never written to.
+
+    rms_norm   run([weight [K]], x [..., K], eps) -> y
+               run([weight [K]], x, eps, delta) -> (x + delta, y of that sum); delta like x
+                   h = x / sqrt(mean(x^2) + eps), all in float32;  x + delta is rounded first
+                   y = weight * (h rounded to x's dtype)
+               feature "round_last"    y = (weight * h) rounded once, the product in float32
+               feature "unit_offset"   1 + weight in place of weight, in float32 with round_last
+               size "k"; weight is of x's dtype
+
+    rotary     run([], q [B, H, T, D], k [B, Hkv, T, D], cos, sin) -> (q', k'), new tensors
+                   cos, sin [B or 1, T, R] of q's dtype, R <= D even, both halves of R alike
+                   first R features: x cos + (-second half, first half) sin; the rest as it is.
+                   Products and their sum are rounded to the dtype, as torch's operators do.
+               size "k" is D, "rotated" is R
+
+    gated      run([], gate [..., K], up [..., K]) -> act(gate) * up; act(gate) is rounded first
+               feature "silu": x * sigmoid(x);  "gelu_tanh": the tanh form
+               size "k"
+
+``act_dtype`` is the dtype of x. Where all the pieces of a gated MLP, or of a decoder layer, were
+chosen from kernels, and the kernel of its linear layers can, the whole is one call: ``bind_gated``
+and ``bind_block`` (``kernels.base``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quant_core.errors import KernelError
+from quant_core.spec import OpSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.tensors import LayerTensors
+
+__all__ = ["ACTIVATIONS", "NORMS", "Block", "Weightless", "gated_op", "norm_op", "rotary_op"]
+
+NORMS: tuple[frozenset[str], ...] = (
+    frozenset(),
+    frozenset({"round_last"}),
+    frozenset({"round_last", "unit_offset"}),
+    frozenset({"unit_offset"}),
+)
+"""Forms of ``rms_norm`` that an engine asks for."""
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+"""Forms of ``gated``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A decoder layer of two residual branches, for one new token a sequence.
+
+        a = attention(rotary(q(n1), k(n1)), v(n1)),  n1 = norm1(x)
+        s = x + o(a)
+        y = s + down(act(gate(n2)) * up(n2)),        n2 = norm2(s)
+
+    ``bind_block`` answers run(buffers, norms, x, cos, sin, keys, values, mask, scale, eps) -> y or
+    None for what it does not take; nothing was written then.
+
+        buffers  of q, k, v, o, gate, up, down: a list for each
+        norms    [weight [K], weight [K]];  eps (eps1, eps2)
+        x        [B, 1, K];  cos, sin [B or 1, 1, R] as for ``rotary``
+        keys     [B, Hkv, L, D], values likewise: the cache with room for the new token at L - 1,
+                 which the call WRITES; positions before it are read
+        mask     as for ``attention``
+
+    Every intermediate result is rounded as by the single operations.
+    """
+
+    linears: tuple[OpSpec, ...]  # q, k, v, o, gate, up, down
+    norms: tuple[OpSpec, OpSpec]
+    gated: OpSpec
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotated: int
+
+
+def norm_op(k: int, form: frozenset[str], dtype: str, device: tuple[str, str]) -> OpSpec:
+    """The operation "rms_norm" over ``k`` features in one of ``NORMS``."""
+    return OpSpec(
+        op="rms_norm",
+        operands=(),
+        sizes=(("k", k),),
+        act_dtype=dtype,
+        device=device,
+        features=form,
+    )
+
+
+def rotary_op(dim: int, rotated: int, dtype: str, device: tuple[str, str]) -> OpSpec:
+    """The operation "rotary" on heads of ``dim`` features, ``rotated`` of them turned."""
+    sizes = (("k", dim), ("rotated", rotated))
+    return OpSpec(op="rotary", operands=(), sizes=sizes, act_dtype=dtype, device=device)
+
+
+def gated_op(k: int, activation: str, dtype: str, device: tuple[str, str]) -> OpSpec:
+    """The operation "gated" over ``k`` features, ``activation`` one of ``ACTIVATIONS``."""
+    return OpSpec(
+        op="gated",
+        operands=(),
+        sizes=(("k", k),),
+        act_dtype=dtype,
+        device=device,
+        features=frozenset({activation}),
+    )
+
+
+class Weightless:
+    """Base of kernels for operations without quantized weights: no buffers of their own."""
+
+    name = ""
+
+    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
+        return {}
+
+    def load_(
+        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
+    ) -> None:
+        raise self._none()
+
+    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
+        raise self._none()
+
+    def _none(self) -> KernelError:
+        return KernelError(
+            f"{self.name}: was asked for weights, expected to be asked to run only. This operation "
+            "has no quantized weights.",
+            code="Q-KERNEL-NONE",
+        )
