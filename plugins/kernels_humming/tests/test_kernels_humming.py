@@ -32,6 +32,7 @@ FP4 = Element(name="fp4_e2m1", bits=4, kind="float")
 FP8 = Element(name="fp8_e4m3", bits=8, kind="float")
 U4 = QuantSpec(element=Element.uint(4), scales=(BF,), zero=Zero(kind="const", value=8))
 U4Z = replace(U4, zero=Zero(kind="code"))
+U5 = replace(U4, element=Element.uint(5), zero=Zero(kind="const", value=16))
 N, K = 64, 256
 
 
@@ -86,6 +87,7 @@ def token(element):
 INT8 = QuantSpec(element=Element.int(8), scales=(Scale(element="bf16", grain=CHANNEL),))
 E4 = QuantSpec(element=FP8, scales=(Scale(element="bf16", grain=CHANNEL),))
 BLOCK = QuantSpec(element=FP8, scales=(Scale(element="f32", grain=(128, 128)),))
+BLOCK16 = QuantSpec(element=FP8, scales=(Scale(element="bf16", grain=(128, 128)),))
 MX = QuantSpec(element=FP4, scales=(Scale(element="e8m0", grain=group(32)),))
 NV = QuantSpec(
     element=FP4,
@@ -106,6 +108,11 @@ BY128 = QuantSpec(element=FP8, scales=(Scale(element="f32", grain=group(128), st
             BLOCK, BY128, {"dtype": "float8e4m3", "group_size": 128, "group_size_n": 128},
             {"dtype": "float8e4m3", "group_size": 128},
         ),
+        (
+            BLOCK16, BY128, {"dtype": "float8e4m3", "group_size": 128, "group_size_n": 128},
+            {"dtype": "float8e4m3", "group_size": 128},
+        ),
+        (U4, token(FP8), {"dtype": "uint4", "group_size": 128}, {"dtype": "float8e4m3"}),
         (MX, None, {"dtype": "float4e2m1", "group_size": 32, "scale_dtype": "float8e8m0"}, None),
         (
             NV, None,
@@ -129,7 +136,8 @@ def test_operations_become_the_librarys_configs(spec, acts, weight, inputs):
         (op_of(replace(U4, zero=Zero(kind="offset", levels=(BF,)))), "element"),
         (op_of(replace(U4, scales=(BF, BF))), "scales"),
         (op_of(replace(U4, gather=True)), "weight"),
-        (op_of(U4, token(FP8)), "input"),
+        (op_of(U4, token(Element.int(8))), "input"),
+        (op_of(U5, token(FP8)), "input"),  # fp8_e4m3 does not hold five bits
         (op_of(U4, features=frozenset({"bias", "bias:float32"})), "features"),
     ],
 )
@@ -177,9 +185,19 @@ def test_signed_bytes_become_offset_binary():
     assert [word >> s & 255 for s in (0, 8, 16, 24)] == [0, 127, 128, 255]
 
 
-def test_library_layer_is_made_once_and_again_after_a_reload(monkeypatch):
-    """With a stand-in for the library that multiplies by what it was given."""
-    made = []
+def test_block_scales_of_16_bits_are_widened():
+    scales = torch.tensor([[0.5], [1.0078125]]).bfloat16()
+    codes = torch.zeros(256, 128, dtype=torch.uint8)
+    qt = QuantizedTensor(spec=BLOCK16, shape=(256, 128), codes=codes, scales=(scales,))
+    got = tensors_of(qt, None)["weight_scale"]
+    assert got.dtype == torch.float32
+    assert got.tolist() == [[0.5], [1.0078125]]
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A stand-in that multiplies by what it was given: what was made of it, and what ran."""
+    made, ran = [], []
 
     class Layer(torch.nn.Module):
         def __init__(self, **kw):
@@ -193,24 +211,46 @@ def test_library_layer_is_made_once_and_again_after_a_reload(monkeypatch):
         def transform(self):
             pass
 
-        def forward(self, x):
+        def forward(self, x, *, tuning_config):
+            ran.append((x.shape[0], tuning_config))
             return (x.float() @ self.w.t()).to(x.dtype)
 
+    class Method:
+        @staticmethod
+        def get_default_tuning_configs(layer):
+            return [[0, 8, {"few": True}], [8, 64, {"few": False}], [64, 1 << 30, {"stages": 4}]]
+
     stand_in = types.ModuleType("humming.layer")
-    stand_in.HummingLayer = Layer
+    stand_in.HummingLayer, stand_in.HummingLayerMethod = Layer, Method
     monkeypatch.setitem(sys.modules, "humming", types.ModuleType("humming"))
     monkeypatch.setitem(sys.modules, "humming.layer", stand_in)
     monkeypatch.setattr(torch.cuda, "device", lambda d: torch.inference_mode(False))
+    return made, ran
+
+
+def part(seed):
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (N, K), dtype=torch.uint8, generator=g)
+    qt = QuantizedTensor(
+        spec=INT8, shape=(N, K), codes=codes, scales=(torch.rand(N, 1).bfloat16(),)
+    )
+    return LayerTensors(operands={"weight": qt})
+
+
+def test_a_call_names_the_configuration_of_its_rows(library):
     op, kernel = op_of(INT8), Humming()
+    buffers = kernel.allocate(op)
+    kernel.load_(buffers, op, part(0), {"row": 0})
+    run = kernel.bind(op)
+    for rows in (1, 8, 9, 64, 65, 5000):
+        run(list(buffers.values()), torch.randn(rows, K).bfloat16())
+    few, more, many = '{"few": true}', '{"few": false}', '{"stages": 4}'
+    assert library[1] == list(zip((1, 8, 9, 64, 65, 5000), (few, few, more, more, many, many)))
 
-    def part(seed):
-        g = torch.Generator().manual_seed(seed)
-        codes = torch.randint(0, 256, (N, K), dtype=torch.uint8, generator=g)
-        qt = QuantizedTensor(
-            spec=INT8, shape=(N, K), codes=codes, scales=(torch.rand(N, 1).bfloat16(),)
-        )
-        return LayerTensors(operands={"weight": qt})
 
+def test_library_layer_is_made_once_and_again_after_a_reload(library):
+    made, _ = library
+    op, kernel = op_of(INT8), Humming()
     buffers = kernel.allocate(op)
     run, x = kernel.bind(op), torch.randn(2, 3, K).bfloat16()
     for seed in (0, 1):

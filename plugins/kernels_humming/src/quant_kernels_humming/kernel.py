@@ -49,7 +49,7 @@ class Humming(Rows):
         if isinstance(made, Rejected):
             return made
         nbytes = op.size("n") * op.size("k") * op.weight.element.bits // 8
-        note = "compiles for seconds at the first call, keeps a second copy of the weights; "
+        note = "compiles for seconds when it first runs, keeps a second copy of the weights; "
         return Accepted(
             cost=_BEHIND + nbytes / 2.4e6,
             workspace_bytes=nbytes,

@@ -3,8 +3,8 @@
     weight         int32 [N, K * bits / 32], one bit stream along K, low bits first: the canonical
                    order of quant-core read as words. Integers are offset binary: int8 code c is
                    c + 128.
-    weight_scale   [N, K / g] or [N, 1] in the dtype of x; blocks float32 [N / 128, K / 128];
-                   MXFP4 e8m0, NVFP4 e4m3
+    weight_scale   [N, K / g] or [N, 1] in the dtype of x; blocks float32 [N / 128, K / 128]
+                   (16-bit ones are widened, which is exact); MXFP4 e8m0, NVFP4 e4m3
     weight_scale_2 float32 [1]: NVFP4's factor of the tensor
     zero_point     int32 [N * bits / 32, K / g], one bit stream along N
     bias           [N] in the dtype of x
@@ -29,6 +29,8 @@ __all__ = ["configs", "tensors_of"]
 
 _WIDE = {"bfloat16": "bf16", "float16": "f16"}
 _FP8 = "fp8_e4m3"
+_BLOCK = (128, 128)
+_NARROW = ("uint2", "uint3", "uint4")  # exact in fp8_e4m3, also less a zero code
 
 
 def _reject(axis: str, have: str, need: str) -> Rejected:
@@ -53,7 +55,7 @@ def _weight(op: OpSpec) -> dict[str, Any] | Rejected:
         return _reject("scales", spec.label, "MXFP4 or NVFP4 scales")
     if len(scales) != 1:
         return _reject("scales", spec.label, "one factor")
-    if e.name == _FP8 and zero is None and grain == (128, 128) and element == "f32":
+    if e.name == _FP8 and zero is None and grain == _BLOCK and element in ("f32", "bf16", "f16"):
         return {"dtype": "float8e4m3", "group_size": 128, "group_size_n": 128}
     if not row and grain[0] != 1:
         return _reject("scales", spec.label, "a scale per row or group of a row")
@@ -95,7 +97,10 @@ def _input(op: OpSpec, weight: dict[str, Any]) -> dict[str, Any] | Rejected | No
             return {"dtype": "float8e4m3"}
     if acts.element.name == "int8" and weight["dtype"] == "uint8" and s.grain == CHANNEL:
         return {"dtype": "int8"}
-    return _reject("input", acts.label, "fp8 with fp8 weights, int8 with int8 weights, per token")
+    if acts.element.name == _FP8 and weight["dtype"] in _NARROW and s.grain == CHANNEL:
+        return {"dtype": "float8e4m3"}
+    need = "fp8 with fp8 or 2 to 4 bit weights, int8 with int8 weights, per token"
+    return _reject("input", acts.label, need)
 
 
 def configs(op: OpSpec) -> tuple[dict[str, Any], dict[str, Any] | None] | Rejected:
@@ -131,8 +136,8 @@ def tensors_of(qt: QuantizedTensor, bias: Tensor | None) -> dict[str, Tensor]:
         codes = codes ^ 0x80
     out = {"weight": codes.contiguous().view(torch.int32).view(n, k * spec.element.bits // 32)}
     small = {"e8m0": torch.float8_e8m0fnu, _FP8: torch.float8_e4m3fn}
-    element = spec.scales[0].element
-    out["weight_scale"] = qt.scales[0].view(small.get(element, qt.scales[0].dtype)).contiguous()
+    scales = qt.scales[0].float() if spec.scales[0].grain == _BLOCK else qt.scales[0]
+    out["weight_scale"] = scales.view(small.get(spec.scales[0].element, scales.dtype)).contiguous()
     if len(qt.scales) > 1:
         out["weight_scale_2"] = qt.scales[1].reshape(1)
     if qt.zeros is not None:

@@ -1,7 +1,15 @@
-"""``quant_humming::linear``: one opaque op around a ``HummingLayer`` made on the first call."""
+"""``quant_humming::linear``: one opaque op around a ``HummingLayer`` made on the first call.
+
+Left to itself the library compiles the kernels of all numbers of rows of x at the first call, some
+thirty a layer. Here each call names the one configuration that the library's own table has for its
+rows, so a kernel is compiled when it first runs.
+"""
 
 from __future__ import annotations
 
+import json
+from bisect import bisect_left
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +24,30 @@ from quant_kernels_humming.layout import configs, tensors_of
 
 __all__ = ["run_linear"]
 
-_made = WeakTensorKeyDictionary()  # codes -> (their version, layer)
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The library's layer for one version of the weights."""
+
+    version: int
+    layer: Any
+    bounds: tuple[int, ...]  # largest number of rows of each configuration, ascending
+    configs: tuple[str, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        at = min(bisect_left(self.bounds, x.shape[0]), len(self.bounds) - 1)
+        y: Tensor = self.layer(x, tuning_config=self.configs[at])
+        return y
+
+
+_made = WeakTensorKeyDictionary()  # codes -> _Made
 
 _lib = torch.library.Library("quant_humming", "DEF")
 _lib.define("linear(Tensor x, Tensor[] tensors, str op) -> Tensor")
 
 
-def _make(tensors: list[Tensor], text: str) -> Any:
-    from humming.layer import HummingLayer
+def _make(tensors: list[Tensor], text: str) -> _Made:
+    from humming.layer import HummingLayer, HummingLayerMethod
 
     op = op_from_text(text)
     made = configs(op)
@@ -44,22 +68,26 @@ def _make(tensors: list[Tensor], text: str) -> Any:
         ).to(tensors[0].device)
         layer.load_from_tensors(tensors_of(held.weight, held.bias))
         layer.transform()
-    return layer
+        table = HummingLayerMethod.get_default_tuning_configs(layer)
+    return _Made(
+        version=tensors[0]._version,
+        layer=layer,
+        bounds=tuple(most for _, most, _ in table),
+        configs=tuple(json.dumps(config) for _, _, config in table),
+    )
 
 
 def _linear(x: Tensor, tensors: list[Tensor], op: str) -> Tensor:
     codes = tensors[0]
-    version, layer = _made.get(codes, (-1, None))
-    if layer is None or version != codes._version:
-        layer = _make(tensors, op)
-        _made[codes] = (codes._version, layer)
+    made = _made.get(codes)
+    if made is None or made.version != codes._version:
+        made = _made[codes] = _make(tensors, op)
     spec = op_from_text(op)
     flat = x.reshape(-1, spec.size("k")).contiguous()
     shape = (*x.shape[:-1], spec.size("n"))
     if not flat.shape[0]:
         return x.new_empty(shape)
-    y: Tensor = layer(flat)
-    return y.reshape(shape)
+    return made(flat).reshape(shape)
 
 
 def _fake(x: Tensor, tensors: list[Tensor], op: str) -> Tensor:
