@@ -10,8 +10,10 @@ import torch
 
 import toy
 from made_layers import SPECS, make_layer, make_op
+from quant_core.errors import KernelError
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.choose import choose
+from quant_core.kernels.quantizer import TorchRound
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.kernels.rounded import RoundedInput, without_input
 from quant_core.nn import QuantLinear
@@ -166,3 +168,52 @@ def test_rounding_is_one_node_of_a_graph():
     values, x = list(buffers.values()), torch.randn(4, K)
     compiled = torch.compile(lambda x: run(values, x), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), run(values, x))
+
+
+def _doubled(buffers, x, *stored):
+    return 2 * TorchRound().bind(_doubled.op)(buffers, x, *stored)
+
+
+class Doubling(TorchRound):
+    """A quantizer whose results can be told from the reference's."""
+
+    name = "doubling"
+
+    def accepts(self, op):
+        return Accepted(cost=3.0) if op.op == "quantize" else super().accepts(op)
+
+    def bind(self, op):
+        _doubled.op = op
+        return _doubled
+
+
+@pytest.mark.parametrize("name", ["fp8 token", "int8 with zero"])
+def test_a_package_that_rounds_activations_is_chosen_and_named(name):
+    spec = {**DYNAMIC, **STORED}[name]
+    lt = _layer(spec)
+    op = _op(lt, spec)
+    registry, x = _registry(FloatsOnly(), Doubling()), torch.randn(3, K)
+    choice = choose(op, registry)
+    assert "rounded to codes and back by doubling" in choice.table
+    answers = {d.kernel: d.answer for d in choice.trace}
+    assert answers["floats@rounded"].cost == answers["floats@rounded"].cost_at(1) == 8.0
+    buffers, run = _bound(choice.kernel, op, [lt])
+    plain = choose(op, registry, kernels="floats,quantize=torch_round")
+    assert "by torch_round" in plain.table
+    want = plain.kernel.bind(op)(list(buffers.values()), x)
+    assert torch.allclose(run(list(buffers.values()), x), 2 * want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_quantizer_that_does_not_exist_is_an_error():
+    spec = DYNAMIC["fp8 token"]
+    op = _op(_layer(spec), spec)
+    with pytest.raises(KernelError, match="quantize=nobody") as err:
+        choose(op, _registry(FloatsOnly()), kernels="quantize=nobody")
+    assert err.value.code == "Q-KERNEL-NONE"
+
+
+def test_a_quantizer_has_no_weights():
+    kernel = TorchRound()
+    assert kernel.allocate(None) == {}
+    with pytest.raises(KernelError, match="no weights"):
+        kernel.restore({}, None)

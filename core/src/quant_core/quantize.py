@@ -26,6 +26,7 @@ from quant_core.numerics import (
     encode,
     encode_scale,
     mx_scale,
+    over,
     tensor_scale,
 )
 from quant_core.packing import pack
@@ -123,7 +124,7 @@ def encode_weight(
 def _one_scale(amax: Tensor, spec: QuantSpec, scale: Scale, rule: str, peak: float) -> Tensor:
     if scale.element == "e8m0":
         return mx_scale(amax, spec.element, rule)
-    stored = encode_scale(amax / peak, scale.element)
+    stored = encode_scale(over(amax, peak), scale.element)
     one = encode_scale(torch.ones_like(amax), scale.element)
     return torch.where(decode_scale(stored, scale.element) == 0, one, stored)
 

@@ -45,6 +45,7 @@ from quant_core.numerics import (
     decode_scale,
     element_range,
     mx_scale,
+    over,
     round_to,
     scale_dtype,
     tensor_scale,
@@ -152,7 +153,7 @@ def _symmetric(groups: Tensor, spec: QuantSpec, factor: Tensor | None) -> Tensor
         codes = mx_scale(bounded, spec.element, scale.rule or "rceil", peak)
         return decode_e8m0(codes).to(groups.dtype)
     if scale.element in _WIDE:
-        s = amax / peak if factor is None else amax / peak * factor
+        s = over(amax, peak) if factor is None else over(amax, peak) * factor
         s = s.clamp(min=scale.least, max=scale.most or None)
         return _nonzero(s, torch.finfo(s.dtype).eps)
     inverse = factor is not None and spec.scales[1].inverse
@@ -179,7 +180,7 @@ def _with_zero(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     dims = (0, 1, 2) if spec.scales[0].grain[0] == 0 else (2,)
     low = groups.amin(dim=dims, keepdim=True).clamp(max=0)
     high = groups.amax(dim=dims, keepdim=True).clamp(min=0)
-    s = _nonzero((high - low) / (highest - lowest), torch.finfo(low.dtype).eps)
+    s = _nonzero(over(high - low, highest - lowest), torch.finfo(low.dtype).eps)
     return s, (lowest - low / s).clamp(lowest, highest).round()
 
 
@@ -192,7 +193,7 @@ def _coarse(groups: Tensor, spec: QuantSpec, input_scale: Tensor | None) -> Tens
         return _stored(input_scale, scale.element, "input_scale", groups.dtype)
     amax = _amax(groups, scale, whole_token=True)
     if scale.peak:
-        return _nonzero(amax / scale.peak, 1.0)
+        return _nonzero(over(amax, scale.peak), 1.0)
     return tensor_scale(amax, element=spec.element, scale=spec.scales[0].element).to(groups.dtype)
 
 

@@ -13,13 +13,15 @@ the candidates; a restriction that leaves none is an error:
     a,b               only the kernels (or layouts) a and b, for everything
     linear=a          only a for operations of this kind; others stay free
     *.lm_head=a       only a in modules whose name matches the glob
+    quantize=a        only a rounds activations for kernels of float ones (``kernels.quantizer``)
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -101,7 +103,12 @@ Memo = dict[tuple[OpSpec, frozenset[str], tuple[tuple[int, float], ...]], Choice
 def _candidates(registry: Registry, op: OpSpec) -> list[tuple[str, Kernel]]:
     from quant_core.kernels.reference import ReferenceKernel
 
-    found: list[tuple[str, Kernel]] = [("quant-core", ReferenceKernel())]
+    reference: Kernel = ReferenceKernel()
+    if op.op == "quantize":
+        from quant_core.kernels.quantizer import TorchRound
+
+        reference = TorchRound()
+    found: list[tuple[str, Kernel]] = [("quant-core", reference)]
     for plugin_id, kernels in registry.call_all("apply", op=op):
         found += [(plugin_id, k) for k in kernels]
     return found
@@ -119,13 +126,15 @@ def _ask(kernel: Kernel, op: OpSpec) -> tuple[OpSpec, Accepted | Rejected]:
     return op, answer
 
 
-def _rounded(kernel: Kernel, op: OpSpec) -> list[tuple[Kernel, OpSpec, Accepted | Rejected]]:
+def _rounded(
+    kernel: Kernel, op: OpSpec, quantizer: Callable[[], Kernel]
+) -> list[tuple[Kernel, OpSpec, Accepted | Rejected]]:
     """The kernel behind a rounding of its activations, if it takes float ones."""
-    if op.operand("input") is None or op.transforms:
+    if op.operand("input") is None or op.transforms or op.op == "quantize":
         return []
     from quant_core.kernels.rounded import RoundedInput
 
-    wrapped = RoundedInput.of(kernel, op)
+    wrapped = RoundedInput.of(kernel, op, quantizer)
     if wrapped is None:
         return []
     as_run, answer = _ask(wrapped, op)
@@ -212,9 +221,20 @@ def _grouped(accepted: Sequence[_Candidate], allowed: Sequence[Kernel]) -> list[
 
 
 def _decide(
-    op: OpSpec, registry: Registry, names: set[str] | None
+    op: OpSpec,
+    registry: Registry,
+    names: set[str] | None,
+    kernels: str | Sequence[str] | None,
+    module: str,
 ) -> tuple[list[Decision], list[_Candidate], list[Kernel]]:
     """(what each candidate said, who accepted, who was asked at all)."""
+
+    @functools.cache
+    def rounds() -> Kernel:
+        from quant_core.kernels.quantizer import quantizer
+
+        return quantizer(op, registry, kernels=kernels, module=module)[0]
+
     bare = None if names is None else names | {n.partition("@")[0] for n in names}
     trace: list[Decision] = []
     accepted: list[_Candidate] = []
@@ -231,7 +251,7 @@ def _decide(
             as_run, answer = _ask(kernel, op)
         said = [(kernel, as_run, answer)]
         if isinstance(answer, Rejected) and answer.axis in ("operands", "features", "input"):
-            said += _rounded(kernel, op)
+            said += _rounded(kernel, op, rounds)
             allowed += [k for k, _, _ in said[1:]]
         for one, its_op, its in said:
             of = layout_of(one)
@@ -246,7 +266,7 @@ def accepting(
 ) -> list[tuple[Kernel, OpSpec, Accepted]]:
     """Every kernel that runs ``op``, the operation as it runs it, and its answer; for measuring."""
     names = _allowed(kernels, op, module)
-    return [(c.kernel, c.op, c.answer) for c in _decide(op, registry, names)[1]]
+    return [(c.kernel, c.op, c.answer) for c in _decide(op, registry, names, kernels, module)[1]]
 
 
 def choose(
@@ -275,7 +295,7 @@ def choose(
     key = (op, frozenset(names or ()), tuple(weights.items()))
     if memo is not None and key in memo:
         return memo[key]
-    trace, accepted, allowed = _decide(op, registry, names)
+    trace, accepted, allowed = _decide(op, registry, names, kernels, module)
     final = _grouped(accepted, allowed)
     if not final:
         raise _none(op, trace, names)

@@ -4,8 +4,8 @@
 
 The result is what the operation means: the kernel only multiplies the rounded values in the dtype
 of x instead of their codes. So every element type of activations runs on every weight kernel of a
-shared storage order, also where the chip has no product of such codes; the trace says "emulated".
-Rounding is one opaque op, ``quant_core::round_input``.
+shared storage order, also where the chip has no product of such codes; the trace says "emulated",
+and by whom: rounding is an operation of its own (``kernels.quantizer``).
 
 Offered for kernels that declare a ``layout`` only. A stored scale becomes a buffer behind those of
 the kernel, under a layout name of its own.
@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quant_core.kernels.activations import fake_quantize, static_shape, unsupported_input
+from quant_core.kernels.activations import static_shape, unsupported_input
 from quant_core.kernels.base import Accepted, Kernel, Rejected
 from quant_core.kernels.measured import answer as answer_of
-from quant_core.spec import OpSpec, QuantSpec
-from quant_core.spec_json import from_text, to_text
+from quant_core.kernels.quantizer import TorchRound, quantize_op
+from quant_core.spec import OpSpec
 
 if TYPE_CHECKING:
     from quant_core.tensors import LayerTensors
@@ -33,32 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["RoundedInput", "without_input"]
 
 _STORED = ("input_scale", "input_zero")
-_FIXED_US = 25.0  # a dozen small launches in a CUDA graph
-_BYTES_PER_ELEMENT = 50.0  # of x, in passes of torch's own ops
-_GBS = 2500.0
-
-_lib = torch.library.Library("quant_core", "FRAGMENT")
-_lib.define("round_input(Tensor x, Tensor? scale, Tensor? zero, str spec) -> Tensor")
-
-
-@functools.lru_cache(maxsize=512)
-def _spec(text: str) -> QuantSpec:
-    spec: QuantSpec = from_text(text)
-    return spec
-
-
-def _round(x: Tensor, scale: Tensor | None, zero: Tensor | None, spec: str) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    rounded = fake_quantize(flat, _spec(spec), scale, zero)
-    return (rounded.clone() if rounded is flat else rounded).view(x.shape)
-
-
-def _fake(x: Tensor, scale: Tensor | None, zero: Tensor | None, spec: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-_lib.impl("round_input", _round, "CompositeExplicitAutograd")
-torch.library.register_fake("quant_core::round_input", _fake, lib=_lib)
 
 
 def without_input(op: OpSpec) -> OpSpec:
@@ -71,21 +45,30 @@ def without_input(op: OpSpec) -> OpSpec:
 
 
 class RoundedInput:
-    """``inner`` behind the rounding of its activations."""
+    """``inner`` behind the rounding of its activations by ``quantizer``."""
 
-    def __init__(self, inner: Kernel, *, stored: bool) -> None:
+    def __init__(self, inner: Kernel, *, stored: bool, quantizer: Kernel | None = None) -> None:
         self.inner = inner
+        self.quantizer: Kernel = TorchRound() if quantizer is None else quantizer
         self.name = f"{inner.name}@rounded"
         layout = str(getattr(inner, "layout", ""))
         self.layout = f"{layout}+input" if stored else layout
 
     @staticmethod
-    def of(inner: Kernel, op: OpSpec) -> RoundedInput | None:
-        """The wrapped kernel where it is of use: float activations accepted, these rejected."""
+    def of(
+        inner: Kernel, op: OpSpec, quantizer: Callable[[], Kernel] = TorchRound
+    ) -> RoundedInput | None:
+        """The wrapped kernel where it is of use: float activations accepted, these rejected.
+
+        Args:
+            quantizer: asked for the kernel that rounds, where it is of use.
+        """
         spec = op.operand("input")
         if spec is None or not getattr(inner, "layout", "") or op.op == "embedding":
             return None
-        return RoundedInput(inner, stored=bool(static_shape(op)))
+        if unsupported_input(op):
+            return None
+        return RoundedInput(inner, stored=bool(static_shape(op)), quantizer=quantizer())
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
         spec = op.operand("input")
@@ -98,16 +81,16 @@ class RoundedInput:
         said = answer_of(self.inner, without_input(op))
         if isinstance(said, Rejected):
             return said
-        per_row = op.size("k") * _BYTES_PER_ELEMENT / _GBS / 1e3
-
-        def more(rows: int, cost: float) -> float:
-            return cost + _FIXED_US + min(rows, 1 << 16) * per_row
-
-        note = f"{spec.element.name} activations emulated: rounded to codes and back"
+        by = answer_of(self.quantizer, quantize_op(op))
+        if isinstance(by, Rejected):
+            return by
+        bounds = {m for m, _ in (*said.costs, *by.costs)} if said.costs else set()
+        name = self.quantizer.name
+        note = f"{spec.element.name} activations emulated: rounded to codes and back by {name}"
         return replace(
             said,
-            cost=more(1, said.cost),
-            costs=tuple((m, more(m, c)) for m, c in said.costs),
+            cost=said.cost + by.cost_at(1),
+            costs=tuple((m, said.cost_at(m) + by.cost_at(m)) for m in sorted(bounds)),
             note=f"{said.note}; {note}" if said.note else note,
         )
 
@@ -141,32 +124,31 @@ class RoundedInput:
         return replace(back, **{n: buffers[n].clone() for n in own})  # type: ignore[arg-type]
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
-        inner, spec = self.inner.bind(without_input(op)), op.operand("input")
-        if self._names(op) and op.size("experts", 0):
-            return functools.partial(_run_experts, inner, to_text(spec), self._names(op))
-        return functools.partial(_run, inner, to_text(spec), self._names(op))
+        inner, own = self.inner.bind(without_input(op)), self._names(op)
+        rounds = self.quantizer.bind(quantize_op(op))
+        if own and op.size("experts", 0):
+            return functools.partial(_run_experts, inner, rounds, own)
+        return functools.partial(_run, inner, rounds, own)
+
+
+_Run = Callable[..., Tensor]
 
 
 def _run(
-    inner: Callable[..., Tensor], spec: str, own: tuple[str, ...], values: list[Tensor], x: Tensor,
+    inner: _Run, rounds: _Run, own: tuple[str, ...], values: list[Tensor], x: Tensor,
     *rest: Tensor,
 ) -> Tensor:  # fmt: skip
-    weights = values[: len(values) - len(own)]
-    held = dict(zip(own, values[len(weights) :]))
-    scale, zero = held.get("input_scale"), held.get("input_zero")
-    return inner(weights, torch.ops.quant_core.round_input(x, scale, zero, spec), *rest)
+    if not own:
+        return inner(values, rounds([], x), *rest)
+    cut = len(values) - len(own)
+    return inner(values[:cut], rounds([], x, *values[cut:]), *rest)
 
 
 def _run_experts(
-    inner: Callable[..., Tensor], spec: str, own: tuple[str, ...], values: list[Tensor], x: Tensor,
+    inner: _Run, rounds: _Run, own: tuple[str, ...], values: list[Tensor], x: Tensor,
     experts: Tensor,
 ) -> Tensor:  # fmt: skip
     """Stored scales of experts: each token under its own expert's."""
-    weights = values[: len(values) - len(own)]
-    held = dict(zip(own, values[len(weights) :]))
-    rounded = x.clone()
-    for e in range(held["input_scale"].shape[0]):
-        zero = held["input_zero"][e] if "input_zero" in held else None
-        mine = torch.ops.quant_core.round_input(x, held["input_scale"][e], zero, spec)
-        rounded = torch.where((experts == e).unsqueeze(1), mine, rounded)
-    return inner(weights, rounded, experts)
+    cut = len(values) - len(own)
+    zero = values[cut + 1] if len(own) > 1 else None
+    return inner(values[:cut], rounds([], x, values[cut], zero, experts), experts)

@@ -17,6 +17,7 @@ from quant_core.numerics.casts import (
     encode,
     fn_to_fnuz,
     fnuz_to_fn,
+    over,
     round_to,
 )
 from quant_core.numerics.elements import (
@@ -52,6 +53,7 @@ __all__ = [
     "fn_to_fnuz",
     "fnuz_to_fn",
     "mx_scale",
+    "over",
     "round_to",
     "round_up_power_of_two",
     "scale_dtype",

@@ -26,7 +26,7 @@ from quant_core.errors import LayoutError
 from quant_core.numerics.elements import FLOAT8_DTYPES, element_table, table_on
 from quant_core.spec import Element
 
-__all__ = ["TIES", "element_range", "encode", "fn_to_fnuz", "fnuz_to_fn", "round_to"]
+__all__ = ["TIES", "element_range", "encode", "fn_to_fnuz", "fnuz_to_fn", "over", "round_to"]
 
 TIES = ("even", "down", "up", "away")
 
@@ -53,6 +53,15 @@ def element_range(element: Element) -> tuple[float, float]:
         return 0.0, float((1 << element.bits) - 1)
     highest = _magnitudes(element.name)[-1]
     return -highest, highest
+
+
+def over(values: Tensor, divisor: float) -> Tensor:
+    """``values / divisor``, rounded once on every device.
+
+    torch multiplies by the inverse of a Python number on CUDA (2.11, BinaryDivTrueKernel.cu), which
+    rounds twice.
+    """
+    return values / values.new_full((), divisor) if values.is_cuda else values / divisor
 
 
 @functools.cache

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
-from quant_core.numerics.casts import element_range
+from quant_core.numerics.casts import element_range, over
 from quant_core.numerics.elements import table_on
 from quant_core.spec import Element
 
@@ -84,11 +84,11 @@ def mx_scale(amax: Tensor, element: Element, rule: str = "rceil", qmax: float = 
     emax = math.frexp(highest)[1] - 1
     bits = _bits(amax)
     if rule == "rceil":
-        byte = (_bits(amax / (qmax or highest)) + _FRACTION) >> 23
+        byte = (_bits(over(amax, qmax or highest)) + _FRACTION) >> 23
     elif rule == "rceil_log2":
-        byte = _byte(torch.log2(amax / (qmax or highest)).ceil())
+        byte = _byte(torch.log2(over(amax, qmax or highest)).ceil())
     elif rule == "even_log2":
-        byte = _byte(torch.log2(amax * 8 / 7 + 9.6e-7).floor() - emax)
+        byte = _byte(torch.log2(over(amax * 8, 7.0) + 9.6e-7).floor() - emax)
     elif rule == "ceil":
         byte = (bits >> 23) + (bits & _FRACTION > 0) - emax
     else:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_core.numerics.casts import element_range, encode
+from quant_core.numerics.casts import element_range, encode, over
 from quant_core.numerics.elements import scale_dtype
 from quant_core.numerics.mx import encode_e8m0
 from quant_core.spec import Element
@@ -61,7 +61,7 @@ def tensor_scale(
     """
     amax = amax.float()
     top = element_range(element)[1] * element_range(Element(name=scale, bits=8, kind="float"))[1]
-    value = top / amax if inverse else amax / top
+    value = top / amax if inverse else over(amax, top)
     return torch.where(amax == 0, 1.0, value)
 
 
@@ -86,5 +86,5 @@ def block_scale(
     """
     qmax = qmax or element_range(element)[1]
     factor, amax = factor.float(), amax.float()
-    value = factor * (amax / qmax) if inverse else amax / (qmax * factor)
+    value = factor * over(amax, qmax) if inverse else amax / (qmax * factor)
     return encode_scale(value.clamp(min=least, max=most or None), scale)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from quant_core.numerics import decode_scale, element_range
+from quant_core.numerics import decode_scale, element_range, over
 from quant_core.spec import CHANNEL, QuantSpec
 
 __all__ = ["group_codes", "row_codes"]
@@ -19,7 +19,7 @@ __all__ = ["group_codes", "row_codes"]
 
 def _run_time_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
     fine = spec.scales[0]
-    s = amax / (fine.peak or element_range(spec.element)[1])
+    s = over(amax, fine.peak or element_range(spec.element)[1])
     if fine.least or fine.most:
         s = s.clamp(min=fine.least, max=fine.most or None)
     return torch.where(s == 0, torch.finfo(s.dtype).eps, s)
