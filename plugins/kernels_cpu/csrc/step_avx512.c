@@ -1,4 +1,5 @@
-/* attention.h for this instruction set. */
+/* attention.h and between.h for this instruction set. */
 #define NAME(f) f##_avx512
 
 #include "attention.h"
+#include "between.h"

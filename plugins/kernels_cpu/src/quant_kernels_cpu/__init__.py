@@ -30,4 +30,8 @@ def apply(op: OpSpec) -> Iterable[Kernel]:
         from quant_kernels_cpu.attention import AttentionStep
 
         return (AttentionStep(),)
+    if op.op in ("rms_norm", "rotary", "gated"):
+        from quant_kernels_cpu.between import BETWEEN
+
+        return (BETWEEN[op.op],)
     return KERNELS

@@ -13,21 +13,18 @@ one, which therefore does not take it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from quant_core.errors import KernelError, LimitError
+from quant_core.errors import LimitError
 from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.between import Weightless
 from quant_core.spec import OpSpec
 from quant_kernels_cpu.descriptor import DTYPES
 from quant_kernels_cpu.library import ISAS, library, unavailable
 from quant_kernels_cpu.watch import watched
-
-if TYPE_CHECKING:
-    from quant_core.tensors import LayerTensors
 
 __all__ = ["AttentionStep", "run_step"]
 
@@ -97,7 +94,7 @@ def run_step(
     return _step(q, k, v, mask, scale)
 
 
-class AttentionStep:
+class AttentionStep(Weightless):
     """Behind core's contract: an operation without weights of its own."""
 
     name = "cpu_attention"
@@ -117,24 +114,6 @@ class AttentionStep:
         if op.act_dtype not in _FLOATS:
             return Rejected(axis="act_dtype", have=op.act_dtype, need=" or ".join(_FLOATS))
         return Accepted(cost=5.0, note=ISAS[library().isa])
-
-    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        return {}
-
-    def load_(
-        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
-    ) -> None:
-        raise self._no_weights()
-
-    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
-        raise self._no_weights()
-
-    def _no_weights(self) -> KernelError:
-        return KernelError(
-            f"{self.name}: was asked for weights, expected to be asked to run only. Attention has "
-            "no weights of its own.",
-            code="Q-KERNEL-NONE",
-        )
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor | None]:
         return run_step

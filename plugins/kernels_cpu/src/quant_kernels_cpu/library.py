@@ -22,7 +22,7 @@ __all__ = ["ISAS", "Library", "library", "unavailable"]
 
 ISAS = ("none", "avx2", "avx512", "bf16")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 4  # of the C interface, as in hatch_build.py
+_VERSION = 5  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ def _load() -> Library | str:
     for function in (c.qk_linear, c.qk_linear_int8, c.qk_linear_w8a8, c.qk_rows, c.qk_dense):
         function.argtypes = [ctypes.c_char_p]
     c.qk_attention.argtypes = [ctypes.c_char_p]
+    for function in (c.qk_rms_norm, c.qk_gated, c.qk_rotary, c.qk_gated_mlp, c.qk_decoder_block):
+        function.argtypes = [ctypes.c_char_p]
     c.qk_linear_shared.argtypes = [ctypes.c_char_p, integer]
     c.qk_load.argtypes = [*[pointer] * 2, *[integer] * 2, pointer]
     c.qk_load.restype = None

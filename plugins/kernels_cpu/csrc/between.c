@@ -1,0 +1,127 @@
+/* Calls between linear layers, and those that run several layers; compiled for the baseline
+ * instruction set like cpu.c. */
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "between_calls.h"
+#include "step.h"
+
+enum { ISA_AVX2 = 1, ISA_AVX512 }; /* as in cpu.c */
+enum { Q, K, V, O, GATE, UP, DOWN, LAYERS };
+
+int qk_linear(const qk_call *), qk_linear_shared(const qk_call *, int64_t), qk_attention(const qk_step *);
+
+#ifdef QK_HAVE_STEP_AVX512
+#define UNIT(name, isa) ((isa) >= ISA_AVX512 ? name##_avx512 : name##_avx2)
+#else
+#define UNIT(name, isa) name##_avx2
+#endif
+
+int qk_rms_norm(const qk_norm *c) { return UNIT(qk_norm, c->isa)(c, omp_get_max_threads()); }
+
+int qk_gated(const qk_gate *c) {
+    UNIT(qk_gate, c->isa)(c, omp_get_max_threads());
+    return 0;
+}
+
+int qk_rotary(const qk_rotate *c) {
+    UNIT(qk_rotate, c->isa)(c, omp_get_max_threads());
+    return 0;
+}
+
+/* `call` for `count` rows of x. */
+static qk_call for_x(const qk_call *call, const void *x, void *y, int64_t type, int64_t count) {
+    qk_call c = *call;
+    c.x = x, c.y = y, c.xtype = type, c.count = count, c.segments = NULL;
+    return c;
+}
+
+/* Scratch memory of `sizes` numbers each, in lines of 64 bytes; parts[0] is to be freed. */
+static int parts_of(char **parts, const int64_t *sizes, int64_t count, int64_t type) {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; i++) bytes += qk_div_up(sizes[i] * qk_size(type), 64) * 64;
+    void *p = NULL;
+    if (posix_memalign(&p, 64, bytes ? (size_t)bytes : 64)) return 1;
+    for (int64_t i = 0; i < count; i++) {
+        parts[i] = p;
+        p = parts[i] + qk_div_up(sizes[i] * qk_size(type), 64) * 64;
+    }
+    return 0;
+}
+
+/* The MLP with gate and up as scratch. */
+static int mlp_into(const qk_mlp *c, void *gate, void *up) {
+    const qk_call both[2] = {for_x(&c->calls[0], c->x, gate, c->type, c->count),
+                             for_x(&c->calls[1], c->x, up, c->type, c->count)};
+    const int status = qk_linear_shared(both, 2);
+    if (status) return status;
+    const qk_gate g = {gate, up, gate, c->type, c->act, c->count * c->calls[0].op->n, c->isa};
+    qk_gated(&g);
+    const qk_call down = for_x(&c->calls[2], gate, c->y, c->type, c->count);
+    return qk_linear(&down);
+}
+
+int qk_gated_mlp(const qk_mlp *c) {
+    char *parts[2];
+    const int64_t sizes[2] = {c->count * c->calls[0].op->n, c->count * c->calls[1].op->n};
+    if (parts_of(parts, sizes, 2, c->type)) return 1;
+    const int status = mlp_into(c, parts[0], parts[1]);
+    free(parts[0]);
+    return status;
+}
+
+/* Queries turned in place; keys turned into the cache, values copied there. */
+static void into_cache(const qk_block *c, char *q, const char *k, const char *v) {
+    const int64_t size = qk_size(c->type), heads = c->heads * c->dim, kv = c->kv_heads * c->dim;
+    const int64_t last = c->length - 1;
+    const qk_rotate queries = {
+        q, c->cos, c->sin, q, c->type, c->batch, c->heads, 1, c->dim, c->rotated,
+        {heads, c->dim, 0}, {heads, c->dim, 0}, {c->angle_stride, 0}, c->isa};
+    const qk_rotate keys = {
+        k, c->cos, c->sin, (char *)c->keys + last * c->k_stride[2] * size, c->type, c->batch,
+        c->kv_heads, 1, c->dim, c->rotated,
+        {kv, c->dim, 0}, {c->k_stride[0], c->k_stride[1], 0}, {c->angle_stride, 0}, c->isa};
+    qk_rotary(&queries);
+    qk_rotary(&keys);
+    for (int64_t b = 0; b < c->batch; b++)
+        for (int64_t h = 0; h < c->kv_heads; h++) {
+            const int64_t to = b * c->v_stride[0] + h * c->v_stride[1] + last * c->v_stride[2];
+            memcpy((char *)c->values + to * size, v + (b * kv + h * c->dim) * size, c->dim * size);
+        }
+}
+
+int qk_decoder_block(const qk_block *c) {
+    const int64_t rows = c->batch, type = c->type, hidden = c->calls[Q].op->k_in;
+    const int64_t q_n = c->heads * c->dim, kv_n = c->kv_heads * c->dim, wide = c->calls[GATE].op->n;
+    enum { NORMED, QUERY, KEY, VALUE, MIXED, SUM, GATED, UPPED, PARTS };
+    const int64_t sizes[PARTS] = {rows * hidden, rows * (q_n > hidden ? q_n : hidden), rows * kv_n,
+                                  rows * kv_n,   rows * q_n, rows * hidden, rows * wide, rows * wide};
+    char *p[PARTS];
+    int status;
+    if (parts_of(p, sizes, PARTS, type)) return 1;
+    const qk_norm first = {c->norm[0], c->x, NULL, NULL, p[NORMED], type, c->form[0],
+                           rows, hidden, c->eps[0], c->isa};
+    const qk_call qkv[3] = {for_x(&c->calls[Q], p[NORMED], p[QUERY], type, rows),
+                            for_x(&c->calls[K], p[NORMED], p[KEY], type, rows),
+                            for_x(&c->calls[V], p[NORMED], p[VALUE], type, rows)};
+    if ((status = qk_rms_norm(&first)) || (status = qk_linear_shared(qkv, 3))) goto done;
+    into_cache(c, p[QUERY], p[KEY], p[VALUE]);
+    const qk_step step = {
+        p[QUERY], c->keys, c->values, c->mask, p[MIXED], type, c->mask_type,
+        rows, c->heads, c->kv_heads, c->length, c->dim, c->dim, {q_n, c->dim},
+        {c->k_stride[0], c->k_stride[1], c->k_stride[2]},
+        {c->v_stride[0], c->v_stride[1], c->v_stride[2]},
+        {c->mask_stride[0], c->mask_stride[1], c->mask_stride[2]}, c->scale, c->isa};
+    const qk_call out = for_x(&c->calls[O], p[MIXED], p[NORMED], type, rows);
+    if ((status = qk_attention(&step)) || (status = qk_linear(&out))) goto done;
+    /* the sum goes where x + o(a) is kept, its norm over o(a) itself */
+    const qk_norm second = {c->norm[1], c->x, p[NORMED], p[SUM], p[NORMED], type, c->form[1],
+                            rows, hidden, c->eps[1], c->isa};
+    const qk_mlp mlp = {c->calls + GATE, p[NORMED], p[QUERY], type, c->act, rows, c->isa};
+    if ((status = qk_rms_norm(&second)) || (status = mlp_into(&mlp, p[GATED], p[UPPED]))) goto done;
+    UNIT(qk_add, c->isa)(p[SUM], p[QUERY], c->y, type, rows * hidden);
+done:
+    free(p[0]);
+    return status;
+}

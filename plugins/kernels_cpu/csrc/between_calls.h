@@ -1,0 +1,64 @@
+/* What Python packs for the operations between linear layers (between.py, block.py), as 64-bit
+ * words. Strides are in elements; the last axis of every tensor is dense. */
+#ifndef QK_BETWEEN_CALLS_H
+#define QK_BETWEEN_CALLS_H
+
+#include "qk.h"
+
+enum { QK_ROUND_LAST = 1, QK_UNIT_OFFSET = 2 }; /* forms of a norm */
+enum { QK_SILU, QK_GELU_TANH };
+
+/* y = norm(x) * weight, or of sum = x + delta. All of one type; rows of k numbers. */
+typedef struct {
+    const void *weight, *x, *delta;
+    void *sum, *y;
+    int64_t type, form, rows, k;
+    double eps;
+    int64_t isa;
+} qk_norm;
+
+/* y = act(gate) * up */
+typedef struct {
+    const void *gate, *up;
+    void *y;
+    int64_t type, act, count, isa;
+} qk_gate;
+
+/* y = x turned by the angles; x [batch, heads, tokens, dim], cos and sin [batch, tokens, rotated] */
+typedef struct {
+    const void *x, *cos, *sin;
+    void *y;
+    int64_t type, batch, heads, tokens, dim, rotated;
+    int64_t x_stride[3], y_stride[3], angle_stride[2];
+    int64_t isa;
+} qk_rotate;
+
+/* down(act(gate(x)) * up(x)): `calls` are gate, up, down, without x, y, type and count. */
+typedef struct {
+    const qk_call *calls;
+    const void *x;
+    void *y;
+    int64_t type, act, count, isa;
+} qk_mlp;
+
+/* A decoder layer for one token a sequence; `calls` are q, k, v, o, gate, up, down. The new token's
+ * key and value are written to position length - 1. */
+typedef struct {
+    const qk_call *calls;
+    const void *norm[2], *x, *cos, *sin, *mask;
+    void *keys, *values, *y;
+    int64_t type, mask_type, act, form[2];
+    int64_t batch, heads, kv_heads, length, dim, rotated;
+    int64_t k_stride[3], v_stride[3], mask_stride[3], angle_stride;
+    double scale, eps[2];
+    int64_t isa;
+} qk_block;
+
+int qk_norm_avx2(const qk_norm *, int64_t threads);
+int qk_norm_avx512(const qk_norm *, int64_t threads);
+void qk_gate_avx2(const qk_gate *, int64_t threads), qk_gate_avx512(const qk_gate *, int64_t threads);
+void qk_rotate_avx2(const qk_rotate *, int64_t), qk_rotate_avx512(const qk_rotate *, int64_t);
+void qk_add_avx2(const void *, const void *, void *, int64_t type, int64_t count);
+void qk_add_avx512(const void *, const void *, void *, int64_t type, int64_t count);
+
+#endif
