@@ -1,14 +1,18 @@
-"""Every installed kernel, PyTorch's own and bf16 side by side on one GPU.
+"""Every installed kernel and its peers side by side on one GPU, in one interleaved run.
 
     python benchmarks/gpu.py --shapes 4096x4096,4096x28672 --schemes int4,fp8 --rows 1,16,256 \
-        --json out.json --markdown out.md
+        --warm 14 --json out.json --markdown out.md
 
-SHAPES are KxN (in_features x out_features), SCHEMES names of what the installed plugins make of
-float weights. Per shape, scheme and number of rows, all kernels that accept the operation run on
-their own cold weights, interleaved in one process with bf16 ``F.linear`` and, for int4, PyTorch's
-``_weight_int4pack_mm``. The error is that of up to 64 rows against a float64 product of the
-canonical weights with the activations as the scheme rounds them. ``chosen`` marks what the plan
-picks; ``graph`` says whether a graph's replay equals the eager call bit for bit.
+SHAPES are KxN (in_features x out_features) or names of stacks of experts, SCHEMES those of
+``gpu_layers``. Per shape, scheme and number of rows (tokens, for experts) all kernels that accept
+the operation run on cold weights, interleaved in one process with the peers of ``gpu_peers``. The
+error is that of up to 64 rows against a float64 product of the canonical weights with the
+activations as the scheme rounds them. ``chosen`` marks what the plan picks; ``graph`` says whether
+a graph's replay equals the eager call bit for bit. ``--warm`` compiles everything first, in as
+many processes. ``gpu_report.py`` makes tables and pictures of the JSON.
+
+What more rows cannot bring back is dropped for the rest of its scheme and shape: 25 times behind,
+or 3 times behind and growing with the rows (from 64 rows on). The plan's pick and bf16 never are.
 """
 
 from __future__ import annotations
@@ -17,58 +21,36 @@ import argparse
 import gc
 import json
 import math
+import multiprocessing
+import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from source_tree import use
 
 use()
+os.environ.setdefault("QUANT_MEASURED", "off")  # the plan picks by what is shipped
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+from gpu_goals import table  # noqa: E402
+from gpu_layers import EXPERTS, SCHEMES, Case, make_case  # noqa: E402
+from gpu_peers import BASE, BOUNDS, PEERS, over, peers  # noqa: E402
 from gpu_report import markdown  # noqa: E402
 
-from quant_core.build import op_spec  # noqa: E402
-from quant_core.kernels.activations import fake_quantize  # noqa: E402
 from quant_core.kernels.choose import accepting, choose  # noqa: E402
 from quant_core.kernels.measured import op_key, save  # noqa: E402
-from quant_core.kernels.timing import (  # noqa: E402
-    captured,
-    copies_for,
-    host_us,
-    interleaved,
-)
-from quant_core.live import quantize_matrix  # noqa: E402
-from quant_core.nn import with_packing  # noqa: E402
+from quant_core.kernels.timing import captured, copies_for, host_us, interleaved  # noqa: E402
 from quant_core.registry import registry  # noqa: E402
-from quant_core.spec import CHANNEL, Element, QuantSpec, Scale  # noqa: E402
-
-SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "int4": ("int4", {"group_size": 128}),
-    "int4-g32": ("int4", {"group_size": 32}),
-    "int8a16": ("int8", {"activations": False}),
-    "fp8": ("compressed_tensors:fp8", {}),
-    "fp8a16": ("compressed_tensors:fp8", {"activations": False}),
-    "fp8_block": ("compressed_tensors:fp8_block", {}),
-    "int8": ("int8", {}),
-    "mxfp4": ("mxfp4", {}),
-    "nvfp4": ("nvfp4", {}),
-    "mxfp8": ("compressed_tensors:mxfp8", {}),
-    "w4a8": ("int4", {"group_size": 128}),
-}
-_FP8_TOKEN = QuantSpec(
-    element=Element(name="fp8_e4m3", bits=8, kind="float"),
-    scales=(Scale(element="f32", grain=CHANNEL, static=False),),
-)
-ACTIVATIONS = {"w4a8": _FP8_TOKEN}
-"""Activations that the online scheme has not."""
 
 DEFAULT_SHAPES = "4096x4096,4096x28672,14336x4096,5120x13824,3584x18944"
 DEFAULT_ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
+HOST_ROWS = (1, 64)  # where the host's part of an eager call is timed
+NOT_HERE = ("torch_ref", "humming")  # the oracle; and a peer that gpu_peers makes
 
 
 @dataclass
@@ -78,11 +60,16 @@ class Bench:
     rows: list[int]
     deadline: float
     only: set[str]
+    rounds: int = 7
     records: list[dict[str, Any]] = field(default_factory=list)
     problems: list[dict[str, str]] = field(default_factory=list)
+    costs: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    device: tuple[str, str] = ("cuda", "")
 
     def failed(self, where: str, err: Exception) -> None:
-        text = f"{type(err).__name__}: {str(err)[:600]}"
+        self.told(where, f"{type(err).__name__}: {str(err)[:600]}")
+
+    def told(self, where: str, text: str) -> None:
         self.problems.append({"where": where, "error": text})
         print(f"PROBLEM {where}: {text}", flush=True)
 
@@ -90,29 +77,37 @@ class Bench:
         return self.deadline - time.monotonic()
 
 
+@dataclass
+class Contestant:
+    """A kernel of the registry, loaded."""
+
+    said: Any
+    run: Any
+    sets: list[list[torch.Tensor]]
+    nbytes: int
+
+
 def relative_error(y: torch.Tensor, want: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of ``want`` (float64)."""
     return float((y.double() - want).norm() / want.norm())
 
 
-def _contestants(op: Any, lt: Any, bench: Bench) -> tuple[dict[str, Any], Any]:
-    """name -> (answer, op as run, buffers of each copy, run), and the plan's choice."""
-    found: dict[str, Any] = {}
-    for kernel, mine, said in accepting(op, registry()):
-        if kernel.name == "torch_ref" or (bench.only and kernel.name not in bench.only):
+def contestants(case: Case, bench: Bench, *, cold: bool) -> dict[str, Contestant]:
+    """Kernels that accept the operation; ``cold``: with copies enough to come from memory."""
+    found: dict[str, Contestant] = {}
+    for kernel, op, said in accepting(case.op, registry()):
+        if kernel.name in NOT_HERE or (bench.only and kernel.name not in bench.only):
             continue
         try:
-            first = kernel.allocate(mine, "cuda")
-            kernel.load_(first, mine, with_packing(lt, mine.packing), {"row": 0})
+            first = case.load(kernel, op)
             nbytes = sum(t.numel() * t.element_size() for t in first.values())
-            sets = [first]
-            for _ in range(copies_for(nbytes) - 1):
-                sets.append({n: t.clone() for n, t in first.items()})
-            run = kernel.bind(mine)
-            found[kernel.name] = (said, [list(s.values()) for s in sets], run, nbytes)
+            more = copies_for(nbytes) - 1 if cold and not case.experts else 0
+            sets = [first, *({n: t.clone() for n, t in first.items()} for _ in range(more))]
+            values = [list(s.values()) for s in sets]
+            found[kernel.name] = Contestant(said, kernel.bind(op), values, nbytes)
         except Exception as err:
-            bench.failed(f"{kernel.name} load", err)
-    return found, choose(op, registry())
+            bench.failed(f"{kernel.name} {case.shape} {case.scheme}: load", err)
+    return found
 
 
 def _winner(choice: Any, rows: int) -> str:
@@ -120,17 +115,6 @@ def _winner(choice: Any, rows: int) -> str:
         if rows <= bucket.rows:
             return str(bucket.kernel)
     return str(choice.kernel.name)
-
-
-def _int4_peer(k: int, n: int) -> list[Any]:
-    """PyTorch's own int4 op on random codes: (weights, scales and zeros) per copy."""
-    sets = []
-    for _ in range(copies_for(k * n / 2)):
-        raw = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-        packed = torch.ops.aten._convert_weight_to_int4pack(raw, 8)
-        grid = torch.rand(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
-        sets.append((packed, grid))
-    return sets
 
 
 def _hopeless(times: dict[str, float], m: int, before: dict[str, tuple[int, float]]) -> set[str]:
@@ -144,78 +128,104 @@ def _hopeless(times: dict[str, float], m: int, before: dict[str, tuple[int, floa
     return out
 
 
-def measure(bench: Bench, k: int, n: int, scheme: str) -> None:
+def measure(bench: Bench, shape: str, scheme: str) -> None:
     """All contestants of one shape and scheme for every number of rows."""
-    torch.manual_seed(0)
-    weight = torch.randn(n, k, device="cuda").mul_(0.02).bfloat16()
-    online, options = SCHEMES[scheme]
-    made, lt = quantize_matrix(online, weight, options=options)
-    op = op_spec("linear", lt, made, device="cuda", dtype=torch.bfloat16)
-    if scheme in ACTIVATIONS:
-        op = replace(op, operands=(*op.operands, ("input", ACTIVATIONS[scheme])))
-    found, choice = _contestants(op, lt, bench)
-    dense = lt.dequantize().double()
-    plain = [weight.clone() for _ in range(copies_for(weight.numel() * 2))]
-    peer = _int4_peer(k, n) if scheme == "int4" else []
-    acts = op.operand("input")
-    costs: dict[str, list[list[float]]] = {}
+    case = make_case(scheme, shape)
+    found = contestants(case, bench, cold=True)
+    rivals = {} if bench.only else peers(case, bench.failed)
+    choice = choose(case.op, registry())
+    bench.device = case.op.device
+    costs = bench.costs.setdefault(op_key(case.op), {})
     before: dict[str, tuple[int, float]] = {}
-    hopeless: set[str] = set()
+    dropped: set[str] = set()
     for m in bench.rows:
         if bench.left() < 5:
-            bench.problems.append({"where": f"{k}x{n} {scheme} M={m}", "error": "out of time"})
-            return
-        x = torch.randn(m, k, device="cuda").bfloat16()
-        some = x[:64]
-        rounded = some if acts is None else fake_quantize(some.float(), acts)
-        want = rounded.double() @ dense.t()
-        calls: dict[str, list[Any]] = {
-            "bf16 F.linear": [lambda w=w, x=x: F.linear(x, w) for w in plain]
-        }
-        if peer:
-            calls["torch int4"] = [
-                lambda s=s, x=x: torch.ops.aten._weight_int4pack_mm(x, s[0], 128, s[1])
-                for s in peer
-            ]
-        for name, (said, sets, run, _) in found.items():
-            if said.cost_at(m) < math.inf:
-                calls[name] = [lambda v=v, x=x, run=run: run(v, x) for v in sets]
+            return bench.told(f"{shape} {scheme} from {m} rows", "out of time")
+        inputs, rows = case.inputs(m), m * case.top
+        want, calls = case.wanted(inputs[0]), {}
+        for name, c in found.items():
+            if c.said.cost_at(rows) < math.inf and name not in dropped:
+                calls[name] = over(c.sets, c.run)
+        for name, made in rivals.items():
+            if name not in dropped:
+                calls[name] = made
         graphs, facts = {}, {}
-        for name in hopeless & set(calls):
-            del calls[name]
-        for name, thunks in calls.items():
+        for name, made in calls.items():
             try:
+                thunks = made(inputs)
                 eager = thunks[0]()
                 graph, outputs = captured(thunks)
                 for out in outputs:
                     out.fill_(float("nan"))
                 graph.replay()
                 torch.cuda.synchronize()
+                compared = name not in ("torch int4", *BOUNDS)
                 facts[name] = {
                     "graph": bool(torch.equal(outputs[0], eager)),
-                    "error": relative_error(eager[:64], want) if name in found else None,
-                    "host_us": host_us(thunks[0]) if m in (1, 16) else None,
+                    "error": relative_error(eager[:64], want) if compared else None,
+                    "host_us": host_us(thunks[0]) if m in HOST_ROWS else None,
                 }
                 graphs[name] = (graph, len(thunks))
             except Exception as err:
-                bench.failed(f"{name} {k}x{n} {scheme} M={m}", err)
+                bench.failed(f"{name} {shape} {scheme} M={m}", err)
                 torch.cuda.synchronize()
-        times = interleaved(graphs)
-        chosen = _winner(choice, m)
-        hopeless |= _hopeless(times, m, before) - {chosen, "bf16 F.linear"}
+        times = interleaved(graphs, rounds=bench.rounds)
+        if not times:
+            continue
+        chosen = _winner(choice, rows)
+        dropped |= _hopeless(times, m, before) - {chosen, BASE}
         before = {name: (m, us) for name, us in times.items()}
         for name, us in times.items():
             bench.records.append(
-                {"k": k, "n": n, "scheme": scheme, "rows": m, "who": name, "us": us,
-                 "chosen": name == chosen, "ratio": times["bf16 F.linear"] / us,
-                 "bytes": found[name][3] if name in found else None, **facts[name]}
+                {"shape": shape, "scheme": scheme, "rows": m, "who": name, "us": us,
+                 "chosen": name == chosen, "peer": name in PEERS, "bound": name in BOUNDS,
+                 "exact": name not in found or found[name].said.exact,
+                 "bytes": found[name].nbytes if name in found else None, **facts[name]}
             )  # fmt: skip
             if name in found:
-                costs.setdefault(name, []).append([m, us])
+                costs.setdefault(name, []).append([rows, us])
         line = ", ".join(f"{w}{'*' if w == chosen else ''} {t:.1f}" for w, t in times.items())
-        print(f"{k}x{n} {scheme} M={m}: {line}", flush=True)
+        print(f"{shape} {scheme} M={m}: {line}", flush=True)
         del graphs
-    save(op.device, {op_key(op): costs})
+
+
+def compile_all(shape: str, scheme: str, rows: list[int], only: set[str]) -> str:
+    """One call of every contestant for every number of rows; in a process of its own."""
+    start = time.monotonic()
+    bench = Bench(rows=rows, deadline=math.inf, only=only)
+    case = make_case(scheme, shape)
+    ready = contestants(case, bench, cold=False)
+    for m in rows:
+        inputs = case.inputs(m)[0]
+        for name, c in ready.items():
+            if c.said.cost_at(m * case.top) < math.inf:
+                try:
+                    c.run(c.sets[0], *inputs)
+                    torch.cuda.synchronize()
+                except Exception as err:
+                    bench.failed(f"{name} {shape} {scheme} M={m}: compile", err)
+    return f"{shape} {scheme} {time.monotonic() - start:.0f} s"
+
+
+def warm(processes: int, cells: list[tuple[str, str]], bench: Bench) -> float:
+    """Compile for all cells in ``processes`` processes; the seconds it took."""
+    start = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        jobs = {pool.submit(compile_all, *cell, bench.rows, bench.only): cell for cell in cells}
+        for job in as_completed(jobs):
+            try:
+                print("compiled", job.result(), flush=True)
+            except Exception as err:
+                bench.failed(f"{jobs[job]}: compile", err)
+    return time.monotonic() - start
+
+
+def _cells(shapes: str, schemes: str, stacks: str) -> list[tuple[str, str]]:
+    """(shape, scheme) in the order of measuring: a shape's schemes together."""
+    dense = [(shape, scheme) for shape in shapes.split(",") for scheme in schemes.split(",")]
+    experts = [(e, s) for e in EXPERTS for s in stacks.split(",") if s]
+    return [c for c in (*dense, *experts) if c[0]]
 
 
 def main() -> int:
@@ -223,9 +233,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", default=DEFAULT_SHAPES)
     parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--experts", default="", help="schemes to measure of stacks of experts")
     parser.add_argument("--rows", default=DEFAULT_ROWS)
-    parser.add_argument("--kernels", default="", help="only these, and the peers")
-    parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--kernels", default="", help="only these, without peers")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warm", type=int, default=0, help="processes that compile first")
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--save", action="store_true", help="keep the times for later choices")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
@@ -233,34 +247,52 @@ def main() -> int:
         rows=[int(m) for m in args.rows.split(",")],
         deadline=time.monotonic() + args.seconds,
         only={n for n in args.kernels.split(",") if n},
+        rounds=args.rounds,
     )
-    for shape in args.shapes.split(","):
-        for scheme in args.schemes.split(","):
-            k, n = (int(p) for p in shape.split("x"))
-            if bench.left() < 10:
-                bench.problems.append({"where": f"{shape} {scheme}", "error": "out of time"})
-                continue
-            try:
-                measure(bench, k, n, scheme)
-            except Exception as err:
-                bench.failed(f"{shape} {scheme}", err)
-            gc.collect()
-            torch.cuda.empty_cache()
+    cells = _cells(args.shapes, args.schemes, args.experts)
+    seconds = {"compile": warm(args.warm, cells, bench) if args.warm else 0.0}
+    start = time.monotonic()
+    for shape, scheme in cells:
+        if bench.left() < 10:
+            bench.told(f"{shape} {scheme}", "out of time")
+            continue
+        try:
+            measure(bench, shape, scheme)
+        except Exception as err:
+            bench.failed(f"{shape} {scheme}", err)
+        gc.collect()
+        torch.cuda.empty_cache()
+    seconds["measure"] = time.monotonic() - start
+    if args.save:
+        save(bench.device, bench.costs)
     data = {
         "device": torch.cuda.get_device_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "cuda": torch.version.cuda},
+                     "cuda": torch.version.cuda, **_installed("triton", "humming-kernels")},
         "date": time.strftime("%Y-%m-%d"),
+        "seconds": seconds,
         "records": bench.records,
         "problems": bench.problems,
     }  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(data))
-    text = markdown(data)
     if args.markdown:
-        args.markdown.write_text(text)
-    print(text)
+        args.markdown.write_text(markdown(data))
+    print(table(bench.records))
+    print({name: round(s) for name, s in seconds.items()})
     return int(bool(bench.problems))
+
+
+def _installed(*names: str) -> dict[str, str]:
+    from importlib import metadata
+
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 if __name__ == "__main__":

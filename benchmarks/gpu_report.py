@@ -1,6 +1,8 @@
-"""The figures of ``benchmarks/gpu.py`` as Markdown and as an SVG picture.
+"""The figures of ``benchmarks/gpu.py`` as Markdown and as SVG pictures.
 
-python benchmarks/gpu_report.py out.json --markdown out.md --svg folder
+    python benchmarks/gpu_report.py out.json --goals --markdown out.md --svg folder
+
+``--goals`` prints the table of docs/performance.md: what was asked for, what was reached.
 """
 
 from __future__ import annotations
@@ -12,29 +14,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_goals import BASE, table
+
 __all__ = ["markdown", "svg"]
 
-_BASE = "bf16 F.linear"
 _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#3d3d3d", "#4aa3a2", "#a04668")
 
 
-def _groups(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, int], list[Any]]:
-    out: dict[tuple[str, int, int], list[Any]] = {}
+def _groups(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Any]]:
+    """(scheme, shape) -> records, each with its ratio to bf16."""
+    base = {(r["scheme"], r["shape"], r["rows"]): r["us"] for r in records if r["who"] == BASE}
+    out: dict[tuple[str, str], list[Any]] = {}
     for r in records:
-        out.setdefault((r["scheme"], r["k"], r["n"]), []).append(r)
+        of = base.get((r["scheme"], r["shape"], r["rows"]))
+        if of is not None:
+            out.setdefault((r["scheme"], r["shape"]), []).append({**r, "ratio": of / r["us"]})
     return out
 
 
 def markdown(data: Mapping[str, Any]) -> str:
-    """One table per scheme and shape: microseconds per number of rows, bold what the plan picks."""
+    """The goals, then a table per scheme and shape: microseconds per number of rows."""
+    goals = table(data["records"])
     versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
     lines = [f"{data['device']}, {versions}, {data['date']}. Microseconds per call; **bold**: the "
-             "plan's choice; (x): time of bf16 `F.linear` over the chosen one's.", ""]  # fmt: skip
-    for (scheme, k, n), records in _groups(data["records"]).items():
+             "plan's choice; (x): time of bf16 over the chosen one's.", "", goals, ""]  # fmt: skip
+    for (scheme, shape), records in _groups(data["records"]).items():
         rows = sorted({r["rows"] for r in records})
         names = list(dict.fromkeys(r["who"] for r in records))
-        names.sort(key=lambda w: (w != _BASE, w))
-        lines += [f"### {scheme}, K={k}, N={n}", "",
+        names.sort(key=lambda w: (w != BASE, w))
+        lines += [f"### {scheme}, {shape}", "",
                   "| kernel | " + " | ".join(f"M={m}" for m in rows) + " | error |",
                   "|---|" + "---|" * (len(rows) + 1)]  # fmt: skip
         by = {(r["who"], r["rows"]): r for r in records}
@@ -111,17 +119,23 @@ def main() -> None:
     """Write the reports of one result file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("json", type=Path)
+    parser.add_argument("--goals", action="store_true", help="print the table of goals")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--svg", type=Path, help="folder, one picture per scheme and shape")
+    parser.add_argument("--shapes", default="", help="pictures of these only")
     args = parser.parse_args()
     data = json.loads(args.json.read_text())
+    if args.goals:
+        print(table(data["records"]))
     if args.markdown:
         args.markdown.write_text(markdown(data))
     if args.svg:
         args.svg.mkdir(parents=True, exist_ok=True)
-        for (scheme, k, n), records in _groups(data["records"]).items():
-            file = args.svg / f"gpu-{scheme}-{k}x{n}.svg"
-            file.write_text(svg(records, f"{scheme}, K={k}, N={n}"))
+        for (scheme, shape), records in _groups(data["records"]).items():
+            if args.shapes and shape not in args.shapes.split(","):
+                continue
+            file = args.svg / f"gpu-{scheme}-{shape}.svg"
+            file.write_text(svg(records, f"{scheme}, {shape}"))
 
 
 if __name__ == "__main__":
