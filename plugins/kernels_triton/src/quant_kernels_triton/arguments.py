@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from quant_kernels_triton.recipe import ABSENT, FLOATS, Factor, Recipe
 
-__all__ = ["NAMES", "WORDS", "constants", "interpreted", "pointers"]
+__all__ = ["NAMES", "WORDS", "constants", "dependent", "interpreted", "options", "pointers"]
 
 NAMES = (
     "codes",
@@ -32,6 +33,20 @@ def interpreted() -> bool:
     from quant_kernels_triton import plain
 
     return type(plain.gemm).__name__ == "InterpretedFunction"
+
+
+@functools.cache
+def dependent(device: int | None) -> bool:
+    """Whether kernels may start while the one before still runs (Hopper and newer)."""
+    if device is None or torch.version.hip is not None or interpreted():
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def options(pdl: bool, warps: int, stages: int) -> dict[str, int | bool]:
+    """Compile options of a kernel, with programmatic dependent launch where ``pdl``."""
+    held: dict[str, int | bool] = {"num_warps": warps, "num_stages": stages}
+    return held | {"launch_pdl": True} if pdl else held
 
 
 def pointers(recipe: Recipe, tensors: Sequence[Tensor]) -> list[Tensor]:

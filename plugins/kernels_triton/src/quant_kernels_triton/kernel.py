@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from quant_core.kernels.base import Kernel
+from quant_kernels_triton.attention_kernel import AttentionStep
+from quant_kernels_triton.between_kernel import Gated, RmsNorm, Rotary
+from quant_kernels_triton.rounding_kernel import Round
 from quant_kernels_triton.scaled_kernel import Scaled
 from quant_kernels_triton.wna16 import Dense, GluonTiles, PlainTriton
 
 __all__ = ["KERNELS"]
 
-KERNELS: tuple[Kernel, ...] = (GluonTiles(), PlainTriton(), Dense(), Scaled())
+KERNELS: tuple[Kernel, ...] = (
+    GluonTiles(),
+    PlainTriton(),
+    Dense(),
+    Scaled(),
+    AttentionStep(),
+    RmsNorm(),
+    Rotary(),
+    Gated(),
+    Round(),
+)
