@@ -1,0 +1,58 @@
+"""The rounding of activations behind core's contract (op "quantize")."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.quantizer import Weightless
+from quant_core.kernels.storage import misused
+from quant_core.spec import OpSpec
+from quant_core.spec_json import to_text
+from quant_kernels_triton.costs import BUCKETS
+from quant_kernels_triton.rounding_plan import RoundPlan, describe_round
+from quant_kernels_triton.wna16 import interpreting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Round"]
+
+_US = 2.5  # of one small launch in a CUDA graph
+_BYTES_PER_US = 2.0e6
+
+
+class Round(Weightless):
+    """x to codes and back in one kernel, two where a factor of the whole tensor comes first."""
+
+    name = "triton_round"
+
+    def _plan(self, op: OpSpec) -> RoundPlan | Rejected:
+        if op.op != "quantize":
+            return Rejected(axis="op", have=op.op, need="quantize")
+        if op.device[0] != "cuda" and not (op.device[0] == "cpu" and interpreting()):
+            return Rejected(axis="device", have=op.device[0], need="cuda")
+        from quant_core.kernels.activations import unsupported_input
+
+        return unsupported_input(op) or describe_round(op)
+
+    def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        p = self._plan(op)
+        if isinstance(p, Rejected):
+            return p
+        each = op.size("k") * (2 if op.act_dtype != "float32" else 4) * (3 if p.first else 2)
+        launches = _US * (2 if p.first else 1)
+        costs = tuple(
+            (m, round(launches + min(m, 8192) * each / _BYTES_PER_US, 1)) for m in BUCKETS
+        )
+        return Accepted(cost=costs[0][1], costs=costs, note="one kernel" if not p.first else "two")
+
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        p = self._plan(op)
+        if isinstance(p, Rejected):
+            raise misused(self.name, p)
+        from quant_kernels_triton.rounding_run import bound_round
+
+        return functools.partial(bound_round, to_text(p.spec), op.size("k"))

@@ -1,0 +1,98 @@
+"""The rounding of activations in Triton's interpreter: bit for bit what the reference gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant_core.kernels.activations import fake_quantize, unsupported_input
+from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.quantizer import TorchRound
+from quant_core.numerics import MX_RULES, mx_scale
+from quant_core.spec import OpSpec
+from quant_kernels_triton.rounding_kernel import Round
+from quant_kernels_triton.rounding_run import steps
+from triton_rounded import SPECS, inputs, same_bits, small, stored
+
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def op_of(name: str, k: int, act: str = "float32", experts: int = 0) -> OpSpec:
+    scale, zero = stored(SPECS[name], k)
+    features = {"input_scale"} if scale is not None else set()
+    features |= {"input_zero"} if zero is not None else set()
+    return OpSpec(
+        op="quantize",
+        operands=(("input", SPECS[name]),),
+        sizes=(("k", k), *((("experts", experts),) if experts else ())),
+        act_dtype=act,
+        features=frozenset(features),
+    )
+
+
+@pytest.mark.parametrize("act", FLOATS)
+@pytest.mark.parametrize("name", SPECS)
+def test_rounded_activations_are_the_references_bit_for_bit(name, act):
+    for k in (96, 200) if act == "float32" else (200,):
+        op, x = op_of(name, k, act), inputs(k, FLOATS[act])
+        assert unsupported_input(op) is None
+        assert isinstance(Round().accepts(op), Accepted), Round().accepts(op)
+        run = Round().bind(op)
+        scale, zero = stored(SPECS[name], k)
+        for rows in (slice(None), slice(0, 8), slice(2, 3)):
+            got = run([], x[rows], scale, zero)
+            want = fake_quantize(x[rows], SPECS[name], scale, zero)
+            same = same_bits(got, want)
+            assert got.dtype == x.dtype
+            assert same.all(), (k, rows, x[rows][~same][:5], got[~same][:5], want[~same][:5])
+
+
+@pytest.mark.parametrize("rule", MX_RULES)
+def test_steps_of_an_exponent_are_those_of_the_rule(rule):
+    g = torch.Generator().manual_seed(1)
+    bits = torch.randint(0, 0x7F800000, (20000,), generator=g, dtype=torch.int32)
+    edges = (torch.arange(256, dtype=torch.int32) << 23)[:, None] + torch.tensor([-1, 0, 1, 2])
+    bits = torch.cat([bits, edges.flatten().clamp(min=0).to(torch.int32)])
+    for name, peak in (("fp4_e2m1", 6.0), ("fp8_e4m3", 448.0), ("fp6_e3m2", 28.0)):
+        table = steps(small(name), rule, peak, torch.device("cpu"))
+        f = bits >> 23
+        got = table[f] + (bits >= table[256 + f])
+        assert torch.equal(got, mx_scale(bits.view(torch.float32), small(name), rule, peak).int())
+
+
+@pytest.mark.parametrize("name", ["fp8 stored", "int8 stored", "nvfp4 stored inverse"])
+def test_tokens_of_experts_take_their_own_stored_scale(name):
+    k, spec = 96, SPECS[name]
+    scale, zero = stored(spec, k, experts=3)
+    op, x = op_of(name, k, experts=3), inputs(k, torch.float32)[[0, 1, 3, 11, 12]]
+    index = torch.tensor([2, 0, 1, 2, 0])
+    got = Round().bind(op)([], x, scale, zero, index)
+    assert torch.equal(got, TorchRound().bind(op)([], x, scale, zero, index))
+    for t, e in enumerate(index.tolist()):
+        own = None if zero is None else zero[e]
+        assert torch.equal(got[t], fake_quantize(x[t : t + 1], spec, scale[e], own)[0])
+    assert not torch.equal(got, Round().bind(op)([], x, scale, zero, (index + 1) % 3))
+
+
+def test_leading_axes_no_rows_views_and_other_dtypes():
+    op = op_of("nvfp4", 96, "bfloat16")
+    run, x = Round().bind(op), inputs(96, torch.float32)[:4]
+    want = fake_quantize(x, SPECS["nvfp4"])
+    assert torch.equal(run([], x.view(2, 2, 96)).view(4, 96), want)
+    wide = torch.cat([x, x], 1)
+    assert torch.equal(run([], wide[:, 96:]), want)
+    assert run([], x[:0]).shape == (0, 96)
+    assert torch.equal(run([], x.double()), fake_quantize(x.double(), SPECS["nvfp4"]))
+
+
+def test_what_does_not_fit_a_program_is_rejected():
+    answer = Round().accepts(op_of("int8 token", 65536))
+    assert isinstance(answer, Rejected)
+    assert answer.axis == "sizes"
+    assert isinstance(Round().accepts(op_of("fp8 stored", 65536)), Accepted)
+
+
+def test_negative_control_another_rule_rounds_otherwise():
+    x = inputs(96, torch.float32)[:1]
+    got = Round().bind(op_of("mx fp4_e2m1 floor", 96))([], x)
+    assert not torch.equal(got, fake_quantize(x, SPECS["mx fp4_e2m1 ceil"]))
