@@ -49,6 +49,7 @@ __all__ = [
     "Role",
     "cache_schemes",
     "served_cache_schemes",
+    "unserved_scales",
 ]
 
 Role = Literal["q", "k", "v"]
@@ -274,3 +275,33 @@ def served_cache_schemes(
             both = all({"k", "v"} <= s.operands.keys() for s in found.values())
             return found if both else {}
     return {}
+
+
+def unserved_scales(
+    checkpoint: Checkpoint,
+    schemes: Mapping[str, CacheScheme],
+    leaves: frozenset[str],
+    *,
+    asked_in: str = "",
+) -> tuple[str, ...]:
+    """What to tell of stored scales of keys and values that nobody is offered.
+
+    Args:
+        schemes: what is offered, as ``served_cache_schemes`` answers.
+        leaves: last name components of all scales that a quantized cache may have in this format.
+        asked_in: the file whose ``kv_cache_scheme`` asks for a quantized cache; "" if none does.
+    """
+    offered = {t.stored for scheme in schemes.values() for t in scheme.tensors}
+    owners = [
+        module
+        for module, held in checkpoint.modules.items()
+        if any(f"{module}.{leaf}" not in offered for leaf in leaves & held.keys())
+    ]
+    if owners:
+        return (f"KV-cache scales present, not applied ({len(owners)} modules)",)
+    if asked_in and not offered:
+        return (
+            f"{asked_in}: kv_cache_scheme is set, but no scales are stored; the cache stays "
+            "unquantized",
+        )
+    return ()

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import regex
 
 from quant_core.errors import ConfigError, printable
+from quant_core.fields import Fields
 
 __all__ = [
     "MAX_REGEX_PATTERNS",
@@ -34,6 +35,7 @@ __all__ = [
     "check_count",
     "first_match",
     "numberless",
+    "skip_patterns",
     "unmatched",
 ]
 
@@ -142,6 +144,32 @@ def check_count(patterns: Sequence[NamePattern], where: str) -> None:
             expected=MAX_REGEX_PATTERNS,
             actual=count,
         )
+
+
+def skip_patterns(fields: Fields, keys: Sequence[str]) -> tuple[NamePattern, ...]:
+    """Names of modules that stay floats, from lists whose entries are parts of a name.
+
+    ``re:`` starts a regular expression, and an entry with ``*`` is a glob.
+
+    Args:
+        keys: of the lists, all of which count.
+
+    Raises:
+        ConfigError: ``Q-CFG-VALUE`` for an entry that matches every module, or too many entries.
+    """
+    out: dict[str, NamePattern] = {}
+    for key in keys:
+        for text in fields.names(key):
+            if not text.strip(".*"):
+                fix = "List parts of module names, such as 'lm_head'."
+                raise fields.fail(key, "no entry that matches every module", fix)
+            kind: Literal["regex", "glob", "substring"] = (
+                "regex" if text.startswith("re:") else "glob" if "*" in text else "substring"
+            )
+            body = text[3:] if kind == "regex" else text
+            out.setdefault(text, NamePattern(kind=kind, text=body, purpose=key))
+    check_count(tuple(out.values()), f"{fields.source}: {' and '.join(keys)}")
+    return tuple(out.values())
 
 
 def first_match(patterns: Iterable[NamePattern], name: str) -> NamePattern | None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from quant_core.errors import ConfigError, printable, summarize
 from quant_core.fields import Fields
-from quant_core.resolve import NamePattern, check_count
+from quant_core.resolve import NamePattern, skip_patterns
 
 __all__ = ["METHODS", "Fp8Config", "parse_config"]
 
@@ -108,24 +108,6 @@ def _upper_bound(fields: Fields) -> float:
     return float(value)
 
 
-def _pattern(text: str, key: str) -> NamePattern:
-    if text.startswith("re:"):
-        return NamePattern(kind="regex", text=text[3:], purpose=key)
-    return NamePattern(kind="glob" if "*" in text else "substring", text=text, purpose=key)
-
-
-def _skip(fields: Fields) -> tuple[NamePattern, ...]:
-    out: dict[str, NamePattern] = {}
-    for key in _SKIP_KEYS:
-        for text in fields.names(key):
-            if not text.strip(".*"):
-                fix = "List parts of module names, such as 'lm_head'."
-                raise fields.fail(key, "no entry that matches every module", fix)
-            out.setdefault(text, _pattern(text, key))
-    check_count(tuple(out.values()), f"{fields.source}: {' and '.join(_SKIP_KEYS)}")
-    return tuple(out.values())
-
-
 def _check_elements(fields: Fields) -> None:
     fmt = fields.text("fmt")
     if fmt is not None and fmt not in _E4M3:
@@ -179,7 +161,7 @@ def parse_config(block: Mapping[str, Any], file: str) -> Fp8Config:
         block=size,
         ue8m0=ue8m0,
         upper_bound=_upper_bound(fields) if per_row else 0.0,
-        skip=_skip(fields),
+        skip=skip_patterns(fields, _SKIP_KEYS),
         kv_cache=fields.raw.get("kv_cache_scheme") is not None,
         file=file,
         warnings=warnings,

@@ -20,7 +20,7 @@ from typing import Any
 
 from quant_core.errors import summarize
 from quant_core.fields import Fields, thaw
-from quant_core.resolve import NamePattern, check_count
+from quant_core.resolve import NamePattern, skip_patterns
 
 __all__ = ["METHOD", "Mxfp8Config", "config_for", "parse_config"]
 
@@ -57,24 +57,6 @@ class Mxfp8Config:
         return self.skip
 
 
-def _pattern(text: str, key: str) -> NamePattern:
-    if text.startswith("re:"):
-        return NamePattern(kind="regex", text=text[3:], purpose=key)
-    return NamePattern(kind="glob" if "*" in text else "substring", text=text, purpose=key)
-
-
-def _skip(read: Fields) -> tuple[NamePattern, ...]:
-    out: dict[str, NamePattern] = {}
-    for key in _SKIP_KEYS:
-        for text in read.names(key):
-            if not text.strip(".*"):
-                fix = "List parts of module names, such as 'lm_head'."
-                raise read.fail(key, "no entry that matches every module", fix)
-            out.setdefault(text, _pattern(text, key))
-    check_count(tuple(out.values()), f"{read.source}: {' and '.join(_SKIP_KEYS)}")
-    return tuple(out.values())
-
-
 def parse_config(block: Mapping[str, Any], file: str) -> Mxfp8Config:
     """A checked config.
 
@@ -99,7 +81,7 @@ def parse_config(block: Mapping[str, Any], file: str) -> Mxfp8Config:
     unknown = [k for k in block if k not in _KNOWN]
     warning = f"{file}: {len(unknown)} unknown key(s) ignored: {summarize(unknown)}"
     return Mxfp8Config(
-        skip=_skip(read),
+        skip=skip_patterns(read, _SKIP_KEYS),
         kv_cache=block.get("kv_cache_scheme") is not None,
         file=file,
         warnings=(warning,) if unknown else (),

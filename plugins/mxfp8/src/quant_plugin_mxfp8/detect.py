@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import quantization_config
-from quant_core.kv_cache import CacheForm, CacheScheme, served_cache_schemes
+from quant_core.kv_cache import CacheForm, CacheScheme, served_cache_schemes, unserved_scales
 from quant_core.presence import siblings_of
 from quant_core.spec import Element, FormatMatch, TensorInfo
-from quant_plugin_mxfp8.config import METHOD, Mxfp8Config, parse_config
+from quant_plugin_mxfp8.config import METHOD, parse_config
 
 __all__ = ["FORM", "KV_LEAVES", "SCALE_NAMES", "cache_schemes", "detect", "is_quantized"]
 
@@ -35,29 +35,6 @@ def cache_schemes(checkpoint: Checkpoint) -> dict[str, CacheScheme]:
     return served_cache_schemes(checkpoint, element=_E4M3, plugin="mxfp8")
 
 
-def cache_names(checkpoint: Checkpoint) -> frozenset[str]:
-    """Stored scales of keys and values that are offered."""
-    schemes = cache_schemes(checkpoint).values()
-    return frozenset(t.stored for scheme in schemes for t in scheme.tensors)
-
-
-def _cache_warnings(config: Mxfp8Config, checkpoint: Checkpoint) -> tuple[str, ...]:
-    offered = cache_names(checkpoint)
-    owners = [
-        module
-        for module, leaves in checkpoint.modules.items()
-        if any(f"{module}.{leaf}" not in offered for leaf in KV_LEAVES & leaves.keys())
-    ]
-    if owners:
-        return (f"KV-cache scales present, not applied ({len(owners)} modules)",)
-    if config.kv_cache and not offered:
-        return (
-            f"{config.file}: kv_cache_scheme is set, but no scales are stored; the cache stays "
-            "unquantized",
-        )
-    return ()
-
-
 def detect(checkpoint: Checkpoint) -> FormatMatch | None:
     """The claim of this plugin; reads headers and JSON only.
 
@@ -69,6 +46,8 @@ def detect(checkpoint: Checkpoint) -> FormatMatch | None:
     if block is None or not isinstance(method, str) or method.strip().lower() != METHOD:
         return None
     config = parse_config(block, "config.json")
+    asked_in = config.file if config.kv_cache else ""
+    unserved = unserved_scales(checkpoint, cache_schemes(checkpoint), KV_LEAVES, asked_in=asked_in)
     return FormatMatch(
         plugin="mxfp8",
         level="declared",
@@ -76,6 +55,6 @@ def detect(checkpoint: Checkpoint) -> FormatMatch | None:
         config=replace(
             config,
             quantized=siblings_of(checkpoint, is_quantized),
-            warnings=config.warnings + _cache_warnings(config, checkpoint),
+            warnings=config.warnings + unserved,
         ),
     )
