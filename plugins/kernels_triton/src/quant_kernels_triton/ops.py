@@ -12,18 +12,15 @@ that a recipe quantizes to a type the chip does not multiply are rounded to it a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
-from quant_core.kernels.activations import fake_quantize
-from quant_core.spec import QuantSpec
-from quant_core.spec_json import from_text
 from quant_kernels_triton.plain_run import run_dense, run_embedding, run_gemm, run_grouped
 from quant_kernels_triton.recipe import Recipe, recipe_from_text
+from quant_kernels_triton.rounding_run import rounded
 from quant_kernels_triton.scaled_plan import scaled_from_text
 from quant_kernels_triton.scaled_run import run_scaled
 
@@ -77,15 +74,9 @@ def _check_x(x: Tensor, k: int) -> None:
         )
 
 
-@functools.cache
-def _spec(text: str) -> QuantSpec:
-    spec: QuantSpec = from_text(text)
-    return spec
-
-
 def _emulated(x: Tensor, r: Recipe) -> Tensor:
     """x [T, K] as the recipe's activations represent it."""
-    return fake_quantize(x, _spec(r.input)) if r.input else x
+    return rounded(r.input, x) if r.input else x
 
 
 def _linear(x: Tensor, tensors: list[Tensor], recipe: str, way: str) -> Tensor:

@@ -14,7 +14,7 @@ from quant_core.kernels.base import Rejected
 from quant_core.spec import TENSOR, OpSpec, QuantSpec, Scale
 from quant_core.spec_json import from_text
 
-__all__ = ["RoundPlan", "describe_round", "round_from_text"]
+__all__ = ["MOST", "RoundPlan", "describe_round", "round_from_text"]
 
 ELEMENTS = {  # mantissa bits, exponent of the smallest normal, largest value
     "fp4_e2m1": (1, 0, 6.0),
@@ -50,6 +50,10 @@ class RoundPlan:
         if self.group:
             return min(self.group, k)
         return k if self.whole_token else min(_ANY, k)
+
+    def held(self, k: int) -> int:
+        """Elements of a token that one program must hold."""
+        return k if self.whole else self.columns(k)
 
     @property
     def whole_token(self) -> bool:
@@ -138,10 +142,9 @@ def describe_round(op: OpSpec) -> RoundPlan | Rejected:
         need = f"an integer of up to 16 bits, {' or '.join(ELEMENTS)}"
         return Rejected(axis="input", have=spec.element.name, need=need)
     p, k = _plan(spec, bool(op.size("experts", 0))), op.size("k")
-    held = max(p.columns(k), k if p.whole else 1)
-    if not 0 < held <= MOST:
+    if not 0 < p.held(k) <= MOST:
         need = f"at most {MOST} features under one scale"
-        return Rejected(axis="sizes", have=f"{held}", need=need)
+        return Rejected(axis="sizes", have=f"{p.held(k)}", need=need)
     return p
 
 

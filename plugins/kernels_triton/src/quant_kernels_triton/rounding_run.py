@@ -19,9 +19,9 @@ from quant_core.numerics import element_table, mx_scale
 from quant_core.spec import Element
 from quant_kernels_triton import rounding
 from quant_kernels_triton.launch import Build, aligned, launch
-from quant_kernels_triton.rounding_plan import RoundPlan, round_from_text
+from quant_kernels_triton.rounding_plan import MOST, RoundPlan, round_from_text
 
-__all__ = ["bound_round", "round_input", "steps"]
+__all__ = ["bound_round", "round_input", "rounded", "steps"]
 
 _TILE = 2048
 _PARTS = 256
@@ -137,6 +137,14 @@ def round_input(
     programs = tokens if p.whole else -(-tokens * groups // bn)
     launch(rounding.round_groups, key, (programs, 1), args, x.device.index, build)
     return y
+
+
+def rounded(text: str, x: Tensor) -> Tensor:
+    """x rounded to a run-time spec, given as text; by the reference where no tile holds it."""
+    p = round_from_text(text, False)
+    if x.dtype in _DTYPES and p.held(x.shape[-1]) <= MOST:
+        return round_input(p, x, None, None, None)
+    return fake_quantize(x, p.spec)
 
 
 # ------------------------------------------------------------------------------------- the torch op
