@@ -82,7 +82,7 @@ _VLLM, _SGLANG = "tests/vllm_engine", "tests/sglang_engine"
 _GGUF = tuple(name for name, holds in CHECKPOINTS.items() if holds.format == "gguf")
 _ALONE_RUN = ("hf-gptoss-mxfp4",)  # its attention needs SGLang's kernels: the experts alone
 _CLAMPED = "test_clamped_experts_stored_as_one_tensor_compute_the_same"
-_CONTAINER = f"{_SGLANG}/test_start.py::test_container_that_sglang_cannot_read_is_refused"
+_FED = f"{_SGLANG}/test_logits.py::test_container_is_loaded_by_our_own_loader"
 
 RUNS = {
     "transformers": {f"{_HERE}::test_transformers_keeps_every_member_packed": tuple(CHECKPOINTS)},
@@ -94,13 +94,14 @@ RUNS = {
         f"{_SGLANG}/test_logits.py::test_every_checkpoint_gives_the_same_logits": tuple(
             name for name in _OTHERS if name not in (*_GGUF, *_ALONE_RUN)
         ),
+        _FED: _GGUF,
         f"{_SGLANG}/test_logits.py::{_CLAMPED}": _ALONE_RUN,
         f"{_SGLANG}/test_logits.py::test_cache_scales_are_those_of_the_file": _CACHES,
     },
 }
 """Engine -> test -> checkpoints that it is run on."""
 
-REFUSED = {"sglang": {_CONTAINER: _GGUF}}
+REFUSED: dict[str, dict[str, tuple[str, ...]]] = {}
 """Engine -> test that shows the refusal -> checkpoints that it does not serve."""
 
 
@@ -154,15 +155,15 @@ FEATURES: dict[str, dict[str, Yes | No]] = {
         "vllm": Yes(
             test=f"{_TOKENS}::test_latent_attention_gives_the_tokens_of_vllm_on_dequantized_weights"
         ),
-        "sglang": No(
-            why="SGLang splits kv_b_proj while it loads; as floats it loads",
-            test=f"{_START}::test_packed_latent_attention_is_refused_before_weights_are_loaded",
+        "sglang": Yes(
+            test=f"{_START}::test_packed_latent_attention_is_loaded_by_our_own_loader",
+            note="loaded, not run",
         ),
     },
     "container without config.json": {
         "transformers": Yes(test=f"tests/test_config_from_container.py::{_ALONE}"),
         "vllm": Yes(test=f"{_TOKENS}::test_container_without_config_gives_the_same_tokens"),
-        "sglang": No(why="SGLang reads floats from safetensors only", test=_CONTAINER),
+        "sglang": Yes(test=f"{_LOGITS}::test_container_without_config_gives_the_same_logits"),
     },
     "a single file given as the model": {
         "transformers": Yes(test=f"tests/test_config_from_container.py::{_ALONE}"),
@@ -170,7 +171,10 @@ FEATURES: dict[str, dict[str, Yes | No]] = {
             why="vLLM reads it as config.json; give its folder",
             test=f"{_ASKS}::test_single_file_is_refused_by_vllm_and_its_folder_is_served",
         ),
-        "sglang": No(why="SGLang reads floats from safetensors only", test=_CONTAINER),
+        "sglang": No(
+            why="SGLang takes it for one of its own; give its folder",
+            test=f"{_START}::test_single_file_is_refused_and_its_folder_is_served",
+        ),
     },
     "online quantization": {
         "transformers": Yes(test="tests/test_online.py::test_tiny_models"),

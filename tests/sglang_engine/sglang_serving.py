@@ -1,8 +1,8 @@
 """Load a checkpoint with SGLang's real classes, in one process, without its servers.
 
-``loaded`` publishes real server arguments, sets up the groups of one rank, and loads through
-SGLang's own default loader. ``forward`` runs a loaded model with causal attention in plain torch:
-SGLang's attention reads its cache through kernels that its CPU wheels would bring.
+``loaded`` publishes real server arguments, sets up the groups of one rank, and loads through the
+loader that SGLang picks by them. ``forward`` runs a loaded model with causal attention in plain
+torch: SGLang's attention reads its cache through kernels that its CPU wheels would bring.
 """
 
 from __future__ import annotations
@@ -54,13 +54,14 @@ def published(path: Path, **settings: Any) -> Iterator[Any]:
 
 @contextmanager
 def loaded(path: Path, **settings: Any) -> Iterator[Any]:
-    """The model of a checkpoint, loaded by SGLang's default loader."""
+    """The model of a checkpoint, by the loader that SGLang has for ``load_format``."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader.loader import get_model_loader
 
     with published(path, **settings) as config:
-        loader = get_model_loader(LoadConfig(), config)
+        load = LoadConfig(load_format=settings.get("load_format", "auto"))
+        loader = get_model_loader(load, config)
         yield loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))
 
 

@@ -55,6 +55,27 @@ def test_every_checkpoint_gives_the_same_logits(name: str, tmp_path: Path) -> No
     compare(folder_of(name), tmp_path)
 
 
+@pytest.mark.parametrize("name", checkpoints("test_container_is_loaded_by_our_own_loader"))
+def test_container_is_loaded_by_our_own_loader(name: str, tmp_path: Path) -> None:
+    compare(folder_of(name), tmp_path, load_format="private")
+
+
+@pytest.mark.parametrize("name", ["gptqmodel-4bit-g128-asym-descact", "bnb-nf4-dq"])
+def test_our_own_loader_reads_safetensors_too(name: str, tmp_path: Path) -> None:
+    compare(folder_of(name), tmp_path, load_format="private")
+
+
+def test_container_without_config_gives_the_same_logits(tmp_path: Path) -> None:
+    folder = without_notes(FIXTURES / "gguf-llama-q4_k_m", tmp_path / "model")
+    for file in folder.glob("*.json"):
+        file.unlink()
+    assert [f.suffix for f in folder.iterdir()] == [".gguf"]
+    got = served_logits(folder, IDS, load_format="private", model_config_parser="quant_core")
+    want = reference_logits(folder, IDS, kv_cache="float")
+    assert want.abs().max() > 1
+    assert (got - want).abs().max() <= ORDER
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3moe"])
 def test_online_quantization_gives_the_same_logits(name: str, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def head(config: QuantCoreConfig) -> Any:
 
 
 def test_packed_table_gives_rows_and_logits_of_every_rank(tmp_path: Path) -> None:
-    """The layer alone: only a container that SGLang cannot read has packed tables here."""
+    """The layer alone, without a loader."""
     from quant_core import load_tensor
     from quant_core.dequantize import dequantize
 

@@ -143,3 +143,52 @@ def test_packed_weights_outside_of_an_update_are_refused(tmp_path: Path) -> None
     with loaded(old) as model, pytest.raises(LayoutError) as err:
         model.load_weights(iter(stream(old).items()))
     assert err.value.code == "Q-ENGINE-RELOAD"
+
+
+def from_disk(model: Any, config: Any, folder: Path) -> None:
+    """As update_weights_from_disk does it."""
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+
+    config.model_path = str(folder)
+    loader = get_model_loader(LoadConfig(load_format="private"), config)
+    assert isinstance(loader, DefaultModelLoader)
+    update(model, loader._get_weights_iterator(DefaultModelLoader.Source.init_new(config, model)))
+
+
+def test_container_is_read_again_in_place(tmp_path: Path) -> None:
+    from sglang.srt.runtime_context import process_model_config
+
+    old = without_notes(FIXTURES / "gguf-llama-q4_k_m", tmp_path / "old")
+    new = without_notes(FIXTURES / "gguf-llama-q4_k_m", tmp_path / "new")
+    halve_scales(next(new.glob("*.gguf")))
+    other = without_notes(FIXTURES / "gguf-llama-iq3_s", tmp_path / "other")
+    want = reference_logits(new, IDS)
+    with loaded(old, load_format="private") as model:
+        config = process_model_config()
+        before, places = forward(model, IDS), addresses(model)
+        from_disk(model, config, new)
+        after = forward(model, IDS)
+        with pytest.raises(LayoutError) as err:
+            from_disk(model, config, other)
+        assert torch.equal(forward(model, IDS), after)
+        from_disk(model, config, old)
+        again = forward(model, IDS)
+        assert addresses(model) == places
+    assert err.value.code == "Q-ENGINE-RELOAD"
+    assert (after - want).abs().max() <= 5e-5
+    assert (after - before).abs().max() > 1e-2
+    assert torch.equal(again, before)
+
+
+def halve_scales(file: Path) -> None:
+    """Of the first layer's Q4_K matrices: the two half floats that open each block of 144 bytes."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    found = 0
+    for tensor in GGUFReader(file, mode="r+").tensors:
+        if tensor.tensor_type == GGMLQuantizationType.Q4_K and tensor.name.startswith("blk.0."):
+            blocks = tensor.data.reshape(-1, 144)[:, :4].view("float16")
+            blocks *= 0.5
+            found += 1
+    assert found

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from sglang_serving import loaded, published, reference_logits, served_logits, without_notes
 
 from checkpoint_sets import FIXTURES, SHARED
-from engine_table import refused
 from quant_core.engines.sglang_config import TAKE_OVER, QuantCoreConfig
 from quant_core.errors import ConfigError, LayoutError, QuantError
 from tiny_models import make_tiny
@@ -137,18 +136,56 @@ def test_layers_beyond_those_of_the_model_are_passed_over(tmp_path: Path) -> Non
     assert (got - want).abs().max() <= 5e-5
 
 
-@pytest.mark.parametrize("name", refused("sglang"))
-def test_container_that_sglang_cannot_read_is_refused(name: str, tmp_path: Path) -> None:
-    err = fails(without_notes(FIXTURES / name, tmp_path / "model"))
+def test_container_that_sglang_cannot_read_names_the_loader(tmp_path: Path) -> None:
+    err = fails(without_notes(FIXTURES / "gguf-llama-q4_k_m", tmp_path / "model"))
     assert isinstance(err, ConfigError)
     assert err.code == "Q-ENGINE-CONTAINER"
-    assert "quant convert" in str(err)
+    assert "--load-format private" in str(err)
+
+
+def test_single_file_is_refused_and_its_folder_is_served(tmp_path: Path) -> None:
+    folder = without_notes(FIXTURES / "gguf-llama-q4_k_m", tmp_path / "model")
+    with loaded(folder, load_format="private") as model:
+        assert model is not None
+    file = next(folder.glob("*.gguf"))
+    with pytest.raises(Exception, match=r"gguf|GGUF"), loaded(file, load_format="private"):
+        pass
+
+
+def test_loader_without_our_method_is_refused() -> None:
+    err = fails(SHARED / "base" / "tiny-llama", load_format="private", quantization=None)
+    assert err.code == "Q-CFG-CONFLICT"
+    assert "--quantization quant_core" in str(err)
+
+
+def test_private_loader_of_somebody_else_stays() -> None:
+    script = (
+        "import sys, types; sys.path[:0] = sys.argv[1:]\n"
+        "import stub_modules; stub_modules.install()\n"
+        "for name in ('sglang.private', 'sglang.private.private_model_loader'):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "sys.modules[name].PrivateModelLoader = 'theirs'\n"
+        "from quant_core.engines.sglang import register; register()\n"
+        "from sglang.private.private_model_loader import PrivateModelLoader as found\n"
+        "print('FOUND', found)"
+    )
+    here = str(Path(__file__).parent)
+    out = subprocess.run([sys.executable, "-c", script, here], capture_output=True, text=True)
+    assert out.stdout.rpartition("FOUND")[2].strip() == "theirs", out.stderr
 
 
 def test_unknown_option_is_refused() -> None:
     block = '{"quantization_config": {"quant_method": "quant_core", "onlin": "mxfp8"}}'
     err = fails(ACT_ORDER, json_model_override_args=block)
     assert err.code == "Q-CFG-KEY"
+
+
+YARN = {  # the one kind of rotary embedding that SGLang's DeepSeek has on a CPU
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0,
+    "original_max_position_embeddings": 256, "mscale_all_dim": 1.0,
+}  # fmt: skip
+OWN = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+"""What SGLang takes from DeepSeek's own config.json and transformers' config does not have."""
 
 
 def deepseek(folder: Path, kept: str) -> Path:
@@ -161,16 +198,12 @@ def deepseek(folder: Path, kept: str) -> Path:
         n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1,
         first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=128, qk_nope_head_dim=64,
         qk_rope_head_dim=64, v_head_dim=64, max_position_embeddings=512,
-        rope_parameters={  # the one kind that SGLang has on a CPU
-            "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0,
-            "original_max_position_embeddings": 256, "mscale_all_dim": 1.0,
-        },
+        rope_parameters=YARN,
     )  # fmt: skip
     tiny = make_tiny(
         folder, config, quantized=lambda name, kind: kind != "other" and kept not in name
     )
-    # what SGLang takes from DeepSeek's own config.json and transformers' config does not have
-    return tiny.write(topk_method="noaux_tc", scoring_func="sigmoid", moe_layer_freq=1)
+    return tiny.write(**OWN)
 
 
 def test_packed_latent_attention_is_refused_before_weights_are_loaded(tmp_path: Path) -> None:
@@ -180,12 +213,51 @@ def test_packed_latent_attention_is_refused_before_weights_are_loaded(tmp_path: 
         err = fails(folder)
     assert not loading.called
     assert err.code == "Q-ENGINE-MODULE"
-    for part in ("model.layers.0.self_attn.kv_b_proj", "model.layers.1.", "skip", "vLLM"):
+    for part in ("model.layers.0.self_attn.kv_b_proj", "model.layers.1.", "--load-format private"):
         assert part in str(err)
 
 
+def absorbed(layer: Any) -> torch.Tensor:
+    """What SGLang made of ``kv_b_proj``: [heads * (keys + values), rank]."""
+    both = torch.cat([layer.self_attn.w_kc, layer.self_attn.w_vc.transpose(1, 2)], dim=1)
+    return both.reshape(-1, both.shape[-1])
+
+
+@pytest.mark.parametrize("kept", ["_a_proj", "no such layer"])
+def test_packed_latent_attention_is_loaded_by_our_own_loader(kept: str, tmp_path: Path) -> None:
+    """``kv_b_proj`` dequantized and split by SGLang, all other layers packed."""
+    from quant_core import load_tensor
+
+    folder = deepseek(tmp_path / "model", kept=kept)
+    with loaded(folder, load_format="private") as model:
+        for number, layer in enumerate(model.model.layers):
+            at = f"model.layers.{number}.self_attn."
+            assert torch.equal(absorbed(layer), load_tensor(folder, f"{at}kv_b_proj").dequantize())
+            assert hasattr(layer.self_attn.o_proj, "packed")
+            first = layer.self_attn.fused_qkv_a_proj_with_mqa
+            assert hasattr(first, "packed") == (kept != "_a_proj")
+            x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+            parts = [load_tensor(folder, at + n) for n in ("q_a_proj", "kv_a_proj_with_mqa")]
+            want = x @ torch.cat([p.dequantize() for p in parts]).T
+            assert (first(x)[0] - want).abs().max() <= 1e-4 * want.abs().max()
+
+
 @pytest.mark.shared
-def test_latent_attention_of_a_real_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_latent_attention_of_a_real_checkpoint_is_loaded(tmp_path: Path) -> None:
+    from quant_core import load_tensor
+
+    folder = without_notes(SHARED / "ct-mla-fp8-block", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    edit = {"rope_parameters": YARN, **OWN}
+    (folder / "config.json").write_text(json.dumps(config | edit))
+    with loaded(folder, load_format="private") as model:
+        for number, layer in enumerate(model.model.layers):
+            name = f"model.layers.{number}.self_attn.kv_b_proj"
+            assert torch.equal(absorbed(layer), load_tensor(folder, name).dequantize())
+
+
+@pytest.mark.shared
+def test_latent_attention_of_a_real_checkpoint_is_refused_by_other_loaders(tmp_path: Path) -> None:
     err = fails(without_notes(SHARED / "ct-mla-fp8-block", tmp_path / "model"))
     assert err.code == "Q-ENGINE-MODULE"
     assert "model.layers.1.self_attn.kv_b_proj" in str(err)
@@ -257,4 +329,6 @@ def test_registering_imports_nothing_that_sglang_has_not_imported() -> None:
     here = str(Path(__file__).parent)
     out = subprocess.run([sys.executable, "-c", script, here], capture_output=True, text=True)
     new = out.stdout.rpartition("NEW")[2].strip()
-    assert new == "['quant_core.engines.sglang_config']", out.stderr
+    ours = ("quant_core.engines.sglang_config", "quant_core.engines.sglang_parser")
+    standing_for = ("sglang.private", "sglang.private.private_model_loader")  # of no import
+    assert new == str([*ours, *standing_for]), out.stderr

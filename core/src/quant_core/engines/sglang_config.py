@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
     from quant_core.build import Builder
     from quant_core.engines.sglang_slots import Round
     from quant_core.engines.sharing import Account, Names, Options
-    from quant_core.plan import Plan
+    from quant_core.plan import Member, Plan
 
-__all__ = ["METHOD", "TAKE_OVER", "QuantCoreConfig"]
+__all__ = ["FED", "LOAD_FORMAT", "METHOD", "TAKE_OVER", "QuantCoreConfig", "local_path"]
 
 METHOD = "quant_core"
+LOAD_FORMAT = "private"
+"""SGLang's name of the load format that it leaves to others: ``sglang_loader``."""
+FED: ContextVar[bool] = ContextVar("FED", default=False)
+"""Is the model that is being loaded fed by ``sglang_loader``?"""
 TAKE_OVER = "QUANT_CORE_TAKE_OVER"
 """Environment variable: methods that SGLang has itself and quant_core takes, comma separated."""
 
@@ -59,12 +64,15 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         self._names: Names | None = None
         self._mapper: WeightsMapper | None = None
         self.account: Account | None = None
+        self.absorbed: frozenset[str] = frozenset()  # members that are given to SGLang as floats
         self.checked = False  # the model is built and every member has a layer
         self.table: torch.nn.Module | None = None  # a packed embedding, for a tied output layer
         self._round: Round | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_plan", "_names", "_mapper", "account", "checked", "table", "_round")
+        gone = (
+            "_plan", "_names", "_mapper", "account", "absorbed", "checked", "table", "_round"
+        )  # fmt: skip
         return {k: v for k, v in self.__dict__.items() if k not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,11 +139,31 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
 
             _check_draft()
             with neutral():
-                self._plan = open_plan(_local_path(self.model or _model_path()), self.options)
+                self._plan = open_plan(local_path(self.model or _model_path()), self.options)
             _check_container(self._plan)
-            _check_absorbed(self._plan)
+            self.absorbed = _absorbed(self._plan)
             self.account = Account(self._plan)
         return self._plan
+
+    def reopen(self, model: str) -> None:
+        """Plan another checkpoint in place of this one; layers look their members up by name.
+
+        Raises:
+            CheckpointError: the new one cannot be opened; the old one stays.
+            LayoutError: ``Q-ENGINE-RELOAD`` if other members are quantized.
+        """
+        from quant_core.engines.packed import neutral
+        from quant_core.engines.sharing import open_plan
+        from quant_core.engines.staged import cannot_reload
+
+        old, path = self.plan, local_path(model)
+        with neutral():
+            plan = open_plan(path, self.options)
+        if old.quantized.keys() != plan.quantized.keys():
+            raise cannot_reload(f"{path} quantizes other layers")
+        self.model, self._plan = path, plan
+        assert self.account is not None
+        self.account.plan = plan
 
     @property
     def names(self) -> Names:
@@ -175,7 +203,16 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
 
     def is_linear_unquantized(self, prefix: str) -> bool:
         """Asked before layers are built; takes nothing."""
-        return not any(m.quantized for m in self.names.of(prefix, self.fused))
+        return not any(self.packs(m) for m in self.names.of(prefix, self.fused))
+
+    @property
+    def fed(self) -> bool:
+        """Does ``sglang_loader`` load this model?"""
+        return FED.get()
+
+    def packs(self, member: Member) -> bool:
+        """Is it quantized, and its layer ours?"""
+        return member.quantized and member.layer.name not in self.absorbed
 
     def check_taken(self) -> None:
         """Once, when the model is built: every quantized member has a layer.
@@ -231,12 +268,12 @@ def _check_container(plan: Plan) -> None:
     from quant_core.errors import ConfigError
 
     checkpoint = plan.checkpoint
-    if checkpoint.container == "safetensors":
+    if checkpoint.container == "safetensors" or FED.get():
         return
     raise ConfigError(
-        f"{checkpoint.path}: is a {checkpoint.container} checkpoint, expected safetensors: SGLang "
-        "reads float parameters from nothing else. Convert it first: quant convert SRC DST --to "
-        "FORMAT.",
+        f"{checkpoint.path}: is a {checkpoint.container} checkpoint, expected safetensors: "
+        "SGLang's own loaders read float parameters from nothing else. Start with --load-format "
+        f"{LOAD_FORMAT}.",
         code="Q-ENGINE-CONTAINER",
         path=checkpoint.path,
         expected="safetensors",
@@ -244,11 +281,13 @@ def _check_container(plan: Plan) -> None:
     )
 
 
-def _check_absorbed(plan: Plan) -> None:
+def _absorbed(plan: Plan) -> frozenset[str]:
     """Latent attention (MLA): models split the weight of ``kv_b_proj`` in ``load_weights``.
 
+    ``sglang_loader`` gives them its dequantized weight; to SGLang's own loaders it would be lost.
+
     Raises:
-        LayoutError: ``Q-ENGINE-MODULE`` if it is packed.
+        LayoutError: ``Q-ENGINE-MODULE`` if it is packed and SGLang's own loader is at work.
 
     Source: SGLang 0.5.23, srt/models/deepseek_common/deepseek_weight_loader.py
     (post_load_weights); srt/models/{minicpm3,kimi_linear,longcat_flash}.py do the same.
@@ -257,13 +296,13 @@ def _check_absorbed(plan: Plan) -> None:
 
     layers = _num_layers()
     names = [n for n in plan.quantized if n.endswith(".kv_b_proj") and not _of_draft(n, layers)]
-    if not names:
-        return
+    if not names or FED.get():
+        return frozenset(names)
     raise LayoutError(
         f"{plan.checkpoint.path}: {len(names)} layer(s) of latent attention are quantized: "
         f"{summarize(names)}; expected floats: SGLang splits their weights while it loads, before "
-        "packed layers exist. Exclude kv_b_proj from quantization (option skip, if it is done "
-        "while loading), or serve the checkpoint with vLLM.",
+        f"packed layers exist. Start with --load-format {LOAD_FORMAT}, which gives it their "
+        "dequantized weights.",
         code="Q-ENGINE-MODULE",
         path=plan.checkpoint.path,
         tensor=names[0],
@@ -288,7 +327,7 @@ def _model_path() -> str:
     return str(process_model_config().model_path)
 
 
-def _local_path(model: str) -> str:
+def local_path(model: str) -> str:
     """Folder of a model; one that is a repository's id is looked up where SGLang put it."""
     if os.path.exists(model):
         return model

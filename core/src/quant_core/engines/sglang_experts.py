@@ -169,7 +169,8 @@ class ExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         parts = {}
         with neutral():
             for role, (out, inp) in layer.packed_spans.items():
-                piece = Piece(member=self.roles[role], out=out, inp=inp)
+                member = plan.members[self.roles[role].layer.name]
+                piece = Piece(member=member, out=out, inp=inp)
                 name = f"{self.prefix}.{role}"
                 parts[role] = bind_stack(builder, name, piece, layer.packed_experts)
         packed: dict[str, Packed] | None = getattr(layer, "packed", None)

@@ -30,6 +30,7 @@ from quant_core.engines.staged import stored_names
 from quant_core.errors import LayoutError
 from quant_core.ledger import missing_error
 from quant_core.plan import Member
+from quant_core.scheme import Scheme
 from quant_core.spec import Span
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def method_for(config: QuantCoreConfig, layer: Any, prefix: str) -> QuantizeMeth
         return experts_method(config, layer, prefix)
     if isinstance(layer, LinearBase):
         members = config.names.of(prefix, config.fused)
-        if not any(m.quantized for m in members):
+        if not any(config.packs(m) for m in members):
+            _take(config, prefix, [m for m in members if m.quantized])
             return UnquantizedLinearMethod()
         _take(config, prefix, members)
         return LinearMethod(config, prefix, members)
@@ -122,9 +124,8 @@ class _Method(QuantizeMethodBase):  # type: ignore[misc]
             wanted = getattr(layer, "bias", None) is not None
             check_biases(plan, self.prefix, self.members, wanted=wanted)
         builder = self.config.builder(plan, layer.packed_device, layer.packed_dtype)
-        pieces = [
-            Piece(member=self.members[i], out=out, inp=inp) for i, out, inp in layer.packed_spans
-        ]
+        members = [plan.members[m.layer.name] for m in self.members]
+        pieces = [Piece(member=members[i], out=out, inp=inp) for i, out, inp in layer.packed_spans]
         with neutral():
             parts = self._bind(builder, pieces)
         packed: Packed | None = getattr(layer, "packed", None)
@@ -168,6 +169,12 @@ class LinearMethod(_Method, LinearMethodBase):  # type: ignore[misc]
         if count == parts:
             layer.packed_spans = [(i, out, inp) for i, out in enumerate(outs)]
             return
+        rows = self._rows() if len(outs) == 1 and self.config.fed else []
+        if len(rows) > 1 and outs[0] == Span.whole(sum(rows)):
+            # one layer for SGLang, several for the checkpoint: models concatenate their tensors
+            # themselves, which only our own loader keeps from them
+            layer.packed_spans = [(i, Span.whole(n), inp) for i, n in enumerate(rows)]
+            return
         if count != 1:
             raise LayoutError(
                 f"{self.prefix}: {count} members for {parts} parts, expected one for each or "
@@ -186,6 +193,11 @@ class LinearMethod(_Method, LinearMethodBase):  # type: ignore[misc]
             (0, Span(start=first + out.start, stop=first + out.stop, total=total), inp)
             for first, out in zip(firsts, outs, strict=True)
         ]
+
+    def _rows(self) -> list[int]:
+        """Output features of each member; none if some are not quantized."""
+        rows = [m.scheme.shape[0] for m in self.members if isinstance(m.scheme, Scheme)]
+        return rows if len(rows) == len(self.members) else []
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = layer.packed.call_linear(x)

@@ -9,6 +9,8 @@ layer has all of its tensors:
     weight_loader                     keeps a tensor under its stored name
     process_weights_after_loading     first one: is every layer complete? then each refills itself
 
+Where ``sglang_loader`` feeds the model, layers read from the new file themselves again.
+
 Source: SGLang 0.5.23, srt/model_loader/loader.py (postprocess_weights),
 srt/model_executor/model_runner_components/weight_updater.py.
 """
@@ -53,6 +55,11 @@ class Round:
     def start(self) -> None:
         self.checked = False
 
+    def reread(self, plan: Plan) -> None:
+        """In this round every layer reads from ``plan``."""
+        for slots in self.all:
+            slots.source = plan
+
     def check(self, plan: Plan) -> None:
         """Before the first layer takes new weights.
 
@@ -62,7 +69,13 @@ class Round:
         if self.checked:
             return
         self.checked = True
-        lacking = [n for slots in self.all for n in slots.names if n not in (slots.staged or {})]
+        lacking = [
+            name
+            for slots in self.all
+            if slots.source is None
+            for name in slots.names
+            if name not in (slots.staged or {})
+        ]
         if lacking:
             for slots in self.all:
                 slots.staged = None
@@ -82,6 +95,7 @@ class Slots:
         self.names = list(dict.fromkeys(n for keys in sources.values() for n in keys.values()))
         self.loaded = False
         self.staged: dict[str, Tensor] | None = None
+        self.source: Plan | None = None
         self.round = around
         around.all.append(self)
         for name, keys in sources.items():
@@ -123,7 +137,7 @@ class Slots:
         """A new round begins."""
         if self.loaded:
             self.round.start()
-            self.staged = {}
+            self.staged, self.source = {}, None
 
     def take(self, plan: Plan) -> Plan | None:
         """What to read the layer from; None: nothing new.
@@ -135,5 +149,8 @@ class Slots:
             self.loaded = True
             return plan
         self.round.check(plan)
-        staged, self.staged = self.staged, None
+        staged, source = self.staged, self.source
+        self.staged = self.source = None
+        if source is not None:
+            return source
         return None if staged is None else staged_plan(plan, staged)

@@ -10,8 +10,8 @@ from typing import Any
 
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
+from quant_core.engines.containers import config_of_container
 from quant_core.engines.vllm_config import METHOD, local_path
-from quant_core.errors import ConfigError
 
 __all__ = ["QuantCoreConfigParser"]
 
@@ -29,31 +29,7 @@ class QuantCoreConfigParser(ConfigParserBase):  # type: ignore[misc]
     ) -> tuple[dict[str, Any], Any]:
         from vllm.transformers_utils.config import HFConfigParser
 
-        from quant_core.checkpoint.open import open_checkpoint
-
-        path = local_path(str(model), revision)
-        with open_checkpoint(path) as checkpoint:
-            has_config, folder = "model_type" in checkpoint.config, str(checkpoint.folder)
-        if has_config:
+        folder, config = config_of_container(local_path(str(model), revision), METHOD)
+        if config is None:
             return HFConfigParser().parse(folder, trust_remote_code, **kwargs)  # type: ignore[no-any-return]
-        from quant_core.engines.transformers import as_config
-
-        config = as_config(path)
-        config.quantization_config = {"quant_method": METHOD}
-        if not config.architectures:
-            config.architectures = [_architecture(config)]
         return config.to_dict(), config
-
-
-def _architecture(config: Any) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
-
-    if config.model_type not in NAMES:
-        raise ConfigError(
-            f"model_type {config.model_type!r} has no language model in transformers, expected one "
-            "it knows. Put the model's config.json beside the weights.",
-            code="Q-ENGINE-MODEL",
-            tensor="model_type",
-            actual=config.model_type,
-        )
-    return str(NAMES[config.model_type])
