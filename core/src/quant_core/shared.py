@@ -32,7 +32,15 @@ from quant_core.kernels.joined import JOINABLE, JoinedRun, place_together_
 if TYPE_CHECKING:
     from quant_core.nn import QuantLinear
 
-__all__ = ["SharedGroup", "Siblings", "joined", "share_inputs", "together", "weights_changed"]
+__all__ = [
+    "SharedGroup",
+    "Siblings",
+    "joined",
+    "share_inputs",
+    "together",
+    "weights_changed",
+    "weights_epoch",
+]
 
 Run = Callable[[list[list[Tensor]], Tensor], list[Tensor]]
 """Buffers of each layer, in the order of ``allocate``, and x -> each layer's output."""
@@ -47,6 +55,11 @@ def weights_changed() -> None:
     """Tell that some layer's buffers were written: results held for others are void."""
     global _epoch
     _epoch += 1
+
+
+def weights_epoch() -> int:
+    """A number that grows with every call of ``weights_changed``."""
+    return _epoch
 
 
 class _Held:

@@ -37,10 +37,10 @@ QK_INLINE void NAME(norm_row)(const qk_norm *c, const int type, int64_t row, flo
     const int64_t k = c->k, at = row * k;
     if (c->delta) NAME(add_row)(c->x, c->delta, c->sum, type, at, k, x, w);
     else NAME(wide)(c->x, type, at, k, x);
-    float sum = 0;
+    double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < k; i++) sum += x[i] * x[i];
-    const float over = 1.0f / sqrtf(sum / (float)k + (float)c->eps);
+    for (int64_t i = 0; i < k; i++) sum += (double)(x[i] * x[i]);
+    const float over = 1.0f / sqrtf((float)(sum / (double)k) + (float)c->eps);
     const float one = c->form & QK_UNIT_OFFSET ? 1.0f : 0.0f;
     NAME(wide)(c->weight, type, 0, k, w);
     if (c->form & QK_ROUND_LAST)

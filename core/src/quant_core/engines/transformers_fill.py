@@ -20,6 +20,7 @@ from quant_core.engines.transformers_cache import CacheMode, attach_caches
 from quant_core.engines.transformers_check import Check, check_bias, without_zero_bias
 from quant_core.engines.transformers_experts import gating_of
 from quant_core.engines.transformers_names import Layout, Slot, arrange
+from quant_core.engines.transformers_parts import attach_norms_and_mlps
 from quant_core.engines.transformers_tied import Tied
 from quant_core.errors import LayoutError, printable
 from quant_core.load import read_parameter
@@ -90,6 +91,13 @@ def fill_model(
     tied.apply()
     share_inputs(model)
     attach_attention(
+        model,
+        plan.registry,
+        dtype=builder.dtype,
+        device=builder.device,
+        kernels=builder.kernels,
+    )
+    attach_norms_and_mlps(
         model,
         plan.registry,
         dtype=builder.dtype,

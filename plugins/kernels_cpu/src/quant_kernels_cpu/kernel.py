@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quant_core.errors import LayoutError
 from quant_core.kernels.base import Accepted, Kernel, Rejected
@@ -23,6 +23,7 @@ from quant_kernels_cpu.w8a8 import W8A8, check_range
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant_core.kernels.between import Block
     from quant_core.tensors import LayerTensors
 
 __all__ = ["KERNELS", "W4A8", "WnA16"]
@@ -152,6 +153,23 @@ class WnA16:
             return None
         layouts = [self._bound(op) for op in ops]
         return functools.partial(run_shared, tuple(x.text() for x in layouts), layouts[0].k_in)
+
+    def bind_gated(self, ops: Sequence[OpSpec], activation: str) -> Callable[..., Any] | None:
+        """See ``quant_core.kernels.base``."""
+        from quant_kernels_cpu.block import GatedRun
+
+        if self.int8 or any(op.op != "linear" for op in ops):
+            return None
+        texts = [self._bound(op).text() for op in ops]
+        return GatedRun(texts, ops[0].size("k"), ops[2].size("n"), activation)
+
+    def bind_block(self, block: Block) -> Callable[..., Any] | None:
+        """See ``quant_core.kernels.base``."""
+        from quant_kernels_cpu.block import bind_block
+
+        if self.int8 or any(op.op != "linear" for op in block.linears):
+            return None
+        return bind_block([self._bound(op).text() for op in block.linears], block)
 
 
 class W4A8(WnA16):

@@ -1,0 +1,416 @@
+"""Norms and gated MLPs of a transformers model through kernels, where they compute what ours do.
+
+What a module computes is found out, not read off its name: its own ``forward`` and the kernel's
+run on the same random input, and only where both give the same, up to the order of a float32 sum,
+is the module swapped (``transformers_swap``). Candidates are
+
+    a norm    one vector ``weight``, no other state, and a small positive number (its epsilon)
+    an MLP    three packed layers, two of them alike, and an activation
+
+The module's own code still runs where gradients are enabled, under ``torch.compile`` (Inductor
+fuses it), and for what the kernel declines. Without a kernel nothing changes; ``QUANT_KERNELS`` and
+``kernels=`` apply as for every operation. ``parts_of(model)`` says what was swapped, and why not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap
+from quant_core.errors import KernelError, summarize
+from quant_core.kernels.base import Accepted
+from quant_core.kernels.between import NORMS, gated_op, norm_op
+from quant_core.kernels.choose import Choice, Decision, choose
+from quant_core.kernels.device import device_key
+from quant_core.nn import QuantLinear
+from quant_core.registry import Registry
+from quant_core.shared import weights_epoch
+from quant_core.spec import OpSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["MlpPart", "NormPart", "Parts", "attach_norms_and_mlps", "equal", "parts_of", "random"]
+
+log = logging.getLogger("quant_core")
+
+_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_MOST_EPS = 1e-2
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    """What of a model runs in kernels, besides its packed layers.
+
+    Attributes:
+        swapped: module name -> what runs it.
+        left: module name of a candidate -> why it stays as it is.
+        choices: operation -> who was chosen, or why nobody.
+    """
+
+    registry: Registry
+    kernels: str | Sequence[str] | None
+    dtype: torch.dtype
+    device: str
+    swapped: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    choices: dict[OpSpec, Choice | KernelError] = field(default_factory=dict)
+
+    def chosen(self, op: OpSpec) -> Choice | None:
+        """The kernel for ``op``; None, and remembered, if there is none."""
+        if op not in self.choices:
+            try:
+                self.choices[op] = choose(op, self.registry, kernels=self.kernels)
+            except KernelError as err:
+                self.choices[op] = err
+        found = self.choices[op]
+        return found if isinstance(found, Choice) else None
+
+    @property
+    def key(self) -> tuple[str, tuple[str, str]]:
+        """dtype and device as operations name them."""
+        return str(self.dtype).removeprefix("torch."), device_key(self.device)
+
+    @property
+    def table(self) -> str:
+        """What was swapped and what was not, and every kernel's answer."""
+        runs: dict[str, list[str]] = {}
+        for name, run in self.swapped.items():
+            runs.setdefault(run, []).append(name)
+        lines = [f"{run}: {summarize(names, 3)}" for run, names in runs.items()]
+        lines += [f"{name}: as it is, {why}" for name, why in self.left.items()]
+        for op, found in self.choices.items():
+            sizes = " ".join(f"{k}={v}" for k, v in op.sizes)
+            lines.append(f"{op.op} {sizes} {' '.join(sorted(op.features))}".rstrip())
+            lines += [f"  {d}" for d in found.trace or () if _of_interest(d)]
+        return "\n".join(lines)
+
+
+def _of_interest(decision: Decision) -> bool:
+    return isinstance(decision.answer, Accepted) or decision.answer.axis != "op"
+
+
+def parts_of(model: nn.Module) -> Parts | None:
+    """What ``load_model`` found out about ``model``; None for copies and other models."""
+    found = getattr(model, "_quant_parts", None)
+    return found.parts if isinstance(found, _Kept) else None
+
+
+class _Kept:
+    """Held by a model; its copies keep what was swapped, not the account of it."""
+
+    def __init__(self, parts: Parts | None = None) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Kept, ()
+
+
+# ------------------------------------------------------------------------------------- the probe
+
+
+def random(shape: Sequence[int], parts: Parts, seed: int = 0) -> Tensor:
+    """Normal numbers in the model's dtype, on its device; torch's own state is left alone."""
+    values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    return values.to(device=parts.device, dtype=parts.dtype)
+
+
+def equal(got: Tensor | None, want: Any) -> float | None:
+    """How many numbers differ, of 1, if both are equal within rounding; None if they are not.
+
+    A number may be off by two units in the last place, few of them may be off at all.
+    """
+    if got is None or not isinstance(want, Tensor) or got.dtype != want.dtype:
+        return None
+    if got.shape != want.shape or not bool(want.isfinite().all()):
+        return None
+    off = (got.double() - want.double()).abs()
+    unit = torch.finfo(want.dtype).eps
+    loose = 8 if want.dtype == torch.float32 else 1  # sums of other orders show there
+    size = want.double().abs()
+    if bool((off > 2 * loose * unit * size + 1e-30).any()):
+        return None
+    if bool(off.mean() > 0.1 * loose * unit * size.mean()):
+        return None
+    return float((off > 0).double().mean())
+
+
+# ----------------------------------------------------------------------------------------- norms
+
+
+@dataclass(slots=True)
+class NormPart:
+    """What a swapped norm runs; ``eps`` names its attribute."""
+
+    run: Callable[..., Any]
+    eps: str
+    op: OpSpec
+    kernel: str
+
+
+class _Norm(Swapped):
+    _quant_norm: NormPart
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not graph_wanted():
+            held: Any = self.__dict__
+            part, weight = self._quant_norm, held["_parameters"].get("weight")
+            if type(weight) is nn.Parameter:
+                y = part.run([weight], args[0], held[part.eps])
+                if y is not None:
+                    return y
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernel={self._quant_norm.kernel}"  # type: ignore[misc]
+
+
+def _epsilons(module: nn.Module) -> list[str]:
+    held = module.__dict__.items()
+    return [n for n, v in held if type(v) is float and 0 < v <= _MOST_EPS]
+
+
+def _is_vector_module(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return (
+        [n for n, v in module._parameters.items() if v is not None] == ["weight"]
+        and weight is not None
+        and weight.dim() == 1
+        and weight.numel() > 1
+        and not module._buffers
+        and not module._modules
+    )
+
+
+def _norm_inputs(k: int, eps: float, parts: Parts) -> Tensor:
+    """Rows of all sizes: large, with a mean, and so small that epsilon decides."""
+    x = random((6, k), parts)
+    x[1] *= 100.0
+    x[2] += 1.0
+    x[3:] *= eps**0.5
+    x[4] *= 0.1
+    x[5] *= 0.0
+    return x[None]
+
+
+def _attach_norm(name: str, module: nn.Module, parts: Parts) -> None:
+    weight: Any = module._parameters["weight"]
+    if weight.dtype != parts.dtype or type(module.forward).__name__ != "method":
+        parts.left[name] = f"its weight is {weight.dtype}, or its forward is not its class'"
+        return
+    best: tuple[float, NormPart] | None = None
+    offered = False
+    for eps in _epsilons(module):
+        x = _norm_inputs(weight.numel(), getattr(module, eps), parts)
+        want = module(x)
+        for form in NORMS:
+            choice = parts.chosen(norm_op(weight.numel(), form, *parts.key))
+            if choice is None:
+                continue
+            offered = True
+            run = choice.kernel.bind(choice.op)
+            off = equal(run([weight], x.clone(), getattr(module, eps)), want)
+            if off is not None and (best is None or off < best[0]):
+                best = off, NormPart(run, eps, choice.op, choice.kernel.name)
+    if best is not None:
+        module._quant_norm = best[1]  # type: ignore[assignment]
+        swap(module, _Norm)
+        parts.swapped[name] = best[1].kernel
+    elif offered:
+        parts.left[name] = "it computes something else than a root-mean-square norm"
+
+
+# ------------------------------------------------------------------------------------------ MLPs
+
+
+class Buffers:
+    """The buffers of some layers: the same list as long as no weights changed anywhere."""
+
+    __slots__ = ("_epoch", "_values")
+
+    def __init__(self) -> None:
+        self._epoch = -1
+        self._values: list[list[Tensor]] = []
+
+    def of(self, layers: Sequence[QuantLinear]) -> list[list[Tensor]]:
+        now = weights_epoch()
+        if now != self._epoch:
+            self._values, self._epoch = [layer._values() for layer in layers], now
+        return self._values
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Buffers, ()
+
+
+@dataclass(slots=True)
+class MlpPart:
+    """What a swapped MLP runs: one call for all of it, or one for what is between its layers."""
+
+    names: tuple[str, str, str]  # gate, up, down
+    act: str
+    run: Callable[..., Any]
+    whole: Callable[..., Any] | None
+    above: Guard  # the activation
+    below: Guard  # everything
+    kernel: str
+    buffers: Buffers
+
+    def apply(self, module: nn.Module, x: Tensor) -> Any:
+        """The output; None for what the kernel does not take."""
+        held: Any = module._modules
+        gate, up, down = (held[name] for name in self.names)
+        if self.whole is not None and self.below.holds():
+            y = self.whole(self.buffers.of((gate, up, down)), x)
+            if y is not None:
+                return y
+        if not self.above.holds():
+            return None
+        g, u = gate(x), up(x)
+        y = self.run([], g, u)
+        return down(held[self.act](g) * u if y is None else y)
+
+
+class _Mlp(Swapped):
+    _quant_mlp: MlpPart
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not graph_wanted() and not self.training:  # type: ignore[attr-defined]
+            y = self._quant_mlp.apply(self, args[0])  # type: ignore[arg-type]
+            if y is not None:
+                return y
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        return f"kernel={self._quant_mlp.kernel}"
+
+
+def _activation(module: nn.Module, parts: Parts) -> str:
+    """Which known activation a module is, in float32 on a fine grid; "" for none."""
+    x = torch.linspace(-12, 12, 4801, device=parts.device)
+    try:
+        got = module(x)
+    except (TypeError, ValueError, RuntimeError):  # takes something else than one tensor
+        return ""
+    for name, plain in _ACTS.items():
+        same = isinstance(got, Tensor) and got.shape == x.shape
+        if same and bool(((got - plain(x)).abs() <= 2e-6 * x.abs().clamp(min=1)).all()):
+            return name
+    return ""
+
+
+def _mlp_children(module: nn.Module) -> tuple[list[str], str] | None:
+    """Names of three packed layers, the one of another shape last, and of the activation."""
+    packed: list[str] = []
+    others: list[str] = []
+    for name, child in module._modules.items():
+        (packed if type(child) is QuantLinear else others).append(name)
+    if len(packed) != 3 or len(others) != 1 or module._parameters or module._buffers:
+        return None
+    layers: Any = [module._modules[n] for n in packed]
+    shapes = [(c.in_features, c.out_features) for c in layers]
+    for last in (2, 1, 0):
+        first, second = (i for i in range(3) if i != last)
+        if shapes[first] == shapes[second] == shapes[last][::-1]:
+            return [packed[first], packed[second], packed[last]], others[0]
+    return None
+
+
+def _attach_mlp(name: str, module: nn.Module, parts: Parts) -> None:
+    found = _mlp_children(module)
+    if found is None:
+        return
+    (one, two, down), act_name = found
+    act_module: Any = module._modules[act_name]
+    act = _activation(act_module, parts)
+    if not act:
+        parts.left[name] = f"its {act_name} is none of {', '.join(_ACTS)}"
+        return
+    layers: dict[str, Any] = dict(module._modules)
+    op = gated_op(layers[one].out_features, act, *parts.key)
+    choice = parts.chosen(op)
+    if choice is None:
+        return
+    x = random((2, 3, layers[one].in_features), parts)
+    want, single = module(x), module(x[:1, :1])
+    run = choice.kernel.bind(choice.op)
+    for gate, up in ((one, two), (two, one)):
+        names = (gate, up, down)
+        below = Guard([(module, n) for n in (*names, act_name)])
+        above = Guard([(module, act_name)])
+        whole = _whole([layers[n] for n in names], act)
+        part = MlpPart(names, act_name, run, whole, above, below, choice.kernel.name, Buffers())
+        if _same(part, module, x, want) and _same(part, module, x[:1, :1], single):
+            part.kernel += f" in {layers[gate].kernel.name}" if whole is not None else ""
+            module._quant_mlp = part  # type: ignore[assignment]
+            swap(module, _Mlp)
+            parts.swapped[name] = part.kernel
+            return
+    parts.left[name] = "it computes something else than down(act(gate) * up)"
+
+
+def _same(part: MlpPart, module: nn.Module, x: Tensor, want: Any) -> bool:
+    got = part.apply(module, x)
+    return got is not None and nearly(got, want)
+
+
+def nearly(got: Any, want: Any) -> bool:
+    """Equal but for single roundings that tipped and went through a matrix since."""
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor) or got.shape != want.shape:
+        return False
+    if got.dtype != want.dtype or not bool(want.isfinite().all()):
+        return False
+    off, size = (got.double() - want.double()).abs(), want.double().abs()
+    unit = torch.finfo(want.dtype).eps * (8 if want.dtype == torch.float32 else 1)
+    return bool(off.mean() <= 0.25 * unit * size.mean() and off.max() <= 4 * unit * size.max())
+
+
+def _whole(layers: Sequence[QuantLinear], act: str) -> Callable[..., Any] | None:
+    """The MLP as one call of the kernel that all layers have in common."""
+    ask = getattr(layers[0].kernel, "bind_gated", None)
+    if ask is None or len({layer.kernel.name for layer in layers}) != 1:
+        return None
+    if not all(layer.owns_buffers for layer in layers):
+        return None
+    return ask([layer.op for layer in layers], act)  # type: ignore[no-any-return]
+
+
+# -------------------------------------------------------------------------------------- the model
+
+
+@torch.no_grad()
+def attach_norms_and_mlps(
+    model: PreTrainedModel,
+    registry: Registry,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    kernels: str | Sequence[str] | None = None,
+) -> Parts:
+    """Swap what kernels compute as well; see the module's docstring.
+
+    Args:
+        dtype, device: of activations.
+        kernels: as in ``choose``.
+    """
+    parts = Parts(registry=registry, kernels=kernels, dtype=dtype, device=device)
+    for name, module in model.named_modules():
+        if isinstance(module, Swapped | QuantLinear):
+            continue
+        if _is_vector_module(module) and _epsilons(module):
+            _attach_norm(name, module, parts)
+        elif len(module._modules) == 4:
+            _attach_mlp(name, module, parts)
+    model._quant_parts = _Kept(parts)
+    if parts.swapped:
+        log.info("%d module(s) run in kernels:\n%s", len(parts.swapped), parts.table)
+    return parts
