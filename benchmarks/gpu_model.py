@@ -1,18 +1,23 @@
 """A model of Llama-3-8B's shape on one GPU: tokens per second by how its weights are quantized.
 
-    python benchmarks/gpu_model.py --schemes bf16,int4+head,fp8,mxfp4 --json out.json
+    python benchmarks/gpu_model.py --schemes bf16,int4,fp8,mxfp4 --json out.json
 
 Weights are random and made on the device, quantized there by the installed plugins' own online
 schemes (``quant_core.live.quantize_model_``); all decoder layers hold copies of the first one's.
-The output embedding stays bf16; ``SCHEME+head`` measures the scheme, then quantizes that too and
-decodes again. Two ways to decode, each one CUDA graph of a step over a static cache:
+The output embedding is quantized by the same scheme where it is one of 4 bits, or ``SCHEME+head``
+asks for it; the same model with a bf16 output embedding is the row ``SCHEME, bf16 head``. Ways to
+decode, each one CUDA graph of a step over a static cache:
 
-transformers  the model's own forward; normalization, rotation, gating and attention fused, q, k, v
-              and gate, up joined as ``quant_core.shared`` does it
-compiled      ``gpu_decoder``: the layer compiled, for bf16 as for all others
+plain         transformers' own forward with scaled-dot-product attention, untouched; bf16 only
+transformers  the same forward with the engine's kernels for norms, gates, rotation and attention of
+              one token; packed q, k, v and gate, up joined as ``quant_core.shared`` does it
+compiled      ``gpu_decoder``: a layer compiled by torch, q, k, v and gate, up one matrix each
+fused         ``gpu_decoder``: the same matrices with one kernel for attention with rotation and
+              cache, one for residual and norm, one for the gate
+matrices      the products of a step alone: the floor
 
-Prefill runs eagerly. ``cosine`` compares the last logits with those of the bf16 model of the same
-weights.
+All but "plain" are the same for bf16 as for the others. Prefill runs eagerly. ``cosine`` compares
+the last logits with those of the bf16 model of the same weights.
 """
 
 from __future__ import annotations
@@ -34,20 +39,21 @@ use()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from gpu_decoder import Decoder, grouped_attention  # noqa: E402
-from transformers import (  # noqa: E402
-    AttentionInterface,
-    AttentionMaskInterface,
-    LlamaConfig,
-    LlamaForCausalLM,
-    StaticCache,
-)
-from transformers.masking_utils import sdpa_mask  # noqa: E402
+from gpu_decoder import Decoder  # noqa: E402
+from gpu_profile import charged, kernels_of, table  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
+from quant_core.engines.transformers_attention import attach_attention  # noqa: E402
+from quant_core.engines.transformers_parts import attach_norms_and_mlps  # noqa: E402
+from quant_core.errors import KernelError  # noqa: E402
+from quant_core.kernels.between import gated_op, rotary_op  # noqa: E402
+from quant_core.kernels.choose import choose  # noqa: E402
+from quant_core.kernels.device import device_key  # noqa: E402
 from quant_core.kernels.warmup import warmup  # noqa: E402
 from quant_core.live import linear_of, quantize_model_  # noqa: E402
 from quant_core.nn import QuantLinear  # noqa: E402
+from quant_core.registry import registry  # noqa: E402
 from quant_core.shared import share_inputs  # noqa: E402
 
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,7 +65,8 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "mxfp4": ("mxfp4", {}),
     "nvfp4": ("nvfp4", {}),
 }
-MODES = ("decode", "compiled")
+HEADS = ("int4", "mxfp4", "nvfp4")  # schemes that quantize the output embedding unless told
+MODES = ("plain", "transformers", "compiled", "fused")
 START, CACHE = 128, 512  # tokens in the cache, and room in it
 
 
@@ -81,50 +88,53 @@ def tiny(layers: int) -> LlamaConfig:
     )  # fmt: skip
 
 
-def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+_rotate = modeling_llama.apply_rotary_pos_emb
+_mlp = modeling_llama.LlamaMLP.forward
 
 
-def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate) * up
+def _kernel(op: Any) -> Any:
+    """What runs ``op``; a function that declines everything where nothing does."""
+    try:
+        choice = choose(op, registry())
+    except KernelError:
+        return lambda *_: None
+    return choice.kernel.bind(choice.op)
 
 
-def fuse_small_ops(compiled: bool) -> None:
-    """Fewer launches per layer, for every candidate alike."""
-    wrap = torch.compile if compiled else lambda f: f
-    decode_attention = (
-        torch.compile(grouped_attention, dynamic=False) if compiled else grouped_attention
-    )
+def with_kernels(model: Any, device: str) -> None:
+    """What the engine does for a model that it loads; rotation and float MLPs for all alike."""
+    held = {"dtype": torch.bfloat16, "device": device}
+    attach_attention(model, registry(), **held)
+    attach_norms_and_mlps(model, registry(), **held)
+    c, key = model.config, ("bfloat16", device_key(device))
+    dim = c.hidden_size // c.num_attention_heads
+    rotary = _kernel(rotary_op(dim, dim, *key))
+    gate = _kernel(gated_op(c.intermediate_size, "silu", *key))
 
-    def attention(
-        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-        scaling: float, **_: Any,
-    ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        if q.shape[2] == 1 and mask is not None:
-            y = decode_attention(q, k, v, ~mask, scaling)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-            )
-        return y.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("grouped", attention)
-    AttentionMaskInterface.register("grouped", sdpa_mask)
-    gated, rotate = wrap(_gated), wrap(modeling_llama.apply_rotary_pos_emb)
-    modeling_llama.LlamaRMSNorm.forward = _norm
-    modeling_llama.apply_rotary_pos_emb = rotate
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        got = rotary([], q, k, cos, sin) if unsqueeze_dim == 1 else None
+        return _rotate(q, k, cos, sin, unsqueeze_dim) if got is None else got
 
     def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        g, u = self.gate_proj(x), self.up_proj(x)
+        y = gate([], g, u)
+        return self.down_proj(F.silu(g) * u if y is None else y)
 
+    modeling_llama.apply_rotary_pos_emb = rotate
     modeling_llama.LlamaMLP.forward = mlp
+
+
+def untouched() -> None:
+    """transformers as it is."""
+    modeling_llama.apply_rotary_pos_emb = _rotate
+    modeling_llama.LlamaMLP.forward = _mlp
 
 
 def make(config: LlamaConfig, device: str) -> LlamaForCausalLM:
     """Random weights on the device, of one layer; the same for every call."""
     torch.manual_seed(0)
     config = copy.deepcopy(config)
-    config.num_hidden_layers, config._attn_implementation = 1, "grouped"
+    config.num_hidden_layers, config._attn_implementation = 1, "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -147,6 +157,7 @@ def deepen_(model: Any, layers: int) -> None:
 
 def _step(model: Any, batch: int, device: str) -> Any:
     """A function that runs one decode step over a filled static cache."""
+    torch.manual_seed(2)  # the same prompt for all
     cache = StaticCache(config=model.config, max_cache_len=CACHE)
     ids = torch.randint(0, model.config.vocab_size, (batch, START), device=device)
     model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -162,14 +173,14 @@ def _step(model: Any, batch: int, device: str) -> Any:
     return run
 
 
-def decode_ms(run: Any, device: str, replays: int = 20) -> tuple[float, Any]:
-    """(milliseconds per step, last logits) of a CUDA graph of one decode step."""
+def decode_ms(run: Any, device: str, replays: int = 20) -> tuple[float, Any, Any]:
+    """(milliseconds per step, last logits, the graph) of a CUDA graph of one decode step."""
     if device == "cpu":
         for _ in range(2):
             run()
         start = time.perf_counter()
         logits = run()
-        return (time.perf_counter() - start) * 1e3, logits
+        return (time.perf_counter() - start) * 1e3, logits, None
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -188,7 +199,7 @@ def decode_ms(run: Any, device: str, replays: int = 20) -> tuple[float, Any]:
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) / replays)
-    return statistics.median(times), logits.clone()
+    return statistics.median(times), logits.clone(), graph
 
 
 def _compiled_step(decoder: Decoder, batch: int, device: str) -> Any:
@@ -231,7 +242,7 @@ def _decode(out: dict[str, Any], mode: str, step: Any, args: Any) -> Any:
     for batch in args.batches:
         start = time.perf_counter()
         try:
-            ms, last = decode_ms(step(batch), args.device)
+            ms, last, graph = decode_ms(step(batch), args.device)
         except Exception as err:
             _note(out, f"{mode} batch {batch}", err)
             continue
@@ -240,7 +251,16 @@ def _decode(out: dict[str, Any], mode: str, step: Any, args: Any) -> Any:
         out[f"{mode}_{batch}_took_s"] = time.perf_counter() - start
         out["finite"] = out.get("finite", True) and bool(last.isfinite().all())
         logits = last[:1] if logits is None else logits
-        print(json.dumps(out), flush=True)
+        if args.profile and graph is not None and batch == args.batches[0]:
+            try:
+                rows = charged(kernels_of(graph, 3), 3, args.layers)
+            except Exception as err:
+                _note(out, f"profile of {mode}", err)
+            else:
+                out[f"{mode}_kernels"] = rows
+                print(f"{out['scheme']}, {mode}, batch {batch}:\n{table(rows)}", flush=True)
+        del graph
+        print(json.dumps({k: v for k, v in out.items() if not k.endswith("_kernels")}), flush=True)
     return logits
 
 
@@ -251,62 +271,95 @@ def _quantized(model: Any, scheme: str, out: dict[str, Any]) -> None:
     out["kernels"] = dict(Counter(m.kernel.name for m in layers if isinstance(m, QuantLinear)))
 
 
+def _first_token(model: Any, out: dict[str, Any], args: Any) -> None:
+    """Seconds from a built model to the first token of a prompt, compiling what it needs; again."""
+    ids = torch.randint(0, model.config.vocab_size, (1, START), device=args.device)
+    for name in ("first_token_s", "second_token_s"):
+        start = time.perf_counter()
+        int(model(ids, use_cache=False, logits_to_keep=1).logits.argmax())
+        out[name] = time.perf_counter() - start
+
+
+def _ways(model: Any, rows: list[dict[str, Any]], heads: list[Any], args: Any) -> dict[str, Any]:
+    """Measure every way for each of ``heads``, a row each; logits of the first row."""
+    logits: dict[str, Any] = {}
+    if args.scheme == "bf16":
+        untouched()
+        logits["plain"] = _decode(rows[0], "plain", lambda b: _step(model, b, args.device), args)
+    with_kernels(model, args.device)
+    for row, head in zip(rows, heads, strict=True):
+        model.lm_head = head
+        last = _decode(row, "transformers", lambda b: _step(model, b, args.device), args)
+        logits.setdefault("transformers", last)
+    try:
+        rows[0]["prefill_ms"] = prefill_ms(model, args.prefill, args.device)
+        rows[0]["prefill_tok_s"] = args.prefill / rows[0]["prefill_ms"] * 1e3
+    except Exception as err:
+        _note(rows[0], "prefill", err)
+    _clean(args.device)
+    try:
+        decoder = Decoder(model, way=args.ways[0])
+    except Exception as err:
+        _note(rows[0], "decoder", err)
+        return logits
+    rows[0]["between"] = decoder.kernels
+    _clean(args.device)
+    for way in args.ways:
+        decoder.way = way
+        for row, head in zip(rows, heads, strict=True):
+            decoder.head = head
+            last = _decode(row, way, lambda b: _compiled_step(decoder, b, args.device), args)
+            logits.setdefault(way, last)
+    for row, head in zip(rows, heads, strict=True):
+        decoder.head = head
+        for batch in args.batches:
+            ms, _, graph = decode_ms(decoder.matrices(batch), args.device)
+            del graph
+            row[f"matrices_{batch}_ms"] = ms
+    return logits
+
+
 def candidate(scheme: str, config: LlamaConfig, args: Any) -> tuple[list[dict[str, Any]], Any]:
-    """All figures of one scheme; logits at batch 1 of each way to decode, for comparison."""
-    scheme, _, head = scheme.partition("+")
+    """All figures of one scheme, a row per output embedding; logits of the first row."""
+    scheme, _, wanted = scheme.partition("+")
+    args.scheme = scheme
     out: dict[str, Any] = {"scheme": scheme}
     rows = [out]
     start = time.perf_counter()
     model = make(config, args.device)
+    heads: list[Any] = [model.lm_head]
     if scheme != "bf16":
         _quantized(model, scheme, out)
+        if wanted or scheme in HEADS:
+            online, options = SCHEMES[scheme]
+            weight = model.lm_head.weight.detach()
+            heads.insert(0, linear_of(online, weight, name="lm_head", options=options))
+            rows.append({"scheme": f"{scheme}, bf16 head", "kernels": out["kernels"]})
     deepen_(model, args.layers)
     share_inputs(model)
     _clean(args.device)
     out["make_s"] = time.perf_counter() - start
-    held = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
-    out["weights_gb"] = sum(t.numel() * t.element_size() for t in held.values()) / 1e9
+    for row, head in zip(rows, heads, strict=True):
+        model.lm_head = head
+        held = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+        row["weights_gb"] = sum(t.numel() * t.element_size() for t in held.values()) / 1e9
+    model.lm_head = heads[0]
     if args.warmup:
         start = time.perf_counter()
         warmup(model, rows=(1, 8, 64, args.prefill), most=args.prefill)
         out["warmup_s"] = time.perf_counter() - start
-    logits = {"decode": _decode(out, "decode", lambda b: _step(model, b, args.device), args)}
-    try:
-        out["prefill_ms"] = prefill_ms(model, args.prefill, args.device)
-        out["prefill_tok_s"] = args.prefill / out["prefill_ms"] * 1e3
-    except Exception as err:
-        _note(out, "prefill", err)
-    _clean(args.device)
-    try:
-        decoder = Decoder(model, compiled=args.compiled)
-    except Exception as err:
-        _note(out, "compiled", err)
-        return rows, logits
-    _clean(args.device)
-    logits["compiled"] = _decode(
-        out, "compiled", lambda b: _compiled_step(decoder, b, args.device), args
-    )
-    if head:
-        online, options = SCHEMES[scheme]
-        more: dict[str, Any] = {"scheme": f"{scheme}+head"}
-        weight = model.lm_head.weight
-        decoder.head = linear_of(online, weight.detach(), name="lm_head", options=options)
-        saved = weight.nbytes - decoder.head.nbytes
-        more |= {"weights_gb": out["weights_gb"] - saved / 1e9, "kernels": out["kernels"]}
-        model.lm_head = None
-        _clean(args.device)
-        _decode(more, "compiled", lambda b: _compiled_step(decoder, b, args.device), args)
-        rows.append(more)
-    return rows, logits
+    _first_token(model, out, args)
+    return rows, _ways(model, rows, heads, args)
 
 
 def markdown(rows: list[dict[str, Any]], batches: list[int]) -> str:
     """A table with ratios to bf16."""
     base = next((r for r in rows if r["scheme"] == "bf16"), {})
+    plain = base.get("plain_1_tok_s")
     modes = [(f"{mode}_{b}_tok_s", f"{mode}, batch {b}") for mode in MODES for b in batches]
     modes.append(("prefill_tok_s", "prefill"))
-    lines = ["| scheme | GB | " + " | ".join(name for _, name in modes) + " | kernels |",
-             "|---|" + "---|" * (len(modes) + 2)]  # fmt: skip
+    names = [name for _, name in modes] + ["best way to plain bf16, batch 1", "kernels"]
+    lines = ["| scheme | GB | " + " | ".join(names) + " |", "|---|" + "---|" * (len(names) + 1)]
     for r in rows:
         cells = []
         for key, _ in modes:
@@ -315,6 +368,8 @@ def markdown(rows: list[dict[str, Any]], batches: list[int]) -> str:
                 continue
             ratio = f" ({r[key] / base[key]:.2f}x)" if base.get(key) and r is not base else ""
             cells.append(f"{r[key]:.0f}{ratio}")
+        best = max((r.get(f"{m}_1_tok_s", 0) for m in MODES), default=0)
+        cells.append(f"{best / plain:.2f}x" if plain and best else "-")
         kernels = ", ".join(f"{k} x{v}" for k, v in r.get("kernels", {}).items())
         lines.append(
             f"| {r['scheme']} | {r['weights_gb']:.1f} | " + " | ".join(cells) + f" | {kernels} |"
@@ -326,21 +381,22 @@ def markdown(rows: list[dict[str, Any]], batches: list[int]) -> str:
 def main() -> int:
     """Measure; 1 if a candidate failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--schemes", default="bf16,int4+head,fp8,mxfp4,int8")
+    parser.add_argument("--schemes", default="bf16,int4,fp8,mxfp4,int8")
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--prefill", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--warmup", action="store_true", help="time kernels.warmup, too")
-    parser.add_argument("--no-compile", dest="compiled", action="store_false")
+    parser.add_argument("--ways", default="fused,compiled", help="of gpu_decoder")
+    parser.add_argument("--profile", action="store_true", help="time a layer by kernels")
     parser.add_argument("--base", type=Path, help="results of an earlier run to compare with")
     parser.add_argument("--seconds", type=float, default=200.0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.batches = [int(b) for b in args.batches.split(",")]
+    args.ways = args.ways.split(",")
     deadline = time.monotonic() + args.seconds
-    fuse_small_ops(args.device != "cpu")
     config = (tiny if args.tiny else llama_8b)(args.layers)
     rows: list[dict[str, Any]] = []
     if args.base:
