@@ -29,6 +29,13 @@ from quant_core.dequantize import dequantize
 from quant_core.errors import LayoutError
 from quant_core.kernels.activations import fake_quantize, static_shape, unsupported_input
 from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.calls import (
+    check_input,
+    copy_exactly_,
+    fake_embedding,
+    fake_grouped,
+    fake_linear,
+)
 from quant_core.kernels.integer import combined, input_codes, unsupported_sum, without_scales
 from quant_core.kernels.transforms import (
     apply_transforms,
@@ -150,17 +157,6 @@ def _matmul(x: Tensor, qt: QuantizedTensor) -> Tensor:
         stop = min(n, start + step)
         out[:, start:stop] = F.linear(x, dequantize(_row_block(qt, start, stop)).to(x.dtype))
     return out
-
-
-def _check_x(x: Tensor, k: int) -> None:
-    if x.dim() < 1 or x.shape[-1] != k or not x.is_floating_point():
-        raise LayoutError(
-            f"input has shape {tuple(x.shape)} {x.dtype}, expected a float tensor [..., {k}]. "
-            "Pass the layer's own activations.",
-            code="Q-LAYOUT-INPUT",
-            expected=k,
-            actual=tuple(x.shape),
-        )
 
 
 _lib.define("linear_ref(Tensor x, Tensor[] tensors, str op) -> Tensor")
@@ -287,24 +283,10 @@ def _embedding(ids: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     return dequantize(picked).to(dtype).view(*ids.shape, qt.shape[1])
 
 
-def _fake_linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], op_from_text(op_text).size("n"))
-
-
-def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
-    return x.new_empty(x.shape[0], op_from_text(op_text).size("n"))
-
-
-def _fake_embedding(ids: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
-    op = op_from_text(op_text)
-    dtype: torch.dtype = getattr(torch, op.act_dtype)
-    return torch.empty(*ids.shape, op.size("k"), dtype=dtype, device=ids.device)
-
-
 for _name, _impl, _fake in (
-    ("linear_ref", _linear, _fake_linear),
-    ("grouped_linear_ref", _grouped_linear, _fake_grouped),
-    ("embedding_ref", _embedding, _fake_embedding),
+    ("linear_ref", _linear, fake_linear),
+    ("grouped_linear_ref", _grouped_linear, fake_grouped),
+    ("embedding_ref", _embedding, fake_embedding),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quant_core::{_name}", _fake, lib=_lib)
@@ -400,11 +382,11 @@ class ReferenceKernel:
             if "expert" in at and not name.startswith("codebook"):
                 target = target[at["expert"]]
             if name in _WHOLE or name.startswith(("codebook", "transform")):
-                _copy(name, target, value)
+                copy_exactly_(name, target, value)
                 continue
             grain = grains.get(name, 1)
             start = row // grain if grain else 0
-            _copy(name, target[start : start + value.shape[0]], value)
+            copy_exactly_(name, target[start : start + value.shape[0]], value)
 
     def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
         side = {name: buffers.get(name) for name in _SIDE}
@@ -427,27 +409,14 @@ class ReferenceKernel:
 
 
 def _run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
-    _check_x(x, k)
+    check_input(x, k)
     return torch.ops.quant_core.linear_ref(x, tensors, text)  # type: ignore[no-any-return]
 
 
 def _run_grouped(text: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
-    _check_x(x, k)
+    check_input(x, k)
     return torch.ops.quant_core.grouped_linear_ref(x, experts, tensors, text)  # type: ignore[no-any-return]
 
 
 def _run_embedding(text: str, k: int, tensors: list[Tensor], ids: Tensor) -> Tensor:
     return torch.ops.quant_core.embedding_ref(ids, tensors, text)  # type: ignore[no-any-return]
-
-
-def _copy(name: str, target: Tensor, value: Tensor) -> None:
-    """``copy_`` that neither broadcasts nor casts."""
-    if target.shape != value.shape or target.dtype != value.dtype:
-        raise LayoutError(
-            f"{name} has shape {tuple(value.shape)} {value.dtype}, expected "
-            f"{tuple(target.shape)} {target.dtype}. The parts of one layer differ in layout.",
-            code="Q-LAYOUT-SHAPE",
-            expected=tuple(target.shape),
-            actual=tuple(value.shape),
-        )
-    target.copy_(value)

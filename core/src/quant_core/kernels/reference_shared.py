@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from quant_core.kernels.reference import _check_x, _finish, _multiply, _named, _names, _prepare
+from quant_core.kernels.calls import check_input
+from quant_core.kernels.reference import _finish, _multiply, _named, _names, _prepare
 from quant_core.kernels.transforms import transform_shapes
 from quant_core.spec import OpSpec
 from quant_core.spec_json import op_from_text, to_text
@@ -65,7 +66,7 @@ torch.library.register_fake("quant_core::linear_shared_ref", _fake_shared, lib=_
 def _run_shared(
     texts: tuple[str, ...], k: int, tensors: list[list[Tensor]], x: Tensor
 ) -> list[Tensor]:
-    _check_x(x, k)
+    check_input(x, k)
     flat = [t for mine in tensors for t in mine]
     return torch.ops.quant_core.linear_shared_ref(x, flat, texts)  # type: ignore[no-any-return]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
+from quant_core.kernels.calls import copy_exactly_
 from quant_core.numerics import scale_dtype
 from quant_core.packing import repack
 from quant_core.spec import CANONICAL, OpSpec, Packing
@@ -100,18 +101,6 @@ def _canonical(form: Form, op: OpSpec, weight: Tensor) -> Tensor:
     return codes ^ _TOP["int8"] if form.signed else codes
 
 
-def _copy(name: str, target: Tensor, value: Tensor) -> None:
-    if target.shape != value.shape or target.dtype != value.dtype:
-        raise LayoutError(
-            f"{name} has shape {tuple(value.shape)} {value.dtype}, expected {tuple(target.shape)} "
-            f"{target.dtype}. The parts of one layer differ in layout.",
-            code="Q-LAYOUT-SHAPE",
-            expected=tuple(target.shape),
-            actual=tuple(value.shape),
-        )
-    target.copy_(value)
-
-
 def load_(
     form: Form,
     buffers: dict[str, Tensor],
@@ -139,13 +128,13 @@ def load_(
         )
     codes = _signed(form, op, qt.codes, rows)
     if expert is None:
-        _copy("weight", buffers["weight"][row : row + rows], codes)
+        copy_exactly_("weight", buffers["weight"][row : row + rows], codes)
     else:
-        _copy("weight", buffers["weight"][expert, :, row : row + rows], codes.t())
+        copy_exactly_("weight", buffers["weight"][expert, :, row : row + rows], codes.t())
     for name, value in tensors.items():
         target = buffers[name] if expert is None else buffers[name][expert]
         whole = name in ("input_scale", "input_zero")
-        _copy(name, target if whole else target[row : row + rows], value)
+        copy_exactly_(name, target if whole else target[row : row + rows], value)
 
 
 def restore(form: Form, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:

@@ -25,6 +25,7 @@ from torch import Tensor
 from quant_core.dequantize import dequantize_codes
 from quant_core.kernels import tiles
 from quant_core.kernels.activations import fake_quantize
+from quant_core.kernels.calls import fake_embedding, fake_grouped, fake_linear
 from quant_core.spec import OpSpec
 from quant_core.spec_json import op_from_text
 from quant_core.tensors import QuantizedTensor
@@ -182,24 +183,10 @@ def _tiles_embedding(ids: Tensor, tensors: list[Tensor], op_text: str) -> Tensor
     return picked.to(dtype).view(*ids.shape, k)
 
 
-def _fake_linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], op_from_text(op_text).size("n"))
-
-
-def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
-    return x.new_empty(x.shape[0], op_from_text(op_text).size("n"))
-
-
-def _fake_embedding(ids: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
-    op = op_from_text(op_text)
-    dtype: torch.dtype = getattr(torch, op.act_dtype)
-    return torch.empty(*ids.shape, op.size("k"), dtype=dtype, device=ids.device)
-
-
 for _name, _impl, _fake in (
-    ("tiles_linear", _tiles_linear, _fake_linear),
-    ("tiles_grouped", _tiles_grouped, _fake_grouped),
-    ("tiles_embedding", _tiles_embedding, _fake_embedding),
+    ("tiles_linear", _tiles_linear, fake_linear),
+    ("tiles_grouped", _tiles_grouped, fake_grouped),
+    ("tiles_embedding", _tiles_embedding, fake_embedding),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quant_torch::{_name}", _fake, lib=_lib)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant_core.kernels.calls import fake_grouped, fake_linear
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.numerics import decode_scale
 from quant_core.spec import OpSpec
@@ -159,19 +160,11 @@ def _fp8_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: str
     return out
 
 
-def _fake_linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], op_from_text(op_text).size("n"))
-
-
-def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
-    return x.new_empty(x.shape[0], op_from_text(op_text).size("n"))
-
-
 for _name, _impl, _fake in (
-    ("fp8_linear", _fp8_linear, _fake_linear),
-    ("block_fp8_linear", _block_fp8_linear, _fake_linear),
-    ("int8_linear", _int8_linear, _fake_linear),
-    ("fp8_grouped", _fp8_grouped, _fake_grouped),
+    ("fp8_linear", _fp8_linear, fake_linear),
+    ("block_fp8_linear", _block_fp8_linear, fake_linear),
+    ("int8_linear", _int8_linear, fake_linear),
+    ("fp8_grouped", _fp8_grouped, fake_grouped),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"quant_torch::{_name}", _fake, lib=_lib)
