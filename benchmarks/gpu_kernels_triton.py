@@ -22,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-for _p in (ROOT / "core/src", ROOT / "plugins/kernels_triton/src", ROOT / "plugins/kernels_triton"):
+_TESTS = ROOT / "plugins/kernels_triton/tests/support"
+for _p in (ROOT / "core/src", ROOT / "plugins/kernels_triton/src", _TESTS):
     sys.path.insert(0, str(_p))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from tests.made import SPECS, make_layer, make_op  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from quant_core.dequantize import dense_weight, dequantize  # noqa: E402
@@ -37,6 +37,7 @@ from quant_kernels_triton.costs import class_of  # noqa: E402
 from quant_kernels_triton.gluon_plan import Ring, Specialized, config, plan  # noqa: E402
 from quant_kernels_triton.recipe import describe  # noqa: E402
 from quant_kernels_triton.wna16 import Dense, GluonTiles, PlainTriton  # noqa: E402
+from triton_made import SPECS, make_layer, make_op  # noqa: E402
 
 ROWS = (1, 2, 7, 16, 17, 33, 64, 100, 256, 1000)
 BOUND = {"bfloat16": 2.2e-3, "float16": 4.5e-4}

@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_kernels_triton as base  # noqa: E402
 import torch  # noqa: E402
 from gpu_kernels_triton import DEVICE, error, graph_us  # noqa: E402
-from tests.made import SPECS, make_layer, make_op  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from quant_core.kernels import tiles  # noqa: E402
@@ -43,6 +42,7 @@ from quant_kernels_triton.scaled_kernel import Scaled  # noqa: E402
 from quant_kernels_triton.scaled_plan import scaled_from_text  # noqa: E402
 from quant_kernels_triton.scaled_run import run_scaled  # noqa: E402
 from quant_kernels_triton.wna16 import GluonTiles, PlainTriton  # noqa: E402
+from triton_made import SPECS, make_layer, make_op  # noqa: E402
 
 FP8, INT8 = Element(name="fp8_e4m3", bits=8, kind="float"), Element.int(8)
 KINDS = {
