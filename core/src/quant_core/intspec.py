@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from quant_core.errors import CheckpointError, LayoutError, printable
 from quant_core.spec import (
     CHANNEL,
+    Axis,
     Element,
     LayerDesc,
     ParamSpec,
@@ -28,16 +29,19 @@ from quant_core.spec import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant_core.checkpoint.base import Checkpoint
     from quant_core.tensors import LayerTensors
 
 __all__ = [
     "INTERLEAVE",
     "SCALE_ELEMENTS",
+    "bias_param",
     "cannot_hold",
     "check_groups",
     "check_plain",
     "check_tensors",
     "halves",
+    "unsized",
     "weight_spec",
     "word_count",
 ]
@@ -56,6 +60,48 @@ def halves(run: int) -> tuple[int, ...]:
 def word_count(count: int, bits: int, *, run: int = 1) -> int:
     """int32 words that hold ``count`` codes, filled up to whole runs of ``run`` codes."""
     return -(-(count + -count % run) * bits // 32)
+
+
+def bias_param(layer: LayerDesc, n: int) -> ParamSpec:
+    """The float bias [N]: required of a layer that has one, else a stored one is reported."""
+    return ParamSpec(
+        name="bias",
+        shape=(n,),
+        dtypes=tuple(SCALE_ELEMENTS),
+        axes=(Axis(tag="out"),),
+        role="bias",
+        need="required" if layer.bias else "optional",
+        rule="" if layer.bias else "linear without bias",
+    )
+
+
+def unsized(
+    checkpoint: Checkpoint,
+    module: str,
+    leaves: Mapping[str, TensorInfo],
+    leaf: str,
+    *,
+    expected: str,
+    plugin: str,
+) -> CheckpointError:
+    """The error where too little is stored to tell a layer's sizes.
+
+    Args:
+        leaf: the tensor that would have told them.
+        expected: in words: ``a matrix 'weight' and its weight_scale``.
+    """
+    have = ", ".join(f"{name} {info.shape}" for name, info in leaves.items())
+    return CheckpointError(
+        f"{checkpoint.path}: sizes of module {printable(module)!r} cannot be told from what is "
+        f"stored ({printable(have)}), expected {expected}. The checkpoint is incomplete; download "
+        "or export it again.",
+        code="Q-TENSOR-MISSING",
+        path=checkpoint.path,
+        tensor=f"{module}.{leaf}",
+        expected=leaf,
+        actual=sorted(leaves),
+        plugin=plugin,
+    )
 
 
 def weight_spec(

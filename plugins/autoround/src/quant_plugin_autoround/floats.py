@@ -26,9 +26,9 @@ from collections.abc import Mapping
 from math import prod
 
 from quant_core.checkpoint.base import Checkpoint
-from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.errors import ConfigError, LayoutError, printable
 from quant_core.floatspec import FLOAT_SCALES, FloatScheme, StoredScale, scale_grid
-from quant_core.intspec import SCALE_ELEMENTS
+from quant_core.intspec import SCALE_ELEMENTS, unsized
 from quant_core.spec import (
     CHANNEL,
     TENSOR,
@@ -104,17 +104,8 @@ def _sizes(layer: LayerDesc, name: str, codes: str, bits: int, leaves: Leaves,
             plugin="autoround",
         )
     if info is None or len(info.shape) != 2:
-        have = ", ".join(f"{leaf} {t.shape}" for leaf, t in leaves.items())
-        raise CheckpointError(
-            f"{checkpoint.path}: sizes of module {printable(name)!r} cannot be told from what is "
-            f"stored ({printable(have)}), expected a matrix {codes!r}. "
-            "The checkpoint is incomplete; download or export it again.",
-            code="Q-TENSOR-MISSING",
-            path=checkpoint.path,
-            tensor=f"{name}.{codes}",
-            expected=codes,
-            actual=sorted(leaves),
-            plugin="autoround",
+        raise unsized(
+            checkpoint, name, leaves, codes, expected=f"a matrix {codes!r}", plugin="autoround"
         )
     n, columns = info.shape
     return layer.out_features or n, layer.in_features or columns * 8 // bits

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quant_core.checkpoint.base import Checkpoint
-from quant_core.errors import CheckpointError, ConfigError, printable
-from quant_core.intspec import SCALE_ELEMENTS, check_groups
+from quant_core.errors import ConfigError, printable
+from quant_core.intspec import SCALE_ELEMENTS, check_groups, unsized
 from quant_core.spec import LayerDesc, TensorInfo
 from quant_plugin_autoround.config import AutoRoundConfig, LayerSettings
 from quant_plugin_autoround.scheme import AutoRoundScheme, build_scheme
@@ -132,18 +132,10 @@ def scheme_of(
     k = _in_features(config, layer, leaves, settings)
     if not n or not k or settings.group_size is None:
         absent = next((t for t in _NEEDED if t not in leaves), _NEEDED[0])
-        have = ", ".join(f"{leaf} {info.shape}" for leaf, info in leaves.items())
-        raise CheckpointError(
-            f"{checkpoint.path}: sizes of module {printable(name)!r} cannot be told from what is "
-            f"stored ({have}), expected qweight, qzeros and scales. "
-            "The checkpoint is incomplete; download or export it again.",
-            code="Q-TENSOR-MISSING",
-            path=checkpoint.path,
-            tensor=f"{name}.{absent}",
-            expected=_NEEDED,
-            actual=sorted(leaves),
-            plugin="autoround",
-        )
+        raise unsized(
+            checkpoint, name, leaves, absent,
+            expected="qweight, qzeros and scales", plugin="autoround",
+        )  # fmt: skip
     scales = leaves.get("scales")
     group_size = check_groups(
         scales, k, settings.group_size, source=config.source, plugin="autoround"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from quant_core.intspec import INTERLEAVE, SCALE_ELEMENTS
+from quant_core.intspec import INTERLEAVE, SCALE_ELEMENTS, bias_param
 from quant_core.scheme import Scheme
 from quant_core.spec import (
     Axis,
@@ -105,17 +105,7 @@ class AwqScheme(Scheme):
                 role="zeros",
             )
             specs.insert(1, zeros)
-        specs.append(
-            ParamSpec(
-                name="bias",
-                shape=(n,),
-                dtypes=tuple(SCALE_ELEMENTS),
-                axes=(out,),
-                role="bias",
-                need="required" if layer.bias else "optional",
-                rule="" if layer.bias else "linear without bias",
-            )
-        )
+        specs.append(bias_param(layer, n))
         return tuple(specs)
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:

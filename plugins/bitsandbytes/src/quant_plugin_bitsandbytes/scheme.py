@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from quant_core.flat import flat_count, flat_grain
-from quant_core.intspec import SCALE_ELEMENTS, check_tensors
+from quant_core.intspec import bias_param, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import (
     CHANNEL,
@@ -42,18 +42,6 @@ HIGH_FIRST = Packing(order=(1, 0))
 STORAGE = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 """Dtypes that packed bytes are stored as, and their size: a view, not a conversion."""
 _FIXED = Axis(tag="fixed", cut="replicate")
-
-
-def _bias(layer: LayerDesc, n: int) -> ParamSpec:
-    return ParamSpec(
-        name="bias",
-        shape=(n,),
-        dtypes=tuple(SCALE_ELEMENTS),
-        axes=(Axis(tag="out"),),
-        role="bias",
-        need="required" if layer.bias else "optional",
-        rule="" if layer.bias else "linear without bias",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +79,7 @@ class FourBitScheme(Scheme):
             count = -(-blocks // state.nested_block)
             out.append(param("weight.nested_absmax", (count,), "float32", "scales"))
             out.append(param("weight.nested_quant_map", (256,), "float32", "codebook"))
-        return (*out, _bias(layer, n))
+        return (*out, bias_param(layer, n))
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:
         from quant_plugin_bitsandbytes import layout
@@ -132,7 +120,7 @@ class Int8Scheme(Scheme):
         order = ParamSpec(
             name="weight_format", shape=(), dtypes=("uint8",), role="description", need="cohort"
         )
-        return (*specs, order, _bias(layer, n))
+        return (*specs, order, bias_param(layer, n))
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:
         from quant_plugin_bitsandbytes import layout

@@ -12,7 +12,7 @@ from typing import Any
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
-from quant_core.intspec import SCALE_ELEMENTS
+from quant_core.intspec import SCALE_ELEMENTS, unsized
 from quant_core.spec import LayerDesc, QuantSpec, TensorInfo
 from quant_plugin_compressed_tensors.args import QuantArgs
 from quant_plugin_compressed_tensors.config import CtConfig, Group
@@ -82,18 +82,11 @@ class Header:
 
     def unsized(self, leaf: str) -> CheckpointError:
         """The error if too little is stored to tell the layer's sizes."""
-        have = ", ".join(f"{name} {info.shape}" for name, info in self.leaves.items())
-        return CheckpointError(
-            f"{self.checkpoint.path}: sizes of {printable(self.path)!r} cannot be told from what "
-            f"is stored ({printable(have)}), expected a matrix {leaf!r} and its weight_scale. "
-            "The checkpoint is incomplete; download or export it again.",
-            code="Q-TENSOR-MISSING",
-            path=self.checkpoint.path,
-            tensor=f"{self.path}.{leaf}",
-            expected=leaf,
-            actual=sorted(self.leaves),
-            plugin="compressed_tensors",
-        )
+        expected = f"a matrix {leaf!r} and its weight_scale"
+        return unsized(
+            self.checkpoint, self.path, self.leaves, leaf,
+            expected=expected, plugin="compressed_tensors",
+        )  # fmt: skip
 
     def conflict(self, key: str, said: object, found: object, fix: str) -> ConfigError:
         """Config and stored tensors contradict each other."""

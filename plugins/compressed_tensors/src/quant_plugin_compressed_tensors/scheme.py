@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from quant_core.intspec import SCALE_ELEMENTS, check_tensors
+from quant_core.intspec import SCALE_ELEMENTS, bias_param, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import (
     CHANNEL,
@@ -201,17 +201,7 @@ class CtScheme(Scheme):
             for name in (("output_scale", "output_zero_point") if self.output_scale else ())
         ]
         out += [rotation.param for rotation in self.rotations]
-        out.append(
-            ParamSpec(
-                name="bias",
-                shape=(n,),
-                dtypes=tuple(SCALE_ELEMENTS),
-                axes=(Axis(tag="out"),),
-                role="bias",
-                need="required" if layer.bias else "optional",
-                rule="" if layer.bias else "linear without bias",
-            )
-        )
+        out.append(bias_param(layer, n))
         return tuple(out)
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from quant_core.intspec import bias_param
 from quant_core.scheme import Scheme
 from quant_core.spec import (
     CHANNEL,
@@ -123,17 +124,7 @@ class Fp8Scheme(Scheme):
                     role="input_scale",
                 )
             )
-        specs.append(
-            ParamSpec(
-                name="bias",
-                shape=(self.shape[0],),
-                dtypes=FLOATS,
-                axes=(out,),
-                role="bias",
-                need="required" if layer.bias else "optional",
-                rule="" if layer.bias else "linear without bias",
-            )
-        )
+        specs.append(bias_param(layer, self.shape[0]))
         specs += [
             ParamSpec(name=name, shape=(-1,), dtypes=FLOATS, need="ignored", rule=KV_RULE)
             for name in self.cache

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from quant_core.flat import flat_grain
-from quant_core.intspec import SCALE_ELEMENTS, check_tensors
+from quant_core.intspec import SCALE_ELEMENTS, bias_param, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import Axis, Element, LayerDesc, ParamSpec, QuantSpec, Scale, Zero
 from quant_plugin_hqq.meta import NAMES, Meta
@@ -72,15 +72,7 @@ class HqqScheme(Scheme):
             param("scale", (meta.rows, 1), self.scale_dtype, "scales"),
             param("zero", (meta.rows, 1), self.zero_dtype, "zeros"),
             *self._descriptions(),
-            ParamSpec(
-                name="bias",
-                shape=(self.shape[0],),
-                dtypes=tuple(SCALE_ELEMENTS),
-                axes=(Axis(tag="out"),),
-                role="bias",
-                need="required" if layer.bias else "optional",
-                rule="" if layer.bias else "linear without bias",
-            ),
+            bias_param(layer, self.shape[0]),
         )
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from quant_core.intspec import SCALE_ELEMENTS, check_tensors
+from quant_core.intspec import SCALE_ELEMENTS, bias_param, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import Axis, Element, LayerDesc, ParamSpec, QuantSpec, Scale, group
 
@@ -87,15 +87,7 @@ class Mxfp8Scheme(Scheme):
                 axes=(out, Axis(tag="group", per=Fraction(BLOCK))),
                 role="scales",
             ),
-            ParamSpec(
-                name="bias",
-                shape=(n,),
-                dtypes=tuple(SCALE_ELEMENTS),
-                axes=(out,),
-                role="bias",
-                need="required" if layer.bias else "optional",
-                rule="" if layer.bias else "linear without bias",
-            ),
+            bias_param(layer, n),
             *(
                 ParamSpec(
                     name=name,

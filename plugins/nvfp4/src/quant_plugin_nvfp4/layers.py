@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import PLAIN_DTYPES
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
-from quant_core.intspec import SCALE_ELEMENTS
+from quant_core.intspec import SCALE_ELEMENTS, unsized
 from quant_core.presence import check_stacked, stored_modules, unquantized
 from quant_core.resolve import numberless
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
@@ -55,18 +55,10 @@ class _Header:
         """
         info, layer = self.leaves.get("weight"), self.layer
         if info is None or len(info.shape) != 2:
-            have = ", ".join(f"{name} {t.shape}" for name, t in self.leaves.items())
-            raise CheckpointError(
-                f"{self.checkpoint.path}: sizes of {printable(self.path)!r} cannot be told from "
-                f"what is stored ({printable(have)}), expected a matrix 'weight'. "
-                "The checkpoint is incomplete; download or export it again.",
-                code="Q-TENSOR-MISSING",
-                path=self.checkpoint.path,
-                tensor=f"{self.path}.weight",
-                expected="weight",
-                actual=sorted(self.leaves),
-                plugin="nvfp4",
-            )
+            raise unsized(
+                self.checkpoint, self.path, self.leaves, "weight",
+                expected="a matrix 'weight'", plugin="nvfp4",
+            )  # fmt: skip
         algo = self.found.algo
         n, k = info.shape
         per = 8 // algo.element.bits

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from quant_core.intspec import SCALE_ELEMENTS, check_tensors
+from quant_core.intspec import SCALE_ELEMENTS, bias_param, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import Axis, LayerDesc, ParamSpec, Transform
 from quant_plugin_nvfp4.algos import Algo
@@ -121,17 +121,7 @@ class ModelOptScheme(Scheme):
             )
             for name in sorted(self.cache)
         ]
-        out.append(
-            ParamSpec(
-                name="bias",
-                shape=(n,),
-                dtypes=_FLOATS,
-                axes=(Axis(tag="out"),),
-                role="bias",
-                need="required" if layer.bias else "optional",
-                rule="" if layer.bias else "linear without bias",
-            )
-        )
+        out.append(bias_param(layer, n))
         return tuple(out)
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:

@@ -9,7 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from quant_core.checkpoint.base import Checkpoint
-from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
+from quant_core.errors import ConfigError, LayoutError, printable
+from quant_core.intspec import unsized
 from quant_core.resolve import numberless
 from quant_core.spec import Axis, LayerDesc, ParamSpec, TensorInfo
 from quant_plugin_quark.args import LayerArgs
@@ -78,18 +79,10 @@ class Header:
             return (n, k)
         if shape is not None and len(shape) == 2:
             return (shape[0], shape[1])
-        have = ", ".join(f"{name} {info.shape}" for name, info in self.leaves.items())
-        raise CheckpointError(
-            f"{self.checkpoint.path}: sizes of {printable(self.path)!r} cannot be told from what "
-            f"is stored ({printable(have)}), expected a matrix 'weight' and its weight_scale. "
-            "The checkpoint is incomplete; download or export it again.",
-            code="Q-TENSOR-MISSING",
-            path=self.checkpoint.path,
-            tensor=f"{self.path}.weight",
-            expected="weight",
-            actual=sorted(self.leaves),
-            plugin="quark",
-        )
+        raise unsized(
+            self.checkpoint, self.path, self.leaves, "weight",
+            expected="a matrix 'weight' and its weight_scale", plugin="quark",
+        )  # fmt: skip
 
     def unsupported(self, what: str, expected: str) -> ConfigError:
         """Arguments that this plugin has no scheme for."""

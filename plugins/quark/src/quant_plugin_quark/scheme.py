@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from quant_core.intspec import SCALE_ELEMENTS, check_tensors
+from quant_core.intspec import bias_param, check_tensors
 from quant_core.scheme import Scheme
-from quant_core.spec import CANONICAL, Axis, LayerDesc, Packing, ParamSpec
+from quant_core.spec import CANONICAL, LayerDesc, Packing, ParamSpec
 from quant_plugin_quark.args import LayerArgs
 from quant_plugin_quark.transforms import Rotation
 
@@ -70,15 +70,7 @@ class QuarkScheme(Scheme):
         return next(p for p in self.tensors if p.name == name)
 
     def params(self, layer: LayerDesc) -> Sequence[ParamSpec]:
-        bias = ParamSpec(
-            name="bias",
-            shape=(self.shape[0],),
-            dtypes=tuple(SCALE_ELEMENTS),
-            axes=(Axis(tag="out"),),
-            role="bias",
-            need="required" if layer.bias else "optional",
-            rule="" if layer.bias else "linear without bias",
-        )
+        bias = bias_param(layer, self.shape[0])
         return (*self.tensors, bias)
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from quant_core.intspec import SCALE_ELEMENTS, check_tensors
+from quant_core.intspec import SCALE_ELEMENTS, bias_param, check_tensors
 from quant_core.scheme import Scheme
 from quant_core.spec import Axis, Element, LayerDesc, ParamSpec, QuantSpec, Scale, Zero
 from quant_plugin_torchao.entry import Entry
@@ -84,17 +84,7 @@ class TorchaoScheme(Scheme):
                     role="zeros",
                 )
             )
-        specs.append(
-            ParamSpec(
-                name="bias",
-                shape=(n,),
-                dtypes=tuple(SCALE_ELEMENTS),
-                axes=(out,),
-                role="bias",
-                need="required" if layer.bias else "optional",
-                rule="" if layer.bias else "linear without bias",
-            )
-        )
+        specs.append(bias_param(layer, n))
         return tuple(specs)
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:
