@@ -8,16 +8,19 @@ are copied (``aligned``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Build", "aligned", "is_compiled", "launch"]
+__all__ = ["Build", "Start", "aligned", "is_compiled", "launch", "started"]
 
-_compiled: dict[Hashable, tuple[Any, Any, Any, tuple[Any, ...]]] = {}
+Start = Callable[[tuple[int, int], int, Sequence[Any]], None]
+"""grid, stream, arguments: addresses, numbers and descriptors"""
+
+_compiled: dict[Hashable, Start] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,21 @@ def aligned(x: Tensor) -> Tensor:
 def is_compiled(key: Hashable, device: int | None) -> bool:
     """Whether ``launch`` will find the kernel of ``key``."""
     return (key, device) in _compiled
+
+
+def started(key: Hashable, device: int | None) -> Start | None:
+    """What ``launch`` runs for ``key``, once it has; for callers that keep it."""
+    return _compiled.get((key, device))
+
+
+def _triton(compiled: Any, values: tuple[Any, ...]) -> Start:
+    """Triton's own launcher; ``values`` are the compile-time constants behind the arguments."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(grid: tuple[int, int], stream: int, args: Sequence[Any]) -> None:
+        run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *args, *values)
+
+    return start
 
 
 def launch(
@@ -68,10 +86,8 @@ def launch(
         compiled = fn[grid](*typed, **b.constants, **b.options)
         if hasattr(compiled, "run"):  # not in the interpreter
             values = tuple(b.constants[name] for name in fn.arg_names[len(args) :])
-            held = compiled.run, compiled.function, compiled.packed_metadata, values
-            _compiled[key, device] = held
+            own = _triton(compiled, values)  # loads the code
+            _compiled[key, device] = own
         return
-    run, function, metadata, values = held
     stream = torch._C._cuda_getCurrentRawStream(device)
-    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-    run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *plain, *values)
+    held(grid, stream, [a.data_ptr() if isinstance(a, Tensor) else a for a in args])

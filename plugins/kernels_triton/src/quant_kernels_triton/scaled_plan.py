@@ -37,6 +37,7 @@ class ScaledPlan:
     bias: bool
     act_dtype: str
     buffers: tuple[str, ...]
+    types: tuple[str, ...]  # of the stored scales, and of the bias
 
     def text(self) -> str:
         """Compact JSON. Inverse of ``scaled_from_text``."""
@@ -47,7 +48,7 @@ class ScaledPlan:
 def scaled_from_text(text: str) -> ScaledPlan:
     """The plan of a text."""
     fields = json.loads(text)
-    fields["buffers"] = tuple(fields["buffers"])
+    fields |= {name: tuple(fields[name]) for name in ("buffers", "types")}
     return ScaledPlan(**fields)
 
 
@@ -115,4 +116,5 @@ def describe_scaled(op: OpSpec) -> ScaledPlan | Rejected:
         bias=bias,
         act_dtype=op.act_dtype,
         buffers=(*buffers, *(("input_scale",) if s.static else ())),
+        types=(w.scales[0].element, s.element, *sorted(f for f in op.features if f[:5] == "bias:")),
     )

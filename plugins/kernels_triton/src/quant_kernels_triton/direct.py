@@ -1,0 +1,253 @@
+"""Launching what Triton compiled, by one call of the CUDA driver on memory prepared beforehand.
+
+    slots    8 bytes for every run-time argument, in the order of the kernel's parameters
+    params   the addresses of the slots; of a tensor map, of its 128 bytes instead
+
+A call writes the slots in one go, and the tensor maps that it knows by address and sizes are kept.
+What the kernel takes is read from Triton's signature and compared with what the driver says of the
+compiled code; wherever they disagree, or something is used that is not known here (clusters,
+scratch memory), ``prepare`` answers None and Triton's own launcher runs.
+
+Source: Triton 3.6.0 and 3.8.0 backends/nvidia/driver.py and driver.c (order of parameters: the
+signature without constants, a descriptor as map, sizes in 32 and strides in 64 bits, two scratch
+pointers last); cuda.h (CUlaunchConfig, cuTensorMapEncodeTiled).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from quant_core.errors import KernelError
+
+__all__ = ["Direct", "prepare"]
+
+_CONFIG = struct.Struct(
+    "@7IQQI4x"
+)  # CUlaunchConfig: grid, block, shared, stream, attributes, count
+_DEPENDENT = struct.Struct("@iii60x")  # CUlaunchAttribute: programmatic stream serialization
+_SLOTS = {"i1": "b7x", "i8": "b7x", "i16": "h6x", "i32": "i4x", "i64": "q", "fp32": "f4x",
+          "u1": "B7x", "u8": "B7x", "u16": "H6x", "u32": "I4x", "u64": "Q"}  # fmt: skip
+_BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4,
+          "u1": 1, "u8": 1, "u16": 2, "u32": 4, "u64": 8}  # fmt: skip
+_MAP_BYTES = 128
+_MAP_TYPES = {
+    "bf16": 9,
+    "fp16": 6,
+    "fp32": 7,
+    "u8": 0,
+    "i8": 0,
+    "fp8e4nv": 0,
+}  # CUtensorMapDataType
+_MAP_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1, "i8": 1, "fp8e4nv": 1}
+_PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton encodes
+_KEPT = 256  # tensor maps of one kernel: as many addresses and sizes of x
+_DESCRIPTOR = re.compile(r"tensordesc<([a-z0-9]+)\[([0-9, ]+)\]")
+
+
+@functools.cache
+def _driver() -> Any:
+    """libcuda, or None. The interpreter lock is kept: a launch takes two microseconds."""
+    try:
+        cu = ctypes.PyDLL("libcuda.so.1")
+        for name in ("cuLaunchKernelEx", "cuTensorMapEncodeTiled", "cuFuncGetParamInfo"):
+            getattr(cu, name)
+    except (OSError, AttributeError):
+        return None
+    return cu
+
+
+def _check(cu: Any, result: int, what: str) -> None:
+    if result:
+        text = ctypes.c_char_p()
+        cu.cuGetErrorString(result, ctypes.byref(text))
+        reason = (text.value or b"unknown error").decode()
+        raise KernelError(
+            f"{what} gave CUDA error {result} ({reason}), expected success. An earlier kernel may "
+            "have failed; run with CUDA_LAUNCH_BLOCKING=1 to find it.",
+            code="Q-KERNEL-LAUNCH",
+            actual=reason,
+        )
+
+
+class _Maps:
+    """The tensor maps of one descriptor argument, by address and sizes."""
+
+    def __init__(self, cu: Any, kind: str, box: Sequence[int], swizzle: int) -> None:
+        self.cu, self.kind, self.swizzle = cu, kind, swizzle
+        rank = len(box)
+        self.box = (ctypes.c_uint32 * rank)(*reversed(box))
+        self.steps = (ctypes.c_uint32 * rank)(*([1] * rank))
+        self.held: dict[tuple[int, ...], tuple[Any, int]] = {}
+
+    def at(self, address: int, shape: Sequence[int], strides: Sequence[int]) -> int:
+        """Where the map of a tensor lies."""
+        key = (address, *shape, *strides)
+        found = self.held.get(key)
+        if found is None:
+            if len(self.held) >= _KEPT:
+                self.held.clear()
+            found = self.held[key] = self._made(address, shape, strides)
+        return found[1]
+
+    def _made(self, address: int, shape: Sequence[int], strides: Sequence[int]) -> tuple[Any, int]:
+        rank, size = len(shape), _MAP_SIZES[self.kind]
+        memory = ctypes.create_string_buffer(_MAP_BYTES + 63)
+        at = (ctypes.addressof(memory) + 63) & -64
+        sizes = (ctypes.c_uint64 * rank)(*reversed(shape))
+        pitches = (ctypes.c_uint64 * rank)(*(s * size for s in reversed(strides[:-1])), 0)
+        result = self.cu.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(at), _MAP_TYPES[self.kind], rank, ctypes.c_void_p(address), sizes,
+            pitches, self.box, self.steps, 0, self.swizzle, _PROMOTION, 0,
+        )  # fmt: skip
+        _check(self.cu, result, "describing a tensor")
+        return memory, at
+
+
+class Direct:
+    """A compiled kernel with its argument block.
+
+    Args:
+        kinds: Triton's type of every run-time argument, None for a constant.
+        maps: for each descriptor among them, how it is made.
+        start: cuLaunchKernelEx with (config, function, params, None).
+    """
+
+    def __init__(
+        self, kinds: Sequence[str | None], maps: Sequence[_Maps], function: int, threads: int,
+        shared: int, dependent: bool, start: Callable[..., int], check: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        runtime = [kind for kind in kinds if kind is not None]
+        self._plain = tuple(i for i, kind in enumerate(kinds) if kind is not None)
+        self._skip = len(runtime) != len(kinds)
+        self._maps: list[tuple[int, int, _Maps]] = []  # argument, parameter, how it is made
+        text, left, slot, params = "@", list(maps), 0, []
+        for i, kind in enumerate(runtime):
+            if kind.startswith("tensordesc"):
+                rank = len(left[0].box)
+                self._maps.append((i, len(params), left.pop(0)))
+                text += "i4x" * rank + "q" * rank
+                params += [-1, *range(slot, slot + 2 * rank)]
+                slot += 2 * rank
+                continue
+            text += "Q" if kind.startswith("*") else _SLOTS[kind]
+            params.append(slot)
+            slot += 1
+        params += [slot, slot + 1]  # scratch memory: none
+        self._format = struct.Struct(text + "QQ")
+        self._slots = ctypes.create_string_buffer(self._format.size)
+        first = ctypes.addressof(self._slots)
+        self._params = (ctypes.c_void_p * len(params))(
+            *(None if s < 0 else first + 8 * s for s in params)
+        )
+        self._attribute = ctypes.create_string_buffer(_DEPENDENT.pack(6, 0, 1), _DEPENDENT.size)
+        self._attributes = ctypes.addressof(self._attribute), int(dependent)
+        self._config = ctypes.create_string_buffer(_CONFIG.size)
+        self._fixed = threads, 1, 1, shared
+        self._start = functools.partial(
+            start, ctypes.addressof(self._config), function, ctypes.addressof(self._params), None
+        )
+        self._check, self._lock = check, threading.Lock()
+
+    def __call__(self, grid: tuple[int, int], stream: int, args: Sequence[Any]) -> None:
+        """Launch. ``args``: addresses and numbers, descriptors with base, shape and strides."""
+        with self._lock:
+            if self._skip:
+                args = [args[i] for i in self._plain]
+            if self._maps:
+                args = self._described(args)
+            self._format.pack_into(self._slots, 0, *args, 0, 0)
+            _CONFIG.pack_into(
+                self._config, 0, grid[0], grid[1], 1, *self._fixed, stream, *self._attributes
+            )
+            result = self._start()
+        if result:
+            self._check(result)
+
+    def _described(self, args: Sequence[Any]) -> list[Any]:
+        out = list(args)
+        for i, param, maps in reversed(self._maps):
+            d = args[i]
+            self._params[param] = maps.at(d.base.data_ptr(), d.shape, d.strides)
+            out[i : i + 1] = (*d.shape, *d.strides)
+        return out
+
+
+def _parameter_sizes(cu: Any, function: int) -> list[int]:
+    sizes: list[int] = []
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    while len(sizes) < 256 and not cu.cuFuncGetParamInfo(
+        ctypes.c_void_p(function), ctypes.c_size_t(len(sizes)), ctypes.byref(offset),
+        ctypes.byref(size),
+    ):  # fmt: skip
+        sizes.append(size.value)
+    return sizes
+
+
+def _expected_sizes(kinds: Sequence[str | None], maps: Sequence[_Maps]) -> list[int]:
+    sizes, left = [], list(maps)
+    for kind in kinds:
+        if kind is None:
+            continue
+        if kind.startswith("tensordesc"):
+            rank = len(left.pop(0).box)
+            sizes += [_MAP_BYTES, *([4] * rank), *([8] * rank)]
+        else:
+            sizes.append(8 if kind.startswith("*") else _BYTES[kind])
+    return [*sizes, 8, 8]
+
+
+def _kinds(compiled: Any, count: int) -> list[str | None] | None:
+    """Triton's types of the first ``count`` arguments; None if one is not known here."""
+    signature = list(compiled.src.signature.values())[:count]
+    for kind in signature:
+        plain = isinstance(kind, str) and (kind in _SLOTS or kind == "constexpr" or kind[0] == "*")
+        if not plain and not (isinstance(kind, str) and _DESCRIPTOR.match(kind)):
+            return None
+    return [None if kind == "constexpr" else kind for kind in signature]
+
+
+def _described_by(cu: Any, compiled: Any, kinds: Sequence[str | None]) -> list[_Maps] | None:
+    found = [m for kind in kinds if kind and (m := _DESCRIPTOR.match(kind))]
+    known = list(getattr(compiled.metadata, "tensordesc_meta", None) or [])
+    if len(found) != len(known):
+        return None
+    out = []
+    for match, meta in zip(found, known, strict=True):
+        odd = meta is None or meta.get("fp4_padded") or meta.get("is_im2col")
+        if odd or match[1] not in _MAP_TYPES:
+            return None
+        out.append(_Maps(cu, match[1], meta["block_size"], meta["swizzle"]))
+    return out
+
+
+def prepare(compiled: Any, count: int) -> Direct | None:
+    """A compiled kernel for direct launches; None where Triton's own launcher has to do it.
+
+    Args:
+        count: arguments of a call; constants come behind them.
+    """
+    cu, meta = _driver(), compiled.metadata
+    if cu is None or getattr(meta, "num_ctas", 1) != 1 or compiled.packed_metadata is None:
+        return None
+    odd = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid")
+    if any(getattr(meta, name, 0) for name in odd) or getattr(meta, "instrumentation_mode", ""):
+        return None
+    kinds, function = _kinds(compiled, count), compiled.function
+    maps = None if kinds is None else _described_by(cu, compiled, kinds)
+    if kinds is None or maps is None or not isinstance(function, int):
+        return None
+    if _parameter_sizes(cu, function) != _expected_sizes(kinds, maps):
+        return None
+    start = ctypes.PYFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
+    )(("cuLaunchKernelEx", cu))
+    return Direct(
+        kinds, maps, function, 32 * meta.num_warps, meta.shared, bool(meta.launch_pdl), start,
+        functools.partial(_check, cu, what="launching a kernel"),
+    )  # fmt: skip
