@@ -10,7 +10,8 @@ a guess turns out wrong (an input is different after all) the group gives up aft
 result is handed out once and kept for one thread.
 
 Only for few tokens, where what surrounds the arithmetic counts; never where a gradient is needed,
-and not under ``torch.compile``: a graph shows no tensor's identity.
+and not under ``torch.compile``: there ``quant_core.kernels.merged`` joins calls in the graph, which
+needs no first pass.
 
 Kernels take part by ``bind_shared`` (``quant_core.kernels.base``); those of the GPU's storage order
 as one matrix (``quant_core.kernels.joined``).

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from cpu_made import SPECS, make_layer, make_op
 from quant_core.errors import LayoutError
@@ -91,6 +92,32 @@ def test_neighbours_become_one_call(isa, monkeypatch):
         for a, b in zip(block, alone, strict=True):
             assert torch.equal(a(x), b(x))
     assert len(calls) == 2  # the first pass learns
+
+
+def test_layers_of_one_input_are_one_call_of_a_compiled_graph(isa):
+    block, alone = (torch.nn.ModuleList(_modules()) for _ in range(2))
+    seen = []
+
+    def graph_of(graph, _):
+        seen.extend(str(n.target) for n in graph.graph.nodes if "quant_cpu" in str(n.target))
+        return graph
+
+    def both(x):
+        return [layer(x) for layer in block]
+
+    torch._dynamo.reset()
+    for backend in (aot_autograd(fw_compiler=graph_of), "inductor"):
+        run = torch.compile(both, fullgraph=True, backend=backend)
+        for tokens in (1, 3, 33):
+            x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(tokens))
+            assert all(map(torch.equal, run(x), [layer(x) for layer in alone]))
+    assert set(seen) == {"quant_cpu.linear_shared.default"}
+
+
+def test_layout_texts_need_no_escape_in_generated_code():
+    kernel, made = layers(list(SPECS)[:3])
+    for op, _ in made:
+        assert not set(kernel._bound(op).text()) & set('"\\')
 
 
 def _modules():

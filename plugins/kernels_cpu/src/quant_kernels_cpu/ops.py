@@ -1,7 +1,8 @@
 """The torch ops: one node each under torch.compile, a thin call into C otherwise.
 
     quant_cpu::linear(x, tensors, layout) -> y                   x [..., K] -> [..., N]
-    quant_cpu::linear_shared(x, tensors, layouts) -> [y, ...]    several layers of one x
+    quant_cpu::linear_shared(x, tensors, layouts) -> y           several layers of one x; traced
+                                                                 calls become it (kernels.merged)
     quant_cpu::grouped_linear(x, experts, tensors, layout) -> y  x [T, K], experts [T] -> [T, N]
     quant_cpu::linear_int8, quant_cpu::grouped_linear_int8       the same, x rounded to int8
     quant_cpu::linear_w8a8, quant_cpu::grouped_linear_w8a8       int8 codes as the layer names them
@@ -17,6 +18,7 @@ which halves what a call of a small layer costs.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from ctypes import Array, addressof
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant_core.errors import LayoutError, LimitError
+from quant_core.kernels.merged import merge_calls, parts
 from quant_kernels_cpu.blocks import buffer_shapes, int8_buffer_shapes
 from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, c_op_int8, tensor_slots
 from quant_kernels_cpu.library import Library, library
@@ -147,21 +150,25 @@ def _run_linear(
     return y
 
 
-def _linear_shared(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> list[Tensor]:
+def _linear_shared(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> Tensor:
+    """See ``quant_core.kernels.merged``."""
     x = x.contiguous()
     calls = [_call(text) for text in texts]
     count = x.numel() // calls[0].k_in
     lib, dtype, where, first = library(), x.dtype, x.data_ptr(), 0
-    out, packed = [], []
-    for call in calls:
-        y = x.new_empty((*x.shape[:-1], call.n))
+    whole, packed = x.new_empty(sum(call.n for call in calls), count), []
+    ys = whole.split([call.n for call in calls])
+    panels = lib.amx and count >= _AMX_TOKENS and dtype == torch.bfloat16
+    for call, y in zip(calls, ys, strict=True):
         mine = tensors[first : first + call.buffers]
         first += call.buffers
-        out.append(y)
-        packed.append(_packed(lib.isa, call, mine, where, dtype, y, 0, count))
-    if count:
+        if panels:
+            _by_panels(lib, call, x, mine, y)
+        else:
+            packed.append(_packed(lib.isa, call, mine, where, dtype, y, 0, count))
+    if count and packed:
         _check_status(lib.c.qk_linear_shared(b"".join(packed), len(calls)), "linear")
-    return out
+    return whole
 
 
 def _segments(experts: Tensor, total: int) -> tuple[Tensor, Array[Segment], int]:
@@ -217,8 +224,9 @@ def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) 
     return x.new_empty(x.shape[0], layout_from_text(text).n)
 
 
-def _fake_shared(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], layout_from_text(text).n) for text in texts]
+def _fake_shared(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> Tensor:
+    rows = sum(layout_from_text(text).n for text in texts)
+    return x.new_empty(rows, math.prod(x.shape[:-1]))
 
 
 def _fake_linear_w8a8(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
@@ -243,7 +251,7 @@ _grouped_linear_int8 = functools.partial(_run_grouped, "qk_linear_int8", _call)
 _grouped_linear_w8a8 = functools.partial(_run_grouped, "qk_linear_w8a8", _call_w8a8)
 
 _LINEAR = "(Tensor x, Tensor[] tensors, str layout) -> Tensor"
-_SHARED = "(Tensor x, Tensor[] tensors, str[] layouts) -> Tensor[]"
+_SHARED = "(Tensor x, Tensor[] tensors, str[] layouts) -> Tensor"
 _GROUPED = "(Tensor x, Tensor experts, Tensor[] tensors, str layout) -> Tensor"
 _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("linear", _LINEAR, _linear, _fake_linear),
@@ -284,6 +292,7 @@ _linear_op, _linear_int8_op = _ops.linear.default, _ops.linear_int8.default
 _grouped_op, _grouped_int8_op = _ops.grouped_linear.default, _ops.grouped_linear_int8.default
 _linear_w8a8_op, _grouped_w8a8_op = _ops.linear_w8a8.default, _ops.grouped_linear_w8a8.default
 _embedding_op = _ops.embedding.default
+merge_calls(_lib, _linear_op, _shared_op)
 
 
 def run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
@@ -298,9 +307,8 @@ def run_shared(
 ) -> list[Tensor]:
     _check_x(x, k)
     flat = [t for mine in tensors for t in mine]
-    if watched(x, flat[0]):
-        return _shared_op(x, flat, texts)
-    return _linear_shared(x, flat, texts)
+    run = _shared_op if watched(x, flat[0]) else _linear_shared
+    return parts(run(x, flat, texts), x, [_call(text).n for text in texts])
 
 
 def run_linear_int8(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:

@@ -73,14 +73,15 @@ class Layout:
         return self.blocks * ROWS * self.k * self.width // 8
 
     def text(self) -> str:
-        """Compact JSON; the argument of the torch ops. Inverse of ``layout_from_text``."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        """Compact JSON in single quotes, which Inductor's C++ code needs as it escapes none; the
+        argument of the torch ops. Inverse of ``layout_from_text``."""
+        return json.dumps(asdict(self), separators=(",", ":")).replace('"', "'")
 
 
 @functools.lru_cache(maxsize=4096)
 def layout_from_text(text: str) -> Layout:
     """The ``Layout`` of a text, cached: called by the torch ops on every call."""
-    fields = json.loads(text)
+    fields = json.loads(text.replace("'", '"'))
     for name in ("scales", "offsets"):
         fields[name] = tuple(Factor(**f) for f in fields[name])
     return Layout(**fields)

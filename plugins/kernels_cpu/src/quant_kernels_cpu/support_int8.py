@@ -70,14 +70,15 @@ class Int8Layout:
         return self.input_zero and not self.out_scale
 
     def text(self) -> str:
-        """Compact JSON; the argument of the torch ops. Inverse of ``int8_layout_from_text``."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        """Compact JSON in single quotes, which Inductor's C++ code needs as it escapes none; the
+        argument of the torch ops. Inverse of ``int8_layout_from_text``."""
+        return json.dumps(asdict(self), separators=(",", ":")).replace('"', "'")
 
 
 @functools.lru_cache(maxsize=4096)
 def int8_layout_from_text(text: str) -> Int8Layout:
     """The ``Int8Layout`` of a text, cached: called by the torch ops on every call."""
-    return Int8Layout(**json.loads(text))
+    return Int8Layout(**json.loads(text.replace("'", '"')))
 
 
 def _range(e: Element) -> tuple[int, int]:
