@@ -254,7 +254,8 @@ FEATURES: dict[str, dict[str, Yes | No]] = {
     "draft layers (MTP) in the file": {
         "transformers": Yes(test=f"{_MODELS}::{_FURTHER}", note="passed over"),
         "vllm": Yes(
-            test=f"{_TOKENS}::test_draft_layers_in_the_file_are_passed_over", note="passed over"
+            test=f"{_TOKENS}::test_packed_draft_layers_propose_tokens",
+            note="as a draft, or passed over",
         ),
         "sglang": Yes(
             test=f"{_START}::test_layers_beyond_those_of_the_model_are_passed_over",

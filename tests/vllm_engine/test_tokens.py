@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from vllm_serving import (
     first_difference,
@@ -26,6 +27,7 @@ from vllm_serving import (
 from checkpoint_sets import FIXTURES, SHARED
 from engine_table import served as served_names
 from quant_core.checkpoint.open import open_checkpoint
+from quant_core.errors import QuantError
 from quant_core.plan import plan
 from tiny_models import make_tiny, stored_names
 
@@ -157,6 +159,75 @@ def test_draft_layers_in_the_file_are_passed_over(tmp_path: Path) -> None:
     with served(packed, **settings) as llm:
         got = greedy(llm, prompts())
     assert first_difference(got, want, 0.0) == ""
+
+
+NEXTN = {"method": "mtp", "num_speculative_tokens": 1}
+DRAFT = "model.layers.2."
+
+
+def with_draft(folder: Path, without: str = "") -> Path:
+    """A packed DeepSeek-V3 with one draft layer, less one tensor of it."""
+    packed, _ = deepseek(folder)
+    tensors = load_file(packed / "model.safetensors")
+    for name in [n for n in tensors if ".layers.1." in n]:
+        tensors[name.replace(".layers.1.", ".layers.2.")] = tensors[name].clone()
+    like = tensors["model.norm.weight"]
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{DRAFT}{name}.weight"] = torch.ones_like(like)
+    g = torch.Generator().manual_seed(3)
+    tensors[f"{DRAFT}eh_proj.weight"] = (torch.randn(128, 256, generator=g) / 16).to(like.dtype)
+    tensors[f"{DRAFT}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[f"{DRAFT}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    tensors.pop(without, None)
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    config |= {"num_nextn_predict_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    (packed / "config.json").write_text(json.dumps(config))
+    return packed
+
+
+def test_packed_draft_layers_propose_tokens(tmp_path: Path) -> None:
+    """Drafts change no token; that they are packed and loaded is looked up."""
+    from quant_core import load_tensor
+
+    folder = with_draft(tmp_path)
+    with served(folder) as llm:
+        want = greedy(llm, prompts())
+    with served(folder, speculative_config=NEXTN) as llm:
+        got = greedy(llm, prompts())
+        draft = llm.llm_engine.model_executor.driver_worker.model_runner.drafter.model
+        layer = draft.get_submodule(f"{DRAFT}mtp_block")
+        kinds = {
+            name: type(module.quant_method).__name__
+            for name, module in layer.named_modules()
+            if hasattr(module, "packed")
+        }
+        out = layer.self_attn.o_proj
+        x = torch.randn(3, out.input_size, generator=torch.Generator().manual_seed(0))
+        y = out(x)[0]
+    dense = load_tensor(folder, f"{DRAFT}self_attn.o_proj").dequantize()
+    assert first_difference(got, want, 2e-2) == ""
+    assert (y - x @ dense.T).abs().max() <= 1e-4 * y.abs().max()
+    assert set(kinds.values()) == {"LinearMethod", "ExpertsMethod"}
+    assert len(kinds) == 7
+
+
+@pytest.mark.parametrize(
+    ("lost", "settings", "code"),
+    [
+        (f"{DRAFT}enorm.weight", {}, "Q-TENSOR-MISSING"),
+        (f"{DRAFT}mtp_block.nothing", {"load_format": "auto"}, "Q-ENGINE-DRAFT"),
+    ],
+)
+def test_draft_that_cannot_be_checked_stops_the_start(
+    lost: str, settings: dict[str, Any], code: str, tmp_path: Path
+) -> None:
+    folder = with_draft(tmp_path, without=lost)
+    started = served(folder, speculative_config=NEXTN, **settings)
+    with pytest.raises(QuantError) as err, started:
+        pass
+    assert err.value.code == code
+    assert code != "Q-TENSOR-MISSING" or lost in str(err.value)
 
 
 def online(folder: Path) -> None:

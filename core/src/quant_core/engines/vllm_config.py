@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from quant_core.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -175,6 +177,8 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from quant_core.engines.vllm_layers import method_for
 
+        if self.checked:
+            _check_draft(self.model)
         return method_for(self, layer, prefix)
 
     def check_taken(self) -> None:
@@ -235,6 +239,28 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.models.utils import WeightsMapper
 
         return WeightsMapper()
+
+
+def _check_draft(model: str) -> None:
+    """Layers that are made after the model is loaded are those of its draft.
+
+    Raises:
+        ConfigError: ``Q-ENGINE-DRAFT`` if a loader of vLLM is to load them.
+    """
+    from vllm.config import get_current_vllm_config
+
+    found = get_current_vllm_config().load_config.load_format
+    if found == METHOD:
+        return
+    raise ConfigError(
+        f"{model}: its draft layers are to be loaded by load_format={found!r}, expected "
+        f"{METHOD!r}: vLLM's drafts look every stored tensor up among their parameters. Pass "
+        f"--load-format {METHOD}.",
+        code="Q-ENGINE-DRAFT",
+        tensor="load_format",
+        expected=METHOD,
+        actual=found,
+    )
 
 
 def _register_loader() -> None:
