@@ -33,14 +33,49 @@ QK_INLINE void NAME(add_row)(const void *a, const void *b, void *sum, const int 
     NAME(narrow)(out, sum, type, at, count);
 }
 
+#define SUM_LANES 32 /* four vectors of eight */
+#define SUM_LEVELS 4
+
+/* The sum of x^2 in the order in which torch sums a row, so that a norm is torch's bit for bit: one
+ * rounding that tips grows to tenths in the logits of a model in bfloat16. Lanes are summed apart,
+ * every 2^p steps into the next level. Source: torch 2.13 aten/native/cpu/SumKernel.cpp. */
+QK_INLINE float NAME(squares)(const float *x, int64_t k) {
+    float acc[SUM_LEVELS][SUM_LANES] = {{0}};
+    const int64_t steps = k / SUM_LANES, vectors = k / 8;
+    int64_t bits = 0, power;
+    while ((int64_t)1 << bits < steps) bits++;
+    power = bits / SUM_LEVELS > 4 ? bits / SUM_LEVELS : 4;
+    int64_t i = 0;
+    while (i + ((int64_t)1 << power) <= steps) {
+        for (int64_t j = 0; j < (int64_t)1 << power; j++, i++)
+            for (int l = 0; l < SUM_LANES; l++) acc[0][l] += x[i * SUM_LANES + l] * x[i * SUM_LANES + l];
+        for (int level = 1; level < SUM_LEVELS; level++) {
+            for (int l = 0; l < SUM_LANES; l++) {
+                acc[level][l] += acc[level - 1][l];
+                acc[level - 1][l] = 0;
+            }
+            if (i & ((((int64_t)1 << power) - 1) << (level * power))) break;
+        }
+    }
+    for (; i < steps; i++)
+        for (int l = 0; l < SUM_LANES; l++) acc[0][l] += x[i * SUM_LANES + l] * x[i * SUM_LANES + l];
+    for (int level = 1; level < SUM_LEVELS; level++)
+        for (int l = 0; l < SUM_LANES; l++) acc[0][l] += acc[level][l];
+    for (int64_t v = steps * 4; v < vectors; v++)
+        for (int l = 0; l < 8; l++) acc[0][l] += x[v * 8 + l] * x[v * 8 + l];
+    for (int part = 1; part < 4; part++)
+        for (int l = 0; l < 8; l++) acc[0][l] += acc[0][part * 8 + l];
+    float sum = 0;
+    for (int64_t j = vectors * 8; j < k; j++) sum += x[j] * x[j];
+    for (int l = 0; l < 8; l++) sum += acc[0][l];
+    return sum;
+}
+
 QK_INLINE void NAME(norm_row)(const qk_norm *c, const int type, int64_t row, float *x, float *w) {
     const int64_t k = c->k, at = row * k;
     if (c->delta) NAME(add_row)(c->x, c->delta, c->sum, type, at, k, x, w);
     else NAME(wide)(c->x, type, at, k, x);
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < k; i++) sum += (double)(x[i] * x[i]);
-    const float over = 1.0f / sqrtf((float)(sum / (double)k) + (float)c->eps);
+    const float over = 1.0f / sqrtf(NAME(squares)(x, k) / (float)k + (float)c->eps);
     const float one = c->form & QK_UNIT_OFFSET ? 1.0f : 0.0f;
     NAME(wide)(c->weight, type, 0, k, w);
     if (c->form & QK_ROUND_LAST)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quant_core.build import Builder
 from quant_core.engines.transformers_attention import attach_attention
+from quant_core.engines.transformers_block import attach_blocks
 from quant_core.engines.transformers_cache import CacheMode, attach_caches
 from quant_core.engines.transformers_check import Check, check_bias, without_zero_bias
 from quant_core.engines.transformers_experts import gating_of
@@ -97,13 +98,14 @@ def fill_model(
         device=builder.device,
         kernels=builder.kernels,
     )
-    attach_norms_and_mlps(
+    parts = attach_norms_and_mlps(
         model,
         plan.registry,
         dtype=builder.dtype,
         device=builder.device,
         kernels=builder.kernels,
     )
+    attach_blocks(model, parts)
     plan.ledger.check_loaded()
     return filled
 

@@ -257,7 +257,8 @@ class MlpPart:
     """What a swapped MLP runs: one call for all of it, or one for what is between its layers."""
 
     names: tuple[str, str, str]  # gate, up, down
-    act: str
+    act: str  # name of the activation's module
+    form: str  # which one it is
     run: Callable[..., Any]
     whole: Callable[..., Any] | None
     above: Guard  # the activation
@@ -348,7 +349,9 @@ def _attach_mlp(name: str, module: nn.Module, parts: Parts) -> None:
         below = Guard([(module, n) for n in (*names, act_name)])
         above = Guard([(module, act_name)])
         whole = _whole([layers[n] for n in names], act)
-        part = MlpPart(names, act_name, run, whole, above, below, choice.kernel.name, Buffers())
+        part = MlpPart(
+            names, act_name, act, run, whole, above, below, choice.kernel.name, Buffers()
+        )
         if _same(part, module, x, want) and _same(part, module, x[:1, :1], single):
             part.kernel += f" in {layers[gate].kernel.name}" if whole is not None else ""
             module._quant_mlp = part  # type: ignore[assignment]

@@ -99,8 +99,10 @@ class Guard:
         )
         self._seen, self._clean = -1, False
 
-    def holds(self) -> bool:
-        """To be asked on every call."""
+    def holds(self, top: nn.Module | None = None) -> bool:
+        """To be asked on every call; ``top``: a module whose own hooks would be gone past too."""
+        if top is not None and not untouched(top):
+            return False
         for modules, name, child in self._held:
             if modules.get(name) is not child or "forward" in child.__dict__:  # type: ignore[union-attr]
                 return False

@@ -1,0 +1,297 @@
+"""Decoder layers of a transformers model, a decode step each in one call of a kernel.
+
+A layer is a candidate where its parts are: two norms and an MLP that kernels run already
+(``transformers_parts``), and an attention module of four packed layers. Whether they are put
+together as in ``kernels.between.Block`` is again proved on random input: the layer's own
+``forward`` and the kernel's must agree, with and without a mask, in what they return and in what
+they leave in the cache.
+
+The call is used for one new token a sequence over transformers' dynamic cache. Everything else runs
+the layer's own code: prefill, other caches, training, gradients, ``torch.compile``, hooks or
+adapters anywhere in the layer, another attention implementation.
+
+Source: transformers 5.23.0 models/llama/modeling_llama.py (LlamaDecoderLayer, LlamaAttention).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.engines.transformers_attention import STEP
+from quant_core.engines.transformers_parts import (
+    Buffers,
+    MlpPart,
+    NormPart,
+    Parts,
+    nearly,
+    random,
+)
+from quant_core.engines.transformers_room import room_of
+from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap
+from quant_core.errors import printable
+from quant_core.kernels.between import Block, gated_op, rotary_op
+from quant_core.nn import QuantLinear
+
+__all__ = ["LayerPart", "attach_blocks"]
+
+_KNOWN = frozenset(
+    ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
+)
+_NEEDED = ("attention_mask", "past_key_values", "position_embeddings")
+
+
+@dataclass(slots=True)
+class LayerPart:
+    """What a swapped decoder layer runs for one new token a sequence."""
+
+    run: Callable[..., Tensor | None]
+    linears: tuple[QuantLinear, ...]  # q, k, v, o, gate, up, down
+    norms: tuple[nn.Module, nn.Module]
+    eps: tuple[str, str]
+    attention: nn.Module
+    guard: Guard
+    buffers: Buffers
+    kernel: str
+
+    def step(self, module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The layer's output; None for what is not a decode step, or not the kernel's."""
+        if x.dim() != 3 or x.shape[1] != 1 or graph_wanted():
+            return None
+        cache, angles = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
+        if cache is None or angles is None or not self.guard.holds(module):
+            return None
+        if not kwargs.keys() <= _KNOWN and any(
+            v is not None and v is not False for n, v in kwargs.items() if n not in _KNOWN
+        ):
+            return None
+        held: Any = self.attention.__dict__
+        layer = _layer_of(cache, held["layer_idx"])
+        if layer is None or held["config"]._attn_implementation_internal != STEP:
+            return None
+        first, second = (n.__dict__ for n in self.norms)
+        weights = first["_parameters"]["weight"], second["_parameters"]["weight"]
+        if type(weights[0]) is not nn.Parameter or type(weights[1]) is not nn.Parameter:
+            return None
+        room = room_of(layer)
+        y = self.run(
+            self.buffers.of(self.linears),
+            weights,
+            x,
+            *angles,
+            *room.next,
+            kwargs.get("attention_mask"),
+            held["scaling"],
+            (first[self.eps[0]], second[self.eps[1]]),
+        )
+        if y is not None:
+            room.take(layer)
+        return y
+
+
+def _layer_of(cache: Any, index: int) -> Any:
+    """The layer of a plain dynamic cache that holds something; None for any other."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    if type(layer) is not DynamicLayer or not layer.is_initialized:
+        return None
+    return layer if layer.keys.dim() == 4 and layer.keys.shape[2] else None
+
+
+class _Layer(Swapped):
+    _quant_layer: LayerPart
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not self.training:  # type: ignore[attr-defined]
+            y = self._quant_layer.step(self, args[0], kwargs)  # type: ignore[arg-type]
+            if y is not None:
+                return y
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        return f"kernel={self._quant_layer.kernel}"
+
+
+# ------------------------------------------------------------------------------- finding layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The parts of a candidate, by the names of its children."""
+
+    norms: tuple[str, str]
+    attention: str
+    mlp: str
+    linears: tuple[str, ...]  # of the attention: q, k, v, o
+
+
+def _candidate(module: nn.Module) -> _Found | None:
+    norms, attention, mlp = [], [], []
+    for name, child in module._modules.items():
+        if isinstance(child.__dict__.get("_quant_norm"), NormPart):  # type: ignore[union-attr]
+            norms.append(name)
+        elif isinstance(child.__dict__.get("_quant_mlp"), MlpPart):  # type: ignore[union-attr]
+            mlp.append(name)
+        else:
+            attention.append(name)
+    if (len(norms), len(attention), len(mlp)) != (2, 1, 1):
+        return None
+    inner: Any = module._modules[attention[0]]
+    below = inner._modules
+    if len(below) != 4 or any(type(c) is not QuantLinear for c in below.values()):
+        return None
+    if module._parameters or module._buffers or inner._parameters or inner._buffers:
+        return None
+    takes = inspect.signature(module.forward).parameters
+    known = all(n in takes for n in _NEEDED)
+    return _Found((norms[0], norms[1]), attention[0], mlp[0], tuple(below)) if known else None
+
+
+def _attach_block(name: str, module: nn.Module, parts: Parts) -> None:
+    found = _candidate(module)
+    if found is None:
+        return
+    attention: Any = module._modules[found.attention]
+    held = attention.__dict__
+    config, dim = held.get("config"), held.get("head_dim")
+    if type(dim) is not int or type(held.get("layer_idx")) is not int:
+        return
+    if type(held.get("scaling")) is not float:
+        return
+    if getattr(config, "_attn_implementation_internal", None) != STEP:
+        parts.left[name] = "its attention runs in no kernel"
+        return
+    mlp: Any = module._modules[found.mlp]
+    gated: MlpPart = mlp._quant_mlp
+    linears = tuple(attention._modules[n] for n in found.linears)
+    linears += tuple(mlp._modules[n] for n in gated.names)
+    ask = getattr(linears[0].kernel, "bind_block", None)
+    if ask is None or len({c.kernel.name for c in linears}) != 1:
+        return
+    if gated.whole is None or not all(c.owns_buffers for c in linears):
+        return
+    for norms in (found.norms, found.norms[::-1]):
+        for part in _parts(module, found, norms, linears, gated, ask, parts):
+            why = _differs(module, part, parts)
+            if not why:
+                module._quant_layer = part  # type: ignore[assignment]
+                swap(module, _Layer)
+                parts.swapped[name] = part.kernel
+                parts.left.pop(name, None)
+                return
+            parts.left.setdefault(name, why)
+
+
+def _parts(
+    module: nn.Module, found: _Found, norms: tuple[str, str], linears: tuple[Any, ...],
+    gated: MlpPart, ask: Callable[..., Any], parts: Parts,
+) -> list[LayerPart]:  # fmt: skip
+    """How the layer might be put together; one for each number of features that are turned."""
+    attention: Any = module._modules[found.attention]
+    mlp: Any = module._modules[found.mlp]
+    ends: list[Any] = [module._modules[n] for n in norms]
+    dim = attention.head_dim
+    heads, kv_heads = (c.out_features // dim for c in linears[:2])
+    sizes = heads * dim, kv_heads * dim, kv_heads * dim
+    if tuple(c.out_features for c in linears[:3]) != sizes or not kv_heads or heads % kv_heads:
+        return []
+    below = [(module, n) for n in (*norms, found.attention, found.mlp)]
+    below += [(attention, n) for n in found.linears]
+    below += [(mlp, n) for n in (*gated.names, gated.act)]
+    out = []
+    for rotated in (dim, dim // 2, dim // 4):
+        if parts.chosen(rotary_op(dim, rotated, *parts.key)) is None:
+            continue
+        first, second = (n._quant_norm for n in ends)
+        block = Block(
+            linears=tuple(c.op for c in linears),
+            norms=(first.op, second.op),
+            gated=gated_op(linears[4].out_features, gated.form, *parts.key),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            rotated=rotated,
+        )
+        run = ask(block)
+        if run is not None:
+            kernel = f"decoder layer in {linears[0].kernel.name}"
+            out.append(
+                LayerPart(
+                    run,
+                    linears,
+                    (ends[0], ends[1]),
+                    (first.eps, second.eps),
+                    attention,
+                    Guard(below),
+                    Buffers(),
+                    kernel,
+                )
+            )
+    return out
+
+
+# -------------------------------------------------------------------------------------- the probe
+
+
+def _angles(part: LayerPart, batch: int, parts: Parts) -> tuple[Tensor, Tensor]:
+    half = random((batch, 1, part.run.rotated // 2), parts, 7).float()  # type: ignore[attr-defined]
+    whole = torch.cat([half, half], -1)
+    return whole.cos().to(parts.dtype), whole.sin().to(parts.dtype)
+
+
+def _cache(part: LayerPart, batch: int, parts: Parts) -> Any:
+    """A cache that holds three random positions for the layer."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    index, dim = (part.attention.__dict__[n] for n in ("layer_idx", "head_dim"))
+    shape = (batch, part.linears[1].out_features // dim, 3, dim)
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer() for _ in range(index + 1)]
+    cache.update(random(shape, parts, 8), random(shape, parts, 9), index)
+    return cache
+
+
+def _differs(module: nn.Module, part: LayerPart, parts: Parts) -> str:
+    """Why the layer is not what ``part`` computes; "" if it is."""
+    index: Any = part.attention.layer_idx
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]], dtype=torch.bool, device=parts.device)
+    for batch, scale, seen in ((1, 0.01, None), (1, 1.0, None), (2, 0.1, mask[:, None, None])):
+        x = random((batch, 1, part.linears[0].in_features), parts, batch) * scale
+        own, ours = _cache(part, batch, parts), _cache(part, batch, parts)
+        arguments = {
+            "attention_mask": seen,
+            "position_ids": torch.full((batch, 1), 3, device=parts.device),
+            "use_cache": True,
+            "position_embeddings": _angles(part, batch, parts),
+        }
+        try:
+            want = module(x, past_key_values=own, **arguments)
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as err:
+            return f"its forward takes other arguments ({printable(err, 200)})"
+        got = part.step(module, x, {**arguments, "past_key_values": ours})
+        if got is None:
+            return "the kernel declines its shapes"
+        mine, theirs = ours.layers[index], own.layers[index]
+        if not (nearly(got, want) and nearly(mine.keys, theirs.keys)):
+            return "it computes something else than a pre-norm decoder layer"
+        if not nearly(mine.values, theirs.values):
+            return "its cache holds other values"
+        if not nearly(got - x, want - x):
+            return "its branches compute something else"
+    return ""
+
+
+@torch.no_grad()
+def attach_blocks(model: nn.Module, parts: Parts) -> None:
+    """Swap the decoder layers that a kernel computes; after ``attach_norms_and_mlps``."""
+    for name, module in model.named_modules():
+        if len(module._modules) == 4 and not isinstance(module, Swapped):
+            _attach_block(name, module, parts)

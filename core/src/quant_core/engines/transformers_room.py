@@ -1,0 +1,66 @@
+"""Room for the next token in transformers' dynamic cache of keys and values.
+
+``DynamicLayer`` grows by ``torch.cat``: every step copies all it holds. Here keys and values become
+views of a larger buffer, whose next position the kernel of a decoder layer writes. Nobody else sees
+that: what a view shows never changes, and only who holds the newest view may grow it in place.
+Whatever else happens to the cache (crop, reorder, copies, transformers' own update) makes other
+tensors, which are copied into a new buffer when they grow here.
+
+Source: transformers 5.23.0 cache_utils.py (DynamicLayer.update, crop, reorder_cache).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Room", "room_of"]
+
+_LEAST = 64  # positions of room
+_PART = 4  # and a quarter of what is held
+
+
+class Room:
+    """Buffers of one layer of a cache, and the newest views of them."""
+
+    __slots__ = ("_all_keys", "_all_values", "_keys", "_values", "next")
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        length = keys.shape[2]
+        size = length + max(_LEAST, length // _PART)
+        self._all_keys, self._all_values = _larger(keys, size), _larger(values, size)
+        self._keys, self._values = keys, values
+        self.next = self._views(length + 1)
+
+    def _views(self, length: int) -> tuple[Tensor, Tensor]:
+        return self._all_keys.narrow(2, 0, length), self._all_values.narrow(2, 0, length)
+
+    def belongs_to(self, layer: Any) -> bool:
+        """The layer holds the newest views, and there is room for one more position."""
+        return layer.keys is self._keys and layer.values is self._values and self._fits()
+
+    def _fits(self) -> bool:
+        return self._keys.shape[2] < self._all_keys.shape[2]
+
+    def take(self, layer: Any) -> None:
+        """The next position was written: it belongs to the layer now."""
+        layer.keys, layer.values = self._keys, self._values = self.next
+        if self._fits():
+            self.next = self._views(self._keys.shape[2] + 1)
+
+
+def _larger(held: Tensor, size: int) -> Tensor:
+    batch, heads, length, dim = held.shape
+    out = torch.empty((batch, heads, size, dim), dtype=held.dtype, device=held.device)
+    out.narrow(2, 0, length).copy_(held)
+    return out
+
+
+def room_of(layer: Any) -> Room:
+    """The room of a ``DynamicLayer`` that holds something; ``room.next`` are the views to write."""
+    held: Room | None = layer.__dict__.get("_quant_room")
+    if held is None or not held.belongs_to(layer):
+        held = layer._quant_room = Room(layer.keys, layer.values)
+    return held
