@@ -233,9 +233,9 @@ FEATURES: dict[str, dict[str, Yes | No]] = {
     "LoRA on a packed base": {
         "transformers": No(why="not tested"),
         "vllm": Yes(test=f"{_MODES}::test_lora_on_a_packed_base_adds_what_it_says"),
-        "sglang": No(
-            why="not tested on linear layers; refused on experts",
-            test=f"{_START}::test_adapters_on_experts_are_refused",
+        "sglang": Yes(
+            test=f"{_LOGITS}::test_lora_on_a_packed_base_adds_what_it_says",
+            note="on linear layers; refused on experts",
         ),
     },
     "weights loaded again, from disk": {

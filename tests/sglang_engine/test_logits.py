@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -123,3 +124,43 @@ def test_comparison_notices_other_weights(tmp_path: Path) -> None:
     with loaded(one) as model:
         got = forward(model, IDS)
     assert (got - reference_logits(two, IDS)).abs().max() > 100 * ORDER
+
+
+def test_lora_on_a_packed_base_adds_what_it_says(tmp_path: Path) -> None:
+    """SGLang's own wrapper and its backend in plain torch, one adapter of rank 4 on one layer."""
+    from sglang.srt.lora.backend.torch_backend import (
+        TorchNativeLoRABackend,
+        TorchNativeLoRABatchInfo,
+    )
+    from sglang.srt.lora.layers import get_lora_layer
+
+    folder = without_notes(FIXTURES / "ct-w4a16-awq-asym", tmp_path / "model")
+    want = reference_model(folder)
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 256, generator=g) * 0.2, torch.randn(256, 4, generator=g) * 0.2
+    layer = want.model.layers[0].self_attn.o_proj
+    layer.register_forward_hook(lambda module, x, y: y + x[0] @ (b @ a).T * 2.0)
+    one = torch.ones(1, dtype=torch.int32)
+    rank, scale, indptr = one * 4, torch.tensor([2.0]), torch.tensor([0, len(IDS)])
+    tensor = torch.tensor
+
+    def unpinned(*args: Any, pin_memory: bool = False, **kw: Any) -> torch.Tensor:
+        return tensor(*args, **kw)  # pinned memory needs an accelerator
+
+    with loaded(folder) as model, mock.patch("torch.tensor", unpinned):
+        without = forward(model, IDS)
+        backend = TorchNativeLoRABackend(max_loras_per_batch=1, device=torch.device("cpu"))
+        backend.batch_info = TorchNativeLoRABatchInfo(
+            use_cuda_graph=False, bs=1, num_segments=1, seg_indptr=indptr, weight_indices=one * 0,
+            lora_ranks=rank, scalings=scale, max_len=len(IDS), seg_lens=one * len(IDS),
+            has_active_lora=True, lora_ranks_cpu=rank, seg_indptr_cpu=indptr,
+            seg_lens_cpu=one * len(IDS), weight_indices_cpu=one * 0, scalings_cpu=scale,
+        )  # fmt: skip
+        attention = model.model.layers[0].self_attn
+        attention.o_proj = get_lora_layer(attention.o_proj, backend)
+        attention.o_proj.set_lora_info(a[None].clone(), b[None].clone())
+        got = forward(model, IDS)
+    with torch.no_grad():
+        logits = want(torch.tensor([IDS])).logits[0].float()
+    assert (got - logits).abs().max() <= ORDER * 10
+    assert (got - without).abs().max() > 1e-2
