@@ -230,11 +230,13 @@ def main() -> int:
     """Check, then time; 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th case, from case i")
     parser.add_argument("--no-times", dest="times", action="store_false")
     args = parser.parse_args()
     torch.manual_seed(0)
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "errors": {}, "wrong": {}}
-    for name, (run, bound) in cases().items():
+    part, parts = map(int, args.part.split("/"))
+    for name, (run, bound) in list(cases().items())[part::parts]:
         try:
             err = error(*run())
         except Exception as problem:

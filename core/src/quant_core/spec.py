@@ -441,6 +441,7 @@ class OpSpec:
         "rms_norm",
         "rotary",
         "gated",
+        "attention_update",
         "collective",
     ]
     operands: tuple[tuple[str, QuantSpec], ...]

@@ -16,9 +16,9 @@ import pytest
 
 from quant_core.errors import KernelError
 from quant_core.kernels.base import Accepted, Kernel
-from quant_core.kernels.between import gated_op, norm_op, rotary_op
+from quant_core.kernels.between import gated_op, norm_op, rotary_op, update_op
 from quant_core.spec import CHANNEL, Element, OpSpec, QuantSpec, Scale
-from quant_kernels_triton.attention_kernel import AttentionStep
+from quant_kernels_triton.attention_kernel import AttentionStep, AttentionUpdate
 from quant_kernels_triton.between_kernel import Gated, RmsNorm, Rotary
 
 OP = OpSpec(
@@ -50,6 +50,7 @@ PARTS = {
     "rms_norm": (RmsNorm(), norm_op(4096, frozenset({"round_last"}), "bfloat16", GPU)),
     "rotary": (Rotary(), rotary_op(128, 64, "bfloat16", GPU)),
     "gated": (Gated(), gated_op(14336, "gelu_tanh", "float32", GPU)),
+    "update": (AttentionUpdate(), update_op(32, 8, 128, 64, "bfloat16", GPU)),
     "attention": (AttentionStep(), OP),
 }
 
@@ -65,6 +66,8 @@ def test_parts_say_what_they_run(name):
         "act_dtype": replace(op, act_dtype="float64"),
         "features": replace(op, features=frozenset({"unknown"})),
     }
+    if name == "update":
+        del refused["features"]  # it has none
     if name != "attention":
         odd = 65536 if name == "rms_norm" else 4090
         refused["k"] = replace(op, sizes=(("k", odd), *op.sizes[1:]))

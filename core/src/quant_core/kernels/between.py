@@ -24,6 +24,14 @@ then. Inputs are never written to.
                feature "silu": x * sigmoid(x);  "gelu_tanh": the tanh form
                size "k"
 
+    attention_update
+               run([], qkv [B, 1, (H + 2 Hkv) D], cos, sin, keys, values, mask, scale)
+                   -> y [B, 1, H D]
+                   q, k, v of one new token a sequence; q and k are turned as by ``rotary`` (cos,
+                   sin [B or 1, 1, R]), then as ``attention`` of one token. keys, values
+                   [B, Hkv, L, D]: the cache, in which the call WRITES the new token's at L - 1
+               sizes "k" (D), "rotated" (R), "heads", "kv_heads"
+
 ``act_dtype`` is the dtype of x. Where all the pieces of a gated MLP, or of a decoder layer, were
 chosen from kernels, and the kernel of its linear layers can, the whole is one call: ``bind_gated``
 and ``bind_block`` (``kernels.base``).
@@ -43,7 +51,16 @@ if TYPE_CHECKING:
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["ACTIVATIONS", "NORMS", "Block", "Weightless", "gated_op", "norm_op", "rotary_op"]
+__all__ = [
+    "ACTIVATIONS",
+    "NORMS",
+    "Block",
+    "Weightless",
+    "gated_op",
+    "norm_op",
+    "rotary_op",
+    "update_op",
+]
 
 NORMS: tuple[frozenset[str], ...] = (
     frozenset(),
@@ -115,6 +132,14 @@ def gated_op(k: int, activation: str, dtype: str, device: tuple[str, str]) -> Op
         device=device,
         features=frozenset({activation}),
     )
+
+
+def update_op(
+    heads: int, kv_heads: int, dim: int, rotated: int, dtype: str, device: tuple[str, str]
+) -> OpSpec:
+    """The operation "attention_update"."""
+    sizes = (("k", dim), ("rotated", rotated), ("heads", heads), ("kv_heads", kv_heads))
+    return OpSpec(op="attention_update", operands=(), sizes=sizes, act_dtype=dtype, device=device)
 
 
 class Weightless:

@@ -35,6 +35,8 @@ from quant_core.spec import OpSpec, Packing
 from quant_core.spec_json import to_text
 
 if TYPE_CHECKING:
+    from quant_core.kernels.between import Block
+    from quant_core.kernels.composed import BlockRun, GatedRun
     from quant_core.tensors import LayerTensors
 
 __all__ = ["Bucket", "Family", "RowsBound", "buckets", "layout_of", "uncovered"]
@@ -281,6 +283,18 @@ class Family:
             return None
         whole = Family(self.layout, self.members, op)
         return JoinedRun(whole, op, [self.bind(o) for o in ops], [o.size("n") for o in ops])
+
+    def bind_gated(self, ops: Sequence[OpSpec], activation: str) -> GatedRun | None:
+        """A gated MLP of the kernels that there are (``kernels.composed``)."""
+        from quant_core.kernels.composed import compose_gated
+
+        return compose_gated(self, ops, activation)
+
+    def bind_block(self, block: Block) -> BlockRun | None:
+        """A decoder layer likewise."""
+        from quant_core.kernels.composed import compose_block
+
+        return compose_block(self, block)
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         answers = self._answers(op)

@@ -113,6 +113,10 @@ class JoinedRun:
         self._seen: tuple[int, ...] = ()
         self._held: list[Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy looks for itself how its layers lie."""
+        return {**self.__dict__, "_seen": (), "_held": None}
+
     def buffers(self, values: Sequence[Sequence[Tensor]]) -> list[Tensor] | None:
         """The joint buffers, or None where the layers do not lie together."""
         seen = tuple([t.data_ptr() for mine in values for t in mine])

@@ -11,10 +11,11 @@ splits each leaves its sums, and ``combine`` adds them in a fixed order: results
 ``STEP`` is a whole decode step of attention from the joined product of q, k and v, one row each:
 
     row of QKV    q_0 .. q_H-1 | k_0 .. k_HK-1 | v_0 .. v_HK-1        D features each
-    rotated       x cos + turned(x) sin,  turned = (-x[D/2:], x[:D/2])
+    rotated       x cos + turned(x) sin,  turned = (-x[R/2:R], x[:R/2]), features from R on as they
+                  are; products and sum are rounded, as torch's operators do
 
-The new key and value go to position AT of the cache, and count for the token itself; the cache is
-read before AT only, so nobody waits for the write.
+The new key and value go to one position of the cache, and count for the token itself; the cache is
+read before that position only, so nobody waits for the write.
 
 On Hopper a program starts while the kernel before it still runs and lets the next one start at once
 (programmatic dependent launch): a following product of packed weights reads ahead in that time.
@@ -32,20 +33,24 @@ _STRIDES = ["sqb", "sqh", "skb", "skh", "skn", "svb", "svh", "svn", "smb", "smh"
 
 
 @triton.jit
-def _turned(at, head, d, live, cos, sin, D: tl.constexpr):
-    """Rows ``head`` of D features at ``at``, rotated, in float32."""
+def _turned(at, head, d, live, cos, sin, D: tl.constexpr, R: tl.constexpr):
+    """Rows ``head`` of D features at ``at``, rotated."""
     keep = live[:, None] & (d < D)[None, :]
-    x = tl.load(at + head[:, None] * D + d[None, :], mask=keep, other=0.0).to(tl.float32)
-    other = tl.where(d < D // 2, d + D // 2, d - D // 2)
-    y = tl.load(at + head[:, None] * D + other[None, :], mask=keep, other=0.0).to(tl.float32)
-    sign = tl.where(d < D // 2, -1.0, 1.0)
-    return x * cos[None, :] + y * (sign * sin)[None, :]
+    turns = d < R
+    x = tl.load(at + head[:, None] * D + d[None, :], mask=keep, other=0.0)
+    other = tl.where(d < R // 2, d + R // 2, tl.where(turns, d - R // 2, d))
+    t = tl.load(at + head[:, None] * D + other[None, :], mask=keep, other=0.0).to(tl.float32)
+    t = tl.where(d < R // 2, -t, t)
+    act = x.dtype
+    y = (x.to(tl.float32) * cos[None, :]).to(act).to(tl.float32)
+    y = (y + (t * sin[None, :]).to(act).to(tl.float32)).to(act)
+    return tl.where(turns[None, :], y, x)
 
 
 @triton.jit(do_not_specialize=["scale", "L", "SPLITS", "HK", "scb", "sab", *_STRIDES])
 def attend(Q, K, V, MASK, COS, SIN, AT, Y, PART, scale, L, SPLITS, HK,
            sqb, sqh, skb, skh, skn, svb, svh, svn, smb, smh, smn, scb, sab,
-           G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BG: tl.constexpr,
+           G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BG: tl.constexpr,
            BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr,
            PER_HEAD: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr,
            PDL: tl.constexpr):  # fmt: skip
@@ -53,6 +58,7 @@ def attend(Q, K, V, MASK, COS, SIN, AT, Y, PART, scale, L, SPLITS, HK,
 
     Strides of Q, K, V are in units of 16 elements: their rows are aligned.
     KIND: 0 no mask, 1 bytes (0 hides), 2 floats that are added.
+    STEP: 0 no step, 1 the new token's position is AT, 2 it is the last one.
     """
     split = tl.program_id(0)
     b = (tl.program_id(1) // HK).to(tl.int64)
@@ -72,23 +78,32 @@ def attend(Q, K, V, MASK, COS, SIN, AT, Y, PART, scale, L, SPLITS, HK,
     acc = tl.zeros([BG, BDV], tl.float32)
     stop = L
     if STEP:
-        new = tl.load(AT + b * sab).to(tl.int32)
+        new = L - 1
+        if STEP == 1:
+            new = tl.load(AT + b * sab).to(tl.int32)
         stop = tl.minimum(new, L)
         row = Q + b * sqb * 16
-        cos = tl.load(COS + b * scb + d, mask=d < D, other=0.0).to(tl.float32)
-        sin = tl.load(SIN + b * scb + d, mask=d < D, other=0.0).to(tl.float32)
-        q = _turned(row, head, d, live, cos, sin, D).to(K.dtype.element_ty)
+        cos = tl.load(COS + b * scb + d, mask=d < R, other=1.0).to(tl.float32)
+        sin = tl.load(SIN + b * scb + d, mask=d < R, other=0.0).to(tl.float32)
+        q = _turned(row, head, d, live, cos, sin, D, R)
         if split == 0:
             one = tl.zeros([BG], tl.int64) + hk
-            key = _turned(row + HK * G * D, one, d, live, cos, sin, D).to(K.dtype.element_ty)
+            key = _turned(row + HK * G * D, one, d, live, cos, sin, D, R)
             value = tl.load(row + (HK * (G + 1) + hk) * D + dv, mask=dv < DV, other=0.0)
             first = (g == 0)[:, None] & (d < D)[None, :] & (new < L)
             here = new.to(tl.int64) * 16
             tl.store(K + here * skn + d[None, :] + tl.zeros([BG, 1], tl.int32), key, mask=first)
             tl.store(V + here * svn + dv, value, mask=(dv < DV) & (new < L))
             top = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale
-            total += 1.0
-            acc += value.to(tl.float32)[None, :]
+            if KIND:
+                at = MASK + b * smb + head * smh + new.to(tl.int64) * smn
+                m = tl.load(at, mask=live, other=0)
+                if KIND == 2:
+                    top += m.to(tl.float32)
+                else:
+                    top = tl.where(m != 0, top, float("-inf"))
+            total = tl.where(top > float("-inf"), 1.0, 0.0)
+            acc += value.to(tl.float32)[None, :] * total[:, None]
     else:
         keep = live[:, None] & (d < D)[None, :]
         q = tl.load(Q + (b * sqb + head[:, None] * sqh) * 16 + d[None, :], mask=keep, other=0.0)
@@ -97,19 +112,19 @@ def attend(Q, K, V, MASK, COS, SIN, AT, Y, PART, scale, L, SPLITS, HK,
         seen = live[:, None] & (n < stop)[None, :]
         column = n < stop
         if KIND and not PER_HEAD:
-            m = tl.load(MASK + b * smb + n.to(tl.int64) * smn, mask=column, other=0)
-            column &= (m != 0) if KIND == 1 else (m > float("-inf"))
+            shown = tl.load(MASK + b * smb + n.to(tl.int64) * smn, mask=column, other=0)
+            column &= (shown != 0) if KIND == 1 else (shown > float("-inf"))
             seen &= column[None, :]
         if KIND and PER_HEAD:
-            at = MASK + b * smb + head[:, None] * smh + n[None, :].to(tl.int64) * smn
-            m = tl.load(at, mask=seen, other=0)
-            seen &= (m != 0) if KIND == 1 else (m > float("-inf"))
+            where = MASK + b * smb + head[:, None] * smh + n[None, :].to(tl.int64) * smn
+            shown = tl.load(where, mask=seen, other=0)
+            seen &= (shown != 0) if KIND == 1 else (shown > float("-inf"))
             column = tl.max(seen.to(tl.int32), 0) > 0
         known = (d < D)[:, None] & column[None, :]
         k = tl.load(K + n[None, :].to(tl.int64) * skn * 16 + d[:, None], mask=known, other=0.0)
         s = tl.dot(q, k) * scale
         if KIND == 2:
-            s += m.to(tl.float32) if PER_HEAD else m.to(tl.float32)[None, :]
+            s += shown.to(tl.float32) if PER_HEAD else shown.to(tl.float32)[None, :]
         s = tl.where(seen, s, float("-inf"))
         above = tl.maximum(top, tl.max(s, 1))
         base = tl.where(above == float("-inf"), 0.0, above)

@@ -112,7 +112,8 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
         def build() -> Build:
             fixed = {"D": dim, "R": rotated, "BD": _power(dim), "BH": each, "PDL": pdl}
-            return Build(constants=fixed, options=options(pdl, 4, 1))
+            # a fused multiply-add would leave out the rounding of the product
+            return Build(constants=fixed, options=options(pdl, 4, 1) | {"enable_fp_fusion": False})
 
         strides = [s // 16 for t in (q, k) for s in t.stride()[:3]]
         at = (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quant_core.kernels.base import Kernel
-from quant_kernels_triton.attention_kernel import AttentionStep
+from quant_kernels_triton.attention_kernel import AttentionStep, AttentionUpdate
 from quant_kernels_triton.between_kernel import Gated, RmsNorm, Rotary
 from quant_kernels_triton.rounding_kernel import Round
 from quant_kernels_triton.scaled_kernel import Scaled
@@ -17,6 +17,7 @@ KERNELS: tuple[Kernel, ...] = (
     Dense(),
     Scaled(),
     AttentionStep(),
+    AttentionUpdate(),
     RmsNorm(),
     Rotary(),
     Gated(),

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from quant_core.errors import LayoutError
-from quant_kernels_triton.attention_run import decode_step, run_step
+from quant_kernels_triton.attention_run import decode_step, run_decode, run_step
 
-BOUND = 4e-4  # the result, and in a decode step rotated q and k, rounded to float16 (2^-11)
+BOUND = 4e-4  # the result is rounded to float16 (2^-11)
 SHAPES = (  # B, H, Hkv, L, D, Dv
     (1, 9, 3, 140, 64, 64),
     (2, 8, 8, 1, 32, 48),
@@ -122,38 +122,80 @@ def rotated(x, cos, sin):
     return x * cos + torch.cat((-high, low), -1) * sin
 
 
-def step_inputs(b, h, hk, length, d):
+def step_inputs(b, h, hk, length, d, turns=None):
     torch.manual_seed(1)
     qkv = torch.randn(b, (h + 2 * hk) * d).half()
-    angle = torch.cat([torch.randn(1, d // 2)] * 2, -1)
+    angle = torch.cat([torch.randn(1, (turns or d) // 2)] * 2, -1)
     caches = [torch.randn(b, hk, length, d).half() for _ in "kv"]
-    return qkv, angle.cos(), angle.sin(), *caches
+    return qkv, angle.cos().half(), angle.sin().half(), *caches
+
+
+def first_features(x, cos, sin):
+    r = cos.shape[-1]
+    return torch.cat((rotated(x[..., :r], cos, sin), x[..., r:]), -1)
 
 
 @pytest.mark.parametrize(
-    ("shape", "at"),
-    [((1, 8, 2, 300, 128), 130), ((2, 6, 6, 64, 64), 0), ((3, 6, 2, 100, 80), 99)],
+    ("shape", "at", "turns"),
+    [
+        ((1, 8, 2, 300, 128), 130, 128),
+        ((2, 6, 6, 64, 64), 0, 32),
+        ((3, 6, 2, 100, 80), 99, 80),
+        ((1, 4, 1, 70, 64), None, 64),  # the last position
+    ],
 )
-def test_decode_step_rotates_writes_and_attends(shape, at):
-    b, h, hk, _, d = shape
-    qkv, cos, sin, keys, values = step_inputs(*shape)
+def test_decode_step_rotates_writes_and_attends(shape, at, turns):
+    b, h, hk, length, d = shape
+    qkv, cos, sin, keys, values = step_inputs(*shape, turns)
     before = keys.clone(), values.clone()
+    where = None if at is None else torch.tensor([at])
+    at = length - 1 if at is None else at
     keys[:, :, at:], values[:, :, at:] = torch.nan, torch.inf
-    where = torch.tensor([at])
     got = decode_step(qkv, cos, sin, where, keys, values, None, d**-0.5)
-    q, k, v = qkv.view(b, -1, 1, d).split([h, hk, hk], 1)
-    q, k = rotated(q.double(), cos.double(), sin.double()), rotated(k.double(), cos, sin)
-    seen = [torch.cat([t[:, :, :at].double(), new], 2) for t, new in zip(before, (k, v))]
+    raw = qkv.view(b, -1, 1, d).split([h, hk, hk], 1)
+    q, k, v = *(first_features(t, cos, sin) for t in raw[:2]), raw[2]  # as torch rounds it
+    seen = [torch.cat([t[:, :, :at], new], 2).double() for t, new in zip(before, (k, v))]
     assert error(got, exact(q, *seen, None, d**-0.5).reshape(b, -1)) < BOUND
-    assert error(keys[:, :, at : at + 1], k) < BOUND
+    assert torch.equal(keys[:, :, at : at + 1], k)
     assert torch.equal(values[:, :, at : at + 1], v)
     for cache, old in zip((keys, values), before):
         assert torch.equal(cache[:, :, :at], old[:, :, :at])
         assert not cache[:, :, at + 1 :].isfinite().any()
-    raw = qkv.view(b, -1, 1, d).split([h, hk, hk], 1)[1:]
-    wrong = [torch.cat([t[:, :, :at].double(), new], 2) for t, new in zip(before, raw)]
+    wrong = [torch.cat([t[:, :, :at], new], 2).double() for t, new in zip(before, raw[1:])]
     if at:  # negative control: keys that were not rotated
         assert error(got, exact(q, *wrong, None, d**-0.5).reshape(b, -1)) > BOUND
+
+
+@pytest.mark.parametrize("kind", ["bool", "added", "heads"])
+def test_decode_step_under_a_mask(kind):
+    b, h, hk, length, d = 2, 4, 2, 70, 64
+    qkv, cos, sin, keys, values = step_inputs(b, h, hk, length, d)
+    seen = torch.rand(b, 1, 1, length) > 0.4
+    seen[0, ..., -1], seen[1, ..., -1] = True, False  # the new token is hidden once
+    mask = {
+        "bool": seen,
+        "added": torch.zeros(seen.shape).masked_fill(~seen, -torch.inf),
+        "heads": torch.randn(1, h, 1, length),
+    }[kind]
+    got = decode_step(qkv, cos, sin, None, keys, values, mask, 0.2)
+    q = rotated(qkv.view(b, -1, 1, d)[:, :h], cos, sin)
+    want = exact(q, keys, values, mask, 0.2)  # the cache holds the new token now
+    assert error(got, want.reshape(b, -1)) < BOUND
+    assert error(got, exact(q, keys, values, None, 0.2).reshape(b, -1)) > 0.1  # control
+
+
+def test_update_declines_what_it_does_not_take():
+    b, h, hk, length, d = 2, 4, 2, 20, 64
+    flat, cos, sin, keys, values = step_inputs(b, h, hk, length, d)
+    qkv, cos, sin = flat[:, None], cos[:, None], sin[:, None]
+    before = keys.clone()
+    assert run_decode([], qkv, cos.float(), sin.float(), keys, values, None, 0.1) is None
+    assert run_decode([], qkv[..., :-64], cos, sin, keys, values, None, 0.1) is None
+    assert run_decode([], qkv, cos, sin, keys.float(), values.float(), None, 0.1) is None
+    assert torch.equal(keys, before)
+    got = run_decode([], qkv, cos, sin, keys, values, None, 0.1)
+    assert got.shape == (b, 1, h * d)
+    assert not torch.equal(keys, before)
 
 
 def test_decode_step_of_wrong_shapes_raises():

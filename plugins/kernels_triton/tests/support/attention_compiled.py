@@ -18,7 +18,9 @@ _TYPES = {"MASK": "*u8", "AT": "*i64", "PART": "*fp32", "scale": "fp32", "eps": 
 _POINTERS = ("Q", "K", "V", "COS", "SIN", "Y", "X", "W", "R", "SUM", "YQ", "YK", "G", "U")
 
 
-def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, stages: int) -> tuple:
+def compile_for_hopper(
+    fn: Any, constants: dict[str, Any], warps: int, stages: int, **more: Any
+) -> tuple[str, str]:
     """(PTX, what ptxas said) of a kernel whose unnamed pointers are bf16."""
     names = fn.arg_names
     types = {n: _TYPES.get(n, "*bf16" if n in _POINTERS else "i32") for n in names}
@@ -27,7 +29,7 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, stages: i
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
                if signature[n].startswith("*")}  # fmt: skip
     source = ASTSource(fn=fn, signature=signature, constexprs=held, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages, "launch_pdl": True}
+    options = {"num_warps": warps, "num_stages": stages, "launch_pdl": True, **more}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     path = Path(made.metadata_group[next(iter(made.metadata_group))]).parent / "again.ptx"
     path.write_text(made.asm["ptx"])
@@ -42,15 +44,15 @@ def compile_for_hopper(fn: Any, constants: dict[str, Any], warps: int, stages: i
 
 def _attend(**changes: Any) -> None:
     constants = {
-        "G": 4, "D": 128, "DV": 128, "BG": 16, "BD": 128, "BDV": 128, "BN": 32, "KIND": 0,
-        "PER_HEAD": False, "STEP": False, "SPLIT": True, "PDL": True, **changes,
+        "G": 4, "D": 128, "DV": 128, "R": 128, "BG": 16, "BD": 128, "BDV": 128, "BN": 32, "KIND": 0,
+        "PER_HEAD": False, "STEP": 0, "SPLIT": True, "PDL": True, **changes,
     }  # fmt: skip
     ptx, _ = compile_for_hopper(attend, constants, 4, 3 if constants["D"] <= 128 else 2)
     assert re.search(r"cp\.async\.cg\.shared\.global [^;]*0x10", ptx), "keys not fetched ahead"
 
 
 if __name__ == "__main__":
-    _attend(STEP=True)
+    _attend(STEP=2)
     print("step ok")
     _attend(KIND=1)
     print("masked ok")
@@ -63,7 +65,8 @@ if __name__ == "__main__":
     compile_for_hopper(rms_norm, fixed, 8, 1)
     print("norm ok")
     fixed = {"D": 128, "R": 128, "BD": 128, "BH": 8, "PDL": True}
-    compile_for_hopper(rotary, fixed, 4, 1)
+    ptx, _ = compile_for_hopper(rotary, fixed, 4, 1, enable_fp_fusion=False)
+    assert "fma.rn.bf16" not in ptx, "a rounding between product and sum was left out"
     print("rotary ok")
     fixed = {"K": 14336, "BK": 1024, "GELU": False, "PDL": True}
     compile_for_hopper(gated, fixed, 4, 1)
