@@ -129,6 +129,7 @@ def test_operations_become_the_librarys_configs(spec, acts, weight, inputs):
     ("op", "axis"),
     [
         (op_of(U4, op="embedding"), "op"),
+        (op_of(U4, op="quantize_activations", sizes=(("k", K),)), "op"),
         (op_of(U4, act_dtype="float32"), "act_dtype"),
         (op_of(U4, act_dtype="float16"), "scales"),  # bf16 scales would be rounded
         (op_of(U4, sizes=(("n", 60), ("k", K))), "sizes"),
