@@ -11,8 +11,9 @@ activations as the scheme rounds them. ``chosen`` marks what the plan picks; ``g
 a graph's replay equals the eager call bit for bit. ``--warm`` compiles everything first, in as
 many processes. ``gpu_report.py`` makes tables and pictures of the JSON.
 
-What more rows cannot bring back is dropped for the rest of its scheme and shape: 25 times behind,
-or 3 times behind and growing with the rows (from 64 rows on). The plan's pick and bf16 never are.
+What more rows cannot bring back is dropped for the rest of its scheme and shape: 50 times behind,
+or from 64 rows on 25 times, or 3 times and growing with the rows. The plan's pick and bf16 never
+are. Nothing is timed where the deadline has passed; what was left out is listed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ from quant_core.registry import registry  # noqa: E402
 
 DEFAULT_SHAPES = "4096x4096,4096x28672,14336x4096,5120x13824,3584x18944"
 DEFAULT_ROWS = "1,2,4,8,16,32,64,128,256,1024,4096"
-HOST_ROWS = (1, 64)  # where the host's part of an eager call is timed
+BETWEEN = {"int4": (96, 192, 512)}  # rows between the blocks of kernels, measured of this too
+LAST = ("int4-g32", "mxfp8", "w4a8-int8")  # at two shapes only, if time is left
+HOST_ROWS = (1, 64)  # where the host's part of an eager call is timed,
+HOST_MOST_US = 300.0  # of those that do not wait for the GPU
 NOT_HERE = ("torch_ref", "humming")  # the oracle; and a peer that gpu_peers makes
 
 
@@ -65,6 +69,10 @@ class Bench:
     problems: list[dict[str, str]] = field(default_factory=list)
     costs: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
     device: tuple[str, str] = ("cuda", "")
+
+    def rows_of(self, scheme: str, experts: int) -> list[int]:
+        more = BETWEEN.get(scheme, ()) if len(self.rows) > 8 and not experts else ()
+        return sorted({*self.rows, *more})
 
     def failed(self, where: str, err: Exception) -> None:
         self.told(where, f"{type(err).__name__}: {str(err)[:600]}")
@@ -123,7 +131,7 @@ def _hopeless(times: dict[str, float], m: int, before: dict[str, tuple[int, floa
     for name, us in times.items():
         rows, last = before.get(name, (m, us))
         grows = us / last > 0.5 * m / rows
-        if m >= 64 and (us > 25 * best or (us > 3 * best and grows)):
+        if us > 50 * best or (m >= 64 and (us > 25 * best or (us > 3 * best and grows))):
             out.add(name)
     return out
 
@@ -138,7 +146,7 @@ def measure(bench: Bench, shape: str, scheme: str) -> None:
     costs = bench.costs.setdefault(op_key(case.op), {})
     before: dict[str, tuple[int, float]] = {}
     dropped: set[str] = set()
-    for m in bench.rows:
+    for m in bench.rows_of(scheme, case.experts):
         if bench.left() < 5:
             return bench.told(f"{shape} {scheme} from {m} rows", "out of time")
         inputs, rows = case.inputs(m), m * case.top
@@ -149,7 +157,7 @@ def measure(bench: Bench, shape: str, scheme: str) -> None:
         for name, made in rivals.items():
             if name not in dropped:
                 calls[name] = made
-        graphs, facts = {}, {}
+        graphs, facts, hosts = {}, {}, {}
         for name, made in calls.items():
             try:
                 thunks = made(inputs)
@@ -163,15 +171,20 @@ def measure(bench: Bench, shape: str, scheme: str) -> None:
                 facts[name] = {
                     "graph": bool(torch.equal(outputs[0], eager)),
                     "error": relative_error(eager[:64], want) if compared else None,
-                    "host_us": host_us(thunks[0]) if m in HOST_ROWS else None,
+                    "host_us": None,
                 }
                 graphs[name] = (graph, len(thunks))
+                if m in HOST_ROWS:
+                    hosts[name] = thunks[0]
             except Exception as err:
                 bench.failed(f"{name} {shape} {scheme} M={m}", err)
                 torch.cuda.synchronize()
         times = interleaved(graphs, rounds=bench.rounds)
         if not times:
             continue
+        for name in hosts:
+            if times[name] < HOST_MOST_US:
+                facts[name]["host_us"] = host_us(hosts[name], 60)
         chosen = _winner(choice, rows)
         dropped |= _hopeless(times, m, before) - {chosen, BASE}
         before = {name: (m, us) for name, us in times.items()}
@@ -185,7 +198,7 @@ def measure(bench: Bench, shape: str, scheme: str) -> None:
             if name in found:
                 costs.setdefault(name, []).append([rows, us])
         line = ", ".join(f"{w}{'*' if w == chosen else ''} {t:.1f}" for w, t in times.items())
-        print(f"{shape} {scheme} M={m}: {line}", flush=True)
+        print(f"{bench.left():.0f} s left, {shape} {scheme} M={m}: {line}", flush=True)
         del graphs
 
 
@@ -195,7 +208,7 @@ def compile_all(shape: str, scheme: str, rows: list[int], only: set[str]) -> str
     bench = Bench(rows=rows, deadline=math.inf, only=only)
     case = make_case(scheme, shape)
     ready = contestants(case, bench, cold=False)
-    for m in rows:
+    for m in bench.rows_of(scheme, case.experts):
         inputs = case.inputs(m)[0]
         for name, c in ready.items():
             if c.said.cost_at(m * case.top) < math.inf:
@@ -222,17 +235,19 @@ def warm(processes: int, cells: list[tuple[str, str]], bench: Bench) -> float:
 
 
 def _cells(shapes: str, schemes: str, stacks: str) -> list[tuple[str, str]]:
-    """(shape, scheme) in the order of measuring: a shape's schemes together."""
-    dense = [(shape, scheme) for shape in shapes.split(",") for scheme in schemes.split(",")]
-    experts = [(e, s) for e in EXPERTS for s in stacks.split(",") if s]
-    return [c for c in (*dense, *experts) if c[0]]
+    """(shape, scheme) in the order of measuring."""
+    asked = schemes.split(",") if schemes else [s for s in SCHEMES if s not in LAST]
+    cells = [(shape, scheme) for shape in shapes.split(",") if shape for scheme in asked]
+    cells += [(e, s) for e in EXPERTS for s in stacks.split(",") if s]
+    last = () if schemes else LAST
+    return cells + [(shape, s) for shape in shapes.split(",")[:2] if shape for s in last]
 
 
 def main() -> int:
     """Measure; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", default=DEFAULT_SHAPES)
-    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--schemes", default="", help="default: all, some at two shapes only")
     parser.add_argument("--experts", default="", help="schemes to measure of stacks of experts")
     parser.add_argument("--rows", default=DEFAULT_ROWS)
     parser.add_argument("--kernels", default="", help="only these, without peers")
