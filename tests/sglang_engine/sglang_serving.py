@@ -107,10 +107,14 @@ def served_logits(path: Path, ids: list[int], **settings: Any) -> Tensor:
 
 
 def reference_model(path: Path, **options: Any) -> Any:
-    """From ``load_model``, in float32."""
+    """From ``load_model``, in float32, with transformers' own norms."""
     from quant_core import load_model
+    from quant_core.engines.transformers_swap import unswap
 
-    return load_model(path, dtype=torch.float32, **options)
+    model = load_model(path, dtype=torch.float32, **options)
+    for module in model.modules():
+        unswap(module)  # a last bit of a norm tips activations that are rounded to codes
+    return model
 
 
 def reference_logits(path: Path, ids: list[int], **options: Any) -> Tensor:

@@ -43,10 +43,13 @@ def prompts(vocab: int = 250) -> list[list[int]]:
 
 
 def reference(path: Path, wanted: Sequence[list[int]], **options: Any) -> list[Tokens]:
-    """From ``load_model``, in float32, without a cache."""
+    """From ``load_model``, in float32, with transformers' own norms, without a cache."""
     from quant_core import load_model
+    from quant_core.engines.transformers_swap import unswap
 
     model = load_model(path, dtype=torch.float32, **options)
+    for module in model.modules():
+        unswap(module)  # a last bit of a norm tips activations that are rounded to codes
     out = []
     with torch.no_grad():
         for prompt in wanted:
