@@ -5,6 +5,7 @@ from __future__ import annotations
 from quant_core.kernels.base import Kernel
 from quant_kernels_triton.attention_kernel import AttentionStep, AttentionUpdate
 from quant_kernels_triton.between_kernel import Gated, RmsNorm, Rotary
+from quant_kernels_triton.mixed_kernel import Mixed, MixedStored
 from quant_kernels_triton.rounding_kernel import Round
 from quant_kernels_triton.scaled_kernel import Scaled
 from quant_kernels_triton.wna16 import Dense, GluonTiles, PlainTriton
@@ -16,6 +17,8 @@ KERNELS: tuple[Kernel, ...] = (
     PlainTriton(),
     Dense(),
     Scaled(),
+    Mixed(),
+    MixedStored(),
     AttentionStep(),
     AttentionUpdate(),
     RmsNorm(),

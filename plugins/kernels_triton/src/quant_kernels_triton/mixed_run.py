@@ -1,0 +1,202 @@
+"""Running the mixed kernels: quantize x in their order of columns, multiply.
+
+quant_triton::mixed_linear(x, tensors, plan)            x [..., K] -> [..., N]
+quant_triton::mixed_grouped(x, experts, tensors, plan)  x [T, K], experts [T] -> [T, N]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from quant_kernels_triton.gluon_run import _counter, _Desc
+from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
+from quant_kernels_triton.mixed_parts import ASM, POWER
+from quant_kernels_triton.mixed_plan import MixedPlan, MixedRing, MixedWide, config
+from quant_kernels_triton.mixed_quantize import quantize_exchanged
+from quant_kernels_triton.mixed_ring import mixed_ring
+from quant_kernels_triton.mixed_ws import mixed_specialized
+from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
+
+__all__ = ["exchanged_codes", "run_mixed", "run_mixed_grouped"]
+
+_COUNTERS = 1 << 16
+_WEIGHT_STAGES = 4  # of mixed_ws, of 8 KB
+_Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
+
+
+def _power(size: int) -> int:
+    return max(128, 1 << (size - 1).bit_length())
+
+
+def exchanged_codes(
+    p: MixedPlan, x: Tensor, tensors: Sequence[Tensor], early: bool
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 (bits of e4m3) or int8 [T, K] in the kernels' order, float32 scales [T].
+
+    Args:
+        early: the next kernel on the stream waits for this one by itself.
+    """
+    r, t = p.recipe, x.shape[0]
+    fp8, bounded = not p.integer, p.least > 0 or p.most > 0
+    q = torch.empty(t, r.k, dtype=torch.uint8 if fp8 else torch.int8, device=x.device)
+    s = torch.empty(t, dtype=torch.float32, device=x.device)
+    bk, bi = _power(r.k), _power(r.k_in)
+    scale = tensors[-1] if p.static else s
+    gather = tensors[r.buffers.index("gather")] if r.gather else s
+
+    def build() -> Build:
+        fixed = {"FP8": fp8, "BOUNDED": bounded, "STATIC": p.static, "HAS_GATHER": r.gather}
+        fixed |= {"PDL": early, "BYTES": p.bytes, "BK": bk, "BI": bi if r.gather else bk}
+        return Build(
+            constants=fixed, options={"num_warps": 4 if bk <= 4096 else 8 if bk <= 8192 else 16}
+        )
+
+    key = ("exchanged", p, x.dtype, early)
+    args = (x, scale, gather, q, s, r.k, r.k_in, p.peak, p.least, p.most)
+    launch(quantize_exchanged, key, (t, 1), args, x.device.index, build)
+    return q, s
+
+
+class _Layer:
+    """A plan with what is fixed of its launches."""
+
+    __slots__ = ("configs", "constants", "p", "places", "sizes", "views")
+
+    def __init__(self, p: MixedPlan) -> None:
+        r = p.recipe
+        self.p, self.configs = p, dict[int, "MixedRing | MixedWide"]()
+        self.sizes = (r.n, r.rows, r.groups)
+        codes = r.buffers.index("codes")
+        names = ["codes", *p.names, "bias"]
+        self.places = [r.buffers.index(n) if n in r.buffers else codes for n in names]
+        self.views = {1: torch.int8} | {
+            1 + i: torch.int8 for i, at in enumerate(self.places) if at == codes
+        }
+        self.constants = {
+            "GROUPED": bool(r.experts),
+            "PDL": True,
+            "SUB": p.sub,
+            "BYTES": p.bytes,
+            "INT": p.integer,
+            "C0": p.factors[0],
+            "C1": p.factors[1],
+            "R0": p.rows[0],
+            "R1": p.rows[1],
+            "HAS_BIAS": r.bias,
+            "ASM": ASM[p.operand],
+            "POWER": POWER[p.operand],
+        }
+
+    def config(self, rows: int) -> MixedRing | MixedWide:
+        held = self.configs.get(rows)
+        if held is None:
+            held = self.configs[rows] = config(self.p, rows)
+        return held
+
+
+@functools.cache
+def _layer(p: MixedPlan) -> _Layer:
+    return _Layer(p)
+
+
+def _descriptor(p: MixedPlan, q: Tensor, tokens: int, known: bool) -> Any:
+    shape, strides, box = list(q.shape), [q.shape[1], 1], [tokens, 128]
+    if known:
+        return _Desc(q, shape, strides)
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.int8 if p.integer else gl.float8e4nv)
+    q = q if p.integer else q.view(torch.float8_e4m3fn)
+    return TensorDescriptor(q, shape, strides, box, layout)
+
+
+def _multiply(
+    held: _Layer, q: Tensor, s: Tensor, tensors: Sequence[Tensor], y: Tensor,
+    c: MixedRing | MixedWide, experts: _Schedule | None,
+) -> None:  # fmt: skip
+    p, device = held.p, q.device.index
+    m = q.shape[0] if experts is None else experts[1].shape[0] * c.bm
+    n, rows, groups = held.sizes
+    key = (p, c, experts is None, y.dtype)
+    fixed = [tensors[i] for i in held.places]
+    lists = experts or (s, s, s)
+    if isinstance(c, MixedWide):
+        desc = _descriptor(p, q, c.bt, is_compiled(key, device))
+        grid = (-(-m // c.bm) * -(-rows // 128), 1)
+
+        def build() -> Build:
+            sizes = {"BT": c.bt, "NH": c.halves, "ST": c.stages, "GN": c.together}
+            constants = held.constants | sizes | {"WST": _WEIGHT_STAGES}
+            options = {"num_warps": 4, "launch_pdl": True}
+            return Build(constants=constants, options=options, views=held.views)
+
+        args = (desc, *fixed, s, y, *lists, m, n, rows, groups)
+        launch(mixed_specialized, key, grid, args, device, build)
+        return
+    blocks = -(-m // c.bm) * -(-rows // (16 * c.warps))
+    split, count, part = c.split, s, s
+    if split > 1:
+        counter = _counter(device) if blocks <= _COUNTERS else None
+        if counter is None:
+            split = 1
+        else:
+            count = counter
+            part = torch.empty(split, m, n, dtype=torch.float32, device=q.device)
+    key = (*key, split)
+
+    def build_ring() -> Build:
+        sizes = {"BM": c.bm, "NW": c.warps, "ST": c.stages, "SPLIT": split, "GN": 8}
+        options = {"num_warps": c.warps, "launch_pdl": True}
+        return Build(constants=held.constants | sizes, options=options, views=held.views)
+
+    desc = _descriptor(p, q, c.bm, is_compiled(key, device))
+    args = (desc, *fixed, s, y, part, count, *lists, m, n, rows, groups)
+    launch(mixed_ring, key, (blocks * split, 1), args, device, build_ring)
+
+
+def run_mixed(
+    p: MixedPlan,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    c: MixedRing | MixedWide | None = None,
+    experts: _Schedule | None = None,
+) -> Tensor:
+    """y [M, N] of x [M, K], with the block sizes of ``config`` or ``c``.
+
+    Args:
+        experts: blocks of ``c.bm`` rows of x, which is sorted by expert.
+    """
+    own = getattr(torch, p.recipe.act_dtype)
+    dtype, y = x.dtype, torch.empty(x.shape[0], p.recipe.n, dtype=own, device=x.device)
+    if x.shape[0]:
+        held = _layer(p)
+        q, s = exchanged_codes(p, aligned(x), tensors, True)
+        _multiply(held, q, s, tensors, y, c or held.config(x.shape[0]), experts)
+    return y.to(dtype)
+
+
+def run_mixed_grouped(
+    p: MixedPlan,
+    x: Tensor,
+    index: Tensor,
+    tensors: Sequence[Tensor],
+    c: MixedRing | MixedWide | None = None,
+) -> Tensor:
+    """y [T, N]: row t through expert ``index[t]``; zeros where that is no expert."""
+    t, count = x.shape[0], p.recipe.experts
+    if not t:
+        return x.new_zeros(0, p.recipe.n)
+    c = c or _layer(p).config(t)
+    if t <= max(2, count // 4):  # sorting costs more than reading an expert twice
+        blocks = each_alone(index, count)
+    else:
+        blocks = sorted_blocks(index, count, c.bm)
+        x = x.index_select(0, blocks[0])
+    y = run_mixed(p, x, tensors, c, blocks)
+    clear_rows(index, y, count)
+    return y

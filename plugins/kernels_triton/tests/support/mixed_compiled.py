@@ -1,0 +1,80 @@
+"""Compiling the mixed kernels for sm_90 where there is no GPU; run in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from quant_core.spec_json import op_from_text
+from quant_kernels_triton.mixed_parts import ASM, POWER
+from quant_kernels_triton.mixed_plan import (
+    MixedPlan,
+    MixedRing,
+    MixedWide,
+    config,
+    describe_mixed,
+)
+from quant_kernels_triton.mixed_ring import mixed_ring
+from quant_kernels_triton.mixed_ws import mixed_specialized
+
+_STORED = {0: "*fp32", 1: "*bf16", 2: "*fp16"}  # by element of a factor; others are bytes
+
+
+def _compile(p: MixedPlan, c: MixedRing | MixedWide) -> None:
+    wide = isinstance(c, MixedWide)
+    fn = mixed_specialized if wide else mixed_ring
+    tokens, warps = (c.bt, 4) if isinstance(c, MixedWide) else (c.bm, c.warps)
+    box, name = [tokens, 128], "i8" if p.integer else "fp8e4nv"
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.int8 if p.integer else gl.float8e4nv)
+    act = "bf16" if p.recipe.act_dtype == "bfloat16" else "fp16"
+    types = {"xd": f"tensordesc<{name}[{box[0]},{box[1]}],{layout!r}>", "W": "*i8", "Y": f"*{act}"}
+    for at, factor in zip(("S0", "S1", "ROW0", "ROW1"), (*p.factors, *p.rows), strict=True):
+        types[at] = _STORED.get(factor >> 3 & 7, "*u8")
+    types |= dict.fromkeys(("BIAS", "SX", "PART"), "*fp32")
+    types |= dict.fromkeys(("COUNT", "ORDER", "EXPERT", "BOUNDS"), "*i32")
+    types |= dict.fromkeys(("M", "N", "NP", "G"), "i32")
+    held = {"ST": c.stages, "GN": 8, "GROUPED": True, "PDL": True, "SUB": p.sub}
+    held |= {"BYTES": p.bytes, "INT": p.integer, "C0": p.factors[0], "C1": p.factors[1]}
+    held |= {"R0": p.rows[0], "R1": p.rows[1], "HAS_BIAS": False}
+    held |= {"ASM": ASM[p.operand], "POWER": POWER[p.operand]}
+    if isinstance(c, MixedWide):
+        held |= {"BT": c.bt, "NH": c.halves, "WST": 4}
+    else:
+        held |= {"BM": c.bm, "NW": c.warps, "SPLIT": c.split}
+    names = fn.arg_names
+    signature = {n: "constexpr" if n in held else types[n] for n in names}
+    constants = {(i,): held[n] for i, n in enumerate(names) if n in held}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
+               if signature[n].startswith("*") or n in ("N", "NP")}  # fmt: skip
+    source = GluonASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "launch_pdl": True}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = made.asm["ptx"]
+    assert re.search(r"wgmma.mma_async.*(e4m3.e4m3|s8.s8)", ptx)
+    # codes pass from their stage to the operand without being taken apart
+    assert ptx.count("prmt") == (32 if wide else 16) * p.bytes, ptx.count("prmt")
+    assert ptx.count("st.shared") <= 8, ptx.count("st.shared")
+    path = Path(made.metadata_group[next(iter(made.metadata_group))]).parent / "again.ptx"
+    path.write_text(ptx)
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    command = [str(ptxas), "-v", "-arch=sm_90a", str(path), "-o", "/dev/null"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    # the addresses of four pieces' scales may be kept outside, nothing of the loop
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+    assert int(spilled) <= (64 if p.sub == 4 else 0), said
+    assert "C75" not in said, said  # wgmma serialized
+
+
+def compile_mixed(text: str) -> None:
+    """Compile both kernels as 64 and 4096 tokens of an operation would, and say so."""
+    p = describe_mixed(op_from_text(text))
+    assert isinstance(p, MixedPlan), p
+    for rows in (64, 4096):
+        _compile(p, config(p, rows))
+        print("ok")
