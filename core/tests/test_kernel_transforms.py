@@ -194,12 +194,14 @@ class OneKernel:
         return [("test", [Careless()])]
 
 
-def test_kernels_that_do_not_apply_transforms_are_not_asked():
+def test_kernels_that_do_not_apply_transforms_are_not_asked_to():
     lt = layer((SMOOTH, (vector(),)))
-    choice = choose(op_of(lt), OneKernel())
-    assert choice.kernel.name == "torch_ref"
-    careless = next(d for d in choice.trace if d.kernel == "careless")
-    assert "transforms: needs none, found scale at input" in str(careless)
+    op = op_of(lt)
+    trace = {d.kernel: d for d in choose(op, OneKernel()).trace}
+    assert "transforms: needs none, found scale at input" in str(trace["careless"])
+    assert isinstance(trace["careless@transformed"].answer, Accepted)
     assert choose(op_of(layer()), OneKernel()).kernel.name == "careless"
+    stack = replace(op, op="grouped_linear", sizes=(*op.sizes, ("experts", 2)))
+    assert choose(stack, OneKernel()).kernel.name == "torch_ref"
     with pytest.raises(KernelError):
-        choose(op_of(lt), OneKernel(), kernels="careless")
+        choose(stack, OneKernel(), kernels="careless")

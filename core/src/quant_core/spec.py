@@ -424,7 +424,7 @@ class OpSpec:
     Sizes: ``n`` out_features, ``k`` in_features (of x), ``k_stored`` columns of the codes (differs
     from ``k`` only with gather), ``experts``, ``top_k``.
     Features: "bias", "acc_bias", "gather", "tied:embedding", ... Tensor j of transform i is the
-    feature "transform_<i>_<j>:<dtype>:<shape, x between sizes>".
+    feature "transform_<i>_<j>:<dtype>:<shape, x between sizes>", see ``kernels.transforms``.
     Operations between layers have no operands; their features are those of
     ``kernels.between``.
     """
@@ -442,6 +442,7 @@ class OpSpec:
         "rotary",
         "gated",
         "attention_update",
+        "hadamard",
         "collective",
     ]
     operands: tuple[tuple[str, QuantSpec], ...]

@@ -108,6 +108,10 @@ def _candidates(registry: Registry, op: OpSpec) -> list[tuple[str, Kernel]]:
         from quant_core.kernels.quantizer import TorchRound
 
         reference = TorchRound()
+    elif op.op == "hadamard":
+        from quant_core.kernels.hadamard import TorchHadamard
+
+        reference = TorchHadamard()
     found: list[tuple[str, Kernel]] = [("quant-core", reference)]
     for plugin_id, kernels in registry.call_all("apply", op=op):
         found += [(plugin_id, k) for k in kernels]
@@ -124,6 +128,26 @@ def _ask(kernel: Kernel, op: OpSpec) -> tuple[OpSpec, Accepted | Rejected]:
         op = replace(op, packing=CANONICAL)
         return op, answer_of(kernel, op)
     return op, answer
+
+
+def _transformed(
+    kernel: Kernel, op: OpSpec, quantizer: Callable[[], Kernel], hadamard: Callable[[], Kernel]
+) -> list[tuple[Kernel, OpSpec, Accepted | Rejected]]:
+    """The kernel between the operation's transforms, behind a rounding where it takes floats."""
+    from quant_core.kernels.transformed import Transformed, without_transforms
+    from quant_core.kernels.transforms import hadamard_orders
+
+    if op.op != "linear":
+        return []
+    bare = without_transforms(op)
+    inner = [kernel, *(k for k, _, _ in _rounded(kernel, bare, quantizer))]
+    out: list[tuple[Kernel, OpSpec, Accepted | Rejected]] = []
+    for one in inner:
+        wrapped = Transformed(one, hadamard() if hadamard_orders(op) else None)
+        as_run, answer = _ask(wrapped, op)
+        if isinstance(answer, Accepted):
+            out.append((wrapped, as_run, answer))
+    return out
 
 
 def _rounded(
@@ -231,9 +255,19 @@ def _decide(
 
     @functools.cache
     def rounds() -> Kernel:
-        from quant_core.kernels.quantizer import quantizer
+        from quant_core.kernels.quantizer import cheapest, quantize_op
 
-        return quantizer(op, registry, kernels=kernels, module=module)[0]
+        return cheapest(quantize_op(op), registry, kernels=kernels, module=module)[0]
+
+    @functools.cache
+    def turns() -> Kernel:
+        from quant_core.kernels.hadamard import hadamard_op
+        from quant_core.kernels.quantizer import cheapest
+        from quant_core.kernels.transforms import hadamard_orders
+
+        at, orders = next(iter(sorted(hadamard_orders(op).items())))
+        asked = hadamard_op(op, op.transforms[at].site, *orders, True)
+        return cheapest(asked, registry, kernels=kernels, module=module)[0]
 
     bare = None if names is None else names | {n.partition("@")[0] for n in names}
     trace: list[Decision] = []
@@ -252,7 +286,9 @@ def _decide(
         said = [(kernel, as_run, answer)]
         if isinstance(answer, Rejected) and answer.axis in ("operands", "features", "input"):
             said += _rounded(kernel, op, rounds)
-            allowed += [k for k, _, _ in said[1:]]
+        elif isinstance(answer, Rejected) and answer.axis == "transforms":
+            said += _transformed(kernel, op, rounds, turns)
+        allowed += [k for k, _, _ in said[1:]]
         for one, its_op, its in said:
             of = layout_of(one)
             trace.append(Decision(kernel=one.name, provider=provider, answer=its, layout=of))

@@ -9,9 +9,8 @@ x^ has the shape and dtype of x and holds what the codes of x stand for: bit for
 experts x is [T, K], the stored values lie behind each other, [E, ...], and ``experts`` [T] says
 whose hold for each token; tokens of no expert may be anything.
 
-``quantizer`` picks among the candidates: the cheapest for sixteen rows. A restriction of kernels
-that names none of them, as one for matmuls does not, leaves this choice free; "quantize=name"
-restricts it alone.
+``cheapest`` picks among the candidates. A restriction of kernels that names none of them, as one
+for matmuls does not, leaves this choice free; "quantize=name" restricts it alone.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from quant_core.spec_json import from_text, to_text
 if TYPE_CHECKING:
     from quant_core.tensors import LayerTensors
 
-__all__ = ["TorchRound", "Weightless", "quantize_op", "quantizer"]
+__all__ = ["TorchRound", "Weightless", "cheapest", "quantize_op"]
 
 _ROWS = 16
 _FIXED_US = 25.0  # a dozen small launches in a CUDA graph
@@ -82,32 +81,33 @@ def quantize_op(op: OpSpec) -> OpSpec:
     )
 
 
-def quantizer(
-    op: OpSpec,
+def cheapest(
+    asked: OpSpec,
     registry: Registry,
     *,
     kernels: str | Sequence[str] | None = None,
     module: str = "",
 ) -> tuple[Kernel, OpSpec, Accepted]:
-    """Who rounds the activations of ``op``, the operation as it does it, and its answer.
+    """Who runs ``asked``, an operation that helps another one: the cheapest for sixteen rows.
+
+    A restriction of kernels that names none of the candidates leaves this choice free.
 
     Args:
         kernels, module: as for ``choose``.
 
     Raises:
-        KernelError: ``Q-KERNEL-NONE`` if "quantize=" names kernels that cannot.
+        KernelError: ``Q-KERNEL-NONE`` if "<op>=" names kernels that cannot.
     """
     from quant_core.kernels.choose import accepting
 
-    asked = quantize_op(op)
     given = os.environ.get("QUANT_KERNELS") if kernels is None else kernels
     names = [n.strip() for n in (given.split(",") if isinstance(given, str) else given or ())]
-    own = [n for n in names if n.startswith("quantize=")]
+    own = [n for n in names if n.startswith(f"{asked.op}=")]
     found = accepting(asked, registry, kernels=own, module=module)
-    if own and not found:
+    if not found:
         raise KernelError(
-            f"activations {asked.operands[0][1].label}: {', '.join(own)} names no kernel that "
-            "rounds them. Name another, or leave it out.",
+            f"{asked.op} [{', '.join(s.label for _, s in asked.operands)}]: {', '.join(own)} names "
+            "no kernel that runs it. Name another, or leave it out.",
             code="Q-KERNEL-NONE",
             actual=own,
         )

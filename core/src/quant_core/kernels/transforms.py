@@ -3,7 +3,8 @@
     y = T_out(T_in(x) @ W^T + b)        several at one site are applied in the order they are listed
 
 A kernel keeps tensor j of transform i as the buffer ``transform_<i>_<j>``; its dtype and shape
-stand in the operation's features, so buffers can be allocated from the operation alone. The
+stand in the operation's features, so buffers can be allocated from the operation alone; that a
+matrix is a Hadamard matrix stands there too ("transform_<i>_hadamard:<order>x<order of C>"). The
 product is formed in float32 (float64 for a float64 x) and rounded once to the dtype of x.
 """
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from quant_core.kernels.base import Rejected
+from quant_core.kernels.hadamard import factors
 from quant_core.spec import OpSpec, Transform
 
 __all__ = [
     "Transforms",
+    "apply_one",
     "apply_transforms",
+    "hadamard_orders",
     "held_transforms",
     "transform_buffers",
     "transform_features",
@@ -55,18 +59,30 @@ def transform_buffers(transforms: Transforms) -> dict[str, Tensor]:
 
 
 def transform_features(transforms: Transforms) -> frozenset[str]:
-    """Features of an operation that state dtype and shape of its transforms' tensors."""
-    return frozenset(
+    """Features of an operation that state dtype and shape of its transforms' tensors, and which
+    matrices are Hadamard matrices with factors."""
+    found = {
         f"{name}:{str(t.dtype).removeprefix('torch.')}:{'x'.join(map(str, t.shape))}"
         for name, t in transform_buffers(transforms).items()
-    )
+    }
+    for i, (transform, values) in enumerate(transforms):
+        if transform.kind == "matrix" and (f := factors(values[0])) is not None:
+            found.add(f"transform_{i}_hadamard:{f.rows.numel()}x{f.core.shape[0]}")
+    return frozenset(found)
+
+
+def hadamard_orders(op: OpSpec) -> dict[int, tuple[int, int]]:
+    """Position of each transform that is a Hadamard matrix -> (its order, the order of its C)."""
+    texts = (f.split(":") for f in op.features if "_hadamard:" in f)
+    pairs = ((name, sizes.split("x")) for name, sizes in texts)
+    return {int(name.split("_")[1]): (int(n), int(m)) for name, (n, m) in pairs}
 
 
 def transform_shapes(op: OpSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Buffer name -> (shape without the expert axis, dtype), in the order of the transforms."""
     found = {}
     for text in op.features:
-        if text.startswith("transform_"):
+        if text.startswith("transform_") and "_hadamard:" not in text:
             name, dtype, shape = text.split(":")
             sizes = tuple(int(s) for s in shape.split("x") if s)
             found[name] = (sizes, getattr(torch, dtype))
@@ -88,7 +104,8 @@ def held_transforms(
     return tuple((t, tuple(v)) for t, v in zip(op.transforms, values, strict=True))
 
 
-def _apply_one(x: Tensor, transform: Transform, tensors: tuple[Tensor, ...]) -> Tensor:
+def apply_one(x: Tensor, transform: Transform, tensors: tuple[Tensor, ...]) -> Tensor:
+    """One map of x in its own dtype."""
     values = tensors[0].to(x.dtype)
     if transform.kind == "kron":
         left, right = values, tensors[1].to(x.dtype)
@@ -107,5 +124,5 @@ def apply_transforms(x: Tensor, transforms: Transforms, site: str) -> Tensor:
         return x
     work = x if x.dtype == torch.float64 else x.float()
     for transform, values in mine:
-        work = _apply_one(work, transform, values)
+        work = apply_one(work, transform, values)
     return work.to(x.dtype)
