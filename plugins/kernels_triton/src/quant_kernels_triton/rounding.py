@@ -108,7 +108,7 @@ def _exponent_scale(amax, STEPS, LEAST: tl.constexpr, MOST: tl.constexpr):
     f = (bits >> 23) & 255
     byte = tl.load(STEPS + f) + (bits >= tl.load(STEPS + 256 + f)).to(tl.int32)
     s = tl.where(byte == 0, 0x00400000, byte << 23)  # 2^-127 is subnormal
-    return _float(tl.where(byte == 255, 0x7FC00000, s))
+    return _float(tl.where(byte >= 255, 0x7FC00000, s))  # a NaN of all ones counts one more
 
 
 @triton.jit

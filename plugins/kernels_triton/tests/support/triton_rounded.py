@@ -128,7 +128,7 @@ def inputs(k: int, dtype: torch.dtype) -> Tensor:
     x[5] *= 1e-38  # subnormal in float32
     x[6] *= 1e-44
     x[7] *= 1e36
-    x[8, k - 1] = float("nan")
+    x[8, k - 1] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # as GPUs make it
     x[9, 0] = float("inf")
     x[10, 3] = float("-inf")
     x[11] = x[11].abs()
