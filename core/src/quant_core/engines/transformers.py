@@ -9,7 +9,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,28 +144,19 @@ def as_config(
     _check_version()
     _check_online(online, skip=skip, online_options=online_options, requantize=requantize)
     _register()
-    from transformers import AutoConfig
-
     from quant_core.checkpoint.open import open_checkpoint
 
     where = Path(os.path.abspath(path))
-    with open_checkpoint(where) as checkpoint:
-        arguments: dict[str, Any] = dict(checkpoint.pretrained_args())
-        settings = dict(checkpoint.config_overrides()) | config_overrides
+    with open_checkpoint(where) as checkpoint, ExitStack() as files:
+        named = checkpoint.pretrained_args()["pretrained_model_name_or_path"]
         if "model_type" in checkpoint.config:  # a config.json says more than a container can
             arguments = {"pretrained_model_name_or_path": str(checkpoint.folder)}
             settings = config_overrides
-    try:
-        config, unused = AutoConfig.from_pretrained(
-            **arguments, trust_remote_code=False, return_unused_kwargs=True, **settings
-        )
-    except Exception as err:  # transformers raises a dozen types here
-        raise ConfigError(
-            f"{where}: transformers rejects the model's config: {printable(err, 300)}; expected "
-            "one it can build. Restore config.json, or correct the settings passed.",
-            code="Q-ENGINE-CONFIG",
-            path=where,
-        ) from err
+        else:
+            arguments = dict(files.enter_context(checkpoint.config_args()))
+            settings = dict(checkpoint.config_overrides()) | config_overrides
+        config, unused = _config(where, arguments, settings)
+    config.name_or_path = named
     unused = {k: v for k, v in unused.items() if k not in arguments and k in config_overrides}
     if unused:
         raise ConfigError(
@@ -193,6 +184,26 @@ def as_config(
     )
     config.quantization_config = options.to_dict()
     return config
+
+
+def _config(
+    where: Path, arguments: Mapping[str, str], settings: Mapping[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config, and the settings that it does not have."""
+    from transformers import AutoConfig
+
+    try:
+        made: tuple[PreTrainedConfig, dict[str, Any]] = AutoConfig.from_pretrained(
+            **arguments, trust_remote_code=False, return_unused_kwargs=True, **settings
+        )
+    except Exception as err:  # transformers raises a dozen types here
+        raise ConfigError(
+            f"{where}: transformers rejects the model's config: {printable(err, 300)}; expected "
+            "one it can build. Restore config.json, or correct the settings passed.",
+            code="Q-ENGINE-CONFIG",
+            path=where,
+        ) from err
+    return made
 
 
 def _check_online(online: str | None, *, skip: object, **others: object) -> None:

@@ -7,7 +7,9 @@ meanwhile is an error and not a dead process.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -157,6 +159,15 @@ class GgufCheckpoint(Checkpoint):
             "pretrained_model_name_or_path": str(self.folder),
             "gguf_file": self.file.name,
         }
+
+    @contextmanager
+    def config_args(self) -> Iterator[Mapping[str, str]]:
+        """A copy of the header without the vocabulary, which is slow to read there."""
+        from quant_plugin_gguf.config_file import write_config_file
+
+        with tempfile.TemporaryDirectory(prefix="quant-gguf-") as folder:
+            write_config_file(self, Path(folder) / self.file.name)
+            yield {"pretrained_model_name_or_path": folder, "gguf_file": self.file.name}
 
     def config_overrides(self) -> Mapping[str, Any]:
         """Sizes of the experts, which transformers 5.23 leaves at its own defaults.
