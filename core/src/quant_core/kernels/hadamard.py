@@ -32,6 +32,7 @@ __all__ = ["MOST_CORE", "Factors", "TorchHadamard", "factors", "hadamard_op", "m
 
 MOST_CORE = 64  # order of C; beyond, a product with the matrix itself is meant
 _LEAST = 16  # order of S
+_SMALL = 128  # order up to which torch multiplies by the matrix itself fastest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,10 @@ _lib.define("hadamard(Tensor x, Tensor rows, Tensor core, Tensor cols, Tensor? r
 def _hadamard(x: Tensor, rows: Tensor, core: Tensor, cols: Tensor, root: Tensor | None) -> Tensor:
     n, m = rows.numel(), core.shape[0]
     work = x if x.dtype == torch.float64 else x.float()
+    if m == 1 and n <= _SMALL:
+        whole = _sylvester(n, x.device).to(work.dtype) * rows[:, None] * cols
+        y = work.reshape(-1, n) @ whole
+        return (y if root is None else y / root.to(work.dtype)).view(x.shape).to(x.dtype)
     right = 1 << ((n // m).bit_length() // 2)
     left = n // m // right
     grid = (work.reshape(-1, n) * rows).view(-1, m * left, right)
@@ -104,9 +109,8 @@ def _hadamard(x: Tensor, rows: Tensor, core: Tensor, cols: Tensor, root: Tensor 
     grid = _sylvester(left, x.device).to(work.dtype) @ grid.view(-1, left, right)
     if m > 1:
         grid = core.to(work.dtype).T @ grid.view(-1, m, left * right)
-    y = grid.reshape(-1, n) * cols
-    if root is not None:
-        y = y / root.to(work.dtype)
+    y = grid.reshape(-1, n)
+    y = y * cols if root is None else y / (cols * root.to(work.dtype))
     return y.view(x.shape).to(x.dtype)
 
 
