@@ -74,12 +74,17 @@ def variant_of(name: str, n: int, k: int, act: str) -> Variant:
     return v
 
 
-H100 = (132, 232448, 8, "90")  # device_limits; only decides what is compiled beforehand
+H100 = (
+    132,
+    232448,
+    (66, 42, 31, 24, 19, 15, 14),
+    "90",
+)  # device_limits; only decides what is compiled beforehand
 
 
-def _compile(defines: tuple) -> str:
+def _compile(code: tuple) -> str:
     try:
-        compile_cached(defines, H100[3])
+        compile_cached(*code, H100[3])
     except Exception as err:
         return str(err)
     return ""
@@ -104,7 +109,7 @@ def wanted_code(parts: list[str], names: list[str]) -> set:
         v = variant_of(name, n, k, act)
         cuts = [s for _, s in candidates(v, min(m, 16), *H100[:3])] if every else []
         for s in cuts or [plain_schedule(v, m, *H100[:3])]:
-            out.add(ops._defines(v, s))
+            out.add((s.kernel, ops._defines(v, s)))
 
     if "correct" in parts:
         for name, act, (n, k), m in itertools.product(names, ACTS, SHAPES, ROWS):
@@ -308,6 +313,8 @@ def timed(v: Variant, copies: list, m: int, act: str) -> float:
 
 def label(s: Schedule) -> str:
     """Cluster, tiles and groups per chunk, stages, phases, log2 of a run, tiles per batch."""
+    if s.kernel == "resident":
+        return f"x{s.cluster}g{s.gpc}s{s.stages}b{s.batch}"
     return f"c{s.cluster}t{s.rt}g{s.gpc}s{s.stages}p{s.phases}r{s.run}b{s.batch}"
 
 
@@ -446,7 +453,7 @@ def every_cut(name: str, n: int, k: int, rows: tuple[int, ...]) -> None:
         kinds = {}
         # few multiprocessors: several tiles and batches per block
         for _, s in candidates(v, m, 3, *limits[1:]):
-            kinds.setdefault((s.cluster, s.rt, s.phases > 1, s.buffers), s)
+            kinds.setdefault((s.kernel, s.cluster, s.gpc, s.rt, s.phases > 1, s.buffers), s)
         for s in kinds.values():
             ops.schedule = lambda *_a, s=s: s
             ops._entries.clear()

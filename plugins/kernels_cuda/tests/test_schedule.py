@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,9 @@ from cuda_cases import SPECS, make_layer, make_op
 from quant_kernels_cuda.schedule import WARPS, candidates, schedule
 from quant_kernels_cuda.variant import Variant, describe
 
-H100 = (132, 232448, 8)  # multiprocessors, bytes of shared memory, blocks of a cluster
-SMALL = (28, 101376, 1)
+CLUSTERS = (66, 42, 31, 24, 19, 15, 14)  # of 2, 3, ... 8 blocks that run at once
+H100 = (132, 232448, CLUSTERS)  # multiprocessors, bytes of shared memory
+SMALL = (28, 101376, ())
 
 
 def variant(name, n, k):
@@ -23,8 +25,29 @@ def variant(name, n, k):
     return v
 
 
+def resident_parts_of(v, s):
+    """The same for csrc/resident.cu; and that sums of a batch have places of their own."""
+    out = []
+    for walker in range(s.walkers):
+        tiles = s.tiles // s.walkers + (walker < s.tiles % s.walkers)
+        for rank, warp in itertools.product(range(s.cluster), range(WARPS)):
+            g0 = rank * s.slice
+            g1 = min(v.groups, g0 + s.slice)
+            team, slot = divmod(warp, s.slots)
+            first = g0 + slot * s.gpc
+            if team >= s.sets or first >= g1:
+                continue
+            for i, tile in enumerate(range(team, tiles, s.sets)):
+                place = i % (s.batch // s.sets) * s.sets + team
+                assert place == tile % s.batch, "a tile's place in its batch"
+                out.append((walker + tile * s.walkers, first, min(s.gpc, g1 - first)))
+    return out
+
+
 def parts_of(v, s):
     """(tile, first group, groups) of every chunk, as csrc/decode.cu walks the line of chunks."""
+    if s.kernel == "resident":
+        return resident_parts_of(v, s)
     out = []
     for walker in range(s.walkers):
         tiles = s.tiles // s.walkers + (walker < s.tiles % s.walkers)
@@ -61,7 +84,7 @@ def parts_of(v, s):
     k=st.integers(1, 90).map(lambda v: 32 * v),
     m=st.integers(1, 16),
     pick=st.integers(0, 10**6),
-    limits=st.sampled_from([H100, SMALL, (4, 232448, 8)]),
+    limits=st.sampled_from([H100, SMALL, (4, 232448, (2, 1, 1))]),
 )
 def test_every_cut_covers_every_group_of_every_tile_once(name, n, k, m, pick, limits):
     v = variant(name, n, k)
@@ -89,9 +112,9 @@ def test_one_row_always_fits_and_more_are_sliced(name, k, limits):
 def test_no_clusters_where_the_device_has_none():
     v = variant("int4_g128", 256, 14336)
     assert {s.cluster for _, s in candidates(v, 1, *SMALL)} == {1}
-    assert {s.cluster for _, s in candidates(v, 1, *H100)} == {1, 2}
+    assert {s.cluster for _, s in candidates(v, 1, *H100)} == set(range(1, 9))
 
 
 def test_a_row_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="does not fit 1000 bytes"):
-        schedule(variant("int4_g128", 64, 128), 1, 132, 1000, 1)
+        schedule(variant("int4_g128", 64, 128), 1, 132, 1000, ())

@@ -67,11 +67,12 @@ def test_buffers_have_the_names_that_a_launch_looks_for(name):
         # a signed nibble is stored two's complement: bit 3 flips, its zero becomes 8
         (SPECS["int4_signed"], "bfloat16", {"SIGNED_FLIP": "8", "ZERO": "8"}),
         (SPECS["int4_g128"], "bfloat16", {"SIGNED_FLIP": "0", "ZERO": "8", "FLUSH": "1"}),
-        # bf16 reads bytes as signed: int8 as it is, uint8 with its top bit flipped
-        (SPECS["int8_channel"], "bfloat16", {"SIGNED_FLIP": "0", "ZERO": "128", "ZERO_LEFT": "0"}),
-        (SPECS["uint8_g128"], "bfloat16", {"SIGNED_FLIP": "128", "ZERO_LEFT": "0"}),
-        (SPECS["int8_channel"], "float16", {"SIGNED_FLIP": "128", "ZERO": "128"}),
-        (SPECS["uint8_g128_zeros"], "bfloat16", {"SIGNED_FLIP": "128", "ZERO_LEFT": "1"}),
+        # int8 with its top bit flipped is unsigned around 128; uint8 as it is
+        (SPECS["int8_channel"], "bfloat16", {"SIGNED_FLIP": "128", "ZERO": "128"}),
+        (SPECS["uint8_g128"], "bfloat16", {"SIGNED_FLIP": "0", "ZERO": "128"}),
+        # integers are decoded as multiples of 2^-8, in float16 of 2^-12: back on the output
+        (SPECS["int8_channel"], "float16", {"SIGNED_FLIP": "128", "OUT_EXP": "12"}),
+        (SPECS["uint8_g128_zeros"], "bfloat16", {"SIGNED_FLIP": "0", "ZERO": "0", "OUT_EXP": "8"}),
         # e2m1 (2 bits) times e8m0 or e4m3 (4 bits) is exact in bf16's 8 bits: into the weight
         (SPECS["fp4_e8m0_g32"], "bfloat16", {"IN_WEIGHT": "1", "FLUSH": "0", "OUT_EXP": "48"}),
         (SPECS["fp4_e4m3_g16"], "bfloat16", {"IN_WEIGHT": "1", "FLUSH": "0", "OUT_EXP": "48"}),

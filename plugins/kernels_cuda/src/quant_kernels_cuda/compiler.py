@@ -75,8 +75,10 @@ class Compiler:
         self._check(self._rtc.nvrtcGetSupportedArchs(held), "nvrtcGetSupportedArchs")
         return tuple(held)
 
-    def compile(self, source: str, headers: dict[str, str], options: tuple[str, ...]) -> bytes:
-        """The cubin.
+    def compile(
+        self, name: str, source: str, headers: dict[str, str], options: tuple[str, ...]
+    ) -> bytes:
+        """The cubin of ``source``, called ``name`` in messages.
 
         Raises:
             KernelError: ``Q-KERNEL-COMPILE`` with the compiler's messages.
@@ -86,7 +88,7 @@ class Compiler:
         names = (ctypes.c_char_p * len(headers))(*(n.encode() for n in headers))
         self._check(
             rtc.nvrtcCreateProgram(
-                ctypes.byref(program), source.encode(), b"decode.cu", len(headers), texts, names
+                ctypes.byref(program), source.encode(), name.encode(), len(headers), texts, names
             ),
             "nvrtcCreateProgram",
         )
@@ -151,11 +153,11 @@ def compiler() -> Compiler:
 
 
 @functools.cache
-def sources() -> tuple[str, dict[str, str]]:
-    """(decode.cu, its headers by name)."""
+def sources(name: str = "decode") -> tuple[str, dict[str, str]]:
+    """(``name``.cu, its headers by name)."""
     folder = Path(__file__).parent / "csrc"
     headers = {f.name: f.read_text("utf-8") for f in sorted(folder.glob("*.cuh"))}
-    return (folder / "decode.cu").read_text("utf-8"), headers
+    return (folder / f"{name}.cu").read_text("utf-8"), headers
 
 
 def _read_cached(file: Path) -> bytes | None:
@@ -189,13 +191,13 @@ def _warn_once(folder: str, reason: str) -> None:
     log.warning("compiled kernels are not kept: %s cannot be written (%s)", folder, reason)
 
 
-def compile_cached(defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
-    """The cubin of decode.cu under ``defines`` for ``arch`` ("90"), from the disk if it is there.
+def compile_cached(name: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
+    """The cubin of ``name``.cu under ``defines`` for ``arch`` ("90"), from the disk if it is there.
 
     Raises:
         KernelError: ``Q-KERNEL-COMPILE``.
     """
-    source, headers = sources()
+    source, headers = sources(name)
     options = (f"--gpu-architecture=sm_{arch}", "--std=c++17", "-default-device",
                *(f"-D{name}={value}" for name, value in defines))  # fmt: skip
     rtc = compiler()
@@ -203,6 +205,6 @@ def compile_cached(defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
     file = cache_folder("cuda") / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
     held = _read_cached(file)
     if held is None:
-        held = rtc.compile(source, headers, options)
+        held = rtc.compile(f"{name}.cu", source, headers, options)
         _write_cached(file, held)
     return held

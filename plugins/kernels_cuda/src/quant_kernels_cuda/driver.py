@@ -62,8 +62,12 @@ def _check(result: int, what: str) -> None:
 
 
 @functools.cache
-def device_limits(index: int) -> tuple[int, int, int, str]:
-    """(multiprocessors, bytes of shared memory per block, most blocks of a cluster, arch)."""
+def device_limits(index: int) -> tuple[int, int, tuple[int, ...], str]:
+    """(multiprocessors, bytes of shared memory per block, clusters, arch).
+
+    ``clusters``: how many clusters of 2, 3, ... 8 blocks that fill a multiprocessor run at once;
+    empty where the device has none.
+    """
     import torch
 
     p = torch.cuda.get_device_properties(index)
@@ -72,7 +76,35 @@ def device_limits(index: int) -> tuple[int, int, int, str]:
     if not shared:  # older torch: the tables of the CUDA programming guide
         shared = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}.get((p.major, p.minor), 99)
         shared *= 1024
-    return p.multi_processor_count, shared, 8 if p.major >= 9 else 1, arch
+    clusters: tuple[int, ...] = ()
+    if p.major >= 9:
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()  # the primary context exists
+            clusters = _clusters(shared)
+    return p.multi_processor_count, shared, clusters, arch
+
+
+_EMPTY = b".version 7.8\n.target sm_90\n.address_size 64\n.visible .entry empty() { ret; }\0"
+
+
+def _clusters(shared: int) -> tuple[int, ...]:
+    """Multiprocessors of a cluster lie together, so that not all can be used by larger ones."""
+    cu, function = _driver(), load_function(_EMPTY, "empty", shared)
+    assert not isinstance(cu, str)
+    out = []
+    for size in range(2, 9):
+        found, attribute = ctypes.c_int(), _Attribute(id=_ATTR_CLUSTER)
+        attribute.value[0:3] = (size, 1, 1)
+        config = _Config(gx=size, gy=1, gz=1, bx=512, by=1, bz=1, shared=shared,
+                         attributes=ctypes.addressof(attribute), count=1)  # fmt: skip
+        _check(
+            cu.cuOccupancyMaxActiveClusters(
+                ctypes.byref(found), ctypes.c_void_p(function), ctypes.byref(config)
+            ),
+            "counting clusters",
+        )
+        out.append(found.value)
+    return tuple(out)
 
 
 def load_function(cubin: bytes, name: str, shared: int) -> int:

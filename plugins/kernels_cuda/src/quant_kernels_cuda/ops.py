@@ -29,7 +29,7 @@ from quant_kernels_cuda.variant import BIAS_TYPES, Variant, variant_from_text
 __all__ = ["buffer_names", "prepare", "run_grouped", "run_linear"]
 
 _POINTERS = struct.Struct("<15Q")  # x codes high s0 s1 z o0 o1 row*3 bias gather experts y
-_ARGS = struct.Struct("<15Q13Q31i4x")  # Args of csrc/decode.cu
+_ARGS = struct.Struct("<15Q13Q32i")  # Args of csrc/group.cuh
 _MAX_GRID_Y = 65535
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _lock = threading.Lock()
@@ -73,11 +73,11 @@ def _entry(text: str) -> _Entry:
 
 
 @functools.lru_cache(maxsize=1024)
-def _function(defines: tuple[tuple[str, str], ...], device: int) -> int:
+def _function(kernel: str, defines: tuple[tuple[str, str], ...], device: int) -> int:
     _, shared, _, arch = device_limits(device)
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # the primary context exists
-        return load_function(compile_cached(defines, arch), "decode_kernel", shared)
+        return load_function(compile_cached(kernel, defines, arch), f"{kernel}_kernel", shared)
 
 
 def _defines(v: Variant, s: Schedule) -> tuple[tuple[str, str], ...]:
@@ -86,10 +86,10 @@ def _defines(v: Variant, s: Schedule) -> tuple[tuple[str, str], ...]:
 
 
 def _schedule(v: Variant, rows: int, device: int) -> Schedule:
-    sms, shared, cluster, _ = device_limits(device)
+    sms, shared, clusters, _ = device_limits(device)
     if v.op == "grouped_linear":  # rows share the device
-        return schedule(v, 1, max(1, sms // rows), shared, cluster)
-    return schedule(v, rows, sms, shared, cluster)
+        return schedule(v, 1, max(1, sms // rows), shared, clusters)
+    return schedule(v, rows, sms, shared, clusters)
 
 
 class _Plan:
@@ -120,19 +120,21 @@ class _Plan:
             -(-v.groups // coarse), coarse.bit_length() - 1,
             block[0] // 16, block[1] // 128, -(-v.k // block[1]), s.span * 256 + 16,
             *values[0], *values[1], *values[2], BIAS_TYPES.get(v.bias, 0), v.experts, s.buffers,
+            s.sets,
         )  # fmt: skip
         grid = (s.walkers * s.cluster, rows if grouped else 1)
-        major = device_limits(device)[2]
         self.rows = rows if grouped else s.m
-        self.launch = Launch(_function(_defines(v, s), device), grid, THREADS, s.shared, args,
-                             s.cluster, dependent=major > 1)  # fmt: skip
+        function = _function(s.kernel, _defines(v, s), device)
+        self.launch = Launch(function, grid, THREADS, s.shared, args, s.cluster,
+                             dependent=bool(device_limits(device)[2]))  # fmt: skip
 
 
 def prepare(text: str, device: int, rows: tuple[int, ...] = (1, 16)) -> None:
     """Compile (or read from the cache) what calls with ``rows`` rows will run."""
     v = variant_from_text(text)
     for m in rows:
-        _function(_defines(v, _schedule(v, m, device)), device)
+        s = _schedule(v, m, device)
+        _function(s.kernel, _defines(v, s), device)
 
 
 def _run_rows(x: Tensor, y: Tensor, tensors: list[Tensor], entry: _Entry, experts: int) -> None:

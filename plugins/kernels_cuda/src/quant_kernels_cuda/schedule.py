@@ -25,6 +25,15 @@ _SHARED_BYTES_PER_US = 260e3  # to and from shared memory
 _SUMS_BYTES_PER_US = 56e3  # of warps' sums, written and read
 _IDLE, _PHASE_US, _CLUSTER_US, _FILL_US, _SMALL_US = 0.19, 1.6, 2.5, 0.018, 0.009
 _SLOT_US = 0.02  # of the last sums, for each warp that has a part in them
+# Its level against the resident kernel's: factor and microseconds, for 8 and for 16 rows.
+_LEVEL = {1: (1.046, 1.0), 2: (1.117, 0.1)}
+# The resident kernel, fitted to its cuts of five int4 layers at 4, 8 and 16 rows: of 15 choices
+# between all cuts of both kernels 14 are within 4 % of the best measured, one within 6 %.
+_RESIDENT_BYTES_PER_US = 23.2e3
+_TURN_US, _GROUP_US, _X_RESIDENT_PER_US = 0.37, 0.144, 105e3
+_RESIDENT_US, _EARLY_US = 2.2, 1.4
+_JOIN_US, _JOIN_BLOCK_US, _JOIN_TILE_US = 0.55, 0.35, 0.04  # of a cluster
+_AHEAD = 64 << 10  # bytes of weights on the way to a multiprocessor
 _SUMS = 42 << 10  # bytes of warps' sums beyond which a batch does not grow
 _RINGS = {  # (tiles that a warp takes together, groups per chunk, stages)
     False: ((1, 2, 4), (1, 2, 3), (1, 1, 4), (1, 1, 3), (2, 1, 4), (2, 1, 3)),
@@ -51,6 +60,8 @@ class Schedule:
     tiles: int
     walkers: int  # blocks or clusters that share them
     shared: int  # bytes
+    kernel: str = "decode"  # or "resident": csrc/<kernel>.cu
+    sets: int = 1  # resident: teams of ``slots`` warps; then batch counts tiles of all of them
 
     @property
     def phases(self) -> int:
@@ -68,7 +79,9 @@ class Schedule:
 
 
 def shared_bytes(v: Variant, s: Schedule) -> int:
-    """Shared memory of one block: the layout of csrc/decode.cu."""
+    """Shared memory of one block: the layout of csrc/decode.cu or csrc/resident.cu."""
+    if s.kernel == "resident":
+        return _resident_bytes(v, s)
     ring = WARPS * s.stages * s.rt * v.stage_bytes(s.gpc)
     x = s.m * (s.span * 256 + 16) + 16
     xsums = s.span * max(v.parts, 1) * s.nt * 32 if v.xsums else 0
@@ -78,6 +91,14 @@ def shared_bytes(v: Variant, s: Schedule) -> int:
     return (
         ring + x + xsums + sums + totals + (s.buffers * s.batch * outputs if s.cluster > 1 else 0)
     )
+
+
+def _resident_bytes(v: Variant, s: Schedule) -> int:
+    tile = 512 * s.nt  # of sums
+    ring = WARPS * s.stages * v.stage_bytes(s.gpc)
+    xsums = WARPS * s.gpc * max(v.parts, 1) * s.nt * 32 if v.xsums else 0
+    gathered = -(-s.mine // s.cluster) * s.cluster * tile if s.cluster > 1 else 0
+    return 128 + ring + xsums + 2 * s.batch * s.slots * tile + gathered
 
 
 def _sums_bytes(s: Schedule) -> int:
@@ -98,28 +119,31 @@ def _estimate(v: Variant, s: Schedule) -> float:
     us += -(-s.mine // s.batch) * _CLUSTER_US * (s.cluster > 1)
     if s.gpc * s.rt == 1:  # small chunks: more bookkeeping
         us += _SMALL_US * s.mine * s.slice / WARPS
-    return us + _FILL_US * s.stages * s.gpc * s.rt + _SLOT_US * s.slots
+    us += _FILL_US * s.stages * s.gpc * s.rt + _SLOT_US * s.slots
+    factor, more = _LEVEL[s.nt]
+    return us * factor + more
 
 
 def candidates(
-    v: Variant, m: int, sms: int, limit: int, cluster_max: int
+    v: Variant, m: int, sms: int, limit: int, clusters: tuple[int, ...]
 ) -> list[tuple[float, Schedule]]:
     """(estimated microseconds, launch) for cuts that fit; see ``schedule``."""
-    found = _cuts(v, m, sms, limit, cluster_max, _RINGS[v.bits == 8])
-    return found or _cuts(v, m, sms, limit, cluster_max, _LAST_RESORT)
+    found = _cuts(v, m, sms, limit, clusters, _RINGS[v.bits == 8])
+    found += _resident_cuts(v, m, sms, limit, clusters)
+    return found or _cuts(v, m, sms, limit, clusters, _LAST_RESORT)
 
 
 def _cuts(
-    v: Variant, m: int, sms: int, limit: int, cluster_max: int,
+    v: Variant, m: int, sms: int, limit: int, clusters: tuple[int, ...],
     rings: tuple[tuple[int, int, int], ...],
 ) -> list[tuple[float, Schedule]]:  # fmt: skip
     out = []
     for cluster, (rt, gpc, stages) in itertools.product((1, 2), rings):
         tiles = -(-v.n // (16 * rt))
-        walkers = min(tiles, sms // cluster)
+        walkers = min(tiles, _at_once(cluster, sms, clusters))
         slice_ = -(-v.groups // cluster)
         slice_ += -slice_ % gpc
-        if cluster > cluster_max or walkers < 1 or (cluster - 1) * slice_ >= v.groups:
+        if walkers < 1 or (cluster - 1) * slice_ >= v.groups:
             continue
         fitting = 0
         for phases in range(1, slice_ // gpc + 1):
@@ -146,22 +170,73 @@ def _cuts(
     return out
 
 
+def _resident_estimate(v: Variant, s: Schedule) -> float:
+    """Microseconds of csrc/resident.cu, roughly: weights, the turns of a warp, x, the cluster."""
+    per_group = v.weight_bytes / (-(-v.n // 64) * 4 * v.groups)
+    read = s.mine * s.slice * per_group / _RESIDENT_BYTES_PER_US
+    work = -(-s.mine // s.sets) * (_TURN_US + s.gpc * s.nt * _GROUP_US)
+    us = (read**3 + work**3) ** (1 / 3) + s.m * s.slice * 256 / _X_RESIDENT_PER_US
+    us += _RESIDENT_US - _EARLY_US * (s.run > 1)
+    if s.cluster > 1:
+        us += _JOIN_US + _JOIN_BLOCK_US * s.cluster + _JOIN_TILE_US * s.mine * s.nt
+    return us
+
+
+def _resident_cuts(
+    v: Variant, m: int, sms: int, limit: int, clusters: tuple[int, ...]
+) -> list[tuple[float, Schedule]]:
+    """Cuts for csrc/resident.cu: x in registers, K over a cluster of up to 8 blocks."""
+    if v.gather or v.op != "linear":
+        return []
+    out, nt, all_tiles = [], 1 if m <= 8 else 2, -(-v.n // 16)
+    most = 2 if nt == 2 else 3  # registers hold more groups of fewer rows
+    for cluster, gpc in itertools.product(range(1, 9), range(1, most + 1)):
+        slice_ = -(-v.groups // cluster)
+        slots = -(-slice_ // gpc)
+        walkers = min(all_tiles, _at_once(cluster, sms, clusters))
+        if walkers < 1 or slots > WARPS or (cluster - 1) * slice_ >= v.groups:
+            continue
+        stages = 1 + max(2, -(-_AHEAD // (WARPS * v.stage_bytes(gpc))))
+        many = cluster == 1 and gpc < 3
+        s = Schedule(m=m, nt=nt, rt=1, gpc=gpc, stages=stages + many, cluster=cluster,
+                     slice=slice_, span=slice_, run=1, batch=1, slots=slots, tiles=all_tiles,
+                     walkers=walkers, shared=0, kernel="resident", sets=WARPS // slots)  # fmt: skip
+        if many and nt == 1 and s.mine >= 12:
+            s = replace(s, run=2)
+        # tiles of a set per batch, and stages; less where they do not fit
+        wanted = (2, 1) if nt == 1 else (1,) if cluster == 1 else (4, 2, 1)
+        for per, stages in (*((per, s.stages) for per in wanted), (1, 3)):
+            s = replace(s, batch=per * s.sets, stages=stages)
+            s = replace(s, shared=shared_bytes(v, s))
+            if s.shared <= limit:
+                out.append((_resident_estimate(v, s), s))
+                break
+    return out
+
+
+def _at_once(cluster: int, sms: int, clusters: tuple[int, ...]) -> int:
+    """Clusters (blocks, for 1) that run at once on ``sms`` multiprocessors; 0: none."""
+    if cluster == 1:
+        return sms
+    return min(sms // cluster, clusters[cluster - 2]) if len(clusters) > cluster - 2 else 0
+
+
 @functools.lru_cache(maxsize=4096)
-def schedule(v: Variant, m: int, sms: int, limit: int, cluster_max: int) -> Schedule:
+def schedule(v: Variant, m: int, sms: int, limit: int, clusters: tuple[int, ...]) -> Schedule:
     """The launch for ``m`` rows, or for as many of them as fit: ``Schedule.m`` <= m.
 
     Args:
         m: rows of x, 1 or more.
         sms: multiprocessors (for experts: those that one row may use).
         limit: bytes of shared memory that a block may have.
-        cluster_max: most blocks of a cluster; 1 where the device has none.
+        clusters: how many clusters of 2, 3, ... blocks run at once; empty where there are none.
 
     Raises:
         ValueError: a single row does not fit.
     """
     m = min(m, MAX_ROWS)
     while m:
-        found = candidates(v, m, sms, limit, cluster_max)
+        found = candidates(v, m, sms, limit, clusters)
         if found:
             return min(found, key=lambda f: f[0])[1]
         m //= 2

@@ -26,7 +26,6 @@ __all__ = ["TYPES", "Grid", "Variant", "describe", "variant_from_text"]
 TYPES = {"f32": 1, "f16": 2, "bf16": 3, "int8": 5, "fp8_e4m3": 6, "e8m0": 7}
 _SIZES = {1: 4, 2: 2, 3: 2}
 _FINE, _COARSE, _ROW, _BLOCK = 1, 2, 3, 4
-_WIDE_ZEROS = ("f32", "f16", "bf16")
 BIAS_TYPES = {"float32": 1, "float16": 2, "bfloat16": 3}
 _ONE = {"fp4_e2m1": "0x7E807E80u", "fp8_e4m3": "0x7B807B80u"}  # 2^126, 2^120: what bf16 codes lack
 
@@ -146,7 +145,7 @@ def _grids(prefix: str, scales: tuple[Scale, ...], k: int) -> list[Grid] | Rejec
     return out
 
 
-def _codes(spec: QuantSpec, bits: int, f16: bool) -> dict[str, object] | Rejected:
+def _codes(spec: QuantSpec) -> dict[str, object] | Rejected:
     """How codes become numbers: flips, and the constant zero in unsigned terms."""
     e, zero = spec.element, spec.zero
     if e.kind == "float":
@@ -154,7 +153,7 @@ def _codes(spec: QuantSpec, bits: int, f16: bool) -> dict[str, object] | Rejecte
             return Rejected(axis="element", have=e.name, need=" or ".join(_ONE) + " or integers")
         if zero is not None:
             return Rejected(axis="zero", have=f"{zero.kind} of {e.name}", need="no zero")
-        return {"FLOAT_CODES": 1, "SIGNED_FLIP": 0, "ZERO": 0, "ZERO_LEFT": 0}
+        return {"FLOAT_CODES": 1, "SIGNED_FLIP": 0, "ZERO": 0}
     if e.kind not in ("uint", "int"):
         return Rejected(axis="element", have=e.name, need="integers, fp4_e2m1 or fp8_e4m3")
     signed = e.kind == "int"
@@ -166,11 +165,7 @@ def _codes(spec: QuantSpec, bits: int, f16: bool) -> dict[str, object] | Rejecte
     highest = 255 if e.bits == 8 else 127
     if not 0 <= value <= highest:
         return Rejected(axis="zero", have=str(value - flip), need=f"{-flip} to {highest - flip}")
-    by_code = zero is not None and zero.kind == "code" and zero.element not in _WIDE_ZEROS
-    if e.bits == 8 and not f16:  # read as signed: flip what is not
-        flip = 128 - flip
-    left = int(value != 128 or by_code)
-    return {"FLOAT_CODES": 0, "SIGNED_FLIP": flip, "ZERO": value, "ZERO_LEFT": left}
+    return {"FLOAT_CODES": 0, "SIGNED_FLIP": flip, "ZERO": value}
 
 
 def _zero_grid(spec: QuantSpec, k: int) -> Grid | Rejected | None:
@@ -264,7 +259,7 @@ def describe(
         return Rejected(axis="act_dtype", have=op.act_dtype, need="bfloat16 or float16")
     f16 = op.act_dtype == "float16"
     bits = tiles.stored_bits(spec.element.bits)
-    codes = _codes(spec, bits, f16)
+    codes = _codes(spec)
     places = _places(spec, k)
     for answer in (codes, places):
         if isinstance(answer, Rejected):
@@ -287,7 +282,8 @@ def describe(
         g = named.get(name)
         defines |= {f"{name}_TYPE": g.type if g else 0, f"{name}_GRAIN": g.grain if g else 0,
                     f"{name}_SUBS": g.subs if g else 1}  # fmt: skip
-    floats = {"WEIGHT_MUL": 0, "WEIGHT_EXP": 0, "WEIGHT_CONST": 0, "OUT_EXP": 0}
+    # codes are decoded as multiples of 2^-LOW (csrc/dequant.cuh)
+    floats = {"WEIGHT_MUL": 0, "WEIGHT_EXP": 0, "WEIGHT_CONST": 0, "OUT_EXP": 12 if f16 else 8}
     if spec.element.kind == "float":
         floats = _float_constants(spec, in_weight, f16)  # type: ignore[assignment]
     defines |= {"IN_WEIGHT": int(in_weight), "FLUSH": parts, **floats}

@@ -1,65 +1,66 @@
 // Codes to one A operand of mma: the 8 weights a lane owns in one step of 16 columns.
 //
-//   integers  a code is or-ed into the mantissa of BASE (128 in bf16, 1024 in f16), and BASE + zero
-//             is subtracted: both exact, so a weight equal to its zero is 0, and Inf * 0 is NaN
-//   int8      bf16 has 8 bits of mantissa: (128 + low 7 bits) - (128 + sign bit) = the value
+//   integers  bits at place p of a 16-bit half are, read as a float, code * 2^(p - LEAST): the
+//             bits of a float are linear up to the second exponent, so p goes up to 7. One
+//             multiplication and addition makes (code - zero) * 2^-LOW of it, exactly; nothing is
+//             shifted within a byte.
+//             A weight equal to its zero is 0, and Inf * 0 is NaN
 //   e2m1      sign, exponent and mantissa moved to the wider type's: value * 2^-126 (f16: 2^-14)
 //   e4m3      the same: value * 2^-120 (f16: 2^-8)
 //
 // Small floats whose scale has few bits take it here, as a product that is exact in the wider type
-// (SCALE_IN_WEIGHT); what is left of the power of two is OUT_SCALE, applied to the sum.
+// (IN_WEIGHT). What is left of powers of two is OUT_EXP, applied to the sum.
 #pragma once
 #include "factors.cuh"
 
 #if F16
-#define MAGIC 0x6400u
+constexpr int LEAST = 24, LOW = 12;  // 2^-24 is the least number
+DEVICE u32 power2(int e) { return dup16((15 + e) << 10); }
 #else
-#define MAGIC 0x4300u
+constexpr int LEAST = 133, LOW = 8;
+DEVICE u32 power2(int e) { return dup16((127 + e) << 7); }
 #endif
+
+// What is added to a code: -zero * 2^-LOW, twice.
+DEVICE u32 minus_zero(u32 zero) { return mul2(dup16(zero), power2(LEAST - LOW) | 0x80008000u); }
+// bits << at of both halves, (code << shift) - zero
+DEVICE u32 weight2(u32 bits, int at, int shift, u32 zero) {
+  return fma2(bits, power2(LEAST - LOW + shift - at), zero);
+}
 
 // 2 to 4 bits: one word of 16-bit halves p = 0, 1 for each (kh, h)
 DEVICE void integers4(u32 w, u32 zero0, u32 zero1, u32* a) {
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    a[i] = sub2(and_xor(w >> 4 * i, 0x000F000F, dup16(MAGIC | SIGNED_FLIP)), i & 1 ? zero1 : zero0);
+  for (int i = 0; i < 4; i++) {
+    const int at = 4 * (i & 1);
+    const u32 v = and_xor(w >> 8 * (i / 2), 0x000F000Fu << at, dup16(SIGNED_FLIP) << at);
+    a[i] = weight2(v, at, 0, i & 1 ? zero1 : zero0);
+  }
 }
 DEVICE void integers2(u32 w, int step, u32 zero0, u32 zero1, u32* a) {
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    a[i] = sub2(and_xor(w >> 2 * ((step & 1) * 4 + i), 0x00030003, dup16(MAGIC | SIGNED_FLIP)),
-                i & 1 ? zero1 : zero0);
+  for (int i = 0; i < 4; i++) {
+    const u32 v = and_xor(w >> 8 * (step & 1), 0x00030003u << 2 * i, dup16(SIGNED_FLIP) << 2 * i);
+    a[i] = weight2(v, 2 * i, 0, i & 1 ? zero1 : zero0);
+  }
 }
 DEVICE void integers3(u32 w, u32 high, int step, u32 zero0, u32 zero1, u32* a) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int at = (step & 3) * 4 + i;
-    const u32 top = at >= 2 ? high >> (at - 2) : high << (2 - at);
-    const u32 low = and_xor(w >> 2 * ((step & 1) * 4 + i), 0x00030003, dup16(MAGIC | SIGNED_FLIP));
-    a[i] = sub2(and_xor(top, 0x00040004, low), i & 1 ? zero1 : zero0);
+    const int at = (step & 1) * 4 + i;  // of the high bit, in its byte
+    const u32 low = w >> 8 * (step & 1) & 0x00030003u << 2 * i;
+    const u32 top = and_xor(high >> 8 * ((step & 3) / 2), 0x00010001u << at,
+                            dup16(SIGNED_FLIP >> 2) << at);
+    a[i] = weight2(low, 2 * i, 0, weight2(top, at, 2, i & 1 ? zero1 : zero0));
   }
 }
-// 8 bits: bytes (h, p) of kh = 0 and of kh = 1; zero0, zero1 as ``zero_pair`` makes them
+// 8 bits: bytes (h, p) of kh = 0 and of kh = 1
 DEVICE void integers8(u32 w0, u32 w1, u32 zero0, u32 zero1, u32* a) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 w = (i < 2 ? w0 : w1) ^ dup16(SIGNED_FLIP * 0x101u);
-#if F16 || CODE_BITS < 8
-    a[i] = sub2(prmt(w, MAGIC >> 8, i & 1 ? 0x4342 : 0x4140),
-                i & 1 ? zero1 : zero0);
-#else
-    const u32 t = prmt(w, 0, i & 1 ? 0x4342 : 0x4140);
-    a[i] = sub2(and_or(t, 0x007F007F, 0x43004300), and_or(t, 0x00800080, 0x43004300));
-    if (ZERO_LEFT) a[i] = sub2(a[i], i & 1 ? zero1 : zero0);
-#endif
+    a[i] = weight2(prmt(w, 0, i & 1 ? 0x4342 : 0x4140), 0, 0, i & 1 ? zero1 : zero0);
   }
-}
-// What is subtracted from a code's bits, for a zero point known as an integer.
-DEVICE u32 zero_pair(u32 zero) {
-#if CODE_BITS == 8 && !F16  // codes were read as signed: zero - 128
-  return sub2(dup16(0x4300 | (zero & 0x7F)), zero & 0x80 ? 0x43004300u : 0x43804380u);
-#else
-  return dup16(MAGIC + zero);
-#endif
 }
 
 DEVICE void floats4(u32 w, u32 scale0, u32 scale1, u32* a) {  // e2m1
@@ -73,32 +74,28 @@ DEVICE void floats4(u32 w, u32 scale0, u32 scale1, u32* a) {  // e2m1
 }
 DEVICE void floats8(u32 w0, u32 w1, u32 scale0, u32 scale1, u32* a) {  // e4m3
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const u32 t = prmt(i < 2 ? w0 : w1, 0, i & 1 ? 0x3424 : 0x1404);  // bytes to the top of halves
-#if F16
-    const u32 v = and_or(t >> 1, 0x3F803F80, t & 0x80008000);
-#else
-    const u32 v = and_or(t >> 4, 0x07F007F0, t & 0x80008000);
-#endif
-    a[i] = WEIGHT_MUL ? mul2(v, i & 1 ? scale1 : scale0) : v;
+  for (int kh = 0; kh < 2; kh++) {  // low and high bytes of the four values
+    const u32 w = kh ? w1 : w0;
+    const u32 low = w << (F16 ? 7 : 4) & (F16 ? 0x80808080 : 0xF0F0F0F0);
+    const u32 high = and_or(w >> (F16 ? 1 : 4), F16 ? 0x3F3F3F3F : 0x07070707, w & 0x80808080);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const u32 v = prmt(low, high, h ? 0x7362 : 0x5140);
+      a[2 * kh + h] = WEIGHT_MUL ? mul2(v, h ? scale1 : scale0) : v;
+    }
   }
 }
 
-// Scales of both rows (two bytes) as factors of floats4 / floats8: s * 2^WEIGHT_EXP, each doubled.
+// Scales of both rows (two bytes) as a pair of factors of floats4 / floats8: s * 2^WEIGHT_EXP.
 template <int T>
-DEVICE void weight_scales(u32 bytes, u32& scale0, u32& scale1) {
-  u32 both;
-  if (T == T_E8M0) {  // bf16 only; exponent 0, which is 2^-127, is read as zero
-    both = mul2(prmt(bytes, 0, 0x4140) << 7, dup16((127 + WEIGHT_EXP) << 7));
-  } else {
-    const u32 t = prmt(bytes, 0, 0x1404);
+DEVICE u32 weight_scales(u32 bytes) {
+  if (T == T_E8M0)  // bf16 only; exponent 0, which is 2^-127, is read as zero
+    return mul2(prmt(bytes, 0, 0x4140) << 7, dup16((127 + WEIGHT_EXP) << 7));
+  const u32 t = prmt(bytes, 0, 0x1404);
 #if F16  // (s * 2^-8) * 2^14
-    both = mul2(and_or(t >> 1, 0x3F803F80, t & 0x80008000), 0x74007400);
+  return mul2(and_or(t >> 1, 0x3F803F80, t & 0x80008000), 0x74007400);
 #else  // (s * 2^-120) * 2^120 * 2^WEIGHT_EXP
-    both = mul2(and_or(t >> 4, 0x07F007F0, t & 0x80008000), 0x7B807B80);
-    both = mul2(both, dup16((127 + WEIGHT_EXP) << 7));
+  const u32 both = mul2(and_or(t >> 4, 0x07F007F0, t & 0x80008000), 0x7B807B80);
+  return mul2(both, dup16((127 + WEIGHT_EXP) << 7));
 #endif
-  }
-  scale0 = prmt(both, both, 0x1010);
-  scale1 = prmt(both, both, 0x3232);
 }

@@ -27,16 +27,16 @@ DEVICE u32 and_xor(u32 a, u32 mask, u32 flip) {  // (a & mask) ^ flip
   return r;
 }
 
-// Pairs of activations. mul and sub are exact wherever this package uses them.
+// Pairs of activations. Products and sums are exact wherever this package uses them.
 #if F16
+DEVICE u32 fma2(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 DEVICE u32 mul2(u32 a, u32 b) {
   u32 r;
   asm("mul.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-DEVICE u32 sub2(u32 a, u32 b) {
-  u32 r;
-  asm("sub.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 DEVICE float act_to_float(u16 v) {
@@ -50,16 +50,12 @@ DEVICE u16 float_to_act(float v) {
   return r;
 }
 #else
-DEVICE u32 mul2(u32 a, u32 b) {  // a * b - 0: mul.bf16x2 needs sm_90
+DEVICE u32 fma2(u32 a, u32 b, u32 c) {
   u32 r;
-  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
-DEVICE u32 sub2(u32 a, u32 b) {  // b * -1 + a
-  u32 r;
-  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(b), "r"(0xBF80BF80u), "r"(a));
-  return r;
-}
+DEVICE u32 mul2(u32 a, u32 b) { return fma2(a, b, 0x80008000u); }  // mul.bf16x2 needs sm_90
 DEVICE float act_to_float(u16 v) { return __int_as_float((u32)v << 16); }
 DEVICE u16 float_to_act(float v) {
   u16 r;
@@ -67,6 +63,17 @@ DEVICE u16 float_to_act(float v) {
   return r;
 }
 #endif
+
+DEVICE u32 low2(u32 v) {  // one half of a pair, twice
+  u32 r;
+  asm("{\n\t.reg .b16 l,h;\n\tmov.b32 {l,h},%1;\n\tmov.b32 %0,{l,l};\n\t}" : "=r"(r) : "r"(v));
+  return r;
+}
+DEVICE u32 high2(u32 v) {
+  u32 r;
+  asm("{\n\t.reg .b16 l,h;\n\tmov.b32 {l,h},%1;\n\tmov.b32 %0,{h,h};\n\t}" : "=r"(r) : "r"(v));
+  return r;
+}
 
 // c += A (16 x 16 weights) * B (16 x 8 activations)
 DEVICE void mma(float* c, const u32* a, u32 b0, u32 b1) {
@@ -119,10 +126,27 @@ DEVICE void wait_then_release_dependents() {
 #endif
 }
 
-DEVICE void cluster_sync() {
+DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+DEVICE void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+DEVICE void cluster_write(u32 address, u32 rank, float4 v) {  // to another block's shared memory
+#if __CUDA_ARCH__ >= 900
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0],{%1,%2,%3,%4};" ::"r"(there), "f"(v.x), "f"(v.y),
+               "f"(v.z), "f"(v.w)
+               : "memory");
 #endif
 }
 DEVICE float cluster_read(u32 address, u32 rank) {  // of another block's shared memory
@@ -133,4 +157,22 @@ DEVICE float cluster_read(u32 address, u32 rank) {  // of another block's shared
   asm volatile("ld.shared::cluster.f32 %0,[%1];" : "=f"(v) : "r"(there) : "memory");
 #endif
   return v;
+}
+
+// Barriers in shared memory: who arrives goes on, who needs the others' work waits.
+DEVICE void barrier_init(u32 at, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(at), "r"(count) : "memory");
+}
+DEVICE void barrier_arrive(u32 at) {
+  asm volatile("{\n\t.reg .b64 t;\n\tmbarrier.arrive.shared.b64 t,[%0];\n\t}" ::"r"(at) : "memory");
+}
+DEVICE void barrier_wait(u32 at, u32 parity) {
+  u32 done = 0;
+  while (!done)
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared.b64 p,[%1],%2;\n\t"
+        "selp.u32 %0,1,0,p;\n\t}"
+        : "=r"(done)
+        : "r"(at), "r"(parity)
+        : "memory");
 }
