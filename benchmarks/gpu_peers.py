@@ -180,7 +180,7 @@ def _fp8_experts(case: Case) -> Calls:
             codes = (mine / by_row[:, None]).to(torch.float8_e4m3fn)
             out.append(
                 lambda a=codes, s=by_row, e=ends: torch._scaled_grouped_mm(
-                    a, weights, s, scale, offs=e, out_dtype=torch.bfloat16
+                    a, weights, s, scale, offs=e, out_dtype=torch.bfloat16, use_fast_accum=True
                 )
             )
         return out
@@ -188,7 +188,9 @@ def _fp8_experts(case: Case) -> Calls:
     return calls
 
 
-def peers(case: Case, failed: Callable[[str, Exception], None]) -> dict[str, Calls]:
+def peers(
+    case: Case, failed: Callable[[str, Exception], None], skip: frozenset[str] = frozenset()
+) -> dict[str, Calls]:
     """Name -> its calls; what does not take the layer is left out, what breaks is told."""
     k, n = case.size
 
@@ -210,6 +212,8 @@ def peers(case: Case, failed: Callable[[str, Exception], None]) -> dict[str, Cal
             makers["torch int4"] = lambda: _int4(k, n)
     out = {}
     for name, make in makers.items():
+        if name in skip:
+            continue
         try:
             calls = make()
         except Exception as err:
