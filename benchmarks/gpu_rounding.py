@@ -1,10 +1,11 @@
-"""Rounding activations on a GPU: equal to the reference on the CPU, and what it costs.
+"""Rounding and Hadamard transforms of activations on a GPU: are they right, what do they cost.
 
     python benchmarks/gpu_rounding.py --json out.json [--workers 12]
 
 Every spec of the interpreter's tests, in the three dtypes, against the reference on the CPU and on
 the device, bit for bit. Then microseconds in a CUDA graph (rotated over copies of x beyond the L2)
-and of the host in an eager call, beside the reference's torch ops.
+and of the host in an eager call, beside the reference's torch ops. Hadamard transforms against
+float64 products with the matrix, and timed beside torch's product with it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from quant_core.kernels.activations import fake_quantize  # noqa: E402
+from quant_core.kernels.hadamard import TorchHadamard, factors  # noqa: E402
 from quant_core.kernels.quantizer import TorchRound  # noqa: E402
 from quant_core.spec import OpSpec  # noqa: E402
+from quant_kernels_triton.hadamard_kernel import Hadamard  # noqa: E402
 from quant_kernels_triton.rounding_kernel import Round  # noqa: E402
+from triton_hadamard import hadamard_matrix  # noqa: E402
 from triton_rounded import SPECS, inputs, same_bits, stored  # noqa: E402
 
 ACTS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -124,14 +128,53 @@ def measure(name: str, m: int, k: int) -> dict[str, Any]:
     return row
 
 
+def hadamard(core: int, size: int, k: int) -> list[dict[str, Any]]:
+    """Errors and times of the transform of ``k`` features in runs of core * size."""
+    signs = hadamard_matrix(core, size, signs=True)
+    f, n = factors(signs), core * size
+    assert f is not None
+    rows, c, cols = (t.cuda() for t in (f.rows, f.core, f.cols))
+    root, dense = torch.tensor([n**0.5], device="cuda"), signs.cuda()
+    out = []
+    for m in (1, 16, 256, 4096):
+        row: dict[str, Any] = {"order": f"{core} x {size}", "k": k, "rows": m}
+        for act in ACTS:
+            sizes = (("k", k), ("n", n), ("m", core))
+            op = OpSpec(op="hadamard", operands=(), sizes=sizes, act_dtype=act,
+                        device=("cuda", "9.0"))  # fmt: skip
+            x = torch.randn(m, k, dtype=ACTS[act], device="cuda")
+            run = Hadamard().bind(op)
+            if m <= 256:
+                want = (x.double().view(-1, n) @ dense.double()).view(m, k) / n**0.5
+                for name, with_root in (("", root), ("no root ", None)):
+                    y = run([], x, rows, c, cols, with_root).double()
+                    y = y if with_root is not None else y / n**0.5
+                    row[f"{name}error {act}"] = ((y - want).norm() / want.norm()).item()
+        copies = max(4, min(64, _L2 // (m * k * 4)))
+        xs = [torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+        plain, whole = TorchHadamard().bind(op), dense.bfloat16()
+        calls = {
+            "us": lambda i: run([], xs[i], rows, c, cols, root),
+            "torch_us": lambda i: plain([], xs[i], rows, c, cols, root),
+            "bf16_matmul_us": lambda i: xs[i].view(-1, n) @ whole,
+        }
+        row |= {name: graph_us(call, copies) for name, call in calls.items()}
+        row["host_us"] = host_us(lambda: run([], xs[0], rows, c, cols, root))
+        row["floor_us"] = m * k * 4 / 3.0e6
+        out.append(row)
+    return out
+
+
 def main() -> None:
     """Checks in processes of their own, then the times."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--only", help="specs whose name holds this")
     args = parser.parse_args()
-    cases = [(n, act, k) for n in SPECS for act, k in (("bfloat16", 4096), ("float32", 200))]
-    cases += [(n, "float16", 200) for n in list(SPECS)[:36]]
+    names = [n for n in SPECS if not args.only or args.only in n]
+    cases = [(n, act, k) for n in names for act, k in (("bfloat16", 4096), ("float32", 200))]
+    cases += [(n, "float16", 200) for n in names]
     begin = time.time()
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         checked = pool.map(check, cases, chunksize=4)
@@ -140,7 +183,7 @@ def main() -> None:
     for row in bad[:40]:
         print(json.dumps(row))
     timed: list[dict[str, Any]] = []
-    for name in TIMED:
+    for name in (n for n in TIMED if n in names):
         for m, k in ((1, 4096), (16, 14336), (256, 4096), (4096, 14336)):
             try:
                 timed.append(measure(name, m, k))
@@ -148,8 +191,21 @@ def main() -> None:
                 timed.append({"spec": name, "problem": f"{type(err).__name__}: {err}"[:400]})
             row = {k: round(v, 1) if isinstance(v, float) else v for k, v in timed[-1].items()}
             print(json.dumps(row), flush=True)
+    turned: list[dict[str, Any]] = []
+    for core, size, k in ((1, 128, 4096), (1, 512, 4096), (1, 4096, 4096), (1, 16384, 16384),
+                          (28, 512, 14336), (12, 32, 12288), (20, 256, 5120)):  # fmt: skip
+        try:
+            turned += hadamard(core, size, k)
+        except Exception as err:  # a benchmark goes on and reports it
+            turned.append(
+                {"order": f"{core} x {size}", "problem": f"{type(err).__name__}: {err}"[:400]}
+            )
+    for row in turned:
+        short = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
+        print(json.dumps(short), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"checked": checked, "timed": timed}, indent=1))
+        found = {"checked": checked, "timed": timed, "hadamard": turned}
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

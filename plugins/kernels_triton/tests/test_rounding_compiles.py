@@ -1,4 +1,4 @@
-"""The rounding kernels compile for sm_90 without a GPU and keep their tile in registers."""
+"""Rounding and Hadamard kernels compile for sm_90 without a GPU, their tiles in registers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("act", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["int8 token", "mx fp4_e2m1 even", "nvfp4 stored inverse"])
-def test_rounding_compiles_without_spills(name, act, tmp_path):
+def _said(tmp_path, *command: str) -> str:
     pytest.importorskip("triton", reason="needs triton, which exists for Linux only")
     here = os.path.join(os.path.dirname(__file__), "support")
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": here}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "rounding_compiled", name, act, "4096"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=here)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=env, capture_output=True, text=True, cwd=here
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "round ok" in done.stdout
-    assert "extremes ok" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("act", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["int8 token", "mx fp4_e2m1 even", "nvfp4 stored inverse"])
+def test_rounding_compiles_without_spills(name, act, tmp_path):
+    said = _said(tmp_path, "rounding_compiled", name, act, "4096")
+    assert "round ok" in said
+    assert "extremes ok" in said
+
+
+@pytest.mark.parametrize(("n", "m"), [(128, 1), (14336, 28), (16384, 1)])
+def test_hadamard_compiles_without_spills(n, m, tmp_path):
+    said = _said(tmp_path, "hadamard_compiled", str(n), str(m))
+    assert said.count(" ok ") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quant_core.kernels.base import Kernel
 from quant_kernels_triton.attention_kernel import AttentionStep, AttentionUpdate
 from quant_kernels_triton.between_kernel import Gated, RmsNorm, Rotary
+from quant_kernels_triton.hadamard_kernel import Hadamard
 from quant_kernels_triton.mixed_kernel import Mixed, MixedStored
 from quant_kernels_triton.rounding_kernel import Round
 from quant_kernels_triton.scaled_kernel import Scaled
@@ -25,4 +26,5 @@ KERNELS: tuple[Kernel, ...] = (
     Rotary(),
     Gated(),
     Round(),
+    Hadamard(),
 )
