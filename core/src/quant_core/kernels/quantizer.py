@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,12 +26,13 @@ from torch import Tensor
 from quant_core.errors import KernelError
 from quant_core.kernels.activations import fake_quantize, static_shape, unsupported_input
 from quant_core.kernels.base import Accepted, Kernel, Rejected
+from quant_core.kernels.between import Weightless
 from quant_core.registry import Registry
 from quant_core.spec import CANONICAL, OpSpec, QuantSpec
 from quant_core.spec_json import from_text, to_text
 
 if TYPE_CHECKING:
-    from quant_core.tensors import LayerTensors
+    pass
 
 __all__ = ["TorchRound", "Weightless", "cheapest", "quantize_op"]
 
@@ -113,30 +114,6 @@ def cheapest(
         )
     bare = [c for c in found if c[0].name in names]
     return min(bare or found, key=lambda c: (c[2].cost_at(_ROWS), c[0].name))
-
-
-class Weightless:
-    """What kernels of operations without weights share: no buffers, and refusals."""
-
-    name = ""
-
-    def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
-        return {}
-
-    def load_(
-        self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
-    ) -> None:
-        raise self._no_weights()
-
-    def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
-        raise self._no_weights()
-
-    def _no_weights(self) -> KernelError:
-        return KernelError(
-            f"{self.name}: was asked for weights, expected to be asked to run only. This "
-            "operation has no weights of its own.",
-            code="Q-KERNEL-NONE",
-        )
 
 
 class TorchRound(Weightless):
