@@ -215,5 +215,5 @@ def test_a_quantizer_that_does_not_exist_is_an_error():
 def test_a_quantizer_has_no_weights():
     kernel = TorchRound()
     assert kernel.allocate(None) == {}
-    with pytest.raises(KernelError, match="no weights"):
+    with pytest.raises(KernelError, match="no quantized weights"):
         kernel.restore({}, None)
