@@ -144,6 +144,11 @@ class QuantModule(nn.Module):
         sizes = ", ".join(f"{k}={v}" for k, v in self.op.sizes)
         return f"{sizes}, {self.op.weight.label}, kernel={self.kernel.name}"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":  # who runs several layers in one call must ask again
+            weights_changed()
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "_names" in self.__dict__:
             raise AttributeError(

@@ -19,6 +19,9 @@ from torch import nn
 from torch.nn.modules import module as _module
 from torch.utils.hooks import RemovableHandle
 
+from quant_core.nn import QuantModule
+from quant_core.shared import weights_changed, weights_epoch
+
 __all__ = ["Guard", "Swapped", "graph_wanted", "original", "swap", "unswap", "untouched"]
 
 _HOOKS = (
@@ -39,6 +42,11 @@ class Swapped:
     """Base of the mixins."""
 
     _swapped: tuple[type, type]  # the mixin and the module's own class
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            weights_changed()
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The made class has no name to pickle by; its two parents have."""
@@ -86,37 +94,44 @@ def untouched(module: nn.Module) -> bool:
 class Guard:
     """Whether the modules below a fused one are those that were fused, and nobody listens to them.
 
-    Every hook of torch gets a number from ``RemovableHandle.next_id``; while it stands still,
-    no hook was added, and only the modules' identities are compared.
+    Every hook of torch gets a number from ``RemovableHandle.next_id``, and our modules count a new
+    ``forward`` by ``weights_changed``. While both stand still only identities are compared: a
+    decode step finds the caches full of weights, and every object it looks at costs.
     """
 
-    __slots__ = ("_clean", "_held", "_seen")
+    __slots__ = ("_clean", "_held", "_others", "_seen")
+    _clean: bool
+    _held: tuple[Any, ...]
+    _others: tuple[dict[str, Any], ...]
+    _seen: tuple[int, int]
 
     def __init__(self, modules: Sequence[tuple[nn.Module, str]]) -> None:
         """``modules``: (parent, name) of each module that is gone past."""
-        self._held = tuple(
-            (parent._modules, name, parent._modules[name]) for parent, name in modules
-        )
-        self._seen, self._clean = -1, False
+        self.__setstate__(tuple((p._modules, name, p._modules[name]) for p, name in modules))
 
-    def holds(self, top: nn.Module | None = None) -> bool:
-        """To be asked on every call; ``top``: a module whose own hooks would be gone past too."""
-        if top is not None and not untouched(top):
-            return False
+    def holds(self, top: nn.Module) -> bool:
+        """To be asked on every call; ``top``, above all others, is gone past as well."""
         for modules, name, child in self._held:
-            if modules.get(name) is not child or "forward" in child.__dict__:  # type: ignore[union-attr]
+            if modules.get(name) is not child:
                 return False
-        if self._seen != RemovableHandle.next_id or not self._clean:
-            self._seen = RemovableHandle.next_id
-            below = all(untouched(child) for _, _, child in self._held if child is not None)
-            self._clean = below and not any(getattr(_module, name) for name in _GLOBAL)
+        for held in self._others:
+            if "forward" in held:
+                return False
+        now = RemovableHandle.next_id, weights_epoch()
+        if now != self._seen or not self._clean:
+            self._seen = now
+            below = all(untouched(child) for _, _, child in self._held)
+            heard = any(getattr(_module, name) for name in _GLOBAL)
+            self._clean = below and untouched(top) and not heard
         return self._clean
 
     def __getstate__(self) -> Any:
         return self._held
 
     def __setstate__(self, held: Any) -> None:
-        self._held, self._seen, self._clean = held, -1, False
+        self._held, self._seen, self._clean = held, (-1, -1), False
+        own = Swapped | QuantModule
+        self._others = tuple(c.__dict__ for _, _, c in held if not isinstance(c, own))
 
 
 def graph_wanted() -> bool:

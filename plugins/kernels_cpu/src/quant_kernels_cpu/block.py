@@ -112,50 +112,55 @@ class BlockRun:
         self.act = ACTIVATIONS.index(*block.gated.features)
         self.dtype: torch.dtype = getattr(torch, block.gated.act_dtype)
 
-    def _takes(self, x: Tensor, norms: Sequence[Tensor], angles: Sequence[Tensor]) -> bool:
-        batch = x.shape[0]
-        shapes = ((1, 1, self.rotated), (batch, 1, self.rotated))
+    def _takes(self, x: Tensor, norms: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
+        """Written out: this runs for every layer of every step."""
+        dtype, (first, second), angle = self.dtype, norms, cos.shape
         return (
-            x.dtype is self.dtype
-            and x.shape == (batch, 1, self.k)
-            and 0 < batch <= MOST_ROWS
+            x.dtype is first.dtype is second.dtype is cos.dtype is sin.dtype is dtype
+            and x.shape[1:] == (1, self.k)
+            and 0 < x.shape[0] <= MOST_ROWS
+            and first.shape == second.shape == (self.k,)
+            and angle == sin.shape
+            and angle[1:] == (1, self.rotated)
+            and (angle[0] == 1 or angle[0] == x.shape[0])
             and x.is_contiguous()
-            and all(
-                n.dtype is self.dtype and n.numel() == self.k and n.is_contiguous() for n in norms
-            )
-            and all(
-                a.dtype is self.dtype and a.shape in shapes and a.is_contiguous() for a in angles
-            )
-            and angles[0].shape == angles[1].shape
+            and first.is_contiguous()
+            and second.is_contiguous()
+            and cos.is_contiguous()
+            and sin.is_contiguous()
         )
 
-    def _takes_cache(self, batch: int, held: Sequence[Tensor], mask: Tensor | None) -> bool:
-        length = held[0].shape[2]
-        return all(
-            t.dtype is self.dtype
-            and t.shape == (batch, self.kv_heads, length, self.dim)
-            and t.stride(3) == 1
-            and t.is_cpu
-            for t in held
-        ) and (mask is None or (mask.is_cpu and (mask.dtype == torch.bool or mask.dtype in DTYPES)))
+    def _takes_cache(self, batch: int, keys: Tensor, values: Tensor) -> bool:
+        shape = keys.shape
+        return (
+            keys.dtype is values.dtype is self.dtype
+            and shape == values.shape
+            and shape == (batch, self.kv_heads, shape[2], self.dim)
+            and keys.stride(3) == values.stride(3) == 1
+            and keys.is_cpu
+            and values.is_cpu
+        )
 
     def __call__(
         self, buffers: Sequence[Sequence[Tensor]], norms: Sequence[Tensor], x: Tensor, cos: Tensor,
         sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float,
         eps: tuple[float, float],
     ) -> Tensor | None:  # fmt: skip
-        if watched(x, buffers[0][0]) or not self._takes(x, norms, (cos, sin)):
+        if watched(x, buffers[0][0]) or not self._takes(x, norms, cos, sin):
             return None
         batch, length = x.shape[0], keys.shape[2]
-        if not self._takes_cache(batch, (keys, values), mask):
+        if not self._takes_cache(batch, keys, values):
             return None
         y = torch.empty_like(x)
         at, kind, mask_stride = 0, 0, (0, 0, 0)
         if mask is not None:
+            kind = _U8 if mask.dtype == torch.bool else DTYPES.get(mask.dtype, 0)
             if mask.shape[-1] != length or mask.dim() != 4 or mask.shape[2] != 1:
                 return None
+            if not kind or not mask.is_cpu:
+                return None
             mask = mask.expand(batch, self.heads, 1, length)
-            at, kind = mask.data_ptr(), DTYPES.get(mask.dtype, _U8)
+            at = mask.data_ptr()
             mask_stride = (mask.stride(0), mask.stride(1), mask.stride(3))
         lib = library()
         packed = _BLOCK.pack(
