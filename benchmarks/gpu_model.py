@@ -9,14 +9,15 @@ asks for it; the same model with a bf16 output embedding is the row ``SCHEME, bf
 decode, each one CUDA graph of a step over a static cache:
 
 plain         transformers' own forward with scaled-dot-product attention, untouched; bf16 only
-transformers  the same forward with the engine's kernels for norms, gates, rotation and attention of
-              one token; packed q, k, v and gate, up joined as ``quant_core.shared`` does it
+transformers  the same forward with the engine's kernels: packed layers run a decoder layer in ten
+              launches; float ones get the kernels for norms, gates, rotation and attention
 compiled      ``gpu_decoder``: a layer compiled by torch, q, k, v and gate, up one matrix each
 fused         ``gpu_decoder``: the same matrices with one kernel for attention with rotation and
               cache, one for residual and norm, one for the gate
 matrices      the products of a step alone: the floor
 
-All but "plain" are the same for bf16 as for the others. Prefill runs eagerly. ``cosine`` compares
+"No graph": eager steps over a dynamic cache, untouched and with the engine's kernels. The ways of
+``gpu_decoder`` are the same for bf16 as for the others. Prefill runs eagerly. ``cosine`` compares
 the last logits with those of the bf16 model of the same weights.
 """
 
@@ -41,10 +42,16 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from gpu_decoder import Decoder  # noqa: E402
 from gpu_profile import charged, kernels_of, table  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache  # noqa: E402
+from transformers import (  # noqa: E402
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from quant_core.engines.transformers_attention import attach_attention  # noqa: E402
+from quant_core.engines.transformers_block import attach_blocks  # noqa: E402
 from quant_core.engines.transformers_parts import attach_norms_and_mlps  # noqa: E402
 from quant_core.errors import KernelError  # noqa: E402
 from quant_core.kernels.between import gated_op, rotary_op  # noqa: E402
@@ -102,10 +109,10 @@ def _kernel(op: Any) -> Any:
 
 
 def with_kernels(model: Any, device: str) -> None:
-    """What the engine does for a model that it loads; rotation and float MLPs for all alike."""
+    """What the engine does for a model that it loads; rotation and gates of float layers too."""
     held = {"dtype": torch.bfloat16, "device": device}
     attach_attention(model, registry(), **held)
-    attach_norms_and_mlps(model, registry(), **held)
+    attach_blocks(model, attach_norms_and_mlps(model, registry(), **held))
     c, key = model.config, ("bfloat16", device_key(device))
     dim = c.hidden_size // c.num_attention_heads
     rotary = _kernel(rotary_op(dim, dim, *key))
@@ -211,6 +218,21 @@ def _compiled_step(decoder: Decoder, batch: int, device: str) -> Any:
     return lambda: decoder.step(token, at, caches)
 
 
+def eager_ms(model: Any, device: str, steps: int = 20) -> float:
+    """Median milliseconds of a step over a dynamic cache, as ``generate`` makes it: no graph."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.randint(0, model.config.vocab_size, (1, START), device=device)
+    times = []
+    for i in range(steps + 5):
+        start = time.perf_counter()
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits.argmax(-1)
+        int(ids)  # waits
+        times.append((time.perf_counter() - start) * 1e3)
+        del logits, i
+    return statistics.median(times[5:])
+
+
 def prefill_ms(model: Any, tokens: int, device: str) -> float:
     """Milliseconds for one prompt, without a cache, the last logits only."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
@@ -283,10 +305,12 @@ def _first_token(model: Any, out: dict[str, Any], args: Any) -> None:
 def _ways(model: Any, rows: list[dict[str, Any]], heads: list[Any], args: Any) -> dict[str, Any]:
     """Measure every way for each of ``heads``, a row each; logits of the first row."""
     logits: dict[str, Any] = {}
+    untouched()
+    rows[0]["eager_untouched_tok_s"] = 1e3 / eager_ms(model, args.device)
     if args.scheme == "bf16":
-        untouched()
         logits["plain"] = _decode(rows[0], "plain", lambda b: _step(model, b, args.device), args)
     with_kernels(model, args.device)
+    rows[0]["eager_tok_s"] = 1e3 / eager_ms(model, args.device)
     for row, head in zip(rows, heads, strict=True):
         model.lm_head = head
         last = _decode(row, "transformers", lambda b: _step(model, b, args.device), args)
@@ -310,6 +334,9 @@ def _ways(model: Any, rows: list[dict[str, Any]], heads: list[Any], args: Any) -
             decoder.head = head
             last = _decode(row, way, lambda b: _compiled_step(decoder, b, args.device), args)
             logits.setdefault(way, last)
+    if logits.get("fused") is not None and logits.get("compiled") is not None:
+        pair = (logits[way].float().flatten() for way in ("fused", "compiled"))
+        rows[0]["fused_to_compiled_cosine"] = float(F.cosine_similarity(*pair, dim=0))
     for row, head in zip(rows, heads, strict=True):
         decoder.head = head
         for batch in args.batches:
@@ -357,6 +384,7 @@ def markdown(rows: list[dict[str, Any]], batches: list[int]) -> str:
     base = next((r for r in rows if r["scheme"] == "bf16"), {})
     plain = base.get("plain_1_tok_s")
     modes = [(f"{mode}_{b}_tok_s", f"{mode}, batch {b}") for mode in MODES for b in batches]
+    modes += [("eager_untouched_tok_s", "no graph, untouched"), ("eager_tok_s", "no graph")]
     modes.append(("prefill_tok_s", "prefill"))
     names = [name for _, name in modes] + ["best way to plain bf16, batch 1", "kernels"]
     lines = ["| scheme | GB | " + " | ".join(names) + " |", "|---|" + "---|" * (len(names) + 1)]

@@ -25,11 +25,13 @@ then. Inputs are never written to.
                size "k"
 
     attention_update
-               run([], qkv [B, 1, (H + 2 Hkv) D], cos, sin, keys, values, mask, scale)
+               run([], qkv [B, 1, (H + 2 Hkv) D], cos, sin, keys, values, mask, scale, at)
                    -> y [B, 1, H D]
                    q, k, v of one new token a sequence; q and k are turned as by ``rotary`` (cos,
                    sin [B or 1, 1, R]), then as ``attention`` of one token. keys, values
-                   [B, Hkv, L, D]: the cache, in which the call WRITES the new token's at L - 1
+                   [B, Hkv, L, D]: the cache, in which the call WRITES the new token's at position
+                   ``at`` (int64 [1], on the device), or at L - 1 where that is None; later
+                   positions are not read
                sizes "k" (D), "rotated" (R), "heads", "kv_heads"
 
 ``act_dtype`` is the dtype of x. Where all the pieces of a gated MLP, or of a decoder layer, were
@@ -91,6 +93,9 @@ class Block:
         keys     [B, Hkv, L, D], values likewise: the cache with room for the new token at L - 1,
                  which the call WRITES; positions before it are read
         mask     as for ``attention``
+
+    A run with the attribute ``takes_position`` takes a last argument ``at`` as "attention_update"
+    does, for caches with room for more than one token.
 
     Every intermediate result is rounded as by the single operations.
     """

@@ -71,6 +71,8 @@ class GatedRun:
 class BlockRun:
     """What ``bind_block`` gives; ``kernels.between.Block``."""
 
+    takes_position = True
+
     def __init__(self, family: Family, block: Block, between: Sequence[Callable[..., Any]]) -> None:
         self.rotated = block.rotated
         self.qkv, self.o = _Beside(family, block.linears[:3]), family.bind(block.linears[3])
@@ -80,12 +82,14 @@ class BlockRun:
     def __call__(
         self, buffers: Buffers, norms: Sequence[Tensor], x: Tensor, cos: Tensor, sin: Tensor,
         keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, eps: tuple[float, float],
+        at: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         """As the contract says; a position that was written for an answer of None shows nowhere."""
         h = self.first([norms[0]], x, eps[0])
         if h is None:
             return None
-        y = self.update([], self.qkv.whole(buffers[:3], h), cos, sin, keys, values, mask, scale)
+        qkv = self.qkv.whole(buffers[:3], h)
+        y = self.update([], qkv, cos, sin, keys, values, mask, scale, at)
         if y is None:
             return None
         after = self.second([norms[1]], x, eps[1], self.o(buffers[3], y))

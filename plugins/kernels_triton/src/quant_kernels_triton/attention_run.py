@@ -232,12 +232,12 @@ def run_step(
 
 def run_decode(
     buffers: list[Tensor], qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    mask: Tensor | None, scale: float,
+    mask: Tensor | None, scale: float, at: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The bound function of "attention_update"; None for what it does not take."""
     flat, cos, sin = qkv[:, 0], cos[:, 0], sin[:, 0]
-    if not _decodes(flat, cos, sin, None, keys, values, mask):
+    if not _decodes(flat, cos, sin, at, keys, values, mask):
         return None
     run = _decode if plain(flat) else decode_step
-    y: Tensor = run(flat, cos, sin, None, keys, values, mask, scale)
+    y: Tensor = run(flat, cos, sin, at, keys, values, mask, scale)
     return y[:, None]

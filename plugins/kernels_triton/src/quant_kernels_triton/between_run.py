@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -166,7 +168,8 @@ def _row_stride(t: Tensor) -> int:
     if t.is_contiguous():
         return t.shape[-1]
     wide = [(s, n) for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n != 1]
-    return wide[0][0] if len(wide) == 1 and t.stride(-1) == 1 else -1
+    even = all(outer == inner * n for (outer, _), (inner, n) in itertools.pairwise(wide))
+    return wide[-1][0] if wide and even and t.stride(-1) == 1 else -1
 
 
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:

@@ -135,11 +135,13 @@ def test_gate_equals_torch(act, shape):
 
 def test_gate_of_both_halves_of_one_product():
     run = bound(Gated(), gated_op(64, "silu", "float16", CPU))
-    both = torch.randn(5, 1, 128).half()
-    gate, up = both.chunk(2, -1)
-    got = run([], gate, up)
-    assert got.is_contiguous()
-    assert torch.equal(got, run([], gate.contiguous(), up.contiguous()))
+    for rows in ((5, 1), (2, 3), (1, 1), (1, 4)):
+        both = torch.randn(*rows, 128).half()
+        gate, up = both.chunk(2, -1)
+        got = run([], gate, up)
+        assert got.is_contiguous()
+        assert torch.equal(got, run([], gate.contiguous(), up.contiguous()))
+    assert run([], *torch.randn(3, 4, 128).half().transpose(0, 1).chunk(2, -1)) is None
     assert run([], both[..., 4:68], up) is None  # address
     assert run([], gate, up.float()) is None
     assert run([], gate[..., :40], up[..., :40]) is None
