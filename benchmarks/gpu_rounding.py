@@ -128,55 +128,91 @@ def measure(name: str, m: int, k: int) -> dict[str, Any]:
     return row
 
 
-def hadamard(core: int, size: int, k: int) -> list[dict[str, Any]]:
-    """Errors and times of the transform of ``k`` features in runs of core * size."""
+ORDERS = ((1, 128, 4096), (1, 512, 4096), (1, 4096, 4096), (1, 16384, 16384), (28, 512, 14336),
+          (12, 32, 12288), (20, 256, 5120))  # fmt: skip
+
+
+def _held(core: int, size: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The matrix, its factors and the root of its order, on the device."""
     signs = hadamard_matrix(core, size, signs=True)
-    f, n = factors(signs), core * size
+    f = factors(signs)
     assert f is not None
-    rows, c, cols = (t.cuda() for t in (f.rows, f.core, f.cols))
-    root, dense = torch.tensor([n**0.5], device="cuda"), signs.cuda()
-    out = []
-    for m in (1, 16, 256, 4096):
-        row: dict[str, Any] = {"order": f"{core} x {size}", "k": k, "rows": m}
-        for act in ACTS:
-            sizes = (("k", k), ("n", n), ("m", core))
-            op = OpSpec(op="hadamard", operands=(), sizes=sizes, act_dtype=act,
-                        device=("cuda", "9.0"))  # fmt: skip
-            x = torch.randn(m, k, dtype=ACTS[act], device="cuda")
-            run = Hadamard().bind(op)
-            if m <= 256:
-                want = (x.double().view(-1, n) @ dense.double()).view(m, k) / n**0.5
-                for name, with_root in (("", root), ("no root ", None)):
-                    y = run([], x, rows, c, cols, with_root).double()
-                    y = y if with_root is not None else y / n**0.5
-                    row[f"{name}error {act}"] = ((y - want).norm() / want.norm()).item()
-        copies = max(4, min(64, _L2 // (m * k * 4)))
-        xs = [torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
-        plain, whole = TorchHadamard().bind(op), dense.bfloat16()
-        calls = {
-            "us": lambda i: run([], xs[i], rows, c, cols, root),
-            "torch_us": lambda i: plain([], xs[i], rows, c, cols, root),
-            "bf16_matmul_us": lambda i: xs[i].view(-1, n) @ whole,
-        }
-        row |= {name: graph_us(call, copies) for name, call in calls.items()}
-        row["host_us"] = host_us(lambda: run([], xs[0], rows, c, cols, root))
-        row["floor_us"] = m * k * 4 / 3.0e6
-        out.append(row)
+    root = torch.tensor([(core * size) ** 0.5], device="cuda")
+    return signs.cuda(), [t.cuda() for t in (f.rows, f.core, f.cols)], root
+
+
+def _hadamard_op(core: int, size: int, k: int, act: str) -> OpSpec:
+    sizes = (("k", k), ("n", core * size), ("m", core))
+    return OpSpec(op="hadamard", operands=(), sizes=sizes, act_dtype=act, device=("cuda", "9.0"))
+
+
+def check_hadamard(case: tuple[int, int, int]) -> dict[str, Any]:
+    """Errors of one order against a float64 product with the matrix."""
+    core, size, k = case
+    row: dict[str, Any] = {"order": f"{core} x {size}", "k": k}
+    try:
+        dense, parts, root = _held(core, size)
+        n = core * size
+        for act, dtype in ACTS.items():
+            run = Hadamard().bind(_hadamard_op(core, size, k, act))
+            for m in (1, 17):
+                x = torch.randn(m, k, dtype=dtype, device="cuda")
+                want = (x.double().view(-1, n) @ dense.double()).view(m, k)
+                for text, divisor in ((f"{act} {m}", None), (f"{act} {m} root", root)):
+                    y = run([], x, *parts, divisor).double()
+                    y = y if divisor is None else y * n**0.5
+                    row[text] = ((y - want).norm() / want.norm()).item()
+    except Exception as err:  # a benchmark goes on and reports it
+        row["problem"] = f"{type(err).__name__}: {err}"[:400]
+    return row
+
+
+def time_hadamard(case: tuple[int, int, int], m: int) -> dict[str, Any]:
+    """Device and host time beside torch's operations and the product with the whole matrix."""
+    core, size, k = case
+    dense, parts, root = _held(core, size)
+    copies = max(4, min(64, _L2 // (m * k * 4)))
+    xs = [torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+    op, whole = _hadamard_op(core, size, k, "bfloat16"), dense.bfloat16()
+    run, plain = Hadamard().bind(op), TorchHadamard().bind(op)
+    return {
+        "order": f"{core} x {size}",
+        "k": k,
+        "rows": m,
+        "floor_us": m * k * 4 / 3.0e6,
+        "us": graph_us(lambda i: run([], xs[i], *parts, root), copies),
+        "torch_us": graph_us(lambda i: plain([], xs[i], *parts, root), copies),
+        "bf16_matmul_us": graph_us(lambda i: xs[i].view(-1, core * size) @ whole, copies),
+        "host_us": host_us(lambda: run([], xs[0], *parts, root)),
+    }
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return json.dumps({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()})
+
+
+def transforms(workers: int) -> list[dict[str, Any]]:
+    """Every order: its errors, then its times."""
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(ORDERS))) as pool:
+        out = pool.map(check_hadamard, ORDERS, chunksize=1)
+    for case in ORDERS:
+        for m in (1, 256, 4096):
+            try:
+                out.append(time_hadamard(case, m))
+            except Exception as err:  # a benchmark goes on and reports it
+                out.append({"order": case, "problem": f"{type(err).__name__}: {err}"[:400]})
+    for row in out:
+        print(_shown(row), flush=True)
     return out
 
 
-def main() -> None:
-    """Checks in processes of their own, then the times."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--only", help="specs whose name holds this")
-    args = parser.parse_args()
-    names = [n for n in SPECS if not args.only or args.only in n]
+def rounding(only: str | None, workers: int) -> dict[str, Any]:
+    """Every spec against the reference, then the times of some."""
+    names = [n for n in SPECS if not only or only in n]
     cases = [(n, act, k) for n in names for act, k in (("bfloat16", 4096), ("float32", 200))]
     cases += [(n, "float16", 200) for n in names]
     begin = time.time()
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
         checked = pool.map(check, cases, chunksize=4)
     bad = [r for r in checked if any(v for k, v in r.items() if k not in ("spec", "act", "k"))]
     print(f"{len(checked)} cases, {len(bad)} with differences, {time.time() - begin:.0f} s")
@@ -189,22 +225,24 @@ def main() -> None:
                 timed.append(measure(name, m, k))
             except Exception as err:  # a benchmark goes on and reports it
                 timed.append({"spec": name, "problem": f"{type(err).__name__}: {err}"[:400]})
-            row = {k: round(v, 1) if isinstance(v, float) else v for k, v in timed[-1].items()}
-            print(json.dumps(row), flush=True)
-    turned: list[dict[str, Any]] = []
-    for core, size, k in ((1, 128, 4096), (1, 512, 4096), (1, 4096, 4096), (1, 16384, 16384),
-                          (28, 512, 14336), (12, 32, 12288), (20, 256, 5120)):  # fmt: skip
-        try:
-            turned += hadamard(core, size, k)
-        except Exception as err:  # a benchmark goes on and reports it
-            turned.append(
-                {"order": f"{core} x {size}", "problem": f"{type(err).__name__}: {err}"[:400]}
-            )
-    for row in turned:
-        short = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
-        print(json.dumps(short), flush=True)
+            print(_shown(timed[-1]), flush=True)
+    return {"checked": checked, "timed": timed}
+
+
+def main() -> None:
+    """Both parts, or one; checks in processes of their own, then the times."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--part", choices=("rounding", "hadamard"))
+    parser.add_argument("--only", help="specs whose name holds this")
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    if args.part != "rounding":
+        found["hadamard"] = transforms(args.workers)
+    if args.part != "hadamard":
+        found |= rounding(args.only, args.workers)
     if args.json:
-        found = {"checked": checked, "timed": timed, "hadamard": turned}
         args.json.write_text(json.dumps(found, indent=1))
 
 

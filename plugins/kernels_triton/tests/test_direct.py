@@ -113,6 +113,12 @@ def test_what_is_not_known_is_left_to_triton(monkeypatch):
     monkeypatch.setattr(direct, "_driver", lambda: cu)
     assert direct.prepare(compiled(["fp64"]), 1) is None
     assert direct.prepare(compiled(["*fp32"], launch_cooperative_grid=True), 1) is None
-    assert direct.prepare(compiled(["*fp32"]), 1) is None  # the driver says: no parameters
+    assert direct.prepare(compiled(["*fp32"]), 1) is None  # Triton's launcher is as fast
     meta = [{"block_size": [64, 64], "swizzle": 3, "fp4_padded": True}]
-    assert direct.prepare(compiled(["tensordesc<u8[64,64]>"], tensordesc_meta=meta), 1) is None
+    assert direct.prepare(compiled(["tensordesc<bf16[64,64]>"], tensordesc_meta=meta), 1) is None
+    meta = [{"block_size": [64, 64], "swizzle": 3}]
+    for kind in ("u8", "bf16"):  # not known here; the driver says: no parameters
+        assert (
+            direct.prepare(compiled([f"tensordesc<{kind}[64,64]>"], tensordesc_meta=meta), 1)
+            is None
+        )

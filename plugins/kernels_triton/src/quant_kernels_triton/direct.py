@@ -1,9 +1,11 @@
-"""Launching what Triton compiled, by one call of the CUDA driver on memory prepared beforehand.
+"""Launching a compiled kernel that takes tensor maps, by one call of the CUDA driver.
 
     slots    8 bytes for every run-time argument, in the order of the kernel's parameters
     params   the addresses of the slots; of a tensor map, of its 128 bytes instead
 
-A call writes the slots in one go, and the tensor maps that it knows by address and sizes are kept.
+A call writes the slots in one go, and keeps the tensor maps by address and sizes, which Triton's
+launcher makes on every call: 3 of 34 us of the host's time, measured with one H100's machine.
+Without a tensor map Triton's launcher is as fast, and is what runs.
 What the kernel takes is read from Triton's signature and compared with what the driver says of the
 compiled code; wherever they disagree, or something is used that is not known here (clusters,
 scratch memory), ``prepare`` answers None and Triton's own launcher runs.
@@ -240,7 +242,7 @@ def prepare(compiled: Any, count: int) -> Direct | None:
         return None
     kinds, function = _kinds(compiled, count), compiled.function
     maps = None if kinds is None else _described_by(cu, compiled, kinds)
-    if kinds is None or maps is None or not isinstance(function, int):
+    if kinds is None or not maps or not isinstance(function, int):
         return None
     if _parameter_sizes(cu, function) != _expected_sizes(kinds, maps):
         return None

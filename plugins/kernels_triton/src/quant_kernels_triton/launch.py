@@ -2,8 +2,8 @@
 
 Triton's own dispatch inspects every argument on every call. A layer's arguments never change their
 kind, so the compiled kernel is looked up by a short key instead, once it exists, and is given
-addresses. These must be multiples of 16 bytes, which torch's allocations are; inputs that are not
-are copied (``aligned``).
+addresses, past Triton's launcher too where that takes tensor maps (``direct``). Addresses must be
+multiples of 16 bytes, which torch's allocations are; inputs that are not are copied (``aligned``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from quant_kernels_triton.direct import prepare
 
 __all__ = ["Build", "Start", "aligned", "is_compiled", "launch", "started"]
 
@@ -87,7 +89,7 @@ def launch(
         if hasattr(compiled, "run"):  # not in the interpreter
             values = tuple(b.constants[name] for name in fn.arg_names[len(args) :])
             own = _triton(compiled, values)  # loads the code
-            _compiled[key, device] = own
+            _compiled[key, device] = prepare(compiled, len(args)) or own
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
     held(grid, stream, [a.data_ptr() if isinstance(a, Tensor) else a for a in args])
