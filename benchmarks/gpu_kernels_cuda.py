@@ -74,12 +74,8 @@ def variant_of(name: str, n: int, k: int, act: str) -> Variant:
     return v
 
 
-H100 = (
-    132,
-    232448,
-    (66, 42, 31, 24, 19, 15, 14),
-    "90",
-)  # device_limits; only decides what is compiled beforehand
+# driver.device_limits of an H100; only decides what is compiled beforehand
+H100 = (132, 232448, (66, 39, 30, 22, 17, 15, 15), "90")
 
 
 def _compile(code: tuple) -> str:

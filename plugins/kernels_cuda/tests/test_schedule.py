@@ -115,6 +115,19 @@ def test_no_clusters_where_the_device_has_none():
     assert {s.cluster for _, s in candidates(v, 1, *H100)} == set(range(1, 9))
 
 
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_no_more_clusters_are_launched_than_run_at_once(m):
+    for _, s in candidates(variant("int4_g128", 4096, 14336), m, *H100):
+        assert s.walkers <= (132, *CLUSTERS)[s.cluster - 1]
+
+
+def test_reordered_columns_and_experts_stay_with_the_general_kernel():
+    v = variant("int4_g128", 4096, 4096)
+    assert {s.kernel for _, s in candidates(v, 16, *H100)} == {"decode", "resident"}
+    for other in (replace(v, gather=True), replace(v, op="grouped_linear", experts=8)):
+        assert {s.kernel for _, s in candidates(other, 1, *H100)} == {"decode"}
+
+
 def test_a_row_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="does not fit 1000 bytes"):
         schedule(variant("int4_g128", 64, 128), 1, 132, 1000, ())

@@ -1,10 +1,13 @@
-"""What a call costs per bucket of rows: a line per bits and rows, measured, else estimated.
+"""What a call costs per bucket of rows: the chosen cut's estimate, times a measured factor.
+
+The estimate (schedule.py) knows the shape, so layers that nobody measured are ranked too. What it
+does not know, how much arithmetic a kind of weight takes, is the factor: ``h100.json`` holds it per
+kind and rows, the geometric mean over the measured layers. Other devices get the same numbers,
+slowed by a guess of their bandwidth.
+
+A row of experts may read an expert of its own: there, and for rows beyond 16, which run in slices,
 
     microseconds = fixed + megabytes of weights * per_megabyte
-
-``h100.json`` holds the two numbers for capability 9.0 as measured by
-benchmarks/gpu_kernels_cuda.py; other devices get them scaled by a guess of their bandwidth. More
-rows than 16 run in slices of 16.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
+from quant_kernels_cuda.schedule import MAX_ROWS, best
 from quant_kernels_cuda.variant import Variant
 
 __all__ = ["BUCKETS", "bucket_costs"]
@@ -20,33 +25,50 @@ __all__ = ["BUCKETS", "bucket_costs"]
 BUCKETS = (1, 2, 4, 8, 16)
 _SLICED = (32, 64, 128, 256, 1024, 4096)
 _SLOWER = {"8.0": 1.7, "8.6": 4.0, "8.9": 3.2, "9.0": 1.0, "10.0": 0.5}  # bandwidth against H100
+# multiprocessors, shared memory, clusters of 2 to 8 blocks (driver.device_limits)
+_HOPPER = (132, 232448, (66, 39, 30, 22, 17, 15, 15))
+_AMPERE = (108, 163 << 10, ())
+_START_US = 2.5  # of a call, whatever it reads
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, tuple[float, float]]]:
-    file = Path(__file__).parent / "h100.json"
-    held: dict[str, dict[str, tuple[float, float]]] = json.loads(file.read_text("utf-8"))["lines"]
+def _table() -> dict[str, Any]:
+    held: dict[str, Any] = json.loads((Path(__file__).parent / "h100.json").read_text("utf-8"))
     return held
 
 
+def _kind(v: Variant) -> str:
+    """Kinds of weights that take about the same arithmetic: a key of the table."""
+    if v.xsums:
+        return "offset" if v.bits != 8 else "8"
+    is_float = dict(v.defines)["FLOAT_CODES"] == "1"
+    return "fp4" if is_float and v.bits == 4 else str(v.bits)
+
+
+@functools.lru_cache(maxsize=4096)
 def bucket_costs(v: Variant, capability: str) -> tuple[tuple[int, float], ...]:
     """(largest rows of the bucket, microseconds), ascending; see ``Accepted.costs``."""
-    lines = _table()[str(v.bits)]
-    slower = _SLOWER.get(capability, 3.0)
-    megabytes = v.weight_bytes / 1e6
-    out = []
+    if v.op == "grouped_linear":
+        return _of_experts(v, _SLOWER.get(capability, 3.0))
+    factors, slower = _table()["factors"][_kind(v)], _SLOWER.get(capability, 3.0)
+    limits = _HOPPER if capability >= "9" or capability.startswith("1") else _AMPERE
+    out: list[tuple[int, float]] = []
     for rows in BUCKETS:
-        fixed, per = lines[str(rows)]
-        # every row of experts may read an expert of its own
-        read = megabytes * (min(rows, v.experts) if v.op == "grouped_linear" else 1)
-        us = round(fixed + read * per * slower, 2)
+        estimate, s = best(v, rows, *limits)
+        us = (estimate * factors[str(rows)] - _START_US) * slower + _START_US
+        us *= -(-rows // s.m)
         out.append((rows, max(us, out[-1][1] if out else us)))  # never cheaper with more rows
     whole = out[-1][1]
-    if v.op == "grouped_linear":
-        fixed, per = lines["1"]
+    out += [(rows, whole * rows / MAX_ROWS) for rows in _SLICED]
+    return tuple((rows, round(us, 2)) for rows, us in out)
+
+
+def _of_experts(v: Variant, slower: float) -> tuple[tuple[int, float], ...]:
+    fixed, per = _table()["experts"][str(v.bits)]
+    megabytes = v.weight_bytes / 1e6
+    out = []
+    for rows in (*BUCKETS, *_SLICED):
         # re-read from L2 once each expert has been met
-        for rows in _SLICED:
-            read = megabytes * (min(rows, v.experts) + 0.5 * max(0, rows - v.experts))
-            out.append((rows, round(fixed + read * per * slower, 2)))
-        return tuple(out)
-    return (*out, *((rows, round(whole * rows / 16, 2)) for rows in _SLICED))
+        read = megabytes * (min(rows, v.experts) + 0.5 * max(0, rows - v.experts))
+        out.append((rows, round(fixed + read * per * slower, 2)))
+    return tuple(out)

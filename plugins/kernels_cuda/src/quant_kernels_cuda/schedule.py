@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from quant_kernels_cuda.variant import Variant
 
-__all__ = ["MAX_ROWS", "Schedule", "candidates", "schedule", "shared_bytes"]
+__all__ = ["MAX_ROWS", "Schedule", "best", "candidates", "schedule", "shared_bytes"]
 
 MAX_ROWS = 16
 WARPS, THREADS = 16, 512
@@ -221,7 +221,6 @@ def _at_once(cluster: int, sms: int, clusters: tuple[int, ...]) -> int:
     return min(sms // cluster, clusters[cluster - 2]) if len(clusters) > cluster - 2 else 0
 
 
-@functools.lru_cache(maxsize=4096)
 def schedule(v: Variant, m: int, sms: int, limit: int, clusters: tuple[int, ...]) -> Schedule:
     """The launch for ``m`` rows, or for as many of them as fit: ``Schedule.m`` <= m.
 
@@ -234,10 +233,18 @@ def schedule(v: Variant, m: int, sms: int, limit: int, clusters: tuple[int, ...]
     Raises:
         ValueError: a single row does not fit.
     """
+    return best(v, m, sms, limit, clusters)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def best(
+    v: Variant, m: int, sms: int, limit: int, clusters: tuple[int, ...]
+) -> tuple[float, Schedule]:
+    """(estimated microseconds, launch) of ``schedule``."""
     m = min(m, MAX_ROWS)
     while m:
         found = candidates(v, m, sms, limit, clusters)
         if found:
-            return min(found, key=lambda f: f[0])[1]
+            return min(found, key=lambda f: f[0])
         m //= 2
     raise ValueError(f"one row of {v.k} columns does not fit {limit} bytes of shared memory")
