@@ -6,7 +6,8 @@ together as in ``kernels.between.Block`` is again proved on random input: the la
 ``forward`` and the kernel's must agree, with and without a mask, in what they return and in what
 they leave in the cache.
 
-The call is used for one new token a sequence over transformers' dynamic cache. Everything else runs
+The call is used for one new token a sequence over transformers' dynamic cache, and over its static
+one where the kernel writes at a position that the device knows. Everything else runs
 the layer's own code: prefill, other caches, training, gradients, ``torch.compile``, hooks or
 adapters anywhere in the layer, another attention implementation.
 
@@ -44,6 +45,7 @@ _KNOWN = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
 )
 _NEEDED = ("attention_mask", "past_key_values", "position_embeddings")
+_TIPPED = 1.0  # sums of 4096 and 14336 bfloat16 products in another order move a layer by 0.4
 
 
 @dataclass(slots=True)
@@ -51,6 +53,7 @@ class LayerPart:
     """What a swapped decoder layer runs for one new token a sequence."""
 
     run: Callable[..., Tensor | None]
+    rotated: int
     linears: tuple[QuantLinear, ...]  # q, k, v, o, gate, up, down
     norms: tuple[nn.Module, nn.Module]
     eps: tuple[str, str]
@@ -72,6 +75,8 @@ class LayerPart:
             return None
         held: Any = self.attention.__dict__
         layer = _layer_of(cache, held["layer_idx"])
+        if layer is None and hasattr(self.run, "takes_position"):
+            layer = _static_layer_of(cache, held["layer_idx"], kwargs.get("attention_mask"))
         if layer is None or held["config"]._attn_implementation_internal != STEP:
             return None
         first, second = (n.__dict__ for n in self.norms)
@@ -79,6 +84,7 @@ class LayerPart:
         if type(weights[0]) is not nn.Parameter or type(weights[1]) is not nn.Parameter:
             return None
         room = room_of(layer)
+        more = () if room.at is None else (room.at,)
         y = self.run(
             self.buffers.of(self.linears),
             weights,
@@ -88,6 +94,7 @@ class LayerPart:
             kwargs.get("attention_mask"),
             held["scaling"],
             (first[self.eps[0]], second[self.eps[1]]),
+            *more,
         )
         if y is not None:
             room.take(layer)
@@ -104,6 +111,19 @@ def _layer_of(cache: Any, index: int) -> Any:
     if type(layer) is not DynamicLayer or not layer.is_initialized:
         return None
     return layer if layer.keys.dim() == 4 and layer.keys.shape[2] else None
+
+
+def _static_layer_of(cache: Any, index: int, mask: Tensor | None) -> Any:
+    """The layer of a plain static cache; its mask must say what of it is in use."""
+    from transformers.cache_utils import StaticCache, StaticLayer
+
+    if type(cache) is not StaticCache or cache.offloading or mask is None:
+        return None
+    layer: Any = cache.layers[index] if index < len(cache.layers) else None
+    if type(layer) is not StaticLayer or not layer.is_initialized:
+        return None
+    same = layer.cumulative_length.device == layer.keys.device
+    return layer if same and layer.cumulative_length.dtype == torch.int64 else None
 
 
 class _Layer(Swapped):
@@ -226,6 +246,7 @@ def _parts(
             out.append(
                 LayerPart(
                     run,
+                    rotated,
                     linears,
                     (ends[0], ends[1]),
                     (first.eps, second.eps),
@@ -242,7 +263,7 @@ def _parts(
 
 
 def _angles(part: LayerPart, batch: int, parts: Parts) -> tuple[Tensor, Tensor]:
-    half = random((batch, 1, part.run.rotated // 2), parts, 7).float()  # type: ignore[attr-defined]
+    half = random((batch, 1, part.rotated // 2), parts, 7).float()
     whole = torch.cat([half, half], -1)
     return whole.cos().to(parts.dtype), whole.sin().to(parts.dtype)
 
@@ -280,11 +301,11 @@ def _differs(module: nn.Module, part: LayerPart, parts: Parts) -> str:
         if got is None:
             return "the kernel declines its shapes"
         mine, theirs = ours.layers[index], own.layers[index]
-        if not (nearly(got, want) and nearly(mine.keys, theirs.keys)):
+        if not (nearly(got, want, mean=_TIPPED) and nearly(mine.keys, theirs.keys)):
             return "it computes something else than a pre-norm decoder layer"
         if not nearly(mine.values, theirs.values):
             return "its cache holds other values"
-        if not nearly(got - x, want - x):
+        if not nearly(got - x, want - x, mean=_TIPPED):
             return "its branches compute something else"
     return ""
 

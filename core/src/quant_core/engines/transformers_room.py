@@ -1,4 +1,4 @@
-"""Room for the next token in transformers' dynamic cache of keys and values.
+"""Room for the next token in transformers' caches of keys and values.
 
 ``DynamicLayer`` grows by ``torch.cat``: every step copies all it holds. Here keys and values become
 views of a larger buffer, whose next position the kernel of a decoder layer writes. Nobody else sees
@@ -6,7 +6,11 @@ that: what a view shows never changes, and only who holds the newest view may gr
 Whatever else happens to the cache (crop, reorder, copies, transformers' own update) makes other
 tensors, which are copied into a new buffer when they grow here.
 
-Source: transformers 5.23.0 cache_utils.py (DynamicLayer.update, crop, reorder_cache).
+``StaticLayer`` has its room already; it counts what it holds in a tensor on the device, which says
+where a kernel writes, also when a graph of the call is replayed.
+
+Source: transformers 5.23.0 cache_utils.py (DynamicLayer.update, crop, reorder_cache;
+StaticLayer.update).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Room", "room_of"]
+__all__ = ["FixedRoom", "Room", "room_of"]
 
 _LEAST = 64  # positions of room
 _PART = 4  # and a quarter of what is held
@@ -26,6 +30,7 @@ class Room:
     """Buffers of one layer of a cache, and the newest views of them."""
 
     __slots__ = ("_all_keys", "_all_values", "_keys", "_values", "next")
+    at = None  # the last position of ``next``
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         length = keys.shape[2]
@@ -51,6 +56,20 @@ class Room:
             self.next = self._views(self._keys.shape[2] + 1)
 
 
+class FixedRoom:
+    """A static layer: ``next`` is all of it, ``at`` where the new token belongs."""
+
+    __slots__ = ("at", "next")
+
+    def __init__(self, layer: Any) -> None:
+        self.next = (layer.keys, layer.values)
+        self.at = layer.cumulative_length.view(1)
+
+    def take(self, layer: Any) -> None:
+        """The position was written."""
+        layer.cumulative_length.add_(1)
+
+
 def _larger(held: Tensor, size: int) -> Tensor:
     batch, heads, length, dim = held.shape
     out = torch.empty((batch, heads, size, dim), dtype=held.dtype, device=held.device)
@@ -58,8 +77,12 @@ def _larger(held: Tensor, size: int) -> Tensor:
     return out
 
 
-def room_of(layer: Any) -> Room:
-    """The room of a ``DynamicLayer`` that holds something; ``room.next`` are the views to write."""
+def room_of(layer: Any) -> Room | FixedRoom:
+    """The room of a layer that holds something; ``room.next`` is what the kernel writes to."""
+    from transformers.cache_utils import StaticLayer
+
+    if type(layer) is StaticLayer:
+        return FixedRoom(layer)
     held: Room | None = layer.__dict__.get("_quant_room")
     if held is None or not held.belongs_to(layer):
         held = layer._quant_room = Room(layer.keys, layer.values)
