@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from quant_core.errors import LayoutError
 from quant_core.kernels.activations import fake_quantize
+from quant_core.kernels.device import device_key
+from quant_core.kernels.quantizer import cheapest
 from quant_core.nn import moved
-from quant_core.spec import TENSOR, LayerDesc, QuantSpec
+from quant_core.registry import registry
+from quant_core.spec import TENSOR, LayerDesc, OpSpec, QuantSpec
 from quant_core.spec_json import from_text, to_text
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
@@ -37,9 +40,32 @@ def _spec(text: str) -> QuantSpec:
     return spec
 
 
+@functools.cache
+def _rounds(
+    text: str, features: int, dtype: torch.dtype, device: torch.device
+) -> Callable[..., Tensor]:
+    """The kernel that rounds states on ``device``, bound; an operation "quantize"."""
+    spec = _spec(text)
+    stored = {"input_scale"} | ({"input_zero"} if spec.zero is not None else set())
+    asked = OpSpec(
+        op="quantize",
+        operands=(("input", spec),),
+        sizes=(("k", features),),
+        act_dtype=str(dtype).removeprefix("torch."),
+        device=device_key(str(device)),
+        features=frozenset(stored),
+    )
+    kernel, op, _ = cheapest(asked, registry())
+    return kernel.bind(op)
+
+
 def _round_states(x: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
     """x [T, features] rounded to the codes of ``spec`` and back; an op, so that graphs stay one."""
-    return fake_quantize(x, _spec(spec), scale, zero) if x.numel() else x.clone()
+    if not x.numel():
+        return x.clone()
+    if x.is_cpu:
+        return fake_quantize(x, _spec(spec), scale, zero)
+    return _rounds(spec, x.shape[-1], x.dtype, x.device)([], x, scale, zero)
 
 
 _lib.impl("round_states", _round_states, "CompositeExplicitAutograd")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quant_core import kv_states
 from quant_core.kernels.activations import fake_quantize, unsupported_input
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.quantizer import TorchRound
 from quant_core.numerics import MX_RULES, mx_scale
 from quant_core.spec import OpSpec
+from quant_core.spec_json import to_text
 from quant_kernels_triton.rounding_kernel import Round
 from quant_kernels_triton.rounding_run import steps
 from triton_rounded import SPECS, inputs, same_bits, small, stored
@@ -96,3 +98,13 @@ def test_negative_control_another_rule_rounds_otherwise():
     x = inputs(96, torch.float32)[:1]
     got = Round().bind(op_of("mx fp4_e2m1 floor", 96))([], x)
     assert not torch.equal(got, fake_quantize(x, SPECS["mx fp4_e2m1 ceil"]))
+
+
+@pytest.mark.parametrize("name", ["fp8 stored", "fp8 stored columns", "int8 stored"])
+def test_states_of_a_cache_take_the_same_kernel(name):
+    spec, x = SPECS[name], inputs(96, torch.float32)[:4]
+    scale, zero = stored(spec, 96)
+    scale = scale[None]  # as a cache holds it: [1, 1] or [1, features]
+    run = kv_states._rounds(to_text(spec), 96, torch.float32, torch.device("cpu"))
+    assert run.func.__module__ == "quant_kernels_triton.rounding_run"
+    assert torch.equal(run([], x, scale, zero), fake_quantize(x, spec, scale, zero))

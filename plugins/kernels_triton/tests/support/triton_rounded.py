@@ -71,6 +71,7 @@ SPECS: dict[str, QuantSpec] = {
     "fp8 stored": QuantSpec(element=FP8, scales=(_f32(),)),
     "fp8 stored inverse": QuantSpec(element=FP8, scales=(_f32(inverse=True),)),
     "fp8 stored groups": QuantSpec(element=FP8, scales=(_f32((0, 32)),)),
+    "fp8 stored columns": QuantSpec(element=FP8, scales=(_f32((0, 1)),)),
     "int8 stored": QuantSpec(
         element=INT8, scales=(Scale(element="bf16", grain=TENSOR),), zero=_ZERO
     ),
