@@ -27,6 +27,7 @@ _IDLE, _PHASE_US, _CLUSTER_US, _FILL_US, _SMALL_US = 0.19, 1.6, 2.5, 0.018, 0.00
 _SLOT_US = 0.02  # of the last sums, for each warp that has a part in them
 # Its level against the resident kernel's: factor and microseconds, for 8 and for 16 rows.
 _LEVEL = {1: (1.046, 1.0), 2: (1.117, 0.1)}
+_NARROW = 1.2  # of 2 and 3 bits with 16 rows, where it is slower than the resident kernel
 # The resident kernel, fitted to its cuts of five int4 layers at 4, 8 and 16 rows: of 15 choices
 # between all cuts of both kernels 14 are within 4 % of the best measured, one within 6 %.
 _RESIDENT_BYTES_PER_US = 23.2e3
@@ -121,6 +122,8 @@ def _estimate(v: Variant, s: Schedule) -> float:
         us += _SMALL_US * s.mine * s.slice / WARPS
     us += _FILL_US * s.stages * s.gpc * s.rt + _SLOT_US * s.slots
     factor, more = _LEVEL[s.nt]
+    if s.nt == 2 and v.bits < 4:  # instructions, not bytes
+        factor *= _NARROW
     return us * factor + more
 
 
