@@ -121,6 +121,16 @@ int qk_linear_w8a8(const qk_int8_call *c) {
     return 3;
 }
 
+/* Several of them of one x. */
+int qk_linear_w8a8_shared(const qk_int8_call *calls, int64_t n) {
+#ifdef QK_HAVE_INT8_VNNI
+    if (calls->isa >= ISA_AVX512 && qk_has_vnni())
+        return qk_w8a8_shared_vnni(calls, n, omp_get_max_threads());
+#endif
+    if (calls->isa >= ISA_AVX2) return qk_w8a8_shared_avx2(calls, n, omp_get_max_threads());
+    return 3;
+}
+
 /* One decode step of attention. */
 int qk_attention(const qk_step *s) {
 #ifdef QK_HAVE_STEP_AVX512

@@ -208,3 +208,63 @@ int NAME(qk_w8a8)(const qk_int8_op *op, const qk_int8_tensors *t, const void *x,
     free(scratch);
     return 0;
 }
+
+/* Whether two layers of one x quantize it to the same codes, sums and scales. */
+static int NAME(alike)(const qk_int8_call *a, const qk_int8_call *b) {
+    const qk_int8_op *p = a->op, *q = b->op;
+    const qk_int8_tensors *s = &a->tensors, *t = &b->tensors;
+    if (p->k != q->k || p->group != q->group || p->input_type != q->input_type) return 0;
+    if (p->peak != q->peak || p->least != q->least || p->most != q->most) return 0;
+    if (p->lowest != q->lowest || p->highest != q->highest) return 0;
+    if (!s->input_zero != !t->input_zero || !s->out_scale != !t->out_scale) return 0;
+    if (s->input_zero && *s->input_zero != *t->input_zero) return 0;
+    return !p->input_type || !memcmp(s->input_scale, t->input_scale, qk_size(p->input_type));
+}
+
+/* Several layers of one x, which is quantized once for neighbours that do so alike. Every call names
+ * the same x, type and count and no segments; each y is what its own call gives, bit for bit. */
+int NAME(qk_w8a8_shared)(const qk_int8_call *calls, int64_t n, int64_t threads) {
+    const int64_t count = calls->count, most = count > TILE ? M_SLAB : count;
+    const qk_segment seg = {0, 0, count};
+    int64_t line = 0, groups = 0, work_items = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t mine = qk_div_up(calls[i].op->k, calls[i].op->group);
+        groups = mine > groups ? mine : groups;
+        line = calls[i].op->k > line ? calls[i].op->k : line;
+        work_items += calls[i].op->n * calls[i].op->k * count;
+    }
+    if (count == 0) return 0;
+    if (work_items < 1 << 16) threads = 1;
+    line = qk_div_up(line, 64) * 64; /* bytes */
+    const int64_t held = most * QK_ROWS, own_bytes = held * (groups > 1 ? 12 : 4) + line * 5;
+    char *scratch = qk_alloc(threads * own_bytes + count * (line + (groups + 1) * 4));
+    if (!scratch) return 1;
+    int8_t *q = (int8_t *)(scratch + threads * own_bytes);
+    int32_t *sums = (int32_t *)(q + count * line);
+    float *scale = (float *)(sums + count * groups);
+    const NAME(codes) c = {q, sums, scale, NAME(tile_step)(count)};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *own = scratch + omp_get_thread_num() * own_bytes;
+        NAME(work) work = {.wide = (float *)own, .row = (int8_t *)own + line * 4};
+        work.acc = (int32_t *)(own + line * 5);
+        work.total = (double *)(work.acc + held);
+        for (int64_t i = 0; i < n; i++) {
+            const qk_int8_call *call = &calls[i];
+            const int64_t rows = qk_div_up(call->op->n, QK_ROWS);
+            const int64_t share = count > TILE ? 1 : qk_div_up(rows, threads * 4);
+            if (i == 0 || !NAME(alike)(call, call - 1)) {
+#pragma omp barrier
+#pragma omp for schedule(static)
+                for (int64_t m = 0; m < count; m++)
+                    NAME(quantize_token)(call->op, &call->tensors, call->x, call->xtype, &seg, m,
+                                         c.step, &work, q, sums, scale);
+            }
+#pragma omp for schedule(dynamic, share) nowait
+            for (int64_t task = 0; task < rows; task++)
+                NAME(run_task)(call->op, &call->tensors, task, &seg, &c, &work, call->y, call->xtype);
+        }
+    }
+    free(scratch);
+    return 0;
+}

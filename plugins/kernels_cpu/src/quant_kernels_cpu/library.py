@@ -18,11 +18,12 @@ from pathlib import Path
 
 from quant_core.errors import KernelError
 
-__all__ = ["ISAS", "Library", "library", "unavailable"]
+__all__ = ["AMX_TOKENS", "ISAS", "Library", "library", "unavailable"]
 
+AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
 ISAS = ("none", "avx2", "avx512", "bf16")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 5  # of the C interface, as in hatch_build.py
+_VERSION = 6  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,10 @@ def _load() -> Library | str:
     c.qk_attention.argtypes = [ctypes.c_char_p]
     for function in (c.qk_rms_norm, c.qk_gated, c.qk_rotary, c.qk_gated_mlp, c.qk_decoder_block):
         function.argtypes = [ctypes.c_char_p]
-    c.qk_linear_shared.argtypes = [ctypes.c_char_p, integer]
+    for function in (c.qk_linear_shared, c.qk_linear_w8a8_shared):
+        function.argtypes = [ctypes.c_char_p, integer]
+    c.qk_native_limits.argtypes = [integer, integer]
+    c.qk_native_api.argtypes = [pointer] * 3
     c.qk_load.argtypes = [*[pointer] * 2, *[integer] * 2, pointer]
     c.qk_load.restype = None
     c.qk_unload.argtypes = [*[pointer] * 2, *[integer] * 4]
@@ -112,4 +116,5 @@ def library() -> Library:
             code="Q-KERNEL-NONE",
             actual=found,
         )
+    found.c.qk_native_limits(found.isa, AMX_TOKENS if found.amx else 0)
     return found

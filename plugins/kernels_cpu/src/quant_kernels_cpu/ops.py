@@ -5,7 +5,8 @@
                                                                  calls become it (kernels.merged)
     quant_cpu::grouped_linear(x, experts, tensors, layout) -> y  x [T, K], experts [T] -> [T, N]
     quant_cpu::linear_int8, quant_cpu::grouped_linear_int8       the same, x rounded to int8
-    quant_cpu::linear_w8a8, quant_cpu::grouped_linear_w8a8       int8 codes as the layer names them
+    quant_cpu::linear_w8a8, linear_w8a8_shared, grouped_linear_w8a8  int8 codes as layers name them
+    quant_cpu::linear_wide, linear_shared_wide   what csrc/dispatch.c leaves to matrix units
     quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
 
 ``layout`` is ``Layout.text()`` (w8a8: ``Int8Layout.text()``); ``tensors`` are the buffers in the
@@ -32,7 +33,8 @@ from quant_core.errors import LayoutError, LimitError
 from quant_core.kernels.merged import merge_calls, parts
 from quant_kernels_cpu.blocks import buffer_shapes, int8_buffer_shapes
 from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, c_op_int8, tensor_slots
-from quant_kernels_cpu.library import Library, library
+from quant_kernels_cpu.library import AMX_TOKENS, Library, library, unavailable
+from quant_kernels_cpu.native import Layer, register_native
 from quant_kernels_cpu.support import ROWS, layout_from_text
 from quant_kernels_cpu.support_int8 import int8_layout_from_text
 from quant_kernels_cpu.watch import watched
@@ -46,9 +48,9 @@ __all__ = [
     "run_linear_int8",
     "run_linear_w8a8",
     "run_shared",
+    "run_shared_w8a8",
 ]
 
-_AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
 _PANEL_BLOCKS = 16  # 512 columns: 4 MiB of bfloat16 at 4096 input features
 
 
@@ -142,7 +144,7 @@ def _run_linear(
     count = x.numel() // call.k_in
     if count:
         lib = library()
-        if lib.amx and count >= _AMX_TOKENS and x.dtype == torch.bfloat16 and name == "qk_linear":
+        if lib.amx and count >= AMX_TOKENS and x.dtype == torch.bfloat16 and name == "qk_linear":
             _by_panels(lib, call, x, tensors, y)
             return y
         packed = _packed(lib.isa, call, tensors, x.data_ptr(), x.dtype, y, 0, count)
@@ -150,15 +152,20 @@ def _run_linear(
     return y
 
 
-def _linear_shared(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> Tensor:
+def _run_shared(
+    name: str, describe: Callable[[str], _Call],
+    x: Tensor, tensors: list[Tensor], texts: Sequence[str],
+) -> Tensor:  # fmt: skip
     """See ``quant_core.kernels.merged``."""
     x = x.contiguous()
-    calls = [_call(text) for text in texts]
+    calls = [describe(text) for text in texts]
     count = x.numel() // calls[0].k_in
     lib, dtype, where, first = library(), x.dtype, x.data_ptr(), 0
     whole, packed = x.new_empty(sum(call.n for call in calls), count), []
     ys = whole.split([call.n for call in calls])
-    panels = lib.amx and count >= _AMX_TOKENS and dtype == torch.bfloat16
+    panels = (
+        lib.amx and count >= AMX_TOKENS and dtype == torch.bfloat16 and name == "qk_linear_shared"
+    )
     for call, y in zip(calls, ys, strict=True):
         mine = tensors[first : first + call.buffers]
         first += call.buffers
@@ -167,7 +174,7 @@ def _linear_shared(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> Te
         else:
             packed.append(_packed(lib.isa, call, mine, where, dtype, y, 0, count))
     if count and packed:
-        _check_status(lib.c.qk_linear_shared(b"".join(packed), len(calls)), "linear")
+        _check_status(getattr(lib.c, name)(b"".join(packed), len(calls)), "linear")
     return whole
 
 
@@ -233,6 +240,11 @@ def _fake_linear_w8a8(x: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], int8_layout_from_text(text).n)
 
 
+def _fake_shared_w8a8(x: Tensor, tensors: list[Tensor], texts: Sequence[str]) -> Tensor:
+    rows = sum(int8_layout_from_text(text).n for text in texts)
+    return x.new_empty(rows, math.prod(x.shape[:-1]))
+
+
 def _fake_grouped_w8a8(x: Tensor, experts: Tensor, tensors: list[Tensor], text: str) -> Tensor:
     return x.new_empty(x.shape[0], int8_layout_from_text(text).n)
 
@@ -246,6 +258,8 @@ def _fake_embedding(ids: Tensor, tensors: list[Tensor], text: str) -> Tensor:
 _linear = functools.partial(_run_linear, "qk_linear", _call)
 _linear_int8 = functools.partial(_run_linear, "qk_linear_int8", _call)
 _linear_w8a8 = functools.partial(_run_linear, "qk_linear_w8a8", _call_w8a8)
+_linear_shared = functools.partial(_run_shared, "qk_linear_shared", _call)
+_linear_w8a8_shared = functools.partial(_run_shared, "qk_linear_w8a8_shared", _call_w8a8)
 _grouped_linear = functools.partial(_run_grouped, "qk_linear", _call)
 _grouped_linear_int8 = functools.partial(_run_grouped, "qk_linear_int8", _call)
 _grouped_linear_w8a8 = functools.partial(_run_grouped, "qk_linear_w8a8", _call_w8a8)
@@ -256,8 +270,11 @@ _GROUPED = "(Tensor x, Tensor experts, Tensor[] tensors, str layout) -> Tensor"
 _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("linear", _LINEAR, _linear, _fake_linear),
     ("linear_shared", _SHARED, _linear_shared, _fake_shared),
+    ("linear_wide", _LINEAR, _linear, _fake_linear),
+    ("linear_shared_wide", _SHARED, _linear_shared, _fake_shared),
     ("linear_int8", _LINEAR, _linear_int8, _fake_linear),
     ("linear_w8a8", _LINEAR, _linear_w8a8, _fake_linear_w8a8),
+    ("linear_w8a8_shared", _SHARED, _linear_w8a8_shared, _fake_shared_w8a8),
     ("grouped_linear", _GROUPED, _grouped_linear, _fake_grouped),
     ("grouped_linear_int8", _GROUPED, _grouped_linear_int8, _fake_grouped),
     ("grouped_linear_w8a8", _GROUPED, _grouped_linear_w8a8, _fake_grouped_w8a8),
@@ -268,10 +285,25 @@ _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
         _fake_embedding,
     ),
 )
+_NATIVE = ("linear", "linear_shared", "linear_w8a8", "linear_w8a8_shared")
 _lib = torch.library.Library("quant_cpu", "DEF")
-for _name, _schema, _impl, _fake in _OPS:
+for _name, _schema, _, _ in _OPS:
     _lib.define(_name + _schema)
-    _lib.impl(_name, _impl, "CPU")
+
+
+def _layer(text: str, int8: bool) -> Layer:
+    """A layout as C wants it."""
+    call = _call_w8a8(text) if int8 else _call(text)
+    slots = [-1 if i is None else i for i in call.slots]
+    made = Layer(op=call.address, buffers=call.buffers, n=call.n, k=call.k_in)
+    made.slots[:] = slots
+    return made
+
+
+_native = not unavailable() and register_native(library(), _NATIVE, _layer)
+for _name, _, _impl, _fake in _OPS:
+    if not (_native and _name in _NATIVE):
+        _lib.impl(_name, _impl, "CPU")
     torch.library.register_fake(f"quant_cpu::{_name}", _fake, lib=_lib)
 
 
@@ -292,7 +324,9 @@ _linear_op, _linear_int8_op = _ops.linear.default, _ops.linear_int8.default
 _grouped_op, _grouped_int8_op = _ops.grouped_linear.default, _ops.grouped_linear_int8.default
 _linear_w8a8_op, _grouped_w8a8_op = _ops.linear_w8a8.default, _ops.grouped_linear_w8a8.default
 _embedding_op = _ops.embedding.default
+_shared_w8a8_op = _ops.linear_w8a8_shared.default
 merge_calls(_lib, _linear_op, _shared_op)
+merge_calls(_lib, _linear_w8a8_op, _shared_w8a8_op)
 
 
 def run_linear(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
@@ -309,6 +343,15 @@ def run_shared(
     flat = [t for mine in tensors for t in mine]
     run = _shared_op if watched(x, flat[0]) else _linear_shared
     return parts(run(x, flat, texts), x, [_call(text).n for text in texts])
+
+
+def run_shared_w8a8(
+    texts: tuple[str, ...], k: int, tensors: list[list[Tensor]], x: Tensor
+) -> list[Tensor]:
+    _check_x(x, k)
+    flat = [t for mine in tensors for t in mine]
+    run = _shared_w8a8_op if watched(x, flat[0]) else _linear_w8a8_shared
+    return parts(run(x, flat, texts), x, [_call_w8a8(text).n for text in texts])
 
 
 def run_linear_int8(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:

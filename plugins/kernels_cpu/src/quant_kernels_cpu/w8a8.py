@@ -7,7 +7,7 @@ differs from the reference by the last rounding only; csrc/int8.h has the maths.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quant_core.errors import LayoutError
@@ -118,6 +118,15 @@ class W8A8:
         layout = self._bound(op)
         run = run_grouped_w8a8 if layout.op == "grouped_linear" else run_linear_w8a8
         return functools.partial(run, layout.text(), layout.k)
+
+    def bind_shared(self, ops: Sequence[OpSpec]) -> Callable[..., list[Tensor]] | None:
+        """See ``quant_core.kernels.base``. Outputs are those of the single calls, bit for bit."""
+        from quant_kernels_cpu.ops import run_shared_w8a8
+
+        if any(op.op != "linear" for op in ops):
+            return None
+        layouts = [self._bound(op) for op in ops]
+        return functools.partial(run_shared_w8a8, tuple(x.text() for x in layouts), layouts[0].k)
 
 
 def _code_sums(part: LayerTensors, layout: Int8Layout) -> Tensor:
