@@ -75,11 +75,11 @@ CHECKS = [
     ("fp8 channel", "fp8"),
     ("int8 channel", "int8"),
 ]
-TIMED = [CHECKS[11], CHECKS[12], CHECKS[10], CHECKS[8], CHECKS[2]]
-ROWS = (1, 16, 64, 128, 256, 1024, 4096)
+TIMED = [*CHECKS[11:13], CHECKS[10], CHECKS[8], *CHECKS[1:4]]
+ROWS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
 SIZES: list = [None, Ring(64, 4, 4, 1, False), Ring(128, 4, 3, 1, False)]
-SIZES += [Specialized(128, 8, 8), Specialized(256, 5, 8), Specialized(256, 5, 32)]
-WIDE: list = [None, MixedRing(64, 4, 4, 1), MixedWide(128, 1, 6, 8), MixedWide(128, 2, 5, 8)]
+SIZES += [Specialized(128, 0, 2, 8, False, 0), Specialized(256, 0, 2, 5, False, 0)]
+WIDE: list = [None, MixedRing(64, 4, 4, 1), MixedRing(128, 4, 4, 1), MixedWide(128, 2, 5, 8)]
 
 
 def activations(kind: str, static: bool) -> QuantSpec:
@@ -152,7 +152,8 @@ def check_blocks(name: str, kind: str) -> dict:
     from quant_kernels_triton.mixed_run import run_mixed
 
     every = [MixedRing(b, nw, 4, s) for b in (16, 64) for nw in (4, 8) for s in (1, 2)]
-    every += [MixedRing(128, 4, 4, 1), MixedWide(128, 1, 6, 8), MixedWide(128, 2, 5, 8)]
+    every += [MixedRing(128, 4, 4, 1), MixedWide(128, 1, 4, 8)]
+    every += [MixedWide(128, 2, 4, 8)] if p.sub == 1 else []
     for c in every:
         try:
             x = torch.randn(300, k, device="cuda").bfloat16()
@@ -231,7 +232,7 @@ def check_job(job: str) -> dict:
 
 
 def check(out: Path, workers: int) -> list[dict]:
-    jobs = [("blocks", s, a, "", False) for s, a in (CHECKS[0], CHECKS[2], *TIMED[:4])]
+    jobs = [("blocks", s, a, "", False) for s, a in (CHECKS[0], *TIMED)]
     jobs += [("linear", s, a, "bfloat16", False) for s, a in CHECKS]
     jobs += [("linear", s, a, "float16", False) for s, a in (CHECKS[0], CHECKS[10])]
     jobs += [("linear", s, a, "bfloat16", True) for s, a in (CHECKS[4], CHECKS[8])]
@@ -266,15 +267,15 @@ def candidates(p: object, m: int, tune: bool) -> list[MixedRing | MixedWide]:
     if tune and m <= 16:
         more = [MixedRing(16, w, st, s) for w, st in ((4, 4), (4, 6), (8, 4)) for s in (1, 2)]
     elif tune and m <= 64:
-        more = [MixedRing(64, w, 4, s) for w in (4, 8) for s in (1, 2, 4)]
+        more = [MixedRing(32 if m <= 32 else 64, 4, st, s) for st in (3, 4) for s in (1, 2, 4)]
     elif tune and m <= 128:
         more = [MixedRing(64, 4, 4, 1), MixedRing(64, 4, 4, 2), MixedRing(128, 4, 4, 1)]
-        more += [MixedRing(128, 4, 3, 2), MixedWide(128, 1, 6, 8)]
+        more += [MixedRing(128, 4, 3, 2), MixedWide(128, 1, 4, 8)]
     elif tune and m <= 256:
-        more = [MixedRing(64, 4, 4, 1), MixedRing(128, 4, 4, 1), MixedWide(128, 1, 6, 8)]
-        more += [MixedWide(128, 2, 5, 8)]
+        more = [MixedRing(64, 4, 4, 1), MixedRing(128, 4, 4, 1), MixedRing(128, 4, 4, 2)]
+        more += [MixedRing(64, 4, 4, 2), MixedWide(128, 2, 4, 8)]
     elif tune:
-        more = [MixedWide(128, 2, 5, 8), MixedWide(128, 2, 5, 16), MixedWide(128, 1, 6, 8)]
+        more = [MixedWide(128, 2, 5, 8), MixedWide(128, 2, 4, 4)]
         more += [MixedRing(128, 4, 4, 1)] if m <= 1024 else []
     return [first, *(c for c in more if c != first)]
 
@@ -315,8 +316,9 @@ def speed() -> list[dict]:
     out = speed_of(*CHECKS[0], 4096, 28672, ROWS, True)
     out += speed_of(*CHECKS[0], 4096, 4096, ROWS, True)
     for name, kind in TIMED:
-        out += speed_of(name, kind, 4096, 28672, (1, 64, 256, 1024), False)
-    return out + speed_of(*CHECKS[0], 14336, 4096, (1, 64, 256, 1024), False)
+        out += speed_of(name, kind, 4096, 28672, (1, 64, 256, 1024, 4096), False)
+        out += speed_of(name, kind, 4096, 4096, (1, 64, 256, 1024), False)
+    return out + speed_of(*CHECKS[0], 14336, 4096, (1, 16, 64, 128, 256, 1024), True)
 
 
 def experts_layer(e: int, k: int, n: int) -> tuple:

@@ -197,12 +197,14 @@ class MixedRing:
 
 @dataclass(frozen=True, slots=True)
 class MixedWide:
-    """Block sizes of mixed_ws: tokens of a half, halves, stages, blocks that share x in cache."""
+    """Block sizes of mixed_ws: tokens of a half, halves, stages, blocks that share x in cache,
+    whether a second half may have no tokens."""
 
     bt: int
     halves: int
     stages: int
     together: int
+    partial: bool = False
 
     @property
     def bm(self) -> int:
@@ -218,51 +220,59 @@ def _split(blocks: int, groups: int, want: int) -> int:
 
 def _few(p: MixedPlan, rows: int) -> MixedRing:
     """Block sizes of the ring for ``rows`` tokens, of each expert where there are experts."""
-    bm = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
     groups, outputs = p.recipe.groups, p.recipe.rows // 64
-    if rows <= 256 and bm == 128 and outputs < SMS and -(-rows // 128) == 1:
-        bm = 64  # more blocks
-    blocks = -(-rows // bm) * outputs
+    bm = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
     if p.recipe.experts:
         return MixedRing(min(bm, 64), 4, 4, 1)
+    if bm == 128 and (128 < rows <= 192 or (rows <= 128 and outputs < SMS)):
+        bm = 64  # fewer tokens that are none, or more blocks
+    blocks = -(-rows // bm) * outputs
     if bm == 64 and groups < 64 and rows <= 64:
         return MixedRing(bm, 4, 4, 2 if blocks * 2 <= 2 * SMS else 1)
-    return MixedRing(bm, 4, 4, _split(blocks, groups, (3 if bm < 64 else 2) * SMS))
+    return MixedRing(bm, 4, 4, _split(blocks, groups, (3 if bm <= 64 else 2) * SMS))
 
 
 def config(p: MixedPlan, rows: int) -> MixedRing | MixedWide:
     """Block sizes for ``rows`` tokens; measured on an H100, see docs/kernels/triton.md."""
-    if p.recipe.experts:
-        rows = -(-rows // p.recipe.experts)
+    experts = p.recipe.experts
+    if experts:
+        rows = -(-rows // experts)
         wide = rows > 128
     else:
-        wide = rows > 256 or (rows > 128 and p.recipe.rows >= 8192)
+        wide = rows > (192 if p.recipe.rows >= 8192 else 512)
     if not wide:
         return _few(p, rows)
     halves = 2 if p.sub == 1 else 1
-    return MixedWide(128, halves, 4 if p.bytes or halves == 1 else 5, 8)
+    partial = halves == 2 and (experts > 0 or 0 < rows % 256 <= 128)
+    return MixedWide(128, halves, 4 if p.bytes or halves == 1 else 5, 8, partial)
 
 
 # Microseconds, fitted to an H100 (benchmarks/gpu_mixed.py).
 _START, _START_EXPERTS = 6.0, 28.0  # of quantizing and starting; of sorting too
 _BYTES_PER_US = 2.9e6
-_GROUP = {"int4": 1.16, "fp4": 1.16, "fp8": 0.95, "int8": 0.82}  # of 128 x 256 outputs, 128 columns
-_WHOLE = 0.80  # the same where sums run over all columns
-_PIECES = {1: 1.0, 2: 1.4, 4: 2.0}  # sums of shorter pieces
+_GROUP = {"int4": 1.14, "fp4": 1.14, "fp8": 1.03, "int8": 0.87}  # of 128 x 256 outputs, 128 columns
+_WHOLE = 0.84  # the same where sums run over all columns
+_SHORT_WIDE = {1: 1.0, 2: 1.0, 4: 1.3}  # by pieces that have scales of their own
+_SHORT_RING = {1: 1.0, 2: 1.15, 4: 1.85}
 _RING = {16: 0.06, 32: 0.11, 64: 0.205, 128: 0.40}  # of 64 outputs by so many tokens, on its share
 
 
 def _work(p: MixedPlan, rows: int, stacks: int) -> float:
     """Multiplying ``rows`` tokens by each of ``stacks`` matrices."""
-    c, groups = config(p, rows * max(p.recipe.experts, 1)), p.recipe.groups
-    blocks = max(rows / c.bm + 0.5, 1.0) if stacks > 1 else -(-rows // c.bm)
+    r = p.recipe
+    c = config(p, rows * max(r.experts, 1))
+    blocks: float = -(-rows // c.bm)
+    if r.experts:  # tokens of an expert are more or fewer
+        blocks = max(rows / c.bm + 0.4, 1.0)
+    elif isinstance(c, MixedWide) and c.partial:
+        blocks -= 0.4
     if isinstance(c, MixedWide):
-        waves = -(-int(stacks * blocks * -(-p.recipe.rows // 128)) // SMS)
+        waves = -(-int(stacks * blocks * -(-r.rows // 128)) // SMS)
         each = _WHOLE if p.whole else _GROUP[p.kind]
-        return waves * groups * each * _PIECES[p.sub] * (c.halves / 2) ** 0.8
-    return stacks * blocks * p.recipe.rows / 64 / SMS * groups * _RING[c.bm] * _PIECES[p.sub] + (
-        3.0 if c.split > 1 else 0.0
-    )
+        return waves * r.groups * each * _SHORT_WIDE[p.sub] * (c.halves / 2) ** 0.8
+    share = stacks * blocks * (r.rows / 64) / SMS
+    parts = 0.0 if c.split == 1 else 3.0 + c.split * rows * r.n * 8 / _BYTES_PER_US
+    return share * r.groups * _RING[c.bm] * _SHORT_RING[p.sub] + parts
 
 
 def costs(p: MixedPlan, buckets: tuple[int, ...]) -> tuple[tuple[int, float], ...]:

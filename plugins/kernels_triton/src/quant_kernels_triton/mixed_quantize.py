@@ -16,20 +16,24 @@ __all__ = ["quantize_exchanged"]
 
 
 @triton.jit(do_not_specialize=["peak", "least", "most"])
-def quantize_exchanged(X, SCALE, GATHER, Q, S, K, KIN, peak, least, most, FP8: tl.constexpr,
-                       BOUNDED: tl.constexpr, STATIC: tl.constexpr, HAS_GATHER: tl.constexpr,
-                       PDL: tl.constexpr, BYTES: tl.constexpr, BK: tl.constexpr,
-                       BI: tl.constexpr):  # fmt: skip
+def quantize_exchanged(X, ROWS, SCALE, GATHER, Q, S, K, KIN, peak, least, most, FP8: tl.constexpr,
+                       BOUNDED: tl.constexpr, STATIC: tl.constexpr, HAS_ROWS: tl.constexpr,
+                       HAS_GATHER: tl.constexpr, PDL: tl.constexpr, BYTES: tl.constexpr,
+                       BK: tl.constexpr, BI: tl.constexpr):  # fmt: skip
     """X [T, KIN] to codes Q [T, K] and scales S [T], a program per token; K a multiple of 16.
 
-    STATIC: under the stored scale SCALE [1]. HAS_GATHER: stored column k is column GATHER[k] of X,
-    or zero where that is negative. NaN or infinity in a token make its scale NaN.
+    HAS_ROWS: token t is row ROWS[t] of X. STATIC: under the stored scale SCALE [1]. HAS_GATHER:
+    stored column k is column GATHER[k] of X, or zero where that is negative. NaN or infinity in a
+    token make its scale NaN.
     """
     if PDL:  # the product may fetch weights meanwhile; it waits for this kernel before it reads Q
         tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0)
     i = tl.arange(0, BI)
-    row = X + t.to(tl.int64) * KIN
+    at = t
+    if HAS_ROWS:
+        at = tl.load(ROWS + t)
+    row = X + at.to(tl.int64) * KIN
     x = tl.load(row + i, mask=i < KIN, other=0.0).to(tl.float32)
     odd = tl.max((~(tl.abs(x) <= 3.4028234663852886e38)).to(tl.int32), 0) != 0
     if STATIC:

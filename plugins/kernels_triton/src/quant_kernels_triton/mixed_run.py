@@ -36,11 +36,12 @@ def _power(size: int) -> int:
 
 
 def exchanged_codes(
-    p: MixedPlan, x: Tensor, tensors: Sequence[Tensor], early: bool
+    p: MixedPlan, x: Tensor, tensors: Sequence[Tensor], rows: Tensor | None, early: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 (bits of e4m3) or int8 [T, K] in the kernels' order, float32 scales [T].
 
     Args:
+        rows: the row of x that each token is; None: all in order.
         early: the next kernel on the stream waits for this one by itself.
     """
     r, t = p.recipe, x.shape[0]
@@ -53,13 +54,31 @@ def exchanged_codes(
 
     def build() -> Build:
         fixed = {"FP8": fp8, "BOUNDED": bounded, "STATIC": p.static, "HAS_GATHER": r.gather}
-        fixed |= {"PDL": early, "BYTES": p.bytes, "BK": bk, "BI": bi if r.gather else bk}
+        fixed |= {
+            "HAS_ROWS": rows is not None,
+            "PDL": early,
+            "BYTES": p.bytes,
+            "BK": bk,
+            "BI": bi if r.gather else bk,
+        }
         return Build(
             constants=fixed, options={"num_warps": 4 if bk <= 4096 else 8 if bk <= 8192 else 16}
         )
 
-    key = ("exchanged", p, x.dtype, early)
-    args = (x, scale, gather, q, s, r.k, r.k_in, p.peak, p.least, p.most)
+    key = ("exchanged", p, x.dtype, rows is None, early)
+    args = (
+        x,
+        s if rows is None else rows,
+        scale,
+        gather,
+        q,
+        s,
+        r.k,
+        r.k_in,
+        p.peak,
+        p.least,
+        p.most,
+    )
     launch(quantize_exchanged, key, (t, 1), args, x.device.index, build)
     return q, s
 
@@ -131,6 +150,7 @@ def _multiply(
 
         def build() -> Build:
             sizes = {"BT": c.bt, "NH": c.halves, "ST": c.stages, "GN": c.together}
+            sizes["PARTIAL"] = c.partial
             constants = held.constants | sizes | {"WST": _WEIGHT_STAGES}
             options = {"num_warps": 4, "launch_pdl": True}
             return Build(constants=constants, options=options, views=held.views)
@@ -169,13 +189,14 @@ def run_mixed(
     """y [M, N] of x [M, K], with the block sizes of ``config`` or ``c``.
 
     Args:
-        experts: blocks of ``c.bm`` rows of x, which is sorted by expert.
+        experts: order of the rows of x, and blocks of ``c.bm`` rows in that order.
     """
     own = getattr(torch, p.recipe.act_dtype)
     dtype, y = x.dtype, torch.empty(x.shape[0], p.recipe.n, dtype=own, device=x.device)
     if x.shape[0]:
         held = _layer(p)
-        q, s = exchanged_codes(p, aligned(x), tensors, True)
+        rows = None if experts is None else experts[0]
+        q, s = exchanged_codes(p, aligned(x), tensors, rows, True)
         _multiply(held, q, s, tensors, y, c or held.config(x.shape[0]), experts)
     return y.to(dtype)
 
@@ -192,11 +213,8 @@ def run_mixed_grouped(
     if not t:
         return x.new_zeros(0, p.recipe.n)
     c = c or _layer(p).config(t)
-    if t <= max(2, count // 4):  # sorting costs more than reading an expert twice
-        blocks = each_alone(index, count)
-    else:
-        blocks = sorted_blocks(index, count, c.bm)
-        x = x.index_select(0, blocks[0])
+    few = t <= max(2, count // 4)  # sorting costs more than reading an expert twice
+    blocks = each_alone(index, count) if few else sorted_blocks(index, count, c.bm)
     y = run_mixed(p, x, tensors, c, blocks)
     clear_rows(index, y, count)
     return y

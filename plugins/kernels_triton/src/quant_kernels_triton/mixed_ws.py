@@ -7,6 +7,7 @@ apart and added to the total in float32 under the group's scale: the tensor core
 hold few bits, and int4 codes under their scale would not be 8-bit numbers. A consumer owns 64
 output features of NH * BT tokens in NH halves, which take turns with one buffer of sums; the other
 consumer multiplies meanwhile. It fetches its own codes into shared memory, WST groups ahead.
+PARTIAL: blocks whose second half has no tokens compute the first alone.
 """
 
 from __future__ import annotations
@@ -37,17 +38,28 @@ __all__ = ["mixed_specialized"]
 
 
 @gluon.jit
-def _producer(xd, xs, full, empty, m0, groups, BT: gl.constexpr, NH: gl.constexpr,
-              ST: gl.constexpr):  # fmt: skip
+def _fetch(xd, xs, full, m0, k, st, BT: gl.constexpr, NH: gl.constexpr, USED: gl.constexpr):
+    mbarrier.expect(full.index(st), xd.block_type.nbytes * USED)
+    for h in gl.static_range(USED):
+        tma.async_copy_global_to_shared(
+            xd, [m0 + h * BT, k * 128], full.index(st), xs.index(st * NH + h)
+        )
+
+
+@gluon.jit
+def _producer(xd, xs, full, empty, m0, m1, groups, BT: gl.constexpr, NH: gl.constexpr,
+              PARTIAL: gl.constexpr, ST: gl.constexpr):  # fmt: skip
     st = 0
     ph = 1
     for k in range(groups):
         mbarrier.wait(empty.index(st), ph)
-        mbarrier.expect(full.index(st), xd.block_type.nbytes * NH)
-        for h in gl.static_range(NH):
-            tma.async_copy_global_to_shared(
-                xd, [m0 + h * BT, k * 128], full.index(st), xs.index(st * NH + h)
-            )
+        if NH == 2 and PARTIAL:
+            if m0 + BT < m1:
+                _fetch(xd, xs, full, m0, k, st, BT, NH, 2)
+            else:
+                _fetch(xd, xs, full, m0, k, st, BT, NH, 1)
+        else:
+            _fetch(xd, xs, full, m0, k, st, BT, NH, NH)
         st += 1
         if st == ST:
             st = 0
@@ -93,12 +105,13 @@ def _store(acc, h, Y, ORDER, SX, ROW0, ROW1, BIAS, M, N, n0, m0, mma: gl.constex
 
 
 @gluon.jit
-def _consumer(xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, M, N, NP, G, groups,
-              pn, m0, ROW: gl.constexpr, BT: gl.constexpr, NH: gl.constexpr, ST: gl.constexpr,
-              WST: gl.constexpr, NC: gl.constexpr, SUB: gl.constexpr, BYTES: gl.constexpr,
-              INT: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr, R0: gl.constexpr,
-              R1: gl.constexpr, HAS_BIAS: gl.constexpr, ASM: gl.constexpr, POWER: gl.constexpr,
-              GROUPED: gl.constexpr):  # fmt: skip
+def _halves(xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, M, N, NP, G, groups,
+            pn, m0, USED: gl.constexpr, ROW: gl.constexpr, BT: gl.constexpr, NH: gl.constexpr,
+            ST: gl.constexpr, WST: gl.constexpr, NC: gl.constexpr, SUB: gl.constexpr,
+            BYTES: gl.constexpr, INT: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr,
+            R0: gl.constexpr, R1: gl.constexpr, HAS_BIAS: gl.constexpr, ASM: gl.constexpr,
+            POWER: gl.constexpr, GROUPED: gl.constexpr):  # fmt: skip
+    """64 output features of the first USED of NH halves."""
     WG: gl.constexpr = 2048 if BYTES else 1024  # bytes of a group of a tile
     SUM: gl.constexpr = gl.int32 if INT else gl.float32
     KEEP: gl.constexpr = gl.int32 if (INT and C0 == 7) else gl.float32
@@ -144,7 +157,7 @@ def _consumer(xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, M,
         if SUB == 1:
             x0 = xs.index(st * NH).permute((1, 0))
             acc0, d = _multiply(a, x0, acc0, d, raw[0], raw[1], C0, C1, INT)
-            if NH == 2:
+            if USED == 2:
                 x1 = xs.index(st * NH + 1).permute((1, 0))
                 acc1, d = _multiply(a, x1, acc1, d, raw[0], raw[1], C0, C1, INT)
         else:  # a piece is multiplied while the sums of the one before are scaled
@@ -175,18 +188,41 @@ def _consumer(xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, M,
     async_copy.wait_group(0)
     _store(acc0, 0, Y, ORDER, SX, ROW0, ROW1, BIAS, M, N, n0, m0, mma, BT, R0, R1, HAS_BIAS, POWER,
            GROUPED)  # fmt: skip
-    if NH == 2:
+    if USED == 2:
         _store(acc1, 1, Y, ORDER, SX, ROW0, ROW1, BIAS, M, N, n0, m0, mma, BT, R0, R1, HAS_BIAS,
                POWER, GROUPED)  # fmt: skip
+
+
+@gluon.jit
+def _consumer(xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, M, N, NP, G, groups,
+              pn, m0, ROW: gl.constexpr, BT: gl.constexpr, NH: gl.constexpr, ST: gl.constexpr,
+              WST: gl.constexpr, NC: gl.constexpr, SUB: gl.constexpr, BYTES: gl.constexpr,
+              INT: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr, R0: gl.constexpr,
+              R1: gl.constexpr, HAS_BIAS: gl.constexpr, ASM: gl.constexpr, POWER: gl.constexpr,
+              GROUPED: gl.constexpr, PARTIAL: gl.constexpr):  # fmt: skip
+    if NH == 2 and PARTIAL:
+        if m0 + BT < M:
+            _halves(xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, M, N, NP, G,
+                    groups, pn, m0, 2, ROW, BT, NH, ST, WST, NC, SUB, BYTES, INT, C0, C1, R0, R1,
+                    HAS_BIAS, ASM, POWER, GROUPED)  # fmt: skip
+        else:  # the second half is left out where it has no tokens
+            _halves(xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, M, N, NP, G,
+                    groups, pn, m0, 1, ROW, BT, NH, ST, WST, NC, SUB, BYTES, INT, C0, C1, R0, R1,
+                    HAS_BIAS, ASM, POWER, GROUPED)  # fmt: skip
+    else:
+        _halves(xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, M, N, NP, G,
+                groups, pn, m0, NH, ROW, BT, NH, ST, WST, NC, SUB, BYTES, INT, C0, C1, R0, R1,
+                HAS_BIAS, ASM, POWER, GROUPED)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
 def mixed_specialized(xd, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, EXPERT, BOUNDS, M, N, NP, G,
                       BT: gl.constexpr, NH: gl.constexpr, ST: gl.constexpr, WST: gl.constexpr,
-                      GN: gl.constexpr, GROUPED: gl.constexpr, PDL: gl.constexpr, SUB: gl.constexpr,
-                      BYTES: gl.constexpr, INT: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr,
-                      R0: gl.constexpr, R1: gl.constexpr, HAS_BIAS: gl.constexpr,
-                      ASM: gl.constexpr, POWER: gl.constexpr):  # fmt: skip
+                      GN: gl.constexpr, GROUPED: gl.constexpr, PARTIAL: gl.constexpr,
+                      PDL: gl.constexpr, SUB: gl.constexpr, BYTES: gl.constexpr,
+                      INT: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr, R0: gl.constexpr,
+                      R1: gl.constexpr, HAS_BIAS: gl.constexpr, ASM: gl.constexpr,
+                      POWER: gl.constexpr):  # fmt: skip
     ELEMENT: gl.constexpr = gl.int8 if INT else gl.float8e4nv
     NC: gl.constexpr = 2
     WG: gl.constexpr = 2048 if BYTES else 1024
@@ -232,11 +268,11 @@ def mixed_specialized(xd, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, EXPERT, BOU
         [
             (_consumer, (xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, m1, N, NP,
                          G, groups, pn, m0, 0, BT, NH, ST, WST, NC, SUB, BYTES, INT, C0,
-                         C1, R0, R1, HAS_BIAS, ASM, POWER, GROUPED)),
+                         C1, R0, R1, HAS_BIAS, ASM, POWER, GROUPED, PARTIAL)),
             (_consumer, (xs, ws, full, empty, W, S0, S1, ROW0, ROW1, BIAS, SX, Y, ORDER, m1, N, NP,
                          G, groups, pn, m0, 1, BT, NH, ST, WST, NC, SUB, BYTES, INT, C0,
-                         C1, R0, R1, HAS_BIAS, ASM, POWER, GROUPED)),
-            (_producer, (xd, xs, full, empty, m0, groups, BT, NH, ST)),
+                         C1, R0, R1, HAS_BIAS, ASM, POWER, GROUPED, PARTIAL)),
+            (_producer, (xd, xs, full, empty, m0, m1, groups, BT, NH, PARTIAL, ST)),
         ],
         [4, 1],
         [240, 24],

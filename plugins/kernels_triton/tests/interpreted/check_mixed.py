@@ -22,7 +22,7 @@ STORED = {  # columns of 16 in the order of their storage, for weights of 4 and 
 
 def codes(
     x: Tensor, kind: str, stored: float | None = None, wide: bool = False,
-    gather: Tensor | None = None,
+    gather: Tensor | None = None, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes as float32 in natural order, and scales."""
     t, k_in = x.shape
@@ -31,10 +31,10 @@ def codes(
     s = torch.full((t,), -1.0)
     scale = s if stored is None else torch.tensor([stored])
     quantize_exchanged[(t,)](
-        x, scale, s if gather is None else gather, q, s, k, k_in, PEAK[kind], 0.0, 0.0,
-        FP8=kind == "fp8", BOUNDED=False, STATIC=stored is not None, HAS_GATHER=gather is not None,
-        PDL=False, BYTES=wide, BK=max(128, 1 << (k - 1).bit_length()),
-        BI=max(128, 1 << (k_in - 1).bit_length()),
+        x, s if rows is None else rows, scale, s if gather is None else gather, q, s, k, k_in,
+        PEAK[kind], 0.0, 0.0, FP8=kind == "fp8", BOUNDED=False, STATIC=stored is not None,
+        HAS_ROWS=rows is not None, HAS_GATHER=gather is not None, PDL=False, BYTES=wide,
+        BK=max(128, 1 << (k - 1).bit_length()), BI=max(128, 1 << (k_in - 1).bit_length()),
     )  # fmt: skip
     real = (q.view(torch.float8_e4m3fn) if kind == "fp8" else q).float()
     return real.view(t, -1, 16)[:, :, torch.tensor(STORED[wide]).argsort()].reshape(t, k), s
@@ -70,14 +70,20 @@ def test_gathered_columns_keep_the_scale_of_the_whole_token():
     assert torch.equal(got * s[:, None], want)
 
 
+def test_rows_are_taken_in_their_order():
+    x, rows = torch.randn(4, 64), torch.tensor([2, 0, 3, 1], dtype=torch.int32)
+    for got, want in zip(codes(x, "int8", rows=rows), codes(x[rows], "int8"), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_columns_are_exchanged(wide):
     x = torch.arange(1.0, 17.0).repeat(1, 2)
     q = torch.zeros(1, 32, dtype=torch.int8)
     s = torch.zeros(1)
     quantize_exchanged[(1,)](
-        x, torch.ones(1), s, q, s, 32, 32, 127.0, 0.0, 0.0, FP8=False, BOUNDED=False, STATIC=True,
-        HAS_GATHER=False, PDL=False, BYTES=wide, BK=128, BI=128,
+        x, s, torch.ones(1), s, q, s, 32, 32, 127.0, 0.0, 0.0, FP8=False, BOUNDED=False,
+        STATIC=True, HAS_ROWS=False, HAS_GATHER=False, PDL=False, BYTES=wide, BK=128, BI=128,
     )  # fmt: skip
     assert q[0, :16].tolist() == [1 + i for i in STORED[wide]]
 
