@@ -18,7 +18,7 @@ from quant_kernels_triton.asm import constraints, dequant
 from quant_kernels_triton.gluon_plan import Ring, Specialized, config, grouped_config, plan
 from quant_kernels_triton.gluon_ring import ring
 from quant_kernels_triton.gluon_ws import specialized
-from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
+from quant_kernels_triton.launch import Build, Start, aligned, is_compiled, launch, started
 from quant_kernels_triton.recipe import ELEMENTS, GROUP, Recipe
 from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
 
@@ -127,6 +127,54 @@ def _counter(device: int) -> Tensor | None:
 _Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
 
 
+class _Ready:
+    """The launch of ``ring`` for one number of rows, compiled: addresses and workspace are left."""
+
+    __slots__ = ("buffers", "grid", "n", "shape", "sizes", "split", "start")
+
+    def __init__(
+        self, held: _Layer, start: Start, grid: tuple[int, int], x: Tensor,
+        sizes: tuple[int, ...], split: int,
+    ) -> None:  # fmt: skip
+        self.start, self.grid, self.sizes, self.split = start, grid, sizes, split
+        self.shape, self.buffers, self.n = list(x.shape), held.buffers, held.recipe.n
+
+    def __call__(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+        """y of x, which is aligned; None where the workspace cannot be had now."""
+        m, k = self.shape
+        device = x.device.index
+        y = x.new_empty(m, self.n)
+        to = part = count = y.data_ptr()
+        if self.split > 1:
+            counter = _counter(device)
+            if counter is None:
+                return None
+            sums = torch.empty(self.split, m, self.n, dtype=torch.float32, device=x.device)
+            part, count = sums.data_ptr(), counter.data_ptr()
+        pointers = [tensors[i].data_ptr() for i in self.buffers]
+        desc = _Desc(x, self.shape, [k, 1])
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        args = (desc, *pointers, to, part, count, to, to, to, *self.sizes)
+        self.start(self.grid, stream, args)
+        return y
+
+
+_ready: dict[tuple[Any, ...], _Ready] = {}
+"""(recipe, rows, dtype, device) -> launch; for layers with their own block sizes."""
+
+
+def _keep(
+    held: _Layer, c: Ring, key: Any, grid: tuple[int, int], x: Tensor, sizes: tuple[int, ...],
+    split: int,
+) -> None:  # fmt: skip
+    """Remember a launch that ``run_gluon`` would make again."""
+    start, rows = started(key, x.device.index), sizes[0]
+    usual = c is held.configs.get(rows) and split == c.split and not held.recipe.gather
+    if start is not None and usual:
+        ready = _Ready(held, start, grid, x, sizes, split)
+        _ready[held.recipe, rows, x.dtype, x.device] = ready
+
+
 def _run_ring(
     held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Ring,
     experts: _Schedule | None,
@@ -153,7 +201,10 @@ def _run_ring(
     desc = _descriptor(x, c.bm, 128, is_compiled(key, device))
     sizes = (m, *held.sizes)
     args = (desc, *held.arguments(tensors), y, part, count, *(experts or (y, y, y)), *sizes)
-    launch(ring, key, (blocks * split, 1), args, device, build)
+    grid = (blocks * split, 1)
+    launch(ring, key, grid, args, device, build)
+    if not grouped:
+        _keep(held, c, key, grid, x, sizes, split)
 
 
 def _run_specialized(
@@ -236,6 +287,9 @@ def run_gluon(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     An input of another type than the layer's is taken in the layer's and the result given back in
     its own: the kernels know 16-bit floats only.
     """
+    ready = _ready.get((r, x.shape[0], x.dtype, x.device))
+    if ready is not None and (y := ready(aligned(x), tensors)) is not None:
+        return y
     own = getattr(torch, r.act_dtype)
     if x.dtype != own:
         return run_gluon(r, x.to(own), tensors).to(x.dtype)
