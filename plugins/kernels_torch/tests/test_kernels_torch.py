@@ -390,6 +390,18 @@ def test_accepted_on_a_hopper_with_costs_for_any_number_of_rows():
         assert costs == sorted(costs)
 
 
+def test_experts_cost_as_many_matrices_as_the_rows_can_reach():
+    def cost(experts: int, rows: int) -> float:
+        sizes = (("n", 4096), ("k", 4096), ("experts", experts))
+        stack = replace(_fp8_op(device=CUDA), op="grouped_linear", sizes=sizes)
+        answer = GroupedFp8().accepts(stack)
+        assert isinstance(answer, Accepted), answer
+        return answer.cost_at(rows)
+
+    assert cost(64, 64) > 4 * cost(1, 64)
+    assert cost(64, 1) == cost(1, 1)
+
+
 def test_every_kernel_restores_what_it_was_given():
     for kernel, spec, acts in (
         (HereFp8(), WEIGHTS["row"], token(FP8)),

@@ -12,6 +12,7 @@ All but the first keep the reference kernel's own row-major buffers (layout "row
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -224,6 +225,20 @@ class GroupedFp8(_Products):
         if acts.scales[0].grain != (1, 0):
             return Rejected(axis="input", have=acts.label, need="a run-time scale per token")
         return None
+
+    def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        if bad := self._problem(op):
+            return bad
+        n, k, experts = op.size("n"), op.size("k"), op.size("experts")
+        # rows are picked, rounded and put back by torch's own ops, in passes over x and y
+        moved, costs = 16.0 * k + 10.0 * n, []
+        for m, _ in at_rows(0.0, 0.0, fixed_us=0.0, gbs=1.0, tflops=1.0):
+            rows = min(m, 8192)
+            read = min(rows, experts) * n * k / 2.65e6
+            us = 60.0 + max(read, rows * 2.0 * n * k / 960e6) + rows * moved / 2.2e6
+            costs.append((m, math.ceil(us * 10) / 10))
+        note = "activations quantized by separate torch ops"
+        return Accepted(cost=costs[0][1], costs=tuple(costs), note=note)
 
     def _runner(self) -> Callable[..., Tensor]:
         from quant_kernels_torch.products import run_fp8_grouped
