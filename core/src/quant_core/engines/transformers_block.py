@@ -17,7 +17,7 @@ Source: transformers 5.23.0 models/llama/modeling_llama.py (LlamaDecoderLayer, L
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,7 +213,7 @@ def _attach_block(name: str, module: nn.Module, parts: Parts) -> None:
 def _parts(
     module: nn.Module, found: _Found, norms: tuple[str, str], linears: tuple[Any, ...],
     gated: MlpPart, ask: Callable[..., Any], parts: Parts,
-) -> list[LayerPart]:  # fmt: skip
+) -> Iterator[LayerPart]:  # fmt: skip
     """How the layer might be put together; one for each number of features that are turned."""
     attention: Any = module._modules[found.attention]
     mlp: Any = module._modules[found.mlp]
@@ -222,11 +222,10 @@ def _parts(
     heads, kv_heads = (c.out_features // dim for c in linears[:2])
     sizes = heads * dim, kv_heads * dim, kv_heads * dim
     if tuple(c.out_features for c in linears[:3]) != sizes or not kv_heads or heads % kv_heads:
-        return []
+        return
     below = [(module, n) for n in (*norms, found.attention, found.mlp)]
     below += [(attention, n) for n in found.linears]
     below += [(mlp, n) for n in (*gated.names, gated.act)]
-    out = []
     for rotated in (dim, dim // 2, dim // 4):
         if parts.chosen(rotary_op(dim, rotated, *parts.key)) is None:
             continue
@@ -243,20 +242,17 @@ def _parts(
         run = ask(block)
         if run is not None:
             kernel = f"decoder layer in {linears[0].kernel.name}"
-            out.append(
-                LayerPart(
-                    run,
-                    rotated,
-                    linears,
-                    (ends[0], ends[1]),
-                    (first.eps, second.eps),
-                    attention,
-                    Guard(below),
-                    Buffers(),
-                    kernel,
-                )
+            yield LayerPart(
+                run,
+                rotated,
+                linears,
+                (ends[0], ends[1]),
+                (first.eps, second.eps),
+                attention,
+                Guard(below),
+                Buffers(),
+                kernel,
             )
-    return out
 
 
 # -------------------------------------------------------------------------------------- the probe

@@ -13,6 +13,8 @@ time than the device takes for it.
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from quant_core.spec import OpSpec
 
 if TYPE_CHECKING:
     from quant_core.kernels.family import Family
+    from quant_core.registry import Registry
 
 __all__ = ["BlockRun", "GatedRun", "compose_block", "compose_gated"]
 
@@ -36,7 +39,7 @@ class _Beside:
 
     def __init__(self, family: Family, ops: Sequence[OpSpec]) -> None:
         self.joined: JoinedRun | None = family.bind_shared(ops)
-        self.runs = [family.bind(op) for op in ops]
+        self.runs = [family.bind(op) for op in ops] if self.joined is None else self.joined.alone
         self.rows = [op.size("n") for op in ops]
 
     def _joint(self, buffers: Buffers, x: Tensor) -> Tensor | None:
@@ -100,22 +103,31 @@ class BlockRun:
         return None if y is None else total + self.down(buffers[6], y)
 
 
-def _bound(ops: Sequence[OpSpec]) -> list[Callable[..., Any]] | None:
+def _bound(*ops: OpSpec) -> list[Callable[..., Any]] | None:
     """Who runs each of ``ops``; None if nobody runs one of them."""
-    from quant_core.kernels.choose import choose
     from quant_core.registry import registry
 
+    found = [_run(op, registry(), os.environ.get("QUANT_KERNELS")) for op in ops]
+    runs = [run for run in found if run is not None]
+    return runs if len(runs) == len(found) else None
+
+
+@functools.lru_cache(maxsize=256)
+def _run(op: OpSpec, registry: Registry, kernels: str | None) -> Callable[..., Any] | None:
+    """The same for all layers of a model."""
+    from quant_core.kernels.choose import choose
+
     try:
-        choices = [choose(op, registry()) for op in ops]
+        choice = choose(op, registry, kernels=kernels)
     except KernelError:
         return None
-    return [c.kernel.bind(c.op) for c in choices]
+    return choice.kernel.bind(choice.op)
 
 
 def compose_gated(family: Family, ops: Sequence[OpSpec], activation: str) -> GatedRun | None:
     """gate, up and down of kernels in ``family``; None where nothing multiplies between them."""
     op = ops[0]
-    found = _bound([gated_op(op.size("n"), activation, op.act_dtype, op.device)])
+    found = _bound(gated_op(op.size("n"), activation, op.act_dtype, op.device))
     return None if found is None else GatedRun(family, ops, found[0])
 
 
@@ -124,5 +136,5 @@ def compose_block(family: Family, block: Block) -> BlockRun | None:
     op = block.gated
     sizes = block.heads, block.kv_heads, block.head_dim, block.rotated
     update = update_op(*sizes, op.act_dtype, op.device)
-    found = _bound([*block.norms, update, block.gated])
+    found = _bound(*block.norms, update, block.gated)
     return None if found is None else BlockRun(family, block, found)
