@@ -32,7 +32,7 @@ __all__ = ["Bench", "compile_cell", "measure_cell"]
 HOST_ROWS = (1, 64)  # where the host's part of an eager call is timed,
 HOST_MOST_US = 300.0  # of those that do not wait for the GPU
 NOT_HERE = ("torch_ref", "humming")  # the oracle; and a peer that gpu_peers makes
-BETWEEN = {"int4": (96, 192, 512)}  # rows between the blocks of kernels, measured of this too
+MORE_ROWS = {"int4": (2, 8, 32, 96, 128, 192, 512)}  # measured too where ``Bench.more`` says so
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -45,9 +45,10 @@ class Bench:
     deadline: float = math.inf  # of time.monotonic()
     only: frozenset[str] = frozenset()
     rounds: int = 7
+    more: bool = False
 
     def rows_of(self, scheme: str, experts: int) -> list[int]:
-        more = BETWEEN.get(scheme, ()) if len(self.rows) > 8 and not experts else ()
+        more = MORE_ROWS.get(scheme, ()) if self.more and not experts else ()
         return sorted({*self.rows, *more})
 
     def left(self) -> float:
@@ -109,7 +110,7 @@ def _hopeless(times: dict[str, float], m: int, before: dict[str, tuple[int, floa
     for name, us in times.items():
         rows, last = before.get(name, (m, us))
         grows = us / last > 0.5 * m / rows
-        if us > 50 * best or (m >= 64 and (us > 25 * best or (us > 3 * best and grows))):
+        if us > 10 * best or (m >= 64 and us > 3 * best and grows):
             out.add(name)
     return out
 
