@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cuda_cases import SPECS, make_layer, make_op
+from quant_kernels_cuda import ops
 from quant_kernels_cuda.schedule import WARPS, candidates, schedule
 from quant_kernels_cuda.variant import Variant, describe
 
@@ -126,6 +127,20 @@ def test_reordered_columns_and_experts_stay_with_the_general_kernel():
     assert {s.kernel for _, s in candidates(v, 16, *H100)} == {"decode", "resident"}
     for other in (replace(v, gather=True), replace(v, op="grouped_linear", experts=8)):
         assert {s.kernel for _, s in candidates(other, 1, *H100)} == {"decode"}
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (28672, 4096), (4096, 4096), (200, 1056)])
+def test_buckets_run_all_code_that_any_number_of_rows_runs(n, k, monkeypatch):
+    v = variant("int4_g128", n, k)
+    monkeypatch.setattr(ops, "device_limits", lambda _device: (*H100, "90"))
+
+    def code(rows):
+        s = ops._schedule(v, rows, 0)
+        assert s.m == rows
+        assert s.shared <= H100[1]
+        return s.kernel, ops._defines(v, s)
+
+    assert {code(m) for m in range(1, 17)} == {code(m) for m in (1, 2, 4, 8, 16)}
 
 
 def test_a_row_that_does_not_fit_is_an_error():

@@ -16,7 +16,7 @@ from quant_core.spec_json import to_text
 
 __all__ = ["ROWS", "Warmed", "warmup"]
 
-ROWS = (1, 8, 16, 32, 64, 128, 256, 1024)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 """Numbers of rows that are run unless others are asked for."""
 
 

@@ -17,12 +17,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quant_kernels_cuda.schedule import MAX_ROWS, best
+from quant_kernels_cuda.schedule import BUCKETS, MAX_ROWS, best
 from quant_kernels_cuda.variant import Variant
 
-__all__ = ["BUCKETS", "bucket_costs"]
+__all__ = ["bucket_costs"]
 
-BUCKETS = (1, 2, 4, 8, 16)
 _SLICED = (32, 64, 128, 256, 1024, 4096)
 _SLOWER = {"8.0": 1.7, "8.6": 4.0, "8.9": 3.2, "9.0": 1.0, "10.0": 0.5}  # bandwidth against H100
 # multiprocessors, shared memory, clusters of 2 to 8 blocks (driver.device_limits)

@@ -23,7 +23,14 @@ from torch import Tensor
 from quant_core.errors import LayoutError
 from quant_kernels_cuda.compiler import compile_cached
 from quant_kernels_cuda.driver import Launch, device_limits, load_function
-from quant_kernels_cuda.schedule import MAX_ROWS, THREADS, Schedule, schedule
+from quant_kernels_cuda.schedule import (
+    BUCKETS,
+    MAX_ROWS,
+    THREADS,
+    Schedule,
+    schedule,
+    with_rows,
+)
 from quant_kernels_cuda.variant import BIAS_TYPES, Variant, variant_from_text
 
 __all__ = ["buffer_names", "prepare", "run_grouped", "run_linear"]
@@ -89,7 +96,9 @@ def _schedule(v: Variant, rows: int, device: int) -> Schedule:
     sms, shared, clusters, _ = device_limits(device)
     if v.op == "grouped_linear":  # rows share the device
         return schedule(v, 1, max(1, sms // rows), shared, clusters)
-    return schedule(v, rows, sms, shared, clusters)
+    # the cut of the bucket: what runs is then compiled once ``BUCKETS`` have run
+    s = schedule(v, next(b for b in BUCKETS if rows <= b), sms, shared, clusters)
+    return with_rows(v, s, rows) if rows < s.m else s
 
 
 class _Plan:
@@ -129,7 +138,7 @@ class _Plan:
                              dependent=bool(device_limits(device)[2]))  # fmt: skip
 
 
-def prepare(text: str, device: int, rows: tuple[int, ...] = (1, 16)) -> None:
+def prepare(text: str, device: int, rows: tuple[int, ...] = BUCKETS) -> None:
     """Compile (or read from the cache) what calls with ``rows`` rows will run."""
     v = variant_from_text(text)
     for m in rows:

@@ -13,9 +13,19 @@ from dataclasses import dataclass, replace
 
 from quant_kernels_cuda.variant import Variant
 
-__all__ = ["MAX_ROWS", "Schedule", "best", "candidates", "schedule", "shared_bytes"]
+__all__ = [
+    "BUCKETS",
+    "MAX_ROWS",
+    "Schedule",
+    "best",
+    "candidates",
+    "schedule",
+    "shared_bytes",
+    "with_rows",
+]
 
 MAX_ROWS = 16
+BUCKETS = (1, 2, 4, 8, MAX_ROWS)  # largest numbers of rows of one cut
 WARPS, THREADS = 16, 512
 # Fitted to all cuts of four int4 layers at 1, 4, 8 and 16 rows (benchmarks/gpu_kernels_cuda.py,
 # sweep): the chosen cut is within 6 % of the best in 15 of 16 cases, within 12 % in one.
@@ -92,6 +102,12 @@ def shared_bytes(v: Variant, s: Schedule) -> int:
     return (
         ring + x + xsums + sums + totals + (s.buffers * s.batch * outputs if s.cluster > 1 else 0)
     )
+
+
+def with_rows(v: Variant, s: Schedule, m: int) -> Schedule:
+    """The same cut for fewer rows of x."""
+    s = replace(s, m=m)
+    return replace(s, shared=shared_bytes(v, s))
 
 
 def _resident_bytes(v: Variant, s: Schedule) -> int:
