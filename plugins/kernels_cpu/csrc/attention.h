@@ -15,6 +15,7 @@
 
 #define MAX_SIDE 8   /* query heads at a time */
 #define MAX_DIM 512  /* features of a head */
+#define AHEAD 16     /* positions between what is fetched and what is used */
 
 /* e^x for x <= 0, to about 2 units in the last place; NaN stays NaN. */
 QK_INLINE float qk_exp(float x) {
@@ -42,6 +43,12 @@ QK_INLINE void NAME(widen)(const void *p, const int type, int64_t at, int64_t co
         for (int64_t i = 0; i < count; i++) out[i] = qk_from_bf16(from[i]) * scale;
 }
 
+/* A step finds the cache in memory, behind all weights: it is fetched ahead. */
+QK_INLINE void NAME(fetch)(const void *p, int64_t at, int64_t count) {
+    for (int64_t d = 0; d < count; d += 32)
+        _mm_prefetch((const char *)((const uint16_t *)p + at + d), _MM_HINT_T0);
+}
+
 QK_INLINE int NAME(visible)(const qk_step *s, int64_t b, int64_t h, int64_t l, float *add) {
     if (!s->mask) return 1;
     const int64_t at = b * s->mask_stride[0] + h * s->mask_stride[1] + l * s->mask_stride[2];
@@ -50,30 +57,33 @@ QK_INLINE int NAME(visible)(const qk_step *s, int64_t b, int64_t h, int64_t l, f
     return *add != -INFINITY;
 }
 
-/* Query heads [h, h + side) of sequence b, which share one head of keys and values. */
+/* Query heads [h, h + side) of sequence b, which share one head of keys and values. What is constant
+ * where this is inlined (`fixed` features, no mask) stays in registers. */
 QK_INLINE void NAME(heads)(const qk_step *s, int64_t b, int64_t h, const int side, const int type,
-                           float *scores) {
-    const int64_t shared = h / (s->heads / s->kv_heads), dim = s->dim, wide = s->value_dim;
+                           const int64_t dim, const int64_t wide, const int masked, float *scores) {
+    const int64_t shared = h / (s->heads / s->kv_heads);
     const int64_t k0 = b * s->k_stride[0] + shared * s->k_stride[1];
     const int64_t v0 = b * s->v_stride[0] + shared * s->v_stride[1];
     float q[MAX_SIDE][MAX_DIM], y[MAX_SIDE][MAX_DIM], row[MAX_DIM], top[MAX_SIDE], sum[MAX_SIDE];
     for (int j = 0; j < side; j++) {
         NAME(widen)(s->q, type, b * s->q_stride[0] + (h + j) * s->q_stride[1], dim, s->scale, q[j]);
-        memset(y[j], 0, wide * sizeof(float));
+        for (int64_t d = 0; d < wide; d++) y[j][d] = 0;
         top[j] = -INFINITY;
-        sum[j] = 0;
     }
     for (int64_t l = 0; l < s->length; l++) {
+        NAME(fetch)(s->k, k0 + (l + AHEAD) * s->k_stride[2], dim);
+        NAME(fetch)(s->v, v0 + l * s->v_stride[2], wide);
         float add[MAX_SIDE] = {0};
         int seen[MAX_SIDE], any = 0;
-        for (int j = 0; j < side; j++) any |= seen[j] = NAME(visible)(s, b, h + j, l, &add[j]);
+        for (int j = 0; j < side; j++)
+            any |= seen[j] = masked ? NAME(visible)(s, b, h + j, l, &add[j]) : 1;
         if (any) NAME(widen)(s->k, type, k0 + l * s->k_stride[2], dim, 1.0f, row);
         for (int j = 0; j < side; j++) {
             float dot = 0;
             if (seen[j]) {
 #pragma omp simd reduction(+ : dot)
                 for (int64_t d = 0; d < dim; d++) dot += q[j][d] * row[d];
-                dot += add[j];
+                if (masked) dot += add[j];
                 top[j] = dot > top[j] || dot != dot ? dot : top[j];
             }
             scores[j * s->length + l] = seen[j] ? dot : -INFINITY;
@@ -90,8 +100,8 @@ QK_INLINE void NAME(heads)(const qk_step *s, int64_t b, int64_t h, const int sid
         sum[j] = total;
     }
     for (int64_t l = 0; l < s->length; l++) {
-        int any = 0;
-        for (int j = 0; j < side; j++) any |= scores[j * s->length + l] != 0;
+        int any = !masked;
+        for (int j = 0; j < side && masked; j++) any |= scores[j * s->length + l] != 0;
         if (!any) continue;
         NAME(widen)(s->v, type, v0 + l * s->v_stride[2], wide, 1.0f, row);
         for (int j = 0; j < side; j++) {
@@ -104,6 +114,25 @@ QK_INLINE void NAME(heads)(const qk_step *s, int64_t b, int64_t h, const int sid
         const int64_t at = (b * s->heads + h + j) * wide;
         for (int64_t d = 0; d < wide; d++) qk_write(s->y, type, at + d, y[j][d] * over);
     }
+}
+
+#define FIXED_CASE(SIDE, DIM)                                                          \
+    case SIDE: NAME(heads)(s, b, h, SIDE, type, DIM, DIM, 0, scores); return;
+
+/* The same for what is common: heads of 64 or 128 features, up to four of them, no mask. */
+QK_INLINE void NAME(typed)(const qk_step *s, int64_t b, int64_t h, int side, const int type,
+                           float *scores) {
+    if (!s->mask && s->dim == 64 && s->value_dim == 64) switch (side) {
+            FIXED_CASE(1, 64)
+            FIXED_CASE(2, 64)
+            FIXED_CASE(3, 64)
+            FIXED_CASE(4, 64)
+        }
+    if (!s->mask && s->dim == 128 && s->value_dim == 128) switch (side) {
+            FIXED_CASE(1, 128)
+            FIXED_CASE(2, 128)
+        }
+    NAME(heads)(s, b, h, side, type, s->dim, s->value_dim, 1, scores);
 }
 
 int NAME(qk_step)(const qk_step *s, int64_t threads) {
@@ -122,8 +151,8 @@ int NAME(qk_step)(const qk_step *s, int64_t threads) {
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t b = task * side / s->heads, h = task * side % s->heads;
         float *scores = (float *)(scratch + own * omp_get_thread_num());
-        if (s->type == QK_BF16) NAME(heads)(s, b, h, (int)side, QK_BF16, scores);
-        else NAME(heads)(s, b, h, (int)side, QK_F16, scores);
+        if (s->type == QK_BF16) NAME(typed)(s, b, h, (int)side, QK_BF16, scores);
+        else NAME(typed)(s, b, h, (int)side, QK_F16, scores);
     }
     free(scratch);
     return 0;
