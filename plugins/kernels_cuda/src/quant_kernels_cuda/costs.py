@@ -28,6 +28,7 @@ _SLOWER = {"8.0": 1.7, "8.6": 4.0, "8.9": 3.2, "9.0": 1.0, "10.0": 0.5}  # bandw
 _HOPPER = (132, 232448, (66, 39, 30, 22, 17, 15, 15))
 _AMPERE = (108, 163 << 10, ())
 _START_US = 2.5  # of a call, whatever it reads
+_ENDS_US, _LONG_US = 1.0, 12.0  # start and end of a short call, which no work hides
 
 
 @functools.cache
@@ -54,7 +55,9 @@ def bucket_costs(v: Variant, capability: str) -> tuple[tuple[int, float], ...]:
     out: list[tuple[int, float]] = []
     for rows in BUCKETS:
         estimate, s = best(v, rows, *limits)
-        us = (estimate * factors[str(rows)] - _START_US) * slower + _START_US
+        us = estimate * factors[str(rows)]
+        us += _ENDS_US * max(0.0, 1 - us / _LONG_US)
+        us = (us - _START_US) * slower + _START_US
         us *= -(-rows // s.m)
         out.append((rows, max(us, out[-1][1] if out else us)))  # never cheaper with more rows
     whole = out[-1][1]

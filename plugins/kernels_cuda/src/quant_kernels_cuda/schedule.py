@@ -43,6 +43,7 @@ _NARROW = 1.2  # of 2 and 3 bits with 16 rows, where it is slower than the resid
 _RESIDENT_BYTES_PER_US = 23.2e3
 _TURN_US, _GROUP_US, _X_RESIDENT_PER_US = 0.37, 0.144, 105e3
 _RESIDENT_US, _EARLY_US = 2.2, 1.4
+_X_SHORT_US, _SHORT_US = 1.5, 8.0
 _JOIN_US, _JOIN_BLOCK_US, _JOIN_TILE_US = 0.55, 0.35, 0.04  # of a cluster
 _AHEAD = 64 << 10  # bytes of weights on the way to a multiprocessor
 _SUMS = 42 << 10  # bytes of warps' sums beyond which a batch does not grow
@@ -196,6 +197,8 @@ def _resident_estimate(v: Variant, s: Schedule) -> float:
     work = -(-s.mine // s.sets) * (_TURN_US + s.gpc * s.nt * _GROUP_US)
     us = (read**3 + work**3) ** (1 / 3) + s.m * s.slice * 256 / _X_RESIDENT_PER_US
     us += _RESIDENT_US - _EARLY_US * (s.run > 1)
+    if s.nt == 2:  # x of short calls: nothing hides it
+        us += _X_SHORT_US * max(0.0, 1 - read / _SHORT_US)
     if s.cluster > 1:
         us += _JOIN_US + _JOIN_BLOCK_US * s.cluster + _JOIN_TILE_US * s.mine * s.nt
     return us
