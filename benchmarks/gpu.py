@@ -134,12 +134,13 @@ def run(cells: list[Cell], bench: Bench, found: Found) -> list[Cell]:
 
 
 def _cells(shapes: str, schemes: str, stacks: str) -> list[Cell]:
-    """(shape, scheme, whom to skip) in the order of measuring."""
+    """(shape, scheme, whom to skip); what may be cut off comes last."""
     asked = schemes.split(",") if schemes else [s for s in SCHEMES if s not in LAST]
     names = [shape for shape in shapes.split(",") if shape]
     experts = [(e, s) for e in EXPERTS for s in stacks.split(",") if s]
-    cells = [(shape, scheme) for shape in names[:3] for scheme in asked] + experts
-    cells += [(shape, scheme) for shape in names[3:] for scheme in asked]
+    cells = [(shape, s) for s in asked[:1] for shape in names]
+    cells += [(shape, s) for shape in names[:3] for s in asked[1:]] + experts
+    cells += [(shape, s) for shape in names[3:] for s in asked[1:]]
     cells += [(shape, s) for shape in names[:2] for s in (() if schemes else LAST)]
     return [(shape, scheme, frozenset()) for shape, scheme in cells]
 

@@ -23,6 +23,7 @@ from gpu_layers import Case, make_case  # noqa: E402
 from gpu_peers import BASE, BOUNDS, PEERS, Calls, over, peers  # noqa: E402
 
 from quant_core.kernels.choose import accepting, choose  # noqa: E402
+from quant_core.kernels.family import layout_of  # noqa: E402
 from quant_core.kernels.measured import op_key  # noqa: E402
 from quant_core.kernels.timing import captured, copies_for, host_us, interleaved  # noqa: E402
 from quant_core.registry import registry  # noqa: E402
@@ -76,21 +77,31 @@ def relative_error(y: torch.Tensor, want: torch.Tensor) -> float:
     return float((y.double() - want).norm() / want.norm())
 
 
+def _copies(case: Case, kernel: Any, op: Any, *, cold: bool) -> list[list[torch.Tensor]]:
+    """The kernel's buffers, in copies enough to come from memory if ``cold``."""
+    first = case.load(kernel, op)
+    nbytes = sum(t.numel() * t.element_size() for t in first.values())
+    more = copies_for(nbytes) - 1 if cold and not case.experts else 0
+    sets = [first, *({n: t.clone() for n, t in first.items()} for _ in range(more))]
+    return [list(s.values()) for s in sets]
+
+
 def contestants(
     case: Case, only: frozenset[str], skip: frozenset[str], send: Send, *, cold: bool
 ) -> dict[str, Contestant]:
     """Kernels that accept the operation; ``cold``: with copies enough to come from memory."""
     found: dict[str, Contestant] = {}
+    loaded: dict[Any, list[list[torch.Tensor]]] = {}  # kernels of one storage order share buffers
     for kernel, op, said in accepting(case.op, registry()):
         if kernel.name in (*NOT_HERE, *skip) or (only and kernel.name not in only):
             continue
         send({"trying": f"{kernel.name}: load"})
         try:
-            first = case.load(kernel, op)
-            nbytes = sum(t.numel() * t.element_size() for t in first.values())
-            more = copies_for(nbytes) - 1 if cold and not case.experts else 0
-            sets = [first, *({n: t.clone() for n, t in first.items()} for _ in range(more))]
-            values = [list(s.values()) for s in sets]
+            key = (layout_of(kernel), op) if layout_of(kernel) else (kernel.name, op)
+            if key not in loaded:
+                loaded[key] = _copies(case, kernel, op, cold=cold)
+            values = loaded[key]
+            nbytes = sum(t.numel() * t.element_size() for t in values[0])
             found[kernel.name] = Contestant(said, kernel.bind(op), values, nbytes)
         except Exception as err:
             send(problem(f"{kernel.name} {case.shape} {case.scheme}: load", err))
@@ -171,7 +182,7 @@ def measure_cell(cell: tuple[str, str, frozenset[str]], send: Send, bench: Bench
         if not graphs:
             continue
         send({"trying": "timing"})
-        times = interleaved(graphs, rounds=bench.rounds)
+        times = interleaved(graphs, rounds=bench.rounds, ms=1.0)
         for name in times:
             if m in HOST_ROWS and times[name] < HOST_MOST_US:
                 facts[name]["host_us"] = host_us(eager[name], 60)
