@@ -40,6 +40,7 @@ __all__ = [
     "check_groups",
     "check_plain",
     "check_tensors",
+    "check_whole_groups",
     "halves",
     "unsized",
     "weight_spec",
@@ -218,6 +219,44 @@ def check_groups(
         tensor=scales.name,
         expected=groups,
         actual=found,
+        plugin=plugin,
+    )
+
+
+def check_whole_groups(
+    scales: TensorInfo | None,
+    axis: int,
+    in_features: int,
+    group_size: int,
+    *,
+    module: str,
+    source: str,
+    plugin: str,
+) -> int:
+    """Groups of a row where only whole ones are stored.
+
+    Args:
+        scales: a matrix whose ``axis`` counts groups; another rank is left to the shape check.
+        source: file that states the group size, for the message.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-GROUP``, with the group size that the shapes imply.
+    """
+    k = in_features
+    stored = scales.shape[axis] if scales is not None and len(scales.shape) == 2 else None
+    if k % group_size == 0 and stored in (None, k // group_size):
+        return k // group_size
+    implied = f"group_size {k // stored}" if stored and k % stored == 0 else "another one"
+    found = f"{stored} scales a row" if k % group_size == 0 else f"in_features {k}"
+    where = scales.file if scales is not None else source
+    raise LayoutError(
+        f"{where}: {printable(module)!r} has {found}, expected groups of {group_size} to fill {k} "
+        f"input features. The shapes imply {implied}; check group_size in {source}.",
+        code="Q-LAYOUT-GROUP",
+        path=where,
+        tensor=f"{module}.weight_scale",
+        expected=group_size,
+        actual=stored,
         plugin=plugin,
     )
 

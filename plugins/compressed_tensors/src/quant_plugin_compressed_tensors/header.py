@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quant_core.checkpoint.base import Checkpoint
-from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
-from quant_core.intspec import SCALE_ELEMENTS, unsized
+from quant_core.errors import CheckpointError, ConfigError, printable
+from quant_core.intspec import SCALE_ELEMENTS, check_whole_groups, unsized
 from quant_core.spec import LayerDesc, QuantSpec, TensorInfo
 from quant_plugin_compressed_tensors.args import QuantArgs
 from quant_plugin_compressed_tensors.config import CtConfig, Group
@@ -135,23 +135,10 @@ class Header:
         size = grain_of(self.weights)[1]
         if self.weights.strategy not in ("group", "tensor_group"):
             return
-        info, shape = self.leaves.get("weight_scale"), self.shape("weight_scale")
-        stored = shape[1] if shape else None
-        if k % size == 0 and stored in (None, k // size):
-            return
-        implied = f"group_size {k // stored}" if stored and k % stored == 0 else "another one"
-        found = f"{stored} scales a row" if k % size == 0 else f"in_features {k}"
-        raise LayoutError(
-            f"{info.file if info else self.checkpoint.path}: {printable(self.path)!r} has {found}, "
-            f"expected groups of {size} to fill {k} input features. The shapes imply {implied}; "
-            f"check group_size in {self.config.file}.",
-            code="Q-LAYOUT-GROUP",
-            path=info.file if info else None,
-            tensor=f"{self.path}.weight_scale",
-            expected=size,
-            actual=stored,
-            plugin="compressed_tensors",
-        )
+        check_whole_groups(
+            self.leaves.get("weight_scale"), 1, k, size,
+            module=self.path, source=self.config.file, plugin="compressed_tensors",
+        )  # fmt: skip
 
     def stored_sizes(self) -> tuple[int, int] | None:
         """(N, K) from the values of ``weight_shape``; None if it is absent or odd."""

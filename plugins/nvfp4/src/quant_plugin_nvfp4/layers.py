@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import PLAIN_DTYPES
-from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable
-from quant_core.intspec import SCALE_ELEMENTS, unsized
+from quant_core.errors import CheckpointError, ConfigError, printable
+from quant_core.intspec import SCALE_ELEMENTS, check_whole_groups, unsized
 from quant_core.presence import check_stacked, stored_modules, unquantized
 from quant_core.resolve import numberless
 from quant_core.spec import FormatMatch, LayerDesc, TensorInfo, Unquantized
@@ -107,20 +107,10 @@ class _Header:
         stored = info.shape[1] if info is not None and len(info.shape) == 2 else 0
         implied = k // stored if stored and k % stored == 0 else 0
         size = size or implied or 128
-        if k % size == 0 and stored in (0, k // size):
-            return size
-        shown = f"group_size {implied}" if implied else "another one"
-        raise LayoutError(
-            f"{info.file if info else self.checkpoint.path}: {printable(self.path)!r} has "
-            f"{stored} scales a row, expected groups of {size} to fill {k} input features. The "
-            f"shapes imply {shown}; check group_size in {self.config.file}.",
-            code="Q-LAYOUT-GROUP",
-            path=info.file if info else None,
-            tensor=f"{self.path}.weight_scale",
-            expected=size,
-            actual=stored,
-            plugin="nvfp4",
+        check_whole_groups(
+            info, 1, k, size, module=self.path, source=self.config.file, plugin="nvfp4"
         )
+        return size
 
     def smoothed(self) -> bool:
         """Whether ``pre_quant_scale`` belongs to this module: all of one name have it, or none."""

@@ -9,8 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from quant_core.checkpoint.base import Checkpoint
-from quant_core.errors import ConfigError, LayoutError, printable
-from quant_core.intspec import unsized
+from quant_core.errors import ConfigError, printable
+from quant_core.intspec import check_whole_groups, unsized
 from quant_core.resolve import numberless
 from quant_core.spec import Axis, LayerDesc, ParamSpec, TensorInfo
 from quant_plugin_quark.args import LayerArgs
@@ -120,21 +120,7 @@ class Header:
         Raises:
             LayoutError: ``Q-LAYOUT-GROUP``, with the group size that the shapes imply.
         """
-        info = self.leaves.get("weight_scale")
-        stored = info.shape[axis] if info is not None and len(info.shape) == 2 else None
-        groups = -(-k // size)
-        if k % size == 0 and stored in (None, groups):
-            return groups
-        implied = f"group_size {k // stored}" if stored and k % stored == 0 else "another one"
-        found = f"{stored} scales a row" if k % size == 0 else f"in_features {k}"
-        raise LayoutError(
-            f"{info.file if info else self.checkpoint.path}: {printable(self.path)!r} has {found}, "
-            f"expected groups of {size} to fill {k} input features. The shapes imply {implied}; "
-            f"check group_size in {self.config.file}.",
-            code="Q-LAYOUT-GROUP",
-            path=info.file if info else None,
-            tensor=f"{self.path}.weight_scale",
-            expected=size,
-            actual=stored,
-            plugin="quark",
-        )
+        return check_whole_groups(
+            self.leaves.get("weight_scale"), axis, k, size,
+            module=self.path, source=self.config.file, plugin="quark",
+        )  # fmt: skip
