@@ -239,7 +239,8 @@ def config(p: MixedPlan, rows: int) -> MixedRing | MixedWide:
         rows = -(-rows // experts)
         wide = rows > 128
     else:
-        wide = rows > (192 if p.recipe.rows >= 8192 else 512)
+        few = 192 if p.factors[0] != ABSENT and not p.bytes else 128
+        wide = rows > (few if p.recipe.rows >= 8192 else 512)
     if not wide:
         return _few(p, rows)
     halves = 2 if p.sub == 1 else 1
@@ -269,6 +270,8 @@ def _work(p: MixedPlan, rows: int, stacks: int) -> float:
     if isinstance(c, MixedWide):
         waves = -(-int(stacks * blocks * -(-r.rows // 128)) // SMS)
         each = _WHOLE if p.whole else _GROUP[p.kind]
+        if p.bytes and waves > 14:  # the card lowers its clock
+            each *= 1.1
         return waves * r.groups * each * _SHORT_WIDE[p.sub] * (c.halves / 2) ** 0.8
     share = stacks * blocks * (r.rows / 64) / SMS
     parts = 0.0 if c.split == 1 else 3.0 + c.split * rows * r.n * 8 / _BYTES_PER_US
