@@ -1,8 +1,10 @@
 """The figures of ``benchmarks/gpu.py`` as Markdown and as SVG pictures.
 
-    python benchmarks/gpu_report.py out.json --goals --markdown out.md --svg folder
+    python benchmarks/gpu_report.py out.json --goals --layer 4096x28672 --markdown out.md
+    python benchmarks/gpu_report.py out.json --svg folder --shapes 4096x28672
 
-``--goals`` prints the table of docs/performance.md: what was asked for, what was reached.
+``--goals`` and ``--layer`` print the tables of docs/performance.md: what was asked for and what was
+reached; and of one layer the picks, with humming and bf16 beside them.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gpu_goals import BASE, table
 
-__all__ = ["markdown", "svg"]
+__all__ = ["layer", "markdown", "svg"]
 
 _COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d6a9f", "#b08900", "#3d3d3d", "#4aa3a2", "#a04668")
 
@@ -53,16 +56,19 @@ def markdown(data: Mapping[str, Any]) -> str:
                 if r is None:
                     cells.append("-")
                     continue
-                text = f"{r['us']:.1f}" if r["us"] < 100 else f"{r['us']:.0f}"
+                text = _us(r["us"])
                 cells.append(f"**{text}** ({r['ratio']:.2f}x)" if r["chosen"] else text)
             errors = [by[who, m]["error"] for m in rows if by.get((who, m), {}).get("error")]
             cells.append(f"{max(errors):.1e}" if errors else "")
             lines.append(f"| {who} | " + " | ".join(cells) + " |")
         lines.append("")
-    hosts = {r["who"]: r["host_us"] for r in data["records"] if r.get("host_us") and r["rows"] == 1}
+    hosts: dict[str, list[float]] = {}
+    for r in data["records"]:
+        if r.get("host_us") and r["rows"] == 1:
+            hosts.setdefault(r["who"], []).append(r["host_us"])
     if hosts:
-        told = ", ".join(f"{who} {us:.0f}" for who, us in hosts.items())
-        lines += [f"Host cost of one eager call, M=1 (us): {told}.", ""]
+        told = ", ".join(f"{who} {median(us):.0f}" for who, us in hosts.items())
+        lines += [f"Host cost of one eager call, M=1, median of layers (us): {told}.", ""]
     for who in dict.fromkeys(r["who"] for r in data["records"]):
         mine = [r["graph"] for r in data["records"] if r["who"] == who]
         if not all(mine):
@@ -73,6 +79,39 @@ def markdown(data: Mapping[str, Any]) -> str:
     for p in data["problems"]:
         lines.append(f"- {p['where']}: {p['error'][:300]}")
     return "\n".join(lines)
+
+
+def _us(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def layer(data: Mapping[str, Any], shape: str) -> str:
+    """A table of one layer: per scheme what the plan picks, and humming's time; bf16 once."""
+    mine = [r for r in data["records"] if r["shape"] == shape]
+    schemes = list(dict.fromkeys(r["scheme"] for r in mine))
+    common = set.intersection(*({r["rows"] for r in mine if r["scheme"] == s} for s in schemes))
+    rows = sorted(common)
+    by = {(r["scheme"], r["who"], r["rows"]): r for r in mine}
+    chosen = {(r["scheme"], r["rows"]): r for r in mine if r["chosen"]}
+
+    def line(name: str, found: Sequence[Mapping[str, Any] | None]) -> str:
+        cells = [_us(r["us"]) if r else "" for r in found]
+        errors = [r["error"] for r in found if r and r["error"]]
+        return f"| {name} | {' | '.join(cells)} | {f'{max(errors):.1e}' if errors else ''} |"
+
+    bf16 = [next((r for r in mine if r["who"] == BASE and r["rows"] == m), None) for m in rows]
+    out = [f"| {shape} | {' | '.join(f'M={m}' for m in rows)} | error |",
+           "|---|" + "---|" * (len(rows) + 1),
+           line("bf16", [r and {**r, "error": None} for r in bf16])]  # fmt: skip
+    for s in schemes:
+        picks = [chosen.get((s, m)) for m in rows]
+        names = dict.fromkeys(r["who"] for r in picks if r)
+        out.append(line(f"**{s}**: {', '.join(f'`{n}`' for n in names)}", picks))
+        for who in ("humming", "humming experts"):
+            found = [by.get((s, who, m)) for m in rows]
+            if any(found):
+                out.append(line(who, found))
+    return "\n".join(out)
 
 
 def svg(records: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -124,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("json", type=Path)
     parser.add_argument("--goals", action="store_true", help="print the table of goals")
+    parser.add_argument("--layer", action="append", default=[], metavar="KxN")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--svg", type=Path, help="folder, one picture per scheme and shape")
     parser.add_argument("--shapes", default="", help="pictures of these only")
@@ -131,6 +171,8 @@ def main() -> None:
     data = json.loads(args.json.read_text())
     if args.goals:
         print(table(data["records"]))
+    for shape in args.layer:
+        print(layer(data, shape), end="\n\n")
     if args.markdown:
         args.markdown.write_text(markdown(data))
     if args.svg:
