@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,14 @@ from quant_core.dequantize import dense_weight, dequantize  # noqa: E402
 from quant_core.kernels import tiles  # noqa: E402
 from quant_core.kernels.base import Rejected  # noqa: E402
 from quant_kernels_triton.costs import class_of  # noqa: E402
-from quant_kernels_triton.gluon_plan import Ring, Specialized, config, plan  # noqa: E402
+from quant_kernels_triton.gluon_plan import (  # noqa: E402
+    SMS,
+    WAYS,
+    Ring,
+    Specialized,
+    config,
+    plan,
+)
 from quant_kernels_triton.recipe import describe  # noqa: E402
 from quant_kernels_triton.wna16 import Dense, GluonTiles, PlainTriton  # noqa: E402
 from triton_made import SPECS, make_layer, make_op  # noqa: E402
@@ -169,21 +177,16 @@ def layer(spec: str, n: int, k: int, copies: int) -> tuple[object, list[list[Ten
 def candidates(p: object, recipe: object, m: int) -> list[Ring | Specialized]:
     """Block sizes worth timing for m rows; the shipped choice first."""
     first = config(p, recipe, m)
-    acc = p.spg == 1 and p.mode in (1, 2)
-    if m <= 32:
-        bm = 16 if m <= 16 else 32
+    sums = p.spg == 1 and p.mode in (1, 2)
+    if m <= 64:
+        bm = 16 if m <= 16 else 32 if m <= 32 else 64
+        acc = sums and bm <= 32
         more = [Ring(bm, w, 4, s, acc) for w in (4, 8) for s in (1, 2, 4)]
-    elif m <= 64:
-        more = [Ring(64, 8, 4, 1, False), Ring(64, 4, 4, 1, False), Ring(64, 4, 4, 2, False)]
-        more += [Ring(64, 4, 4, 4, False)]
-    elif m <= 128:
-        more = [Ring(128, 4, 3, 1, False), Ring(64, 4, 4, 2, False), Ring(64, 4, 4, 1, False)]
-        more += [Ring(128, 8, 3, 1, False), Ring(128, 4, 3, 2, False), Specialized(128, 8, 8)]
-    elif m <= 256:
-        more = [Specialized(256, 5, 8), Specialized(128, 8, 8), Ring(128, 4, 3, 1, False)]
-        more += [Ring(64, 4, 4, 1, False)]
+        more += [Ring(64, 8, 4, 1, True), Ring(32, 4, 4, 4, True)] if sums and bm == 64 else []
     else:
-        more = [Specialized(256, 5, 8), Specialized(256, 5, 16), Specialized(128, 8, 8)]
+        more = [c for c, _ in WAYS if (sums or not c.acc) and -m % c.bm <= m // 3]
+        more += [replace(c, programs=SMS) for c in more]
+        more += [Ring(64, 4, 4, 2, False), Ring(64, 4, 4, 1, False)] if m <= 128 else []
     return [first, *(c for c in more if c != first)]
 
 

@@ -12,8 +12,15 @@ import sys
 import pytest
 
 from quant_core.kernels.base import Accepted, Rejected
-from quant_kernels_triton.gluon_plan import GluonPlan, Ring, Specialized, config, plan
-from quant_kernels_triton.recipe import describe
+from quant_kernels_triton.gluon_plan import (
+    GluonPlan,
+    Ring,
+    Specialized,
+    config,
+    plan,
+    specialized,
+)
+from quant_kernels_triton.recipe import Recipe, describe
 from quant_kernels_triton.wna16 import GluonTiles
 from triton_made import SPECS, make_op
 
@@ -21,34 +28,40 @@ PROGRAM = """
 import sys
 from triton_compiled import compile_ring, compile_specialized
 compile_ring(sys.argv[1], sys.argv[2])
-compile_specialized(sys.argv[1], sys.argv[2])
+for rows in map(int, sys.argv[3:]):
+    compile_specialized(sys.argv[1], sys.argv[2], rows)
 """
 DEVICE = ("cuda", "9.0")
 
 
 @pytest.mark.parametrize(
-    ("name", "act"),
+    ("name", "act", "rows"),
     [
-        ("uint4 two-level offset", "bfloat16"),
-        ("nvfp4", "float16"),
-        ("int8 channel", "bfloat16"),
+        ("uint4 g16 f32 code", "bfloat16", [128]),
+        ("uint4 g128 f16", "bfloat16", [128, 160]),  # three consumers; two tiles, sums scaled
+        ("nvfp4", "float16", [4096]),
+        ("int8 channel", "bfloat16", [4096]),
     ],
 )
-def test_kernels_compile_without_spills_or_layout_changes(name, act, tmp_path):
+def test_kernels_compile_without_spills_or_layout_changes(name, act, rows, tmp_path):
     pytest.importorskip("triton.experimental.gluon", reason="needs Triton with Gluon")
     here = os.path.join(os.path.dirname(__file__), "support")
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": here}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", PROGRAM, name, act]
+    command = [sys.executable, "-c", PROGRAM, name, act, *map(str, rows)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.split() == ["ring", "ok", "specialized", "ok"]
+    assert done.stdout.split() == ["ring", "ok", *["specialized", "ok"] * len(rows)]
+
+
+def described(name: str, n: int, k: int, act: str = "bfloat16") -> Recipe:
+    recipe = describe(make_op(SPECS[name], n, k, act=act, device=DEVICE), ops=("linear",))
+    assert not isinstance(recipe, Rejected), recipe
+    return recipe
 
 
 def planned(name: str, act: str = "bfloat16", n: int = 4096, k: int = 4096) -> GluonPlan | Rejected:
-    recipe = describe(make_op(SPECS[name], n, k, act=act, device=DEVICE), ops=("linear",))
-    assert not isinstance(recipe, Rejected), recipe
-    return plan(recipe)
+    return plan(described(name, n, k, act))
 
 
 @pytest.mark.parametrize(
@@ -111,3 +124,46 @@ def test_block_sizes_fit_shared_memory_and_k(name, n):
         else:
             assert isinstance(c, Specialized)
             assert c.stages * c.bm * 64 * 2 + 32768 <= 227 * 1024
+            assert c.bm % 8 == 0
+            assert c.b1 & (c.b1 - 1) == 0 == c.b2 & (c.b2 - 1)  # Triton's tiles are powers of 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "bm"), [(96, 96), (160, 160), (192, 192), (256, 256), (512, 256), (4096, 256)]
+)
+def test_blocks_of_rows_leave_few_rows_empty(rows, bm):
+    n, k = 28672, 4096
+    p, recipe = planned("uint4 g128 bf16", n=n, k=k), described("uint4 g128 bf16", n, k)
+    assert isinstance(p, GluonPlan)
+    c = config(p, recipe, rows)
+    assert isinstance(c, Specialized)
+    assert c.bm == bm
+
+
+# microseconds on an H100: the model has to tell what is quicker where no table says so
+MEASURED = {
+    ("uint4 g128 bf16", 4096, 28672, 96): 47.5,
+    ("uint4 g128 bf16", 4096, 28672, 128): 52.8,
+    ("uint4 g128 bf16", 4096, 28672, 192): 71.7,
+    ("uint4 g128 bf16", 4096, 28672, 256): 86.9,
+    ("uint4 g128 bf16", 4096, 28672, 512): 166.4,
+    ("uint4 g128 bf16", 4096, 28672, 1024): 338.4,
+    ("uint4 g128 bf16", 4096, 4096, 64): 11.9,
+    ("uint4 g128 bf16", 4096, 4096, 128): 15.2,
+    ("uint4 g128 bf16", 4096, 4096, 1024): 44.3,
+    ("uint4 g128 bf16", 14336, 4096, 256): 48.9,
+    ("uint4 g128 bf16", 3584, 18944, 128): 33.2,
+    ("uint4 g128 bf16", 3584, 18944, 256): 54.4,
+    ("int8 channel", 4096, 28672, 128): 65.5,
+    ("int8 channel", 4096, 28672, 256): 91.4,
+    ("nvfp4", 4096, 28672, 96): 64.8,
+    ("mxfp4", 4096, 28672, 256): 89.9,
+}
+
+
+@pytest.mark.parametrize(("name", "k", "n", "rows"), list(MEASURED))
+def test_model_of_tiles_says_about_what_was_measured(name, k, n, rows):
+    p, recipe = planned(name, n=n, k=k), described(name, n, k)
+    assert isinstance(p, GluonPlan)
+    _, us = specialized(p, recipe, rows)
+    assert us == pytest.approx(MEASURED[name, k, n, rows], rel=0.06)

@@ -7,7 +7,8 @@ The shipped table ``tables/<capability>.json`` is written by benchmarks/gpu_kern
 ``class`` is the element with the group of its finest scale, "uint4/128". For a layer the entries of
 the kernel are taken, of its own class where there are any, else of the class nearest in bits; the
 two shapes nearest in size are interpolated along the logarithm of their weights. What exceeds a
-launch scales with bytes.
+launch scales with bytes. From 65 rows on, ``gluon_wna16`` costs what ``gluon_plan`` expects of the
+block sizes that it picks: tiles and rounds make steps that no interpolation between shapes shows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from quant_core.kernels.base import ANY_ROWS
+from quant_core.kernels.base import ANY_ROWS, Rejected
+from quant_kernels_triton.gluon_plan import Specialized, config, plan, specialized
 from quant_kernels_triton.recipe import GROUP, Recipe
 
 __all__ = ["BUCKETS", "class_of", "costs"]
@@ -86,10 +88,9 @@ def _measured(kernel: str, recipe: Recipe, capability: str) -> tuple[tuple[int, 
         same = [e for e in of if e.kind == nearest.kind]
     size = math.log(recipe.n * recipe.k)
     near = sorted(same, key=lambda e: abs(math.log(e.n * e.k) - size))[:2]
-    most = max(p[0] for e in near for p in e.us)
     out = []
     for bound in BUCKETS:
-        rows = min(bound, 2 * most)
+        rows = min(bound, 2 * BUCKETS[-2])
         total = weight = 0.0
         for e in near:
             w = 1.0 / (abs(math.log(e.n * e.k) - size) + 0.05)
@@ -125,12 +126,29 @@ def _of_stack(table: tuple[tuple[int, float], ...], experts: int) -> tuple[tuple
     return tuple(out)
 
 
+def _modelled(
+    recipe: Recipe, table: tuple[tuple[int, float], ...]
+) -> tuple[tuple[int, float], ...]:
+    """``table`` with the model of ``gluon_ws`` where that kernel runs."""
+    p = plan(recipe)
+    if isinstance(p, Rejected):
+        return table
+    out = []
+    for bound, us in table:
+        rows = min(bound, 2 * BUCKETS[-2])
+        runs = bound > 64 and isinstance(config(p, recipe, rows), Specialized)
+        out.append((bound, round(specialized(p, recipe, rows)[1], 2) if runs else us))
+    return tuple(out)
+
+
 def costs(
     kernel: str, recipe: Recipe, device: tuple[str, str]
 ) -> tuple[tuple[tuple[int, float], ...], bool]:
     """(largest rows, microseconds) per bucket, and whether a measured table says so."""
     measured = _measured(kernel, recipe, device[1])
     table = _estimate(kernel, recipe) if measured is None else measured
+    if measured is not None and kernel == "gluon_wna16":
+        table = _modelled(recipe, table)
     if recipe.experts:
         table = _of_stack(table, recipe.experts)
     return table, measured is not None

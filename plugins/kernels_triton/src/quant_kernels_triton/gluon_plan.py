@@ -1,12 +1,12 @@
 """Which recipes the Gluon kernels run, and with which block sizes; plain data, no torch.
 
-ring    up to some 128 rows: gluon_ring
-ws      more: gluon_ws
+ring    up to 64 rows, or 128 of small layers: gluon_ring
+ws      more: gluon_ws, by a model of what its ways cost
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quant_core.kernels.base import Rejected
 from quant_kernels_triton.recipe import (
@@ -23,7 +23,18 @@ from quant_kernels_triton.recipe import (
     Recipe,
 )
 
-__all__ = ["GluonPlan", "Ring", "Specialized", "config", "grouped_config", "plan"]
+__all__ = [
+    "SMS",
+    "WAYS",
+    "GluonPlan",
+    "Ring",
+    "Specialized",
+    "config",
+    "cut",
+    "grouped_config",
+    "plan",
+    "specialized",
+]
 
 _AS = {
     "uint4": "uint4",
@@ -141,11 +152,31 @@ class Ring:
 
 @dataclass(frozen=True, slots=True)
 class Specialized:
-    """Block sizes of gluon_ws: rows, stages, blocks of outputs that share x in the cache."""
+    """Block sizes of gluon_ws: two tiles of rows, consumers (64 outputs each), stages of 64
+    columns, whether sums are scaled, and how many programs share the work (0: one a tile)."""
 
-    bm: int
+    b1: int
+    b2: int
+    consumers: int
     stages: int
-    together: int
+    acc: bool
+    programs: int
+
+    @property
+    def bm(self) -> int:
+        """Rows of a block."""
+        return self.b1 + self.b2
+
+    def tiles(self, rows: int, outputs: int) -> int:
+        """Tiles of a product."""
+        return -(-rows // self.bm) * -(-outputs // (64 * self.consumers))
+
+
+def cut(tiles: int, groups: int, programs: int) -> bool:
+    """Whether equal shares cut tiles along K; see ``gluon_share``."""
+    rounds = max(tiles // programs - 1, 0)
+    line = (tiles - rounds * programs) * groups
+    return bool(line % programs or line // programs % groups)
 
 
 def _split(blocks: int, groups: int, want: int) -> int:
@@ -155,33 +186,116 @@ def _split(blocks: int, groups: int, want: int) -> int:
     return split
 
 
+# gluon_ws, its ways: microseconds of a program for a group of 128 columns (int4, groups of 128),
+# measured on an H100
+WAYS = (
+    (Specialized(64, 0, 2, 8, True, 0), 0.72),
+    (Specialized(64, 32, 2, 8, True, 0), 0.86),
+    (Specialized(64, 32, 3, 8, False, 0), 1.01),
+    (Specialized(128, 0, 2, 8, True, 0), 0.92),
+    (Specialized(128, 0, 2, 8, False, 0), 0.86),
+    (Specialized(128, 0, 3, 8, False, 0), 1.12),
+    (Specialized(128, 32, 2, 8, True, 0), 1.10),
+    (Specialized(128, 32, 2, 8, False, 0), 1.03),
+    (Specialized(128, 64, 2, 7, False, 0), 1.07),
+    (Specialized(256, 0, 2, 5, False, 0), 1.31),
+)
+# microseconds: of a launch; of splitting tiles, and for each part of 128 rows; of shares that run
+# over the ends of tiles
+_START, _SPLIT, _PART, _CROSS = 3.0, 2.5, 0.6, 3.0
+_READ = 2.8e6  # bytes a microsecond
+_EXACT = 1.1  # how much slower it may be to scale sums, which rounds less, than weights
+
+
+def _slower(p: GluonPlan, c: Specialized) -> float:
+    """What dequantizing other than int4 with one scale for 128 columns costs."""
+    if p.bytes:
+        weights = 0.2 if p.mode == 2 and not c.acc else 0.0
+        return (1.07 if c.acc or c.bm >= 256 else 1.3) + weights * (1.0 if c.bm < 256 else 0.5)
+    more = 0.3 if p.spg >= 8 or p.mode == 3 else 0.13 if p.spg > 1 else 0.0
+    return 1.0 + more * (2.0 if c.bm < 128 else 1.0 if c.bm < 256 else 0.3)
+
+
+def _fits(p: GluonPlan, c: Specialized) -> bool:
+    """Whether registers hold the parameters of weights beside the sums (ptxas: spilled bytes)."""
+    if p.spg >= 8 and p.mode >= 2:
+        return c.consumers == 2 and c.bm < 256
+    return p.mode < 3 or c.consumers == 2
+
+
+def _programs(tiles: int, groups: int) -> list[int]:
+    """How many programs may share ``tiles``: 0, one a tile; equal parts of each; all there are."""
+    out = [0, *(tiles * s for s in (2, 4, 8) if groups % s == 0 and tiles * s <= SMS)]
+    few = tiles * groups >= 2 * SMS and tiles <= 8 * SMS  # many tiles: the last round hardly counts
+    return [*out, SMS] if few and cut(tiles, groups, SMS) else out
+
+
+def _us(p: GluonPlan, recipe: Recipe, c: Specialized, unit: float, tiles: int) -> float:
+    """Microseconds of ``gluon_ws``: the groups that one processor computes, cuts, reads."""
+    groups, programs = recipe.groups, c.programs or tiles
+    share = -(-tiles * groups // programs) * -(-programs // SMS)
+    us = share * unit * _slower(p, c)
+    if cut(tiles, groups, programs):
+        crossing = tiles * groups % programs or groups % share
+        if crossing:  # no processor rests, and all of them draw power
+            us *= 1.12 if c.bm >= 192 else 1.04
+        us += _SPLIT + _PART * -(-groups // share) * c.bm / 128 + (_CROSS if crossing else 0.0)
+    elif c.programs == 0 and tiles > SMS:
+        us *= 1.0 + 0.15 * min(max(us - 90.0, 0.0) / 100.0, 1.0)
+    us *= 1.0 + 0.1 * min(max(us - 300.0, 0.0) / 300.0, 1.0)  # the longer, the warmer, the slower
+    return _START + max(us, recipe.weight_bytes / _READ)
+
+
+def specialized(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[Specialized, float]:
+    """The quickest way for ``rows`` rows and its microseconds by a model of tiles and rounds.
+
+    One that scales sums, which rounds less, goes before one that scales weights where it takes
+    less than a tenth more.
+    """
+    sums, groups = p.spg == 1 and p.mode in (1, 2), recipe.groups
+    held = []
+    for way, unit in WAYS:
+        if (sums or not way.acc) and _fits(p, way):
+            tiles = way.tiles(rows, recipe.rows)
+            for programs in _programs(tiles, groups):
+                c = replace(way, programs=programs)
+                held.append((_us(p, recipe, c, unit, tiles), c))
+    least = min(us for us, _ in held)
+    near = [h for h in held if h[0] <= least * (_EXACT if h[1].acc else 1.0)]
+    us, c = min(near, key=lambda h: (not h[1].acc, h[0]))
+    return c, us
+
+
+def _ring(p: GluonPlan, recipe: Recipe, rows: int) -> Ring:
+    """Block sizes of ``gluon_ring``."""
+    groups, n = recipe.groups, recipe.rows
+    sums = p.spg == 1 and p.mode in (1, 2)
+    wide = n // 64 >= 2 * SMS and rows > 32
+    bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    warps = 8 if wide else 4
+    stages = 3 if p.bytes and bm == 64 else 4
+    blocks = -(-rows // bm) * (n // (16 * warps))
+    return Ring(bm, warps, stages, _split(blocks, groups, 2 * SMS), sums and not wide)
+
+
 def config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
     """Block sizes for ``rows`` rows; measured on an H100, see docs/kernels/triton.md."""
-    groups, n = recipe.groups, recipe.rows
-    if rows > 128 and (n // 128) * -(-rows // 256) >= SMS * 2 // 3:
-        return Specialized(256, 5, 8)
-    if rows > 256:
-        return Specialized(256, 5, 8) if rows > 512 or n >= 8192 else Specialized(128, 8, 8)
-    bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    acc = bm <= 32 and p.spg == 1 and p.mode in (1, 2)
-    if rows <= 64:
-        wide = n // 64 >= 2 * SMS
-        warps = 8 if wide and bm == 64 else 4
-        stages = 3 if p.bytes and bm == 64 else 4
-        return Ring(bm, warps, stages, _split(n // (16 * warps), groups, 2 * SMS), acc)
-    if n // 64 >= 2 * SMS:  # a block partly beyond x: two tiles of outputs share its rows
-        return Ring(128, 8 if rows % 128 else 4, 3, 1, False)
-    blocks = -(-rows // 64) * (n // 64)
-    if blocks >= 2 * SMS:
-        return Ring(128, 4, 3, 1, False)
-    return Ring(64, 4, 3 if p.bytes else 4, _split(blocks, groups, 2 * SMS), False)
+    if rows > 64 and (rows > 128 or recipe.rows >= 2048):
+        return specialized(p, recipe, rows)[0]
+    sums = p.spg == 1 and p.mode in (1, 2)
+    if sums and 32 < rows <= 64 and recipe.rows >= 2048:
+        c, us = specialized(p, recipe, rows)
+        # what gluon_ring took there
+        if us < 8.8 + 0.1475 * recipe.groups * recipe.rows / 4096 and recipe.rows // 64 < 2 * SMS:
+            return c
+    return _ring(p, recipe, rows)
 
 
 def grouped_config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
     """Block sizes for ``rows`` rows spread over the experts of a stack."""
     each = -(-rows // max(recipe.experts, 1))
-    if each > 96:  # one block for most experts, though half empty
-        return Specialized(256, 5, 8)
+    if each > 192:
+        return Specialized(256, 0, 2, 5, False, 0)
     acc = p.spg == 1 and p.mode in (1, 2)
     if each <= 16:
         return Ring(16, 4, 4, 1, acc)

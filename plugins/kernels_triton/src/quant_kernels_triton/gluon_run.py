@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quant_core.kernels.base import Rejected
 from quant_core.kernels.storage import misused
 from quant_kernels_triton.asm import constraints, dequant
-from quant_kernels_triton.gluon_plan import Ring, Specialized, config, grouped_config, plan
+from quant_kernels_triton.gluon_plan import Ring, Specialized, config, cut, grouped_config, plan
 from quant_kernels_triton.gluon_ring import ring
 from quant_kernels_triton.gluon_ws import specialized
 from quant_kernels_triton.launch import Build, Start, aligned, is_compiled, launch, started
@@ -26,7 +27,6 @@ __all__ = ["run_config", "run_gluon", "run_grouped_gluon"]
 
 _PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # two rows of a factor in one word
 _SIZES = {code: {"f32": 4, "bf16": 2, "f16": 2}.get(e, 1) for e, code in ELEMENTS.items()}
-_LARGE = 1 << 26  # weights from which copying x beats boxes that reach beyond it (measured)
 _COUNTERS = 1 << 16
 _counters: dict[tuple[int, object], Tensor] = {}
 
@@ -72,9 +72,9 @@ class _Layer:
         grouped = [i for i, c in enumerate(p.factors) if c & 7 == GROUP]
         absent = [i for i, at in enumerate(self.buffers) if at == codes]
         sizes = {i: _SIZES[p.factors[i] >> 3 & 7] for i in grouped}
-        # argument 0 is x, 1 the codes, factors from 2 on
-        self.views = {1 + i: torch.int16 for i in absent}
-        self.views |= {2 + i: _PAIRS[size] for i, size in sizes.items()}
+        # by position behind x: the codes, then factors
+        self.views = dict.fromkeys(absent, torch.int16)
+        self.views |= {1 + i: _PAIRS[size] for i, size in sizes.items()}
 
     def arguments(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Codes, five factors, two factors of rows, bias; the codes where one is absent."""
@@ -87,13 +87,14 @@ class _Layer:
             held = self.configs[rows] = config(self.plan, self.recipe, rows)
         return held
 
-    def build(self, x: Tensor, bm: int, width: int, warps: int, mode: int, more: Any) -> Build:
-        """Constants of one kernel; ``more`` adds the block sizes."""
+    def build(self, x: Tensor, warps: int, mode: int, more: Any, first: int = 1) -> Build:
+        """Constants of one kernel; ``more`` adds block sizes, the codes are argument ``first``."""
         p, act = self.plan, "bf16" if x.dtype == torch.bfloat16 else "fp16"
         asm = dequant(p.element, act, mode, p.zero_value)
         options = {"num_warps": warps, "launch_pdl": True}
-        constants = self.fixed | {"BM": bm, "ASM": asm} | more
-        return Build(constants=constants, options=options, views=self.views)
+        constants = self.fixed | {"ASM": asm} | more
+        views = {i + first: dtype for i, dtype in self.views.items()}
+        return Build(constants=constants, options=options, views=views)
 
 
 @functools.cache
@@ -194,9 +195,9 @@ def _run_ring(
     key = ("ring", r, c.bm, c.warps, c.stages, split, c.acc, grouped)
 
     def build() -> Build:
-        more = {"NW": c.warps, "ST": c.stages, "SPLIT": split, "GN": 8, "ACC": c.acc}
+        more = {"BM": c.bm, "NW": c.warps, "ST": c.stages, "SPLIT": split, "GN": 8, "ACC": c.acc}
         more["GROUPED"] = grouped
-        return held.build(x, c.bm, 128, c.warps, 0 if c.acc else held.plan.mode, more)
+        return held.build(x, c.warps, 0 if c.acc else held.plan.mode, more)
 
     desc = _descriptor(x, c.bm, 128, is_compiled(key, device))
     sizes = (m, *held.sizes)
@@ -214,19 +215,32 @@ def _run_specialized(
     r, device = held.recipe, x.device.index
     m = x.shape[0] if experts is None else experts[1].shape[0] * c.bm
     grouped = experts is not None
-    key = ("ws", r, c.bm, c.stages, c.together, grouped)
+    tiles = c.tiles(m, held.sizes[1])
+    programs = tiles if grouped or not c.programs else min(c.programs, tiles * r.groups)
+    part = count = tensors[held.buffers[0]]  # not read where no tile is cut
+    if cut(tiles, r.groups, programs):
+        counter = _counter(device)
+        if counter is None:
+            programs = tiles
+        else:
+            count = counter
+            sums = programs * c.consumers * 64 * c.bm
+            part = torch.empty(sums, dtype=torch.float32, device=x.device)
+    key = ("ws", r, c.b1, c.b2, c.consumers, c.stages, c.acc, grouped)
 
     def build() -> Build:
-        more = {"ST": c.stages, "GN": c.together, "GROUPED": grouped}
-        return held.build(x, c.bm, 64, 4, held.plan.mode, more)
+        more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "GN": 8, "ACC": c.acc}
+        more["GROUPED"] = grouped
+        b = held.build(x, 4, 0 if c.acc else held.plan.mode, more, first=2)
+        at = 3 + len(held.buffers)
+        return replace(b, views=b.views | {at: torch.float32, at + 1: torch.int32})
 
-    if not grouped and m % c.bm and m <= 512 and r.n * r.k >= _LARGE:
-        x = F.pad(x, (0, 0, 0, -m % c.bm))
-    desc = _descriptor(x, c.bm, 64, is_compiled(key, device))
+    known = is_compiled(key, device)
+    desc = _descriptor(x, c.b1, 64, known)
+    rest = _descriptor(x, c.b2, 64, known) if c.b2 else desc
     sizes = (m, *held.sizes)
-    args = (desc, *held.arguments(tensors), y, *(experts or (y, y, y)), *sizes)
-    grid = (-(-m // c.bm) * -(-held.sizes[1] // 128), 1)
-    launch(specialized, key, grid, args, device, build)
+    args = (desc, rest, *held.arguments(tensors), y, part, count, *(experts or (y, y, y)), *sizes)
+    launch(specialized, key, (programs, 1), args, device, build)
 
 
 def _gathered(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from quant_kernels_triton.asm import constraints, dequant
-from quant_kernels_triton.gluon_plan import GluonPlan, config, plan
+from quant_kernels_triton.gluon_plan import GluonPlan, Ring, Specialized, config, plan
 from quant_kernels_triton.gluon_ring import ring
 from quant_kernels_triton.gluon_ws import specialized
 from quant_kernels_triton.recipe import GROUP, Recipe, describe
@@ -22,11 +22,15 @@ from triton_made import SPECS, make_op
 _PAIRS = {0: "*i64", 1: "*i32", 2: "*i32"}  # by element of the factor; others are bytes
 
 
-def _compile(fn: Any, box: list[int], p: GluonPlan, r: Recipe, warps: int, more: dict) -> None:
+def _compile(
+    fn: Any, boxes: dict[str, list[int]], p: GluonPlan, r: Recipe, warps: int, mode: int, more: dict
+) -> None:
     bf16 = r.act_dtype == "bfloat16"
     act = "bf16" if bf16 else "fp16"
-    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if bf16 else gl.float16)
-    types = {"xd": f"tensordesc<{act}[{box[0]},{box[1]}],{layout!r}>", "W": "*i16", "Y": f"*{act}"}
+    types = {"W": "*i16", "Y": f"*{act}"}
+    for name, box in boxes.items():
+        layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if bf16 else gl.float16)
+        types[name] = f"tensordesc<{act}[{box[0]},{box[1]}],{layout!r}>"
     for name, c in zip(("S0", "S1", "Z", "O0", "O1"), p.factors):
         types[name] = _PAIRS.get(c >> 3 & 7, "*i16") if c & 7 == GROUP else "*fp32"
     types |= dict.fromkeys(("ROW0", "ROW1", "BIAS", "PART"), "*fp32")
@@ -44,8 +48,7 @@ def _compile(fn: Any, box: list[int], p: GluonPlan, r: Recipe, warps: int, more:
         "PDL": True,
         "GROUPED": True,
         "GN": 8,
-        "BM": box[0],
-        "ASM": dequant(p.element, act, p.mode, p.zero_value),
+        "ASM": dequant(p.element, act, mode, p.zero_value),
         "REGS": constraints(2 if p.bytes else 4),
         **more,
     }
@@ -60,7 +63,7 @@ def _compile(fn: Any, box: list[int], p: GluonPlan, r: Recipe, warps: int, more:
     ptx = made.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     # what a warp group is started with, and the epilogue: no code passes through shared memory
-    assert ptx.count("st.shared") <= 8, ptx.count("st.shared")
+    assert ptx.count("st.shared") <= 12, ptx.count("st.shared")
     path = Path(made.metadata_group[next(iter(made.metadata_group))]).parent / "again.ptx"
     path.write_text(ptx)
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -71,7 +74,7 @@ def _compile(fn: Any, box: list[int], p: GluonPlan, r: Recipe, warps: int, more:
 
 
 def _held(name: str, act: str) -> tuple[Recipe, GluonPlan]:
-    op = make_op(SPECS[name], 4096, 4096, act=act, device=("cuda", "9.0"))
+    op = make_op(SPECS[name], 28672, 4096, act=act, device=("cuda", "9.0"))
     recipe = describe(op, ops=("linear",))
     assert isinstance(recipe, Recipe)
     p = plan(recipe)
@@ -80,17 +83,21 @@ def _held(name: str, act: str) -> tuple[Recipe, GluonPlan]:
 
 
 def compile_ring(name: str, act: str) -> None:
-    """Compile ``ring`` as 64 rows would, and say so."""
+    """Compile ``ring`` for 64 rows, and say so."""
     r, p = _held(name, act)
-    c = config(p, r, 64)
-    more = {"NW": c.warps, "ST": c.stages, "SPLIT": c.split, "ACC": c.acc}
-    _compile(ring, [c.bm, 128], p, r, c.warps, more)
+    c = Ring(64, 8, 4, 4, p.spg == 1 and p.mode in (1, 2))
+    more = {"BM": c.bm, "NW": c.warps, "ST": c.stages, "SPLIT": c.split, "ACC": c.acc}
+    _compile(ring, {"xd": [c.bm, 128]}, p, r, c.warps, 0 if c.acc else p.mode, more)
     print("ring ok")
 
 
-def compile_specialized(name: str, act: str) -> None:
-    """Compile ``specialized`` as many rows would, and say so."""
+def compile_specialized(name: str, act: str, rows: int) -> None:
+    """Compile ``specialized`` as ``rows`` rows would, and say so."""
     r, p = _held(name, act)
-    c = config(p, r, 4096)
-    _compile(specialized, [c.bm, 64], p, r, 4, {"ST": c.stages})
+    c = config(p, r, rows)
+    assert isinstance(c, Specialized)
+    more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "ACC": c.acc}
+    more["GROUPED"] = c.consumers == 2  # stacks take no more
+    boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
+    _compile(specialized, boxes, p, r, 4, 0 if c.acc else p.mode, more)
     print("specialized ok")
