@@ -147,8 +147,8 @@ def costs(
     """(largest rows, microseconds) per bucket, and whether a measured table says so."""
     measured = _measured(kernel, recipe, device[1])
     table = _estimate(kernel, recipe) if measured is None else measured
-    if measured is not None and kernel == "gluon_wna16":
-        table = _modelled(recipe, table)
-    if recipe.experts:
+    if recipe.experts:  # blocks of experts are not shared: the measured table
         table = _of_stack(table, recipe.experts)
+    elif measured is not None and kernel == "gluon_wna16":
+        table = _modelled(recipe, table)
     return table, measured is not None
