@@ -39,6 +39,10 @@ class Room:
         self._keys, self._values = keys, values
         self.next = self._views(length + 1)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """None for a copy: views that were pickled share no memory any more."""
+        return _no_room, ()
+
     def _views(self, length: int) -> tuple[Tensor, Tensor]:
         return self._all_keys.narrow(2, 0, length), self._all_values.narrow(2, 0, length)
 
@@ -54,6 +58,10 @@ class Room:
         layer.keys, layer.values = self._keys, self._values = self.next
         if self._fits():
             self.next = self._views(self._keys.shape[2] + 1)
+
+
+def _no_room() -> None:
+    return None
 
 
 class FixedRoom:
