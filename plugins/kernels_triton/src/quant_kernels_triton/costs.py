@@ -7,8 +7,9 @@ The shipped table ``tables/<capability>.json`` is written by benchmarks/gpu_kern
 ``class`` is the element with the group of its finest scale, "uint4/128". For a layer the entries of
 the kernel are taken, of its own class where there are any, else of the class nearest in bits; the
 two shapes nearest in size are interpolated along the logarithm of their weights. What exceeds a
-launch scales with bytes. From 65 rows on, ``gluon_wna16`` costs what ``gluon_plan`` expects of the
-block sizes that it picks: tiles and rounds make steps that no interpolation between shapes shows.
+launch scales with bytes. Where ``gluon_ws`` runs, ``gluon_wna16`` costs what ``gluon_plan``
+expects of the block sizes that it picks: tiles and rounds make steps that no interpolation between
+shapes shows.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _modelled(
     out = []
     for bound, us in table:
         rows = min(bound, 2 * BUCKETS[-2])
-        runs = bound > 64 and isinstance(config(p, recipe, rows), Specialized)
+        runs = isinstance(config(p, recipe, rows), Specialized)
         out.append((bound, round(specialized(p, recipe, rows)[1], 2) if runs else us))
     return tuple(out)
 
