@@ -21,6 +21,7 @@ from transformers import (
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
@@ -106,6 +107,15 @@ EXPECTED = {
     ),
     "olmo2": (Olmo2Config, {}, {NORM: 9, MLP: 2}),  # norms after
     "cohere": (CohereConfig, {}, {MLP: 2}),  # layer norms, parallel branches, other rotation
+    "ministral3": (
+        Ministral3Config,
+        {"rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0,
+            "beta_slow": 1.0, "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0, "mscale_all_dim": 1.0,
+        }},
+        {NORM: 5, MLP: 2},
+    ),  # queries scaled by their position
     "smollm3": (
         SmolLM3Config, {"no_rope_layers": [1, 0]}, {NORM: 5, MLP: 2, WHOLE: 1},
     ),  # one layer without rotation

@@ -16,6 +16,7 @@ Source: transformers 5.23.0 models/llama/modeling_llama.py (LlamaDecoderLayer, L
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -101,14 +102,20 @@ class LayerPart:
         return y
 
 
-def _layer_of(cache: Any, index: int) -> Any:
-    """The layer of a plain dynamic cache that holds something; None for any other."""
+@functools.cache
+def _dynamic() -> tuple[Any, Any]:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
+    return DynamicCache, DynamicLayer
+
+
+def _layer_of(cache: Any, index: int) -> Any:
+    """The layer of a plain dynamic cache that holds something; None for any other."""
+    whole, part = _dynamic()
+    if type(cache) is not whole or cache.offloading or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    if type(layer) is not DynamicLayer or not layer.is_initialized:
+    if type(layer) is not part or not layer.is_initialized:
         return None
     return layer if layer.keys.dim() == 4 and layer.keys.shape[2] else None
 
@@ -280,18 +287,23 @@ def _differs(module: nn.Module, part: LayerPart, parts: Parts) -> str:
     """Why the layer is not what ``part`` computes; "" if it is."""
     index: Any = part.attention.layer_idx
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]], dtype=torch.bool, device=parts.device)
-    for batch, scale, seen in ((1, 0.01, None), (1, 1.0, None), (2, 0.1, mask[:, None, None])):
+    # far positions, by which some layers scale their queries; angles are given either way
+    for batch, scale, position, seen in (
+        (1, 0.01, 3, None),
+        (1, 1.0, 1 << 20, None),
+        (2, 0.1, 3, mask[:, None, None]),
+    ):
         x = random((batch, 1, part.linears[0].in_features), parts, batch) * scale
         own, ours = _cache(part, batch, parts), _cache(part, batch, parts)
         arguments = {
             "attention_mask": seen,
-            "position_ids": torch.full((batch, 1), 3, device=parts.device),
+            "position_ids": torch.full((batch, 1), position, device=parts.device),
             "use_cache": True,
             "position_embeddings": _angles(part, batch, parts),
         }
         try:
             want = module(x, past_key_values=own, **arguments)
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as err:
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as err:
             return f"its forward takes other arguments ({printable(err, 200)})"
         got = part.step(module, x, {**arguments, "past_key_values": ours})
         if got is None:
