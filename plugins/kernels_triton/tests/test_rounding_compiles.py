@@ -21,15 +21,16 @@ def _said(tmp_path, *command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("act", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["int8 token", "mx fp4_e2m1 even", "nvfp4 stored inverse"])
+@pytest.mark.parametrize(
+    ("name", "act"), [("int8 token", "bfloat16"), ("mx fp4_e2m1 even", "float16")]
+)
 def test_rounding_compiles_without_spills(name, act, tmp_path):
     said = _said(tmp_path, "rounding_compiled", name, act, "4096")
     assert "round ok" in said
     assert "extremes ok" in said
 
 
-@pytest.mark.parametrize(("n", "m"), [(128, 1), (14336, 28), (16384, 1)])
+@pytest.mark.parametrize(("n", "m"), [(128, 1), (14336, 28)])
 def test_hadamard_compiles_without_spills(n, m, tmp_path):
     said = _said(tmp_path, "hadamard_compiled", str(n), str(m))
     assert said.count(" ok ") == 2

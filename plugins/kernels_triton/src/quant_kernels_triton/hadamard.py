@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["hadamard"]
 
@@ -50,7 +51,7 @@ def _times(x, h, EXACT: tl.constexpr, INTERPRET: tl.constexpr):
 def hadamard(X, Y, ROWS, CORE, COLS, ROOT, RUNS,
              N: tl.constexpr, M: tl.constexpr, HAS_ROOT: tl.constexpr, EXACT: tl.constexpr,
              R: tl.constexpr, MP: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-             INTERPRET: tl.constexpr):  # fmt: skip
+             INTERPRET: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """X [RUNS, N] to Y; see the module's docstring."""
     q = tl.arange(0, R * MP * A)
     run = tl.program_id(0) * R + q // (MP * A)
@@ -58,6 +59,9 @@ def hadamard(X, Y, ROWS, CORE, COLS, ROOT, RUNS,
     column = (i * A + q % A)[:, None] * B + tl.arange(0, B)[None, :]
     keep = (run < RUNS)[:, None] & (column < N)
     at = run.to(tl.int64)[:, None] * N + column
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(X + at, mask=keep, other=0.0).to(tl.float32)
     x = x * tl.load(ROWS + column, mask=column < N, other=0).to(tl.float32)
     x = _times(x, _sylvester(B), EXACT, INTERPRET)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quant_kernels_triton import hadamard as kernels
+from quant_kernels_triton.arguments import dependent, options
 from quant_kernels_triton.hadamard_kernel import tile, warps
 from quant_kernels_triton.launch import Build, aligned, launch
 
@@ -30,14 +31,15 @@ def _op(x: Tensor, rows: Tensor, core: Tensor, cols: Tensor, root: Tensor | None
     sizes = tile(n, m)
     assert sizes is not None, "accepted before it was bound"
     runs, mp, a, b = sizes
+    pdl = dependent(device)
 
     def build() -> Build:
         constants = {
             "N": n, "M": m, "HAS_ROOT": root is not None, "EXACT": x.dtype == torch.bfloat16,
-            "R": runs, "MP": mp, "A": a, "B": b, "INTERPRET": _interpreted(),
+            "R": runs, "MP": mp, "A": a, "B": b, "INTERPRET": _interpreted(), "PDL": pdl,
         }  # fmt: skip
         held = runs * mp * a * b
-        return Build(constants=constants, options={"num_warps": warps(held)})
+        return Build(constants=constants, options=options(pdl, warps(held), 1))
 
     total = x.numel() // n
     key = ("hadamard", n, m, x.dtype, None if root is None else root.dtype)
@@ -61,11 +63,11 @@ def bound_hadamard(
     root: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What ``bind`` gives for a "hadamard" operation, with the number of features fixed."""
-    from quant_kernels_triton.ops import _check_x, _plain
+    from quant_core.kernels.calls import check_input, unobserved
 
-    _check_x(x, k)
+    check_input(x, k)
     if x.dtype not in _DTYPES:  # float64, which no layer has, but a test may
         return torch.ops.quant_core.hadamard(x, rows, core, cols, root)  # type: ignore[no-any-return]
-    if _plain(x):
+    if unobserved(x):
         return _op(x, rows, core, cols, root)
     return torch.ops.quant_triton.hadamard(x, rows, core, cols, root)  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["extremes", "round_groups"]
 
@@ -128,11 +129,15 @@ def _stored(at, mask, KIND: tl.constexpr, STEPS):
 
 
 @triton.jit(do_not_specialize=["SIZE", "CHUNK"])
-def extremes(X, PART, SIZE, CHUNK, HALF: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def extremes(X, PART, SIZE, CHUNK, HALF: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+             PDL: tl.constexpr):  # fmt: skip
     """PART [2, PARTS]: bits of the largest -x and the largest x of a part of x, both >= 0."""
     pid = tl.program_id(0).to(tl.int64)
     below = tl.zeros([BLOCK], tl.int32)
     above = tl.zeros([BLOCK], tl.int32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     for start in range(0, CHUNK, BLOCK):
         at = pid * CHUNK + start + tl.arange(0, BLOCK)
         x = _read(X + at, at < SIZE, HALF)
@@ -155,7 +160,7 @@ def round_groups(X, Y, SCALE, ZERO, STEPS, PART, EXPERT, T, K, G, GS, E,
                  MAN: tl.constexpr, EMIN: tl.constexpr, SIGNED_ZERO: tl.constexpr,
                  TIES: tl.constexpr, SMAN: tl.constexpr, SEMIN: tl.constexpr,
                  SHIGH: tl.constexpr, TENSOR: tl.constexpr, RAGGED: tl.constexpr,
-                 WHOLE: tl.constexpr, PARTS: tl.constexpr,
+                 WHOLE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
                  BN: tl.constexpr, BG: tl.constexpr):  # fmt: skip
     """See the module's docstring; ``rounding_plan`` says what the constants are."""
     pid = tl.program_id(0)
@@ -177,6 +182,9 @@ def round_groups(X, Y, SCALE, ZERO, STEPS, PART, EXPERT, T, K, G, GS, E,
         at = pid.to(tl.int64) * K + g[:, None] * GS + j[None, :]
     else:
         at = (pid * BN + tl.arange(0, BN)).to(tl.int64)[:, None] * GS + j[None, :]
+    if PDL:  # the product that follows may fetch weights meanwhile
+        gdc_wait()
+        gdc_launch_dependents()
     x = _read(X + at, keep, HALF)
     size = _bits(x) & 0x7FFFFFFF
 

@@ -18,6 +18,7 @@ from quant_core.kernels.activations import fake_quantize
 from quant_core.numerics import element_table, mx_scale
 from quant_core.spec import Element
 from quant_kernels_triton import rounding
+from quant_kernels_triton.arguments import dependent, options
 from quant_kernels_triton.launch import Build, Start, aligned, launch, started
 from quant_kernels_triton.rounding_plan import MOST, RoundPlan, round_from_text
 
@@ -90,11 +91,12 @@ def _extremes(x: Tensor, half: bool) -> tuple[Tensor, int]:
     parts = min(_PARTS, _power(-(-size // 4096)))
     chunk = -(-size // parts)
     out = torch.empty(2, parts, dtype=torch.int32, device=x.device)
+    pdl = dependent(x.device.index)
 
     def build() -> Build:
-        fixed = {"HALF": half, "PARTS": parts, "BLOCK": 1024}
-        options = {"num_warps": 4}
-        return Build(constants=fixed, options=options, views={0: torch.int16} if half else {})
+        fixed = {"HALF": half, "PARTS": parts, "BLOCK": 1024, "PDL": pdl}
+        words = {0: torch.int16} if half else {}
+        return Build(constants=fixed, options=options(pdl, 4, 1), views=words)
 
     key = ("extremes", parts, x.dtype)
     launch(rounding.extremes, key, (parts, 1), (x, out, size, chunk), x.device.index, build)
@@ -163,13 +165,14 @@ def _round(
     part, parts = _extremes(x, half) if p.first else (y, 1)
     table = _table(p.table, x.device) if p.table else y
     kinds = tuple(None if t is None else t.dtype for t in (scale, zero, experts))
+    pdl = dependent(device)
     key = ("round", p, k, bn, x.dtype, parts, kinds)
 
     def build() -> Build:
         words = {0: torch.int16, 1: torch.int16} if half else {}
-        options = {"num_warps": warps, "enable_fp_fusion": False}
-        more = {"HALF": half, "PARTS": parts}
-        return Build(constants=constants | more, options=options, views=words)
+        more = {"HALF": half, "PARTS": parts, "PDL": pdl}
+        how = options(pdl, warps, 1) | {"enable_fp_fusion": False}
+        return Build(constants=constants | more, options=how, views=words)
 
     count = 0 if experts is None or scale is None else scale.shape[0]
     fixed = (tokens, k, groups, columns, count)
@@ -222,12 +225,12 @@ def bound_round(
     zero: Tensor | None = None, experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What ``bind`` gives for a "quantize" operation, with the first two arguments fixed."""
-    from quant_kernels_triton.ops import _check_x, _plain
+    from quant_core.kernels.calls import check_input, unobserved
 
-    _check_x(x, k)
+    check_input(x, k)
     if x.dtype not in _DTYPES:  # float64, which no layer has, but a test may
         flat = x.reshape(-1, k)
         return fake_quantize(flat, round_from_text(text, False).spec, scale, zero).view(x.shape)
-    if _plain(x):
+    if unobserved(x):
         return round_input(round_from_text(text, experts is not None), x, scale, zero, experts)
     return torch.ops.quant_triton.round_input(x, scale, zero, experts, text)  # type: ignore[no-any-return]

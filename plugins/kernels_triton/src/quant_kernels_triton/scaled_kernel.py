@@ -14,7 +14,7 @@ from quant_core.kernels.base import ANY_ROWS, Accepted, Rejected
 from quant_core.kernels.storage import Rows, misused
 from quant_core.spec import OpSpec
 from quant_kernels_triton.costs import BUCKETS
-from quant_kernels_triton.scaled_plan import ScaledPlan, describe_scaled
+from quant_kernels_triton.scaled_plan import ScaledPlan, describe_scaled, few_rows
 from quant_kernels_triton.wna16 import interpreting
 
 if TYPE_CHECKING:
@@ -48,9 +48,11 @@ class Scaled(Rows):
             return p
         size, out = p.n * p.k, []
         rate = 700.0 if p.kind == "int8" else 1150.0  # TFLOP/s, measured on an H100
+        few = few_rows(p.kind, p.n)
         for bound in BUCKETS:
             rows = min(bound, 8192)
-            us = 7.0 + max(size / 2.4e6, 2.0 * rows * size / rate / 1e6)
+            started = 15.0 if rows > few else 10.0 if p.kind == "block" else 7.0
+            us = started + max(size / 2.4e6, 2.0 * rows * size / rate / 1e6)
             out.append((ANY_ROWS if bound == BUCKETS[-1] else bound, round(us, 1)))
         return Accepted(
             costs=tuple(out), cost=out[0][1], note="activations quantized in one kernel"

@@ -1,6 +1,6 @@
 """Running products of 8-bit codes: one kernel quantizes x, one multiplies.
 
-    rows of x   few (_few)   more
+    rows of x   few          more
     fp8         gemm8        torch._scaled_mm with scales per row (bfloat16, N a multiple of 16),
                              else gemm8
     int8        gemm8        torch._int_mm and ``epilogue`` (N a multiple of 8), else gemm8
@@ -21,18 +21,11 @@ from torch import Tensor
 
 from quant_kernels_triton import quantize, scaled
 from quant_kernels_triton.launch import Build, Start, aligned, launch, started
-from quant_kernels_triton.scaled_plan import ScaledPlan
+from quant_kernels_triton.scaled_plan import ScaledPlan, few_rows
 
 __all__ = ["codes_of", "run_scaled"]
 
 _BN = 64  # outputs of a block of gemm8
-
-
-def _few(p: ScaledPlan) -> int:
-    """Rows up to which gemm8 runs; measured on an H100."""
-    if p.kind == "int8":
-        return 64 if p.n >= 16384 else 128
-    return 16 if p.n >= 16384 or p.kind == "block" else 64
 
 
 def _interpreted() -> bool:
@@ -162,7 +155,7 @@ class _Ready:
 
 
 _ready: dict[tuple[Any, ...], _Ready] = {}
-"""(plan, rows, dtype, device) -> launches; at most ``_few`` numbers of rows for each plan."""
+"""(plan, rows, dtype, device) -> launches; at most ``few_rows`` numbers of rows for each plan."""
 
 
 def _finish(p: ScaledPlan, sums: Tensor, s: Tensor, held: dict[str, Tensor], y: Tensor) -> None:
@@ -236,7 +229,7 @@ def run_scaled(
     if ready is not None and few is None:
         return ready(x, tensors)
     held = dict(zip(p.buffers, tensors, strict=True))
-    most = _few(p) if few is None else few
+    most = few_rows(p.kind, p.n) if few is None else few
     if m == 0:
         return x.new_empty(0, p.n)
     if m > most and (y := _many(p, x, held)) is not None:

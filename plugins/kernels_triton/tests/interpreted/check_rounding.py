@@ -32,8 +32,11 @@ def op_of(name: str, k: int, act: str = "float32", experts: int = 0) -> OpSpec:
     )
 
 
-@pytest.mark.parametrize("act", FLOATS)
-@pytest.mark.parametrize("name", SPECS)
+# every rule in bfloat16 and float32; float16 differs in how x is read only
+CASES = [(n, a) for n in SPECS for a in FLOATS if a != "float16" or not n.startswith("mx f")]
+
+
+@pytest.mark.parametrize(("name", "act"), CASES)
 def test_rounded_activations_are_the_references_bit_for_bit(name, act):
     for k in (96, 200) if act == "float32" else (200,):
         op, x = op_of(name, k, act), inputs(k, FLOATS[act])

@@ -17,7 +17,7 @@ def compile_hadamard(n: int, m: int, act: str) -> str:
     types = {"X": f"*{act}", "Y": f"*{act}", "ROOT": "*fp32", "RUNS": "i32"}
     types |= dict.fromkeys(("ROWS", "CORE", "COLS"), "*i8")
     constants = {"N": n, "M": m, "HAS_ROOT": True, "EXACT": act == "bf16", "R": runs, "MP": mp,
-                 "A": a, "B": b, "INTERPRET": False}  # fmt: skip
+                 "A": a, "B": b, "INTERPRET": False, "PDL": True}  # fmt: skip
     return compiled(hadamard, types, constants, warps(runs * mp * a * b))
 
 

@@ -38,7 +38,7 @@ def compiled(fn: Any, types: dict[str, str], constants: dict[str, Any], warps: i
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
                if signature[n].startswith("*") or n in ("K", "GS")}  # fmt: skip
     source = ASTSource(fn=fn, signature=signature, constexprs=held, attrs=aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False, "launch_pdl": True}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     path = Path(made.metadata_group[next(iter(made.metadata_group))]).parent / "again.ptx"
     path.write_text(made.asm["ptx"])
@@ -62,14 +62,14 @@ def compile_rounding(name: str, act: str, k: int) -> str:
             types["ZERO"] = _SCALES[str(scale_dtype(spec.zero.element))]
     types |= {"STEPS": "*fp32" if fixed["STORED"] == 1 else "*i32", "PART": "*i32"}
     types |= {"EXPERT": "*i64"} | dict.fromkeys(("T", "K", "G", "GS", "E"), "i32")
-    constants = fixed | {"HALF": act == "bfloat16", "PARTS": 256}
+    constants = fixed | {"HALF": act == "bfloat16", "PARTS": 256, "PDL": True}
     return compiled(rounding.round_groups, types, constants, warps)
 
 
 def compile_extremes(act: str) -> str:
     """The same for the pass over the whole tensor."""
     types = {"X": _TYPES[act], "PART": "*i32", "SIZE": "i32", "CHUNK": "i32"}
-    constants = {"HALF": act == "bfloat16", "PARTS": 256, "BLOCK": 1024}
+    constants = {"HALF": act == "bfloat16", "PARTS": 256, "BLOCK": 1024, "PDL": True}
     return compiled(rounding.extremes, types, constants, 4)
 
 
