@@ -86,7 +86,7 @@ def check_spec(name: str, act: str) -> list[dict[str, object]]:
         from quant_kernels_triton.gluon_run import run_config
 
         for way, _ in WAYS:
-            if p.spg == 1 and p.mode in (1, 2) or not way.acc:
+            if (p.spg == 1 and p.mode in (1, 2)) or not way.acc:
                 c = replace(way, programs=7)
                 run = lambda v, x, c=c: run_config(recipe, x, v, c)  # noqa: E731
                 found = _compare(run, values, w, lt.bias.double().cuda(), act, (33, 300))
