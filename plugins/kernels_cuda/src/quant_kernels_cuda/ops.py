@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant_core.errors import LayoutError
+from quant_core.kernels.calls import check_input, unobserved
 from quant_kernels_cuda.compiler import compile_cached
 from quant_kernels_cuda.driver import Launch, device_limits, load_function
 from quant_kernels_cuda.schedule import (
@@ -38,7 +38,6 @@ __all__ = ["buffer_names", "prepare", "run_grouped", "run_linear"]
 _POINTERS = struct.Struct("<15Q")  # x codes high s0 s1 z o0 o1 row*3 bias gather experts y
 _ARGS = struct.Struct("<15Q13Q32i")  # Args of csrc/group.cuh
 _MAX_GRID_Y = 65535
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _lock = threading.Lock()
 
 
@@ -218,35 +217,14 @@ _grouped_op = torch.ops.quant_cuda.grouped_linear.default
 
 
 def _checked(x: Tensor, k: int, act: torch.dtype) -> Tensor:
-    if x.dim() < 1 or x.shape[-1] != k or not x.is_floating_point():
-        raise LayoutError(
-            f"input has shape {tuple(x.shape)} {x.dtype}, expected a float tensor [..., {k}]. "
-            "Pass the layer's own activations.",
-            code="Q-LAYOUT-INPUT",
-            expected=k,
-            actual=tuple(x.shape),
-        )
+    check_input(x, k)
     return x if x.dtype == act else x.to(act)
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether nothing wants to see an op here: no tracing, no mode, an ordinary tensor.
-
-    Then the op's Python function is called directly, which saves the dispatcher's half of the
-    host's time.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in _TENSORS
-        and x.is_cuda
-        and not torch._C._len_torch_dispatch_stack()
-    )
 
 
 def run_linear(text: str, k: int, act: torch.dtype, tensors: list[Tensor], x: Tensor) -> Tensor:
     """The bound function of ``linear``; x of another float type is converted, and y back."""
     held = _checked(x, k, act)
-    y = _linear(held, tensors, text) if _plain(held) else _linear_op(held, tensors, text)
+    y = _linear(held, tensors, text) if unobserved(held) else _linear_op(held, tensors, text)
     return y if x.dtype == act else y.to(x.dtype)
 
 

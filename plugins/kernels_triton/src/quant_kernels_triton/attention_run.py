@@ -7,8 +7,9 @@
 
     quant_triton::attention_decode(qkv, cos, sin, at, keys, values, mask, scale) -> y
 
-        qkv [B, (H + 2 Hkv) D]   cos, sin [1 or B, R]   at int64 [1 or B], None: the last position
-        keys, values [B, Hkv, L, D], written at position ``at``   ->   y [B, H D]
+        qkv [B, (H + 2 Hkv) D]   cos, sin [1 or B, R], either with more axes of size 1
+        at int64 [1 or B], None: the last position
+        keys, values [B, Hkv, L, D], written at position ``at``   ->   y [B, H D], as qkv
 
 The second rotates q and k, writes the cache and attends to positions 0 to ``at`` in one call.
 """
@@ -16,15 +17,18 @@ The second rotates q and k, writes the cache and attends to positions 0 to ``at`
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
+from quant_core.kernels.calls import unobserved
 from quant_kernels_triton.arguments import dependent, options
 from quant_kernels_triton.attention import attend, combine
 from quant_kernels_triton.launch import Build, launch
-from quant_kernels_triton.seen import on_device, plain
+from quant_kernels_triton.seen import on_device
 
 __all__ = ["FLOATS", "decode_step", "run_decode", "run_step"]
 
@@ -52,12 +56,14 @@ def _cut(pairs: int, length: int, device: int | None) -> tuple[int, int]:
     return block, max(1, min(-(-length // block), wanted))
 
 
-def _aligned(*tensors: Tensor) -> bool:
-    """Rows of 16-element units at addresses that are multiples of 16 bytes."""
-    return all(
-        t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in t.stride()[:-1])
-        for t in tensors
-    )
+def _lined(*tensors: Tensor) -> bool:
+    """Rows are whole units of 16 elements."""
+    return all(t.stride(-1) == 1 and all(s % 16 == 0 for s in t.stride()[:-1]) for t in tensors)
+
+
+def _placed(*tensors: Tensor) -> bool:
+    """Addresses are multiples of 16 bytes; compiled code does not know them."""
+    return torch.compiler.is_compiling() or not any(t.data_ptr() % 16 for t in tensors)
 
 
 def _masks(mask: Tensor | None, length: int) -> bool:
@@ -79,72 +85,141 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         and q.shape[3] % 16 == v.shape[3] % 16 == 0
         and max(q.shape[3], v.shape[3]) <= _MOST
         and _masks(mask, k.shape[2])
-        and (torch.compiler.is_compiling() or _aligned(q, k, v))
+        and _lined(q, k, v)
     )
 
 
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, y: Tensor, scale: float, heads: int,
-    rotary: tuple[Tensor, Tensor, Tensor | None] | None,
-) -> None:  # fmt: skip
-    batch, groups, length, dim = k.shape
-    wide, device = v.shape[3], q.device.index
-    each = heads // groups
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What calls of one signature share: all but addresses."""
+
+    part: int  # numbers that ``attend`` leaves for ``combine``; 0 without splits
+    sizes: tuple[int, ...]  # length, splits, cache heads, strides
+    grids: tuple[tuple[int, int], tuple[int, int]]
+    key: tuple[Hashable, ...]
+    sum_key: tuple[Hashable, ...]
+    build: Callable[[], Build]
+    build_sum: Callable[[], Build]
+    bytes: bool  # the mask is of bools
+
+
+def _plan(
+    q: Tensor, heads: int, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
+    at: Tensor | None,
+) -> _Plan:  # fmt: skip
+    """For q [B, ...] with ``heads`` heads of queries; with ``cos`` it is a step's joint product."""
+    (batch, groups, length, dim), wide, device = k.shape, v.shape[3], q.device.index
+    each, pdl = heads // groups, dependent(device)
     block, splits = _cut(batch * groups, length, device)
-    part = y
-    if splits > 1:
-        part = torch.empty(
-            batch * heads * splits * (wide + 2), dtype=torch.float32, device=q.device
-        )
-    cos, sin, at = rotary or (q, q, None)
-    kind, per_head, held, smb, smh, smn = 0, False, q, 0, 0, 0
+    kind, steps = 0, (0, 0, 0)
     if mask is not None:
-        mask = mask.expand(batch, heads, 1, length)
-        kind, held = (1, mask.view(torch.uint8)) if mask.dtype == torch.bool else (2, mask)
-        smb, smh, smn = mask.stride(0), mask.stride(1), mask.stride(3)
-        per_head = smh != 0
+        kind, shown = 1 if mask.dtype == torch.bool else 2, mask.expand(batch, heads, 1, length)
+        steps = (shown.stride(0), shown.stride(1), shown.stride(3))
+    per_head, step = steps[1] != 0, 0 if cos is None else 2 if at is None else 1
+    rotated = 0 if cos is None else cos.shape[-1]
+    rest = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (cos, at)]
     strides = [s // 16 for s in (q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3])]
-    step = 0 if rotary is None else 2 if at is None else 1
-    at = q if at is None else at
-    steps = [0 if t.shape[0] == 1 or not step else t.stride(0) for t in (cos, at)]
-    pdl, split = dependent(device), splits > 1
-    rotated = cos.shape[-1] if step else 0
-    args = (q, k, v, held, cos, sin, at, y, part, scale, length, splits, groups, *strides,
-            smb, smh, smn, *steps)  # fmt: skip
-    key = ("attend", q.dtype, held.dtype, each, dim, wide, rotated, block, kind, per_head, step,
-           split)  # fmt: skip
 
     def build() -> Build:
         fixed = {
             "G": each, "D": dim, "DV": wide, "R": rotated, "BG": max(16, _power(each)),
             "BD": _power(dim), "BDV": _power(wide), "BN": block, "KIND": kind,
-            "PER_HEAD": per_head, "STEP": step, "SPLIT": split, "PDL": pdl,
+            "PER_HEAD": per_head, "STEP": step, "SPLIT": splits > 1, "PDL": pdl,
         }  # fmt: skip
         # without fused multiply-adds: they would leave out roundings of the rotation
         more = {"enable_fp_fusion": False} if step else {}
         return Build(constants=fixed, options=options(pdl, 4, 3 if dim <= 128 else 2) | more)
 
-    launch(attend, key, (splits, batch * groups), args, device, build)
-    if not split:
-        return
-
     def build_sum() -> Build:
         fixed = {"DV": wide, "BDV": _power(wide), "BS": 16, "PDL": pdl}
         return Build(constants=fixed, options=options(pdl, 4, 2))
 
-    launch(combine, ("combine", q.dtype, wide), (batch * heads, 1), (part, y, splits), device,
-           build_sum)  # fmt: skip
+    return _Plan(
+        part=batch * heads * splits * (wide + 2) if splits > 1 else 0,
+        sizes=(length, splits, groups, *strides, *steps, *rest),
+        grids=((splits, batch * groups), (batch * heads, 1)),
+        key=("attend", q.dtype, mask.dtype if mask is not None else None, each, dim, wide, rotated,
+             block, per_head, step, splits > 1),
+        sum_key=("combine", q.dtype, wide),
+        build=build,
+        build_sum=build_sum,
+        bytes=kind == 1,
+    )  # fmt: skip
+
+
+_plans: dict[Hashable, _Plan | None] = {}
+_KEPT = 4096
+
+
+def _planned(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    at: Tensor | None,
+) -> _Plan | None:  # fmt: skip
+    """The plan of a call, found by what it depends on; None for what the kernels do not take."""
+    signature = (
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
+        v.shape, v.stride(), v.dtype, v.device,
+        None if mask is None else (mask.shape, mask.stride(), mask.dtype),
+        None if cos is None or sin is None else (
+            cos.shape, cos.stride(), cos.dtype, sin.shape, sin.stride(), sin.dtype),
+        None if at is None else (at.shape, at.stride(), at.dtype),
+    )  # fmt: skip
+    found = _plans.get(signature, _plans)
+    if found is not _plans:
+        return found  # type: ignore[return-value]
+    if cos is None or sin is None:
+        plan = _plan(q, q.shape[1], k, v, mask, None, None) if _fits(q, k, v, mask) else None
+    elif _decodes(q, cos, sin, at, k, v, mask):
+        heads = q.shape[-1] // k.shape[3] - 2 * k.shape[1]
+        plan = _plan(q, heads, k, v, mask, cos, at)
+    else:
+        plan = None
+    if len(_plans) >= _KEPT:  # a growing cache makes a new one for each length
+        _plans.clear()
+    _plans[signature] = plan
+    return plan
+
+
+def _launch(
+    plan: _Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor,
+    at: Tensor, y: Tensor, scale: float,
+) -> None:  # fmt: skip
+    part, device = y, q.device.index
+    if plan.part:
+        part = torch.empty(plan.part, dtype=torch.float32, device=q.device)
+    held = q if mask is None else mask.view(torch.uint8) if plan.bytes else mask
+    args = (q, k, v, held, cos, sin, at, y, part, scale, *plan.sizes)
+    launch(attend, plan.key, plan.grids[0], args, device, plan.build)
+    if plan.part:
+        args = (part, y, plan.sizes[1])
+        launch(combine, plan.sum_key, plan.grids[1], args, device, plan.build_sum)
+
+
+def _run_step(
+    plan: _Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    y = q.new_empty((q.shape[0], 1, q.shape[1], v.shape[3]))
+    if y.numel():
+        on_device(q, _launch, plan, q, k, v, mask, q, q, q, y, scale)
+    return y
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    if not _aligned(q, k, v):  # compiled code does not know addresses
-        q, k, v = (t if _aligned(t) else t.clone(memory_format=torch.contiguous_format)
-                   for t in (q, k, v))  # fmt: skip
-    batch, heads, wide = q.shape[0], q.shape[1], v.shape[3]
-    y = q.new_empty((batch, 1, heads, wide))
-    if y.numel():
-        on_device(q, _launch, q, k, v, mask, y, scale, heads, None)
-    return y
+    q, k, v = (t if _placed(t) else t.clone() for t in (q, k, v))
+    plan = _planned(q, k, v, mask, None, None, None)
+    if plan is None:
+        raise _refused("attention_step", q, k, v, mask)
+    return _run_step(plan, q, k, v, mask, scale)
+
+
+def _refused(name: str, *tensors: Tensor | None) -> LayoutError:
+    found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors if t is not None)
+    return LayoutError(
+        f"{name}: found {found}; expected 16-bit floats of one type in rows of whole units of 16 "
+        f"elements, heads of up to {_MOST} features. Pass what the op's description says.",
+        code="Q-LAYOUT-INPUT",
+        actual=found,
+    )
 
 
 def _fake_step(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -155,20 +230,22 @@ def _decodes(
     qkv: Tensor, cos: Tensor, sin: Tensor, at: Tensor | None, keys: Tensor, values: Tensor,
     mask: Tensor | None,
 ) -> bool:  # fmt: skip
+    """For qkv [B, ..., N] and cos, sin [1 or B, ..., R], the axes between of size 1."""
     batch, groups, _, dim = keys.shape
+    heads = qkv.shape[-1] // dim - 2 * groups
     return (
-        qkv.dim() == 2 and qkv.shape[0] == batch and qkv.shape[1] % dim == 0
-        and qkv.shape[1] // dim > 2 * groups and (qkv.shape[1] // dim - 2 * groups) % groups == 0
+        qkv.shape[0] == batch and qkv.numel() == batch * (heads + 2 * groups) * dim
+        and heads > 0 and heads % groups == 0
         and keys.shape == values.shape and dim % 16 == 0 and dim <= _MOST
         and qkv.dtype in FLOATS and qkv.dtype == keys.dtype == values.dtype
         and qkv.dtype == cos.dtype == sin.dtype
+        and qkv.device == keys.device == values.device == cos.device == sin.device
         and _masks(mask, keys.shape[2])
         and (at is None or (at.dtype == torch.int64 and at.shape in ((1,), (batch,))))
-        and cos.dim() == 2 and cos.shape == sin.shape and cos.stride() == sin.stride()
-        and cos.shape[0] in (1, batch) and cos.shape[1] % 16 == 0 and cos.shape[1] <= dim
-        and cos.stride(1) == 1
-        and (torch.compiler.is_compiling() or (
-            _aligned(qkv, keys, values) and cos.data_ptr() % 16 == sin.data_ptr() % 16 == 0))
+        and cos.shape == sin.shape and cos.stride() == sin.stride()
+        and cos.shape[0] in (1, batch) and cos.numel() == cos.shape[0] * cos.shape[-1]
+        and cos.shape[-1] % 16 == 0 and cos.shape[-1] <= dim and cos.stride(-1) == 1
+        and _lined(qkv, keys, values)
     )  # fmt: skip
 
 
@@ -176,23 +253,21 @@ def _decode(
     qkv: Tensor, cos: Tensor, sin: Tensor, at: Tensor | None, keys: Tensor, values: Tensor,
     mask: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    batch, groups, _, dim = keys.shape
-    if not _decodes(qkv, cos, sin, at, keys, values, mask):
-        raise LayoutError(
-            f"attention_decode: found qkv {tuple(qkv.shape)} {qkv.dtype}, caches "
-            f"{tuple(keys.shape)} {keys.dtype} and {tuple(values.shape)} {values.dtype}, cos "
-            f"{tuple(cos.shape)} {cos.dtype}; expected qkv [B, (H + 2 Hkv) D] and caches "
-            f"[B, Hkv, L, D] of one 16-bit type at addresses of 16 bytes, D a multiple of 16 up to "
-            f"{_MOST}, cos and sin [1 or B, R] of that type, at int64 [1 or B]. Pass what the "
-            "op's description says.",
-            code="Q-LAYOUT-INPUT",
-            actual=tuple(qkv.shape),
-        )
-    heads = qkv.shape[1] // dim - 2 * groups
-    y = qkv.new_empty((batch, heads * dim))
+    plan = _planned(qkv, keys, values, mask, cos, sin, at)
+    if plan is None or not _placed(qkv, keys, values, cos, sin):
+        raise _refused("attention_decode", qkv, keys, values, cos, sin, at, mask)
+    return _run_decode(plan, qkv, cos, sin, at, keys, values, mask, scale)
+
+
+def _run_decode(
+    plan: _Plan, qkv: Tensor, cos: Tensor, sin: Tensor, at: Tensor | None, keys: Tensor,
+    values: Tensor, mask: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    width = qkv.shape[-1] - 2 * keys.shape[1] * keys.shape[3]
+    y = qkv.new_empty((*qkv.shape[:-1], width))
     if y.numel():
-        q = qkv.view(batch, -1, 1, dim)
-        on_device(q, _launch, q, keys, values, mask, y, scale, heads, (cos, sin, at))
+        where = qkv if at is None else at
+        on_device(qkv, _launch, plan, qkv, keys, values, mask, cos, sin, where, y, scale)
     return y
 
 
@@ -200,7 +275,7 @@ def _fake_decode(
     qkv: Tensor, cos: Tensor, sin: Tensor, at: Tensor | None, keys: Tensor, values: Tensor,
     mask: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))
+    return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] - 2 * keys.shape[1] * keys.shape[3]))
 
 
 _lib = torch.library.Library("quant_triton", "FRAGMENT")
@@ -223,11 +298,13 @@ def run_step(
     buffers: list[Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor | None:
     """As in the module's docstring; None for what this kernel does not take."""
-    if not _fits(q, k, v, mask):
+    if not unobserved(q):
+        fits = _fits(q, k, v, mask) and _placed(q, k, v)
+        return _op(q, k, v, mask, scale) if fits else None
+    plan = _planned(q, k, v, mask, None, None, None)
+    if plan is None or not _placed(q, k, v):
         return None
-    if plain(q):
-        return _step(q, k, v, mask, scale)
-    return _op(q, k, v, mask, scale)  # type: ignore[no-any-return]
+    return _run_step(plan, q, k, v, mask, scale)
 
 
 def run_decode(
@@ -235,9 +312,9 @@ def run_decode(
     mask: Tensor | None, scale: float, at: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The bound function of "attention_update"; None for what it does not take."""
-    flat, cos, sin = qkv[:, 0], cos[:, 0], sin[:, 0]
-    if not _decodes(flat, cos, sin, at, keys, values, mask):
+    plan = _planned(qkv, keys, values, mask, cos, sin, at)
+    if plan is None or not _placed(qkv, keys, values, cos, sin):
         return None
-    run = _decode if plain(flat) else decode_step
-    y: Tensor = run(flat, cos, sin, at, keys, values, mask, scale)
-    return y[:, None]
+    if not unobserved(qkv):
+        return decode_step(qkv, cos, sin, at, keys, values, mask, scale)  # type: ignore[no-any-return]
+    return _run_decode(plan, qkv, cos, sin, at, keys, values, mask, scale)

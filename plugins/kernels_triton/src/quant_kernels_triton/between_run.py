@@ -15,10 +15,11 @@ import itertools
 import torch
 from torch import Tensor
 
+from quant_core.kernels.calls import unobserved
 from quant_kernels_triton import between
 from quant_kernels_triton.arguments import dependent, options
 from quant_kernels_triton.launch import Build, launch
-from quant_kernels_triton.seen import on_device, plain
+from quant_kernels_triton.seen import on_device
 
 __all__ = ["FLOATS", "MOST_NORM", "run_gated", "run_norm", "run_rotary"]
 
@@ -93,11 +94,11 @@ def run_norm(
     ):
         return None
     if delta is None:
-        run = _rms_norm if plain(x) else _norm_op
+        run = _rms_norm if unobserved(x) else _norm_op
         return run(x, weight, eps, form)  # type: ignore[no-any-return, operator]
     if delta.shape != x.shape or delta.dtype != x.dtype or not _whole(delta):
         return None
-    add = _add_rms_norm if plain(x) else _add_op
+    add = _add_rms_norm if unobserved(x) else _add_op
     return add(x, delta, weight, eps, form)  # type: ignore[no-any-return, operator]
 
 
@@ -156,7 +157,7 @@ def run_rotary(
         or not _lined(q, k, cos, sin)
     ):
         return None
-    run = _rotary if plain(q) else _rotary_op
+    run = _rotary if unobserved(q) else _rotary_op
     return run(q, k, cos, sin)  # type: ignore[no-any-return, operator]
 
 
@@ -201,7 +202,7 @@ def run_gated(act: str, tensors: list[Tensor], gate: Tensor, up: Tensor) -> Tens
         or not (torch.compiler.is_compiling() or gate.data_ptr() % 16 == up.data_ptr() % 16 == 0)
     ):
         return None
-    run = _gated if plain(gate) else _gated_op
+    run = _gated if unobserved(gate) else _gated_op
     return run(gate, up, act)  # type: ignore[no-any-return, operator]
 
 

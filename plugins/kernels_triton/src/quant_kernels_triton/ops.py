@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quant_core.errors import LayoutError
+from quant_core.kernels.calls import check_input, unobserved
 from quant_kernels_triton.plain_run import run_dense, run_embedding, run_gemm, run_grouped
 from quant_kernels_triton.recipe import Recipe, recipe_from_text
 from quant_kernels_triton.rounding_run import rounded
@@ -26,7 +26,6 @@ from quant_kernels_triton.scaled_run import run_scaled
 
 __all__ = ["bound_embedding", "bound_grouped", "bound_linear", "bound_scaled"]
 
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _lib = torch.library.Library("quant_triton", "FRAGMENT")
 _lib.define("linear(Tensor x, Tensor[] tensors, str recipe, str way) -> Tensor")
 _lib.define(
@@ -47,31 +46,6 @@ _WAYS: dict[str, Callable[[Recipe, Tensor, Sequence[Tensor]], Tensor]] = {
     "dense": run_dense,
     "gluon": _gluon,
 }
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether nothing wants to see an op here: no tracing, no mode, an ordinary tensor on a GPU.
-
-    Then the op's Python function is called directly, which saves the dispatcher's part of the
-    host's time.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in _TENSORS
-        and x.is_cuda
-        and not torch._C._len_torch_dispatch_stack()
-    )
-
-
-def _check_x(x: Tensor, k: int) -> None:
-    if x.dim() < 1 or x.shape[-1] != k or not x.is_floating_point():
-        raise LayoutError(
-            f"input has shape {tuple(x.shape)} {x.dtype}, expected a float tensor [..., {k}]. "
-            "Pass the layer's own activations.",
-            code="Q-LAYOUT-INPUT",
-            expected=k,
-            actual=tuple(x.shape),
-        )
 
 
 def _emulated(x: Tensor, r: Recipe) -> Tensor:
@@ -139,8 +113,8 @@ for _name, _impl, _fake in (
 
 def bound_linear(text: str, way: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     """What ``bind`` gives for a linear layer, with the first three arguments fixed."""
-    _check_x(x, k)
-    if _plain(x):
+    check_input(x, k)
+    if unobserved(x):
         return _linear(x, tensors, text, way)
     return torch.ops.quant_triton.linear(x, tensors, text, way)  # type: ignore[no-any-return]
 
@@ -149,14 +123,14 @@ def bound_grouped(
     text: str, way: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor
 ) -> Tensor:
     """The same for a stack of experts."""
-    _check_x(x, k)
+    check_input(x, k)
     return torch.ops.quant_triton.grouped_linear(x, experts, tensors, text, way)  # type: ignore[no-any-return]
 
 
 def bound_scaled(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     """The same for a linear layer with 8-bit activations."""
-    _check_x(x, k)
-    if _plain(x):
+    check_input(x, k)
+    if unobserved(x):
         return _scaled_linear(x, tensors, text)
     return torch.ops.quant_triton.scaled_linear(x, tensors, text)  # type: ignore[no-any-return]
 
