@@ -294,7 +294,7 @@ def config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
 def grouped_config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
     """Block sizes for ``rows`` rows spread over the experts of a stack."""
     each = -(-rows // max(recipe.experts, 1))
-    if each > 192:
+    if each > 96:  # one block for most experts, though half empty
         return Specialized(256, 0, 2, 5, False, 0)
     acc = p.spg == 1 and p.mode in (1, 2)
     if each <= 16:
