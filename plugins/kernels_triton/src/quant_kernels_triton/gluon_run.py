@@ -16,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from quant_core.kernels.base import Rejected
 from quant_core.kernels.storage import misused
 from quant_kernels_triton.asm import constraints, dequant
+from quant_kernels_triton.gluon_counters import counters
 from quant_kernels_triton.gluon_plan import Ring, Specialized, config, cut, grouped_config, plan
 from quant_kernels_triton.gluon_ring import ring
 from quant_kernels_triton.gluon_ws import specialized
@@ -27,8 +28,6 @@ __all__ = ["run_config", "run_gluon", "run_grouped_gluon"]
 
 _PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # two rows of a factor in one word
 _SIZES = {code: {"f32": 4, "bf16": 2, "f16": 2}.get(e, 1) for e, code in ELEMENTS.items()}
-_COUNTERS = 1 << 16
-_counters: dict[tuple[int, object], Tensor] = {}
 
 
 class _Desc:
@@ -112,19 +111,6 @@ def _descriptor(x: Tensor, bm: int, width: int, known: bool) -> Any:
     return TensorDescriptor(x, shape, strides, [bm, width], layout)
 
 
-def _counter(device: int) -> Tensor | None:
-    """Zeroed counters of blocks, kept per stream; None if they cannot be made now."""
-    if torch.cuda.is_current_stream_capturing():
-        return _counters.get((device, "graph"))
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    held = _counters.get((device, stream))
-    if held is None:
-        made = torch.zeros(2, _COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
-        held = _counters[device, stream] = made[0]
-        _counters.setdefault((device, "graph"), made[1])
-    return held
-
-
 _Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
 
 
@@ -147,7 +133,7 @@ class _Ready:
         y = x.new_empty(m, self.n)
         to = part = count = y.data_ptr()
         if self.split > 1:
-            counter = _counter(device)
+            counter = counters(device, self.grid[0] // self.split)
             if counter is None:
                 return None
             sums = torch.empty(self.split, m, self.n, dtype=torch.float32, device=x.device)
@@ -185,7 +171,7 @@ def _run_ring(
     blocks = -(-m // c.bm) * -(-held.sizes[1] // (16 * c.warps))
     split, count, part = c.split, y, y
     if split > 1:
-        counter = _counter(device) if blocks <= _COUNTERS else None
+        counter = counters(device, blocks)
         if counter is None:
             split = 1
         else:
@@ -219,7 +205,7 @@ def _run_specialized(
     programs = tiles if grouped or not c.programs else min(c.programs, tiles * r.groups)
     part = count = tensors[held.buffers[0]]  # not read where no tile is cut
     if cut(tiles, r.groups, programs):
-        counter = _counter(device)
+        counter = counters(device, programs * c.consumers)
         if counter is None:
             programs = tiles
         else:

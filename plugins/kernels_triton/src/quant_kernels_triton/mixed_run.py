@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quant_kernels_triton.gluon_run import _counter, _Desc
+from quant_kernels_triton.gluon_counters import counters
+from quant_kernels_triton.gluon_run import _Desc
 from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
 from quant_kernels_triton.mixed_parts import ASM, POWER
 from quant_kernels_triton.mixed_plan import MixedPlan, MixedRing, MixedWide, config
@@ -26,7 +27,6 @@ from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blo
 
 __all__ = ["exchanged_codes", "run_mixed", "run_mixed_grouped"]
 
-_COUNTERS = 1 << 16
 _WEIGHT_STAGES = 4  # of mixed_ws, of 8 KB
 _Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
 
@@ -161,7 +161,7 @@ def _multiply(
     blocks = -(-m // c.bm) * -(-rows // (16 * c.warps))
     split, count, part = c.split, s, s
     if split > 1:
-        counter = _counter(device) if blocks <= _COUNTERS else None
+        counter = counters(device, blocks)
         if counter is None:
             split = 1
         else:
