@@ -51,7 +51,7 @@ def _processors(device: int | None) -> int:
 
 def _cut(pairs: int, length: int, device: int | None) -> tuple[int, int]:
     """(positions of a block, splits): short chains for few programs, no sums to add for many."""
-    wanted = max(1, 2 * _processors(device) // pairs)
+    wanted = max(1, 2 * _processors(device) // max(pairs, 1))
     block = _LEAST if length <= 2 * _LEAST * wanted else 2 * _LEAST
     return block, max(1, min(-(-length // block), wanted))
 
@@ -66,11 +66,12 @@ def _placed(*tensors: Tensor) -> bool:
     return torch.compiler.is_compiling() or not any(t.data_ptr() % 16 for t in tensors)
 
 
-def _masks(mask: Tensor | None, length: int) -> bool:
+def _masks(mask: Tensor | None, k: Tensor) -> bool:
     return mask is None or (
         mask.dim() == 4
         and mask.shape[2] == 1
-        and mask.shape[3] == length
+        and mask.shape[3] == k.shape[2]
+        and mask.device == k.device
         and (mask.dtype == torch.bool or mask.dtype in _MASKS)
     )
 
@@ -84,7 +85,7 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         and q.shape[1] % k.shape[1] == 0
         and q.shape[3] % 16 == v.shape[3] % 16 == 0
         and max(q.shape[3], v.shape[3]) <= _MOST
-        and _masks(mask, k.shape[2])
+        and _masks(mask, k)
         and _lined(q, k, v)
     )
 
@@ -159,10 +160,11 @@ def _planned(
     signature = (
         q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
         v.shape, v.stride(), v.dtype, v.device,
-        None if mask is None else (mask.shape, mask.stride(), mask.dtype),
+        None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
         None if cos is None or sin is None else (
-            cos.shape, cos.stride(), cos.dtype, sin.shape, sin.stride(), sin.dtype),
-        None if at is None else (at.shape, at.stride(), at.dtype),
+            cos.shape, cos.stride(), cos.dtype, cos.device,
+            sin.shape, sin.stride(), sin.dtype, sin.device),
+        None if at is None else (at.shape, at.stride(), at.dtype, at.device),
     )  # fmt: skip
     found = _plans.get(signature, _plans)
     if found is not _plans:
@@ -240,8 +242,9 @@ def _decodes(
         and qkv.dtype in FLOATS and qkv.dtype == keys.dtype == values.dtype
         and qkv.dtype == cos.dtype == sin.dtype
         and qkv.device == keys.device == values.device == cos.device == sin.device
-        and _masks(mask, keys.shape[2])
-        and (at is None or (at.dtype == torch.int64 and at.shape in ((1,), (batch,))))
+        and _masks(mask, keys) and keys.shape[2] > 0
+        and (at is None or (at.dtype == torch.int64 and at.shape in ((1,), (batch,))
+                            and at.device == keys.device))
         and cos.shape == sin.shape and cos.stride() == sin.stride()
         and cos.shape[0] in (1, batch) and cos.numel() == cos.shape[0] * cos.shape[-1]
         and cos.shape[-1] % 16 == 0 and cos.shape[-1] <= dim and cos.stride(-1) == 1
@@ -312,9 +315,11 @@ def run_decode(
     mask: Tensor | None, scale: float, at: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The bound function of "attention_update"; None for what it does not take."""
+    if not unobserved(qkv):
+        fits = _decodes(qkv, cos, sin, at, keys, values, mask)
+        fits = fits and _placed(qkv, keys, values, cos, sin)
+        return decode_step(qkv, cos, sin, at, keys, values, mask, scale) if fits else None
     plan = _planned(qkv, keys, values, mask, cos, sin, at)
     if plan is None or not _placed(qkv, keys, values, cos, sin):
         return None
-    if not unobserved(qkv):
-        return decode_step(qkv, cos, sin, at, keys, values, mask, scale)  # type: ignore[no-any-return]
     return _run_decode(plan, qkv, cos, sin, at, keys, values, mask, scale)

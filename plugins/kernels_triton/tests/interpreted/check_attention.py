@@ -184,6 +184,15 @@ def test_decode_step_under_a_mask(kind):
     assert error(got, exact(q, keys, values, None, 0.2).reshape(b, -1)) > 0.1  # control
 
 
+def test_no_sequences_and_no_positions():
+    q, k, v = make((2, 4, 2, 9, 32, 32))
+    assert run_step([], q[:0], k[:0], v[:0], None, 0.1).shape == (0, 1, 4, 32)
+    assert (run_step([], q, k[:, :, :0], v[:, :, :0], None, 0.1) == 0).all()
+    qkv, cos, sin, keys, values = step_inputs(1, 4, 2, 16, 64)
+    nothing = keys[:, :, :0], values[:, :, :0]
+    assert run_decode([], qkv[:, None], cos[:, None], sin[:, None], *nothing, None, 0.1) is None
+
+
 def test_update_declines_what_it_does_not_take():
     b, h, hk, length, d = 2, 4, 2, 20, 64
     flat, cos, sin, keys, values = step_inputs(b, h, hk, length, d)
@@ -200,7 +209,7 @@ def test_update_declines_what_it_does_not_take():
 
 def test_decode_step_of_wrong_shapes_raises():
     qkv, cos, sin, keys, values = step_inputs(1, 4, 2, 16, 64)
-    with pytest.raises(LayoutError, match="expected qkv"):
+    with pytest.raises(LayoutError, match="expected 16-bit"):
         decode_step(qkv[:, :-64], cos[:, :32], sin, torch.tensor([3]), keys, values, None, 0.1)
 
 
