@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap
+from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, original, swap
 from quant_core.errors import KernelError, summarize
 from quant_core.kernels.base import Accepted
 from quant_core.kernels.between import NORMS, gated_op, norm_op
@@ -65,6 +65,15 @@ class Parts:
     swapped: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     choices: dict[OpSpec, Choice | KernelError] = field(default_factory=dict)
+    known: set[Any] = field(default_factory=set)
+
+    def knows(self, module: nn.Module) -> bool:
+        """Whether a module of the same code, settings and operations was probed thoroughly."""
+        return _kind(module) in self.known
+
+    def learn(self, module: nn.Module) -> None:
+        """``module`` was probed thoroughly; the next of its kind needs one case only."""
+        self.known.add(_kind(module))
 
     def chosen(self, op: OpSpec) -> Choice | None:
         """The kernel for ``op``; None, and remembered, if there is none."""
@@ -94,6 +103,17 @@ class Parts:
             lines.append(f"{op.op} {sizes} {' '.join(sorted(op.features))}".rstrip())
             lines += [f"  {d}" for d in found.trace or () if _of_interest(d)]
         return "\n".join(lines)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Classes, plain settings and operations of a module and of all below it, but no numbers."""
+
+    def settings(m: nn.Module) -> tuple[Any, ...]:
+        held = m.__dict__
+        plain = [(n, v) for n, v in held.items() if isinstance(v, int | float | str)]
+        return tuple(sorted(n for n in plain if n[0] != "layer_idx")), id(held.get("config"))
+
+    return tuple((original(m), settings(m), getattr(m, "op", None)) for m in module.modules())
 
 
 def _of_interest(decision: Decision) -> bool:
@@ -342,7 +362,8 @@ def _attach_mlp(name: str, module: nn.Module, parts: Parts) -> None:
     if choice is None:
         return
     x = random((2, 3, layers[one].in_features), parts)
-    want, single = module(x), module(x[:1, :1])
+    cases = [x[:1, :1]] if parts.knows(module) else [x[:1, :1], x]
+    wants = [module(case) for case in cases]
     run = choice.kernel.bind(choice.op)
     for gate, up in ((one, two), (two, one)):
         names = (gate, up, down)
@@ -352,7 +373,8 @@ def _attach_mlp(name: str, module: nn.Module, parts: Parts) -> None:
         part = MlpPart(
             names, act_name, act, run, whole, above, below, choice.kernel.name, Buffers()
         )
-        if _same(part, module, x, want) and _same(part, module, x[:1, :1], single):
+        if all(_same(part, module, c, w) for c, w in zip(cases, wants, strict=True)):
+            parts.learn(module)
             part.kernel += f" in {layers[gate].kernel.name}" if whole is not None else ""
             module._quant_mlp = part  # type: ignore[assignment]
             swap(module, _Mlp)
