@@ -147,7 +147,6 @@ def test_what_cannot_be_rounded_first_is_not_offered():
     spec = DYNAMIC["fp8 token"]
     lt = _layer(spec)
     op = _op(lt, spec)
-    assert RoundedInput.of(ReferenceKernel(), op) is None  # no layout
     assert RoundedInput.of(FloatsOnly(), make_op("linear", lt)) is None  # nothing to round
     combined = replace(op, features=op.features | {"out_scale"})
     answer = RoundedInput(FloatsOnly(), stored=False).accepts(combined)
@@ -156,6 +155,24 @@ def test_what_cannot_be_rounded_first_is_not_offered():
     never = FloatsOnly()
     never.accepts = lambda op: Rejected(axis="operands", have="x", need="y")
     assert choose(op, _registry(never)).kernel.name == "torch_ref"
+
+
+def test_kernel_without_a_layout_is_offered_behind_a_rounding_too():
+    """As those of the CPU; a stored scale is its buffer all the same."""
+    for spec in (*DYNAMIC.values(), *STORED.values()):
+        alone = FloatsOnly()
+        alone.layout = ""
+        lt = _layer(spec)
+        op = _op(lt, spec)
+        choice = choose(op, _registry(alone))
+        assert choice.kernel.name == "floats@rounded"
+        buffers, run = _bound(choice.kernel, choice.op, [lt])
+        want_buffers, want = _bound(ReferenceKernel(), op, [lt])
+        x = torch.randn(4, K)
+        values, want_values = list(buffers.values()), list(want_buffers.values())
+        assert torch.equal(run(values, x), want(want_values, x))
+        back = choice.kernel.restore(buffers, choice.op)
+        assert back.input_scale is None or torch.equal(back.input_scale, lt.input_scale)
 
 
 def test_rounding_is_one_node_of_a_graph():

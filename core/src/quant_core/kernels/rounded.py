@@ -3,12 +3,11 @@
     x -> codes of the "input" operand and back -> kernel of the weights alone
 
 The result is what the operation means: the kernel only multiplies the rounded values in the dtype
-of x instead of their codes. So every element type of activations runs on every weight kernel of a
-shared storage order, also where the chip has no product of such codes; the trace says "emulated",
-and by whom: rounding is an operation of its own (``kernels.quantizer``).
+of x instead of their codes. So every element type of activations runs on every weight kernel, also
+where the chip has no product of such codes; the trace says "emulated", and by whom: rounding is an
+operation of its own (``kernels.quantizer``).
 
-Offered for kernels that declare a ``layout`` only. A stored scale becomes a buffer behind those of
-the kernel, under a layout name of its own.
+A stored scale becomes a buffer behind those of the kernel, under a layout name of its own.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class RoundedInput:
         self.quantizer: Kernel = TorchRound() if quantizer is None else quantizer
         self.name = f"{inner.name}@rounded"
         layout = str(getattr(inner, "layout", ""))
-        self.layout = f"{layout}+input" if stored else layout
+        self.layout = f"{layout}+input" if stored and layout else layout
 
     @staticmethod
     def of(
@@ -64,7 +63,7 @@ class RoundedInput:
             quantizer: asked for the kernel that rounds, where it is of use.
         """
         spec = op.operand("input")
-        if spec is None or not getattr(inner, "layout", "") or op.op == "embedding":
+        if spec is None or op.op == "embedding":
             return None
         if unsupported_input(op):
             return None
