@@ -141,8 +141,9 @@ def llama_step(path: Path, threads: int, context: int) -> Step | None:
 def candidates(path: Path, context: int, *, compiled: bool, reference: bool) -> dict[str, Step]:
     """Name -> step of everything that is installed."""
     found: dict[str, Step] = {}
-    dense = dequantize_(quant_core.load_model(path, dtype=torch.bfloat16), torch.bfloat16)
-    dense.set_attn_implementation("sdpa")  # as transformers runs it without us
+    # as transformers runs it without us: no kernel between its layers either
+    dense = quant_core.load_model(path, dtype=torch.bfloat16, kernels="torch_ref")
+    dequantize_(dense, torch.bfloat16)
     found[BASE] = transformers_step(dense)
     packed = quant_core.load_model(path, dtype=torch.bfloat16)
     kernels = sorted({m.kernel.name for m in packed.modules() if isinstance(m, QuantModule)})
