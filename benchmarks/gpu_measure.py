@@ -132,9 +132,9 @@ def captured_calls(
     want: torch.Tensor,
     where: str,
     send: Send,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Callable[[], torch.Tensor]]]:
-    """(graphs, what is known of each besides its time, one eager call of each)."""  # fmt: skip
-    graphs, facts, eager_calls = {}, {}, {}
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, list[Callable[[], torch.Tensor]]]]:
+    """(graphs, what is known of each besides its time, its calls: a graph reads what they hold)."""
+    graphs, facts, held = {}, {}, {}
     for name, made in calls.items():
         send({"trying": name})
         try:
@@ -151,11 +151,11 @@ def captured_calls(
                 "error": relative_error(eager[:64], want) if compared else None,
                 "host_us": None,
             }
-            graphs[name], eager_calls[name] = (graph, len(thunks)), thunks[0]
+            graphs[name], held[name] = (graph, len(thunks)), thunks
         except Exception as err:
             send(problem(f"{name} {where}", err))
             torch.cuda.synchronize()  # raises if the context is broken: the process ends
-    return graphs, facts, eager_calls
+    return graphs, facts, held
 
 
 def measure_cell(cell: tuple[str, str, frozenset[str]], send: Send, bench: Bench) -> None:
@@ -178,14 +178,14 @@ def measure_cell(cell: tuple[str, str, frozenset[str]], send: Send, bench: Bench
         able = {n: over(c.sets, c.run) for n, c in found.items() if c.said.cost_at(rows) < math.inf}
         calls = {n: c for n, c in {**able, **rivals}.items() if n not in dropped}
         where = f"{shape} {scheme} M={m}"
-        graphs, facts, eager = captured_calls(calls, inputs, case.wanted(inputs[0]), where, send)
+        graphs, facts, held = captured_calls(calls, inputs, case.wanted(inputs[0]), where, send)
         if not graphs:
             continue
         send({"trying": "timing"})
         times = interleaved(graphs, rounds=bench.rounds, ms=1.0)
         for name in times:
             if m in HOST_ROWS and times[name] < HOST_MOST_US:
-                facts[name]["host_us"] = host_us(eager[name], 60)
+                facts[name]["host_us"] = host_us(held[name][0], 60)
         chosen = _winner(choice, rows)
         dropped |= _hopeless(times, m, before) - {chosen, BASE}
         before = {name: (m, us) for name, us in times.items()}
@@ -201,7 +201,7 @@ def measure_cell(cell: tuple[str, str, frozenset[str]], send: Send, bench: Bench
                 costs.setdefault(name, []).append([rows, us])
         line = ", ".join(f"{w}{'*' if w == chosen else ''} {t:.1f}" for w, t in times.items())
         print(f"{bench.left():.0f} s left, {where}: {line}", flush=True)
-        del graphs, eager, calls
+        del graphs, held, calls
     send({"costs": {op_key(case.op): costs}, "device": case.op.device})
     del found, rivals, case
     gc.collect()
