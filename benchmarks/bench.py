@@ -94,7 +94,8 @@ def compiled(model: Any) -> Callable[..., Any]:
         code, forward.__globals__, code.co_name, forward.__defaults__, forward.__closure__
     )
     own.__kwdefaults__ = forward.__kwdefaults__
-    run = torch.compile(own, fullgraph=True, dynamic=False, options=COMPILE)
+    options = dict(COMPILE)  # torch.compile takes entries out of it
+    run = torch.compile(own, fullgraph=True, dynamic=False, options=options)
     return functools.partial(run, model)
 
 
