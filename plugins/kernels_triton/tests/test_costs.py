@@ -48,3 +48,19 @@ def test_stack_costs_grow_with_the_experts_in_use():
     table = dict(costs("gluon_wna16", recipe(op="grouped_linear", experts=64), HOPPER)[0])
     assert table[1] < table[16] < table[64]
     assert table[64] > 20 * (table[1] - 15)
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "n", "measured"),
+    [
+        (8, 4096, 14336, {2: 50.4, 32: 104, 128: 145, 512: 256, 2048: 512, 8192: 1679}),
+        (128, 2048, 1536, {8: 28.3, 32: 43.4, 512: 98.5, 2048: 138, 8192: 266}),
+    ],
+)
+def test_stack_costs_about_what_was_measured(experts, k, n, measured):
+    """Microseconds of benchmarks/gpu.py on an H100, by rows; within 1.5 times."""
+    made = recipe(n=n, k=k, op="grouped_linear", experts=experts)
+    table = costs("gluon_wna16", made, HOPPER)[0]
+    for rows, us in measured.items():
+        cost = next(c for bound, c in table if rows <= bound)
+        assert us / 1.5 < cost < us * 1.5, (rows, cost, us)

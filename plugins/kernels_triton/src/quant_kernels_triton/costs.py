@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -114,16 +114,20 @@ def _estimate(kernel: str, recipe: Recipe) -> tuple[tuple[int, float], ...]:
     return tuple(out)
 
 
-def _of_stack(table: tuple[tuple[int, float], ...], experts: int) -> tuple[tuple[int, float], ...]:
-    """The costs of a matrix as those of a stack whose rows go evenly to its experts.
+def _of_stack(kernel: str, recipe: Recipe, capability: str) -> tuple[tuple[int, float], ...]:
+    """The costs of a stack whose rows go evenly to its experts.
 
-    One launch serves all, so 3 microseconds of each are left out; sorting takes about 15 once.
+    The experts met are one matrix as high as all of them: they run in one launch and share the
+    card. Some get twice the rows of others, and every one fills its last block; sorting takes about
+    15 microseconds once.
     """
     out = []
-    for bound, _ in table:
+    for bound in BUCKETS:
         rows = min(bound, 2 * BUCKETS[-2])
-        active, each = min(experts, rows), -(-rows // experts)
-        out.append((bound, round(15.0 + active * max(_at(table, each) - 3.0, 0.5), 2)))
+        active, each = min(recipe.experts, rows), -(-rows // recipe.experts)
+        whole = replace(recipe, n=recipe.n * active, experts=0)
+        table = _measured(kernel, whole, capability) or _estimate(kernel, whole)
+        out.append((bound, round(15.0 + _at(table, each + min(each, 64)), 2)))
     return tuple(out)
 
 
@@ -149,7 +153,7 @@ def costs(
     measured = _measured(kernel, recipe, device[1])
     table = _estimate(kernel, recipe) if measured is None else measured
     if recipe.experts:  # blocks of experts are not shared: the measured table
-        table = _of_stack(table, recipe.experts)
+        table = _of_stack(kernel, recipe, device[1])
     elif measured is not None and kernel == "gluon_wna16":
         table = _modelled(recipe, table)
     return table, measured is not None

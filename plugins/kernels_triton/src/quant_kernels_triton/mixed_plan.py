@@ -251,6 +251,7 @@ def config(p: MixedPlan, rows: int) -> MixedRing | MixedWide:
 # Microseconds, fitted to an H100 (benchmarks/gpu_mixed.py).
 _START, _START_EXPERTS = 6.0, 28.0  # of quantizing and starting; of sorting too
 _BYTES_PER_US = 2.9e6
+_PARTS_PER_US = 4.5e6  # of parts of sums, which the cache holds
 _GROUP = {"int4": 1.14, "fp4": 1.14, "fp8": 1.03, "int8": 0.87}  # of 128 x 256 outputs, 128 columns
 _WHOLE = 0.84  # the same where sums run over all columns
 _SHORT_WIDE = {1: 1.0, 2: 1.0, 4: 1.3}  # by pieces that have scales of their own
@@ -274,7 +275,7 @@ def _work(p: MixedPlan, rows: int, stacks: int) -> float:
             each *= 1.1
         return waves * r.groups * each * _SHORT_WIDE[p.sub] * (c.halves / 2) ** 0.8
     share = stacks * blocks * (r.rows / 64) / SMS
-    parts = 0.0 if c.split == 1 else 3.0 + c.split * rows * r.n * 8 / _BYTES_PER_US
+    parts = 0.0 if c.split == 1 else 3.0 + c.split * rows * r.n * 8 / _PARTS_PER_US
     return share * r.groups * _RING[c.bm] * _SHORT_RING[p.sub] + parts
 
 
@@ -288,6 +289,8 @@ def costs(p: MixedPlan, buckets: tuple[int, ...]) -> tuple[tuple[int, float], ..
         read = stacks * each / _BYTES_PER_US
         work = _work(p, -(-rows // max(experts, 1)), stacks)
         start = (_START_EXPERTS if experts else _START) + rows * p.recipe.k / 1.2e6
-        us = start + max(read, work) + 0.15 * min(read, work)
+        c = config(p, rows)
+        apart = 0.4 if isinstance(c, MixedRing) and c.bm == 64 else 0.15
+        us = start + max(read, work) + apart * min(read, work)
         out.append((ANY_ROWS if bound == buckets[-1] else bound, round(us, 1)))
     return tuple(out)

@@ -49,9 +49,11 @@ class Scaled(Rows):
         size, out = p.n * p.k, []
         rate = 700.0 if p.kind == "int8" else 1150.0  # TFLOP/s, measured on an H100
         few = few_rows(p.kind, p.n)
+        long = max(0, p.k - 4096) / 10240  # a token is quantized in one program
         for bound in BUCKETS:
             rows = min(bound, 8192)
             started = 15.0 if rows > few else 10.0 if p.kind == "block" else 7.0
+            started += long * (14.0 if rows > few or p.kind == "block" else 4.0)
             us = started + max(size / 2.4e6, 2.0 * rows * size / rate / 1e6)
             out.append((ANY_ROWS if bound == BUCKETS[-1] else bound, round(us, 1)))
         return Accepted(

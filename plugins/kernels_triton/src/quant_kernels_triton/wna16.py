@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["Dense", "GluonTiles", "PlainTriton", "TilesKernel"]
 
 
-_EMULATION_US = 4.0  # of rounding activations in one kernel
+_EMULATION_US = 2.0  # of rounding activations in one kernel, besides
+_EMULATED_PER_US = 3.5e5  # elements of x: read, held for the scale of their token, written
+_MOST_ROWS = 8192  # what the bucket without a limit stands for
 
 
 def interpreting() -> bool:
@@ -61,7 +63,11 @@ class TilesKernel(Tiles16, ABC):
         notes = [] if measured else ["no measured table for this device"]
         acts = op.operand("input")
         if acts is not None:
-            table = tuple((bound, us + _EMULATION_US) for bound, us in table)
+            each = recipe.k_in / _EMULATED_PER_US
+            table = tuple(
+                (bound, round(us + _EMULATION_US + min(bound, _MOST_ROWS) * each, 2))
+                for bound, us in table
+            )
             notes.append(f"{acts.element.name} activations emulated in {op.act_dtype}")
         return Accepted(cost=table[0][1], costs=table, note="; ".join(notes))
 
