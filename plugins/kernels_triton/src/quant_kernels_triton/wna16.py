@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Dense", "GluonTiles", "PlainTriton", "TilesKernel"]
 
 
-_EMULATION_US = 2.0  # of rounding activations in one kernel, besides
+_EMULATION_US = 3.5  # of rounding activations in one kernel, besides
 _EMULATED_PER_US = 3.5e5  # elements of x: read, held for the scale of their token, written
 _MOST_ROWS = 8192  # what the bucket without a limit stands for
 
