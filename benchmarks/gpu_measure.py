@@ -170,7 +170,9 @@ def measure_cell(cell: tuple[str, str, frozenset[str]], send: Send, bench: Bench
     before: dict[str, tuple[int, float]] = {}
     dropped: set[str] = set()
     costs: dict[str, list[list[float]]] = {}
-    for m in bench.rows_of(scheme, case.experts):
+    every = bench.rows_of(scheme, case.experts)
+    kept = {BASE, *(_winner(choice, m * case.top) for m in every)}
+    for m in every:
         if bench.left() < 5:
             send(problem(f"{shape} {scheme} from {m} rows", "out of time"))
             break
@@ -187,7 +189,7 @@ def measure_cell(cell: tuple[str, str, frozenset[str]], send: Send, bench: Bench
             if m in HOST_ROWS and times[name] < HOST_MOST_US:
                 facts[name]["host_us"] = host_us(held[name][0], 60)
         chosen = _winner(choice, rows)
-        dropped |= _hopeless(times, m, before) - {chosen, BASE}
+        dropped |= _hopeless(times, m, before) - kept
         before = {name: (m, us) for name, us in times.items()}
         for name, us in times.items():
             point = {
