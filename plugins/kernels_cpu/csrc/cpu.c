@@ -43,9 +43,10 @@ int qk_has_amx(void) {
 
 int qk_version(void) { return QK_VERSION; }
 
-static int exact_in_bf16(const qk_op *op) {
-    for (int i = 0; op->width == 4 && i < 16; i++) {
-        union { float f; uint32_t u; } v = {op->table[i]};
+static int exact_in_bf16(const qk_call *c) {
+    const float *table = qk_table(c->op, &c->tensors);
+    for (int i = 0; c->op->width == 4 && i < 16; i++) {
+        union { float f; uint32_t u; } v = {table[i]};
         if (v.u & 0xffff) return 0;
     }
     return 1;
@@ -57,10 +58,26 @@ typedef struct {
     int64_t (*most)(void);
 } unit;
 
+/* The unit that runs a call of 8-bit floats. */
+static unit float8_unit(const qk_call *c) {
+#ifdef QK_HAVE_BF16_FLOAT8
+    if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && __builtin_cpu_supports("avx512vbmi"))
+        return (unit){qk_linear_bf16_float8, qk_shared_bf16_float8, qk_most_shared_bf16_float8};
+#endif
+#ifdef QK_HAVE_AVX512_FLOAT8
+    if (c->isa >= ISA_AVX512)
+        return (unit){qk_linear_avx512_float8, qk_shared_avx512_float8, qk_most_shared_avx512_float8};
+#endif
+    if (c->isa >= ISA_AVX2)
+        return (unit){qk_linear_avx2_float8, qk_shared_avx2_float8, qk_most_shared_avx2_float8};
+    return (unit){0};
+}
+
 /* The unit that runs a call: the best one its operation and types allow. */
 static unit unit_of(const qk_call *c) {
+    if (c->op->float8) return float8_unit(c);
 #ifdef QK_HAVE_BF16
-    if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c->op))
+    if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c))
         return (unit){qk_linear_bf16, qk_shared_bf16, qk_most_shared_bf16};
 #endif
 #ifdef QK_HAVE_AVX512
@@ -142,8 +159,9 @@ int qk_attention(const qk_step *s) {
 
 /* Blocks [x, x + count) as bfloat16 weights at y, [k][count * 32]; `x` is a number here. */
 int qk_dense(const qk_call *c) {
-#ifdef QK_HAVE_AVX512
-    qk_dense_avx512(c->op, &c->tensors, (int64_t)(intptr_t)c->x, c->count, c->y);
+#ifdef QK_HAVE_AVX512_FLOAT8
+    qk_dense_fn *dense = c->op->float8 ? qk_dense_avx512_float8 : qk_dense_avx512;
+    dense(c->op, &c->tensors, (int64_t)(intptr_t)c->x, c->count, c->y);
     return 0;
 #else
     (void)c;

@@ -7,9 +7,11 @@ typedef struct {
     const qk_op *op;
     qk_tensors t;
     int64_t groups, scale_groups[2], offset_groups[2]; /* per row */
+    float single[2]; /* inverses of divisors */
     code_table table;
 } NAME(view);
 
+/* `v` stays where it is: its tensors may point into it. */
 static void NAME(make_view)(NAME(view) *v, const qk_op *op, const qk_tensors *t, int64_t expert) {
     v->op = op;
     v->t = qk_expert(op, t, expert);
@@ -17,8 +19,11 @@ static void NAME(make_view)(NAME(view) *v, const qk_op *op, const qk_tensors *t,
     for (int i = 0; i < 2; i++) {
         v->scale_groups[i] = op->scale[i].type ? qk_div_up(op->k, op->scale[i].group) : 0;
         v->offset_groups[i] = op->offset[i].type ? qk_div_up(op->k, op->offset[i].group) : 0;
+        if (op->scale[i].type != QK_DIVISOR) continue;
+        v->single[i] = 1.0f / *(const float *)v->t.scales[i];
+        v->t.scales[i] = &v->single[i];
     }
-    v->table = make_table(op);
+    v->table = make_table(op, &v->t);
 }
 
 /* VW values of a factor: rows [VW * vec, VW * (vec + 1)) of a block, the group of column k. */
@@ -33,7 +38,8 @@ QK_INLINE vf NAME(factor)(const qk_factor *f, const void *base, int64_t block, i
     case QK_BF16: return load_bf16(halves);
     case QK_U8: return load_u8(bytes);
     case QK_I8: return load_i8(bytes);
-    case QK_SINGLE: return vset(*(const float *)base);
+    case QK_SINGLE:
+    case QK_DIVISOR: return vset(*(const float *)base);
     default: return load_table(f->table, bytes);
     }
 }

@@ -22,12 +22,13 @@
  *     MAX_DECODE          most tokens for the register path
  *     PARTS(tokens)       sums kept per output there, to hide the latency of mac
  *     vload_codes load_panel store_panel   64 * VW / 16 bytes
- *     code4(v, s, tab) code8(v, s)   step s of a vector of codes
+ *     code4(v, s, tab) code8(v, s, tab)   step s of a vector of codes
  *     shifted_code(v, s, tab, width, shift)   the same plus a float32 vector of integers
  *     bcast(x) mac(acc, c, x)
  *     vzero vadd vsub vmul vfma vset vload vstore   float32 arithmetic
  *     load_f16 load_bf16 load_u8 load_i8 load_table
- *     code_table make_table(op)
+ *     code_table make_table(op, tensors)
+ *     QK_FLOAT8           defined: all codes have 8 bits and are floats, so no zero points
  *     x_sum(x, n)         float32 sum of n xelems, fixed order
  */
 #include <omp.h>
@@ -43,6 +44,11 @@
 QK_INLINE vf NAME(shift)(const NAME(view) *v, int64_t block, int64_t q, int vec) {
     const qk_op *op = v->op;
     if (op->zero_kind == QK_ZERO_CONST) return vset(-op->shift);
+    if (op->zero_kind == QK_ZERO_FLOAT) {
+        const qk_factor z = {op->zero_type, op->group, NULL};
+        const vf zero = NAME(factor)(&z, v->t.zeros, block, v->groups, q * op->group, vec);
+        return vsub(vset(op->bias), zero);
+    }
     if (op->zero_kind != QK_ZERO_CODE) return vset(op->bias);
     const uint8_t *z = (const uint8_t *)v->t.zeros + (block * v->groups + q) * QK_ROWS;
     return vsub(vset(op->bias), load_u8(z + vec * VW));
@@ -80,6 +86,11 @@ QK_INLINE void NAME(finish)(const NAME(view) *v, int64_t block, int64_t q, const
 
 #define PER4 8
 #define PER8 4
+#ifdef QK_FLOAT8
+#define IS4(op) 0
+#else
+#define IS4(op) ((op)->width == 4)
+#endif
 
 QK_INLINE void NAME(decode_group)(const NAME(view) *v, const uint8_t *codes, int64_t columns,
                                   const xelem *x, const int tokens, const int width,
@@ -100,7 +111,7 @@ QK_INLINE void NAME(decode_group)(const NAME(view) *v, const uint8_t *codes, int
             const vi w = vload_codes(codes + j * VW * 4);
 #pragma GCC unroll 8
             for (int s = 0; s < per / KP; s++) {
-                const vp c = width == 4 ? code4(w, s, v->table) : code8(w, s);
+                const vp c = width == 4 ? code4(w, s, v->table) : code8(w, s, v->table);
 #pragma GCC unroll 8
                 for (int m = 0; m < tokens; m++)
                     acc[m][j][s % parts] = mac(acc[m][j][s % parts], c, bcast(x + m * ld + k + s * KP));
@@ -135,7 +146,7 @@ QK_INLINE void NAME(decode_tokens)(const NAME(view) *v, int64_t block, const xel
 
 #define DECODE_CASE(N)                                                                    \
     case N:                                                                               \
-        if (v->op->width == 4) NAME(decode_tokens)(v, block, x, sums, out, N, 4);         \
+        if (IS4(v->op)) NAME(decode_tokens)(v, block, x, sums, out, N, 4);         \
         else NAME(decode_tokens)(v, block, x, sums, out, N, 8);                           \
         break;
 
@@ -158,7 +169,7 @@ static void NAME(decode)(const NAME(view) *v, int64_t block, int64_t tokens, con
 /* ------------------------------------------------------------------------------ many tokens */
 
 /* Columns [k, stop) of one block as a panel [columns / KP][32] of expanded codes, less their zero
- * points: c - z is an integer of at most 9 bits, exact in every vp. */
+ * points where those are codes: c - z is an integer of at most 9 bits, exact in every vp. */
 QK_INLINE void NAME(expand_width)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
                                   char *panel, const int width, const int shifted) {
     const qk_op *op = v->op;
@@ -178,7 +189,7 @@ QK_INLINE void NAME(expand_width)(const NAME(view) *v, int64_t block, int64_t k,
                 for (int s = 0; s < per / KP; s++) {
                     const vp c = shifted      ? shifted_code(w, s, v->table, width, shift[j])
                                  : width == 4 ? code4(w, s, v->table)
-                                              : code8(w, s);
+                                              : code8(w, s, v->table);
                     store_panel(at + s * QK_ROWS * 4, c);
                 }
             }
@@ -189,10 +200,15 @@ static void NAME(expand)(const NAME(view) *v, int64_t block, int64_t k, int64_t 
                          char *panel) {
     const int64_t kind = v->op->zero_kind;
     const int shifted = kind == QK_ZERO_CODE || kind == QK_ZERO_CONST;
-    if (v->op->width == 4 && shifted) NAME(expand_width)(v, block, k, stop, panel, 4, 1);
-    else if (v->op->width == 4) NAME(expand_width)(v, block, k, stop, panel, 4, 0);
+    if (IS4(v->op) && shifted) NAME(expand_width)(v, block, k, stop, panel, 4, 1);
+    else if (IS4(v->op)) NAME(expand_width)(v, block, k, stop, panel, 4, 0);
     else if (shifted) NAME(expand_width)(v, block, k, stop, panel, 8, 1);
     else NAME(expand_width)(v, block, k, stop, panel, 8, 0);
+}
+
+/* Whether a panel holds c itself and the end of a group adds what its zero point asks for. */
+QK_INLINE int NAME(adds_sums)(const qk_op *op) {
+    return op->zero_kind == QK_ZERO_OFFSET || op->zero_kind == QK_ZERO_FLOAT;
 }
 
 /* out[tokens][32] += columns [k, stop) of `tokens` rows of x times the panel. Meanwhile codes at
@@ -224,8 +240,8 @@ QK_INLINE void NAME(tile_tokens)(const NAME(view) *v, int64_t block, int64_t k, 
                 for (int j = 0; j < NV; j++) acc[m][j] = mac(acc[m][j], c[j], b);
             }
         }
-        const int offset = op->zero_kind == QK_ZERO_OFFSET && end == group_end;
-        NAME(finish)(v, block, q, offset ? QK_ZERO_OFFSET : QK_ZERO_FOLDED, tokens, acc, sums, out);
+        const int late = NAME(adds_sums)(op) && end == group_end;
+        NAME(finish)(v, block, q, late ? (int)op->zero_kind : QK_ZERO_FOLDED, tokens, acc, sums, out);
     }
 }
 
@@ -262,12 +278,14 @@ QK_INLINE void NAME(tile_short)(const NAME(view) *v, int64_t block, int64_t k, i
                 for (int j = 0; j < NV; j++) acc[m][j] = mac(acc[m][j], c[j], b);
             }
         }
-        const int offset = op->zero_kind == QK_ZERO_OFFSET && end == group_end;
+        const int late = NAME(adds_sums)(op) && end == group_end;
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) {
-            if (offset) {
-                const vf shift = NAME(shift)(v, block, q, j), o = NAME(product)(
-                    op->offset, v->t.offset, v->offset_groups, block, first, j);
+            if (late) {
+                const vf shift = NAME(shift)(v, block, q, j);
+                vf o = vzero();
+                if (op->zero_kind == QK_ZERO_OFFSET)
+                    o = NAME(product)(op->offset, v->t.offset, v->offset_groups, block, first, j);
 #pragma GCC unroll 16
                 for (int m = 0; m < tokens; m++) {
                     const vf sum = vset(sums[m * v->groups + q]);
@@ -485,7 +503,7 @@ int64_t NAME(qk_most_shared)(void) { return MAX_DECODE; }
 int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t xtype, void *y,
                     const qk_segment *segs, int64_t segments, int64_t threads) {
     int64_t tokens = 0, most = 0;
-    int use_sums = op->zero_kind == QK_ZERO_OFFSET; /* panels do without them otherwise */
+    int use_sums = NAME(adds_sums)(op); /* panels do without them otherwise */
     for (int64_t s = 0; s < segments; s++) {
         tokens += segs[s].count;
         if (segs[s].count > most) most = segs[s].count;

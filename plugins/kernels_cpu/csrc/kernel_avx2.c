@@ -1,8 +1,12 @@
 /* float32 activations (others are widened), AVX2 + FMA + F16C. Codes are converted as integers, so
- * element types with a table of their own are not for this unit (`affine` is set). */
+ * 4-bit codes with a table are not for this unit. With QK_FLOAT8: 8-bit floats. */
 #include "common.h"
 
+#ifdef QK_FLOAT8
+#define NAME(f) f##_avx2_float8
+#else
 #define NAME(f) f##_avx2
+#endif
 #define VW 8
 #define NV 4
 #define MAX_TILE 3
@@ -16,7 +20,6 @@ typedef float xelem;
 typedef __m256 vf;
 typedef __m256i vi;
 typedef __m256 vp;
-typedef __m256 code_table;
 
 #define vzero() _mm256_setzero_ps()
 #define vset(f) _mm256_set1_ps(f)
@@ -43,20 +46,53 @@ typedef __m256 code_table;
 #define load_table(table, p) \
     _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))), 4)
 
-QK_INLINE code_table make_table(const qk_op *op) { return _mm256_set1_ps(op->bias); }
+#ifdef QK_FLOAT8
+
+typedef struct {
+    __m128i shift;
+    __m256i mask;
+    __m256 unit;
+} code_table;
+
+static inline code_table make_table(const qk_op *op, const qk_tensors *t) {
+    const qk_float8 *f = op->float8;
+    (void)t;
+    return (code_table){_mm_cvtsi32_si128(f->shift), _mm256_set1_epi32(f->mask), _mm256_set1_ps(f->unit)};
+}
+
+/* Exact but where the processor is told to take subnormals for zero. */
+QK_INLINE vp code8(vi v, int s, code_table t) {
+    const __m256i bits = _mm256_sra_epi32(_mm256_slli_epi32(v, 24 - 8 * s), t.shift);
+    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(bits, t.mask)), t.unit);
+}
+
+#define code4(v, s, table) code8(v, s, table) /* never run */
+#define shifted_code(v, s, table, width, shift) ((void)(shift), code8(v, s, table))
+
+#else
+
+typedef __m256 code_table;
+
+QK_INLINE code_table make_table(const qk_op *op, const qk_tensors *t) {
+    (void)t;
+    return _mm256_set1_ps(op->bias);
+}
 
 QK_INLINE vp code4(vi v, int s, code_table bias) {
     const __m256i c = _mm256_srli_epi32(v, 4 * (s / 2) + 16 * (s % 2));
     return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(c, _mm256_set1_epi32(15))), bias);
 }
 
-QK_INLINE vp code8(vi v, int s) {
+QK_INLINE vp code8(vi v, int s, code_table bias) {
+    (void)bias;
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * s), 24));
 }
 
 QK_INLINE vp shifted_code(vi v, int s, code_table bias, int width, vf shift) {
-    return _mm256_add_ps(width == 4 ? code4(v, s, bias) : code8(v, s), shift);
+    return _mm256_add_ps(width == 4 ? code4(v, s, bias) : code8(v, s, bias), shift);
 }
+
+#endif
 
 static float x_sum(const float *x, int64_t n) {
     __m256 sum = _mm256_setzero_ps();

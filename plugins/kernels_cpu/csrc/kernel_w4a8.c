@@ -20,7 +20,7 @@
 #define MAX_TOKENS 8
 
 typedef int code_table; /* codes are used as they are */
-#define make_table(op) 0
+#define make_table(op, t) 0
 
 #include "factors.h"
 

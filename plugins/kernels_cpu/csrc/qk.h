@@ -18,27 +18,44 @@
 
 #define QK_ROWS 32
 
-enum { QK_NONE, QK_F32, QK_F16, QK_BF16, QK_U8, QK_I8, QK_TABLE, QK_SINGLE };
-enum { QK_ZERO_FOLDED, QK_ZERO_CONST, QK_ZERO_CODE, QK_ZERO_OFFSET };
+enum { QK_NONE, QK_F32, QK_F16, QK_BF16, QK_U8, QK_I8, QK_TABLE, QK_SINGLE, QK_DIVISOR };
+enum { QK_ZERO_FOLDED, QK_ZERO_CONST, QK_ZERO_CODE, QK_ZERO_OFFSET, QK_ZERO_FLOAT };
 
 /* One factor of a scale or an offset. `group` is in columns, `table` decodes QK_TABLE bytes;
- * QK_SINGLE is one float32 for the whole matrix. */
+ * QK_SINGLE is one float32 for the whole matrix, QK_DIVISOR one whose inverse is the factor. */
 typedef struct {
     int64_t type, group;
     const float *table;
 } qk_factor;
 
-/* Fixed for one operation; filled by descriptor.py, which mirrors this struct.
- * A packed code stands for value(code) - bias; `shift` is what is left to subtract (const). */
+/* 8-bit floats with a sign bit. `((int32)(code << 24) >> shift) & mask` are the bits of a float32
+ * that is the value times 1 / unit, a power of two; high and low are the bytes of each magnitude as
+ * bfloat16. */
 typedef struct {
-    int64_t n, k, k_in, width, group, zero_kind, bias_type, affine;
+    float values[256], unit;
+    int32_t shift, mask;
+    uint8_t high[128], low[128];
+} qk_float8;
+
+/* Fixed for one operation; filled by descriptor.py, which mirrors this struct.
+ * A packed code stands for value(code) - bias; `shift` is what is left to subtract (const).
+ * `zero_type` is that of QK_ZERO_FLOAT. With `lut` the tensor `codebook` takes the place of `table`;
+ * `float8` is NULL but for 8-bit floats. */
+typedef struct {
+    int64_t n, k, k_in, width, group, zero_kind, zero_type, bias_type, lut;
+    const qk_float8 *float8;
     qk_factor scale[2], offset[2];
     float table[16];
     float bias, shift;
 } qk_op;
 
 typedef struct {
-    const void *codes, *scales[2], *zeros, *offset[2], *gather, *bias;
+    const void *codes, *scales[2];
+    union { /* a table of 16 float32 has no zero points */
+        const void *zeros;
+        const float *codebook;
+    };
+    const void *offset[2], *gather, *bias;
 } qk_tensors;
 
 /* Rows [start, start + count) of x belong to `expert`. */
@@ -64,26 +81,33 @@ typedef int qk_linear_fn(const qk_op *, const qk_tensors *, const void *x, int64
                          const qk_segment *, int64_t segments, int64_t threads);
 
 qk_linear_fn qk_linear_avx2, qk_linear_avx512, qk_linear_bf16, qk_linear_w4a8;
+qk_linear_fn qk_linear_avx2_float8, qk_linear_avx512_float8, qk_linear_bf16_float8;
 
 /* `n` layers of one x: every call names the same x, type and count (at most `qk_most_shared`) and
  * no segments. Each y is what its own call of `qk_linear` gives, bit for bit. */
 typedef int qk_shared_fn(const qk_call *, int64_t n, int64_t threads);
 
 qk_shared_fn qk_shared_avx2, qk_shared_avx512, qk_shared_bf16;
+qk_shared_fn qk_shared_avx2_float8, qk_shared_avx512_float8, qk_shared_bf16_float8;
 int64_t qk_most_shared_avx2(void), qk_most_shared_avx512(void), qk_most_shared_bf16(void);
+int64_t qk_most_shared_avx2_float8(void), qk_most_shared_avx512_float8(void);
+int64_t qk_most_shared_bf16_float8(void);
 
-void qk_dense_avx512(const qk_op *, const qk_tensors *, int64_t block, int64_t blocks, uint16_t *out);
+typedef void qk_dense_fn(const qk_op *, const qk_tensors *, int64_t block, int64_t blocks, uint16_t *out);
+
+qk_dense_fn qk_dense_avx512, qk_dense_avx512_float8;
 
 static inline int64_t qk_div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t qk_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t qk_size(int64_t type) {
-    return type == QK_F32 || type == QK_SINGLE ? 4 : type == QK_F16 || type == QK_BF16 ? 2 : type == QK_NONE ? 0 : 1;
+    if (type == QK_F32 || type == QK_SINGLE || type == QK_DIVISOR) return 4;
+    return type == QK_F16 || type == QK_BF16 ? 2 : type == QK_NONE ? 0 : 1;
 }
 static inline int64_t qk_blocks(const qk_op *op) { return qk_div_up(op->n, QK_ROWS); }
 
 /* Bytes that one expert takes of a factor's buffer. */
 static inline int64_t qk_factor_bytes(const qk_op *op, const qk_factor *f) {
-    if (f->type == QK_SINGLE) return 4;
+    if (f->type == QK_SINGLE || f->type == QK_DIVISOR) return 4;
     return qk_blocks(op) * qk_div_up(op->k, f->group) * QK_ROWS * qk_size(f->type);
 }
 
@@ -98,11 +122,19 @@ static inline qk_tensors qk_expert(const qk_op *op, const qk_tensors *t, int64_t
         if (op->offset[i].type)
             v.offset[i] = (const uint8_t *)t->offset[i] + e * qk_factor_bytes(op, &op->offset[i]);
     }
-    if (t->zeros)
-        v.zeros = (const uint8_t *)t->zeros + e * qk_blocks(op) * qk_div_up(op->k, op->group) * QK_ROWS;
+    if (op->zero_kind == QK_ZERO_CODE || op->zero_kind == QK_ZERO_FLOAT) {
+        const int64_t bytes = op->zero_kind == QK_ZERO_CODE ? 1 : qk_size(op->zero_type);
+        const int64_t grid = qk_blocks(op) * qk_div_up(op->k, op->group) * QK_ROWS;
+        v.zeros = (const uint8_t *)t->zeros + e * grid * bytes;
+    } /* a codebook is that of all experts */
     if (t->gather) v.gather = (const int32_t *)t->gather + e * op->k;
     if (t->bias) v.bias = (const uint8_t *)t->bias + e * op->n * qk_size(op->bias_type);
     return v;
+}
+
+/* The values of 4-bit codes. */
+static inline const float *qk_table(const qk_op *op, const qk_tensors *t) {
+    return op->lut ? t->codebook : op->table;
 }
 
 /* Scalar readings; the callers are compiled with F16C. */

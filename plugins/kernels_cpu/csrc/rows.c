@@ -44,6 +44,7 @@ static float factor(const qk_factor *f, const void *base, int64_t block, int64_t
     case QK_U8: return ((const uint8_t *)base)[at];
     case QK_I8: return ((const int8_t *)base)[at];
     case QK_SINGLE: return *(const float *)base;
+    case QK_DIVISOR: return 1.0f / *(const float *)base;
     default: return f->table[((const uint8_t *)base)[at]];
     }
 }
@@ -57,12 +58,15 @@ static float product(const qk_factor f[2], const void *const base[2], int64_t bl
 static void row(const qk_op *op, const qk_tensors *t, int64_t n, void *out, int64_t type,
                 int64_t at) {
     const int64_t block = n / QK_ROWS, lane = n % QK_ROWS, groups = qk_div_up(op->k, op->group);
+    const float *table = qk_table(op, t);
     for (int64_t q = 0; q < groups; q++) {
         const int64_t k0 = q * op->group, k1 = qk_min(op->k, k0 + op->group);
         const float s = product(op->scale, t->scales, block, op->k, k0, lane);
         float shift = -op->shift, o = 0;
         if (op->zero_kind == QK_ZERO_CODE)
             shift = op->bias - ((const uint8_t *)t->zeros)[(block * groups + q) * QK_ROWS + lane];
+        if (op->zero_kind == QK_ZERO_FLOAT)
+            shift = op->bias - qk_read(t->zeros, op->zero_type, (block * groups + q) * QK_ROWS + lane);
         if (op->zero_kind == QK_ZERO_OFFSET) {
             shift = op->bias;
             o = product(op->offset, t->offset, block, op->k, k0, lane);
@@ -74,7 +78,7 @@ static void row(const qk_op *op, const qk_tensors *t, int64_t n, void *out, int6
             for (int64_t k = k0; k < k1; k += 8, w += QK_ROWS) {
                 const uint32_t word = join_nibbles(*w);
                 for (int j = 0; j < 8; j++) {
-                    const float v = (op->table[(word >> (4 * j)) & 15] + shift) * s;
+                    const float v = (table[(word >> (4 * j)) & 15] + shift) * s;
                     qk_write(out, type, at + k + j, add ? v + o : v);
                 }
             }
@@ -82,7 +86,8 @@ static void row(const qk_op *op, const qk_tensors *t, int64_t n, void *out, int6
             const int8_t *c = (const int8_t *)t->codes + (block * op->k + k0) * QK_ROWS + lane * 4;
             for (int64_t k = k0; k < k1; k += 4, c += QK_ROWS * 4)
                 for (int j = 0; j < 4; j++) {
-                    const float v = ((float)c[j] + shift) * s;
+                    const float code = op->float8 ? op->float8->values[(uint8_t)c[j]] : (float)c[j];
+                    const float v = (code + shift) * s;
                     qk_write(out, type, at + k + j, add ? v + o : v);
                 }
         }

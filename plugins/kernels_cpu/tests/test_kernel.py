@@ -276,9 +276,23 @@ REFUSED = {
     "device": replace(_changed(), device=("cuda", "90")),
     "operands": replace(_changed(), operands=(("weight", CODE4), ("input", CODE4))),
     "blocks": _changed(blocks="iq3_s"),
-    "element": _changed(element=Element(name="fp8_e4m3", bits=8, kind="float")),
-    "element ": _changed(element=Element(name="nf4", bits=4, kind="lut")),
+    "element": _changed(element=Element(name="fp6_e2m3", bits=6, kind="float")),
+    "element ": _changed(element=Element(name="e8p", bits=16, kind="vector")),
     "scales": _changed(**_scale(inverse=True)),
+    "scales     ": _changed(
+        zero=None,
+        scales=(
+            Scale(element="f32", grain=CHANNEL),
+            Scale(element="f32", grain=CHANNEL, inverse=True),
+            Scale(element="f32", grain=(0, 0), static=False),
+        ),
+    ),
+    "scales      ": _changed(zero=None, **_scale(element="f32", grain=(0, 0), inverse=True)),
+    "zero ": _changed(zero=Zero(kind="code", element="int4")),
+    "zero  ": _changed(
+        element=Element(name="fp8_e4m3", bits=8, kind="float"), zero=Zero(kind="const", value=8)
+    ),
+    "element  ": _changed(element=Element(name="nf4", bits=8, kind="lut")),
     "scales ": _changed(**_scale(grain=(16, 32))),
     "scales  ": _changed(scales=()),
     "scales   ": _changed(**_scale(add=True)),

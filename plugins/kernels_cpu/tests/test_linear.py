@@ -6,37 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from cpu_made import SPECS, TABLE_SPECS, make_layer, make_op
+from cpu_made import HALF_ULP, SPECS, TABLE_SPECS, bind, excess, make_layer, make_op
 from quant_core.dequantize import dense_weight
 from quant_core.errors import LayoutError
 from quant_kernels_cpu import ops
 from quant_kernels_cpu.kernel import WnA16
 from quant_kernels_cpu.library import ISAS, library, unavailable
-
-# rounding of the result to the type of x: half a unit in its last place
-HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-SUMS = 1e-6  # float32 sums of up to 1100 products, relative to the sum of their magnitudes
-
-
-def bind(lt, op):
-    kernel = WnA16()
-    buffers = kernel.allocate(op)
-    kernel.load_(buffers, op, lt, {"row": 0})
-    run, values = kernel.bind(op), list(buffers.values())
-    return lambda *inputs: run(values, *inputs)
-
-
-def excess(got, x, w, bias=None):
-    """Largest error in units of what float32 sums and one rounding allow; fine up to 1."""
-    b = None if bias is None else bias.double()
-    want = F.linear(x.double(), w.double(), b)
-    sums = x.double().abs() @ w.double().abs().t()
-    # a row of tiny weights still cancels codes against zero points of its scale
-    floor = x.double().abs().sum(-1, keepdim=True) * w.double().abs().amax(1)
-    allowed = SUMS * (sums + floor / 8) + HALF_ULP[x.dtype] * want.abs() * 1.001 + 1e-30
-    return ((got.double() - want).abs() / allowed).max().item() if got.numel() else 0.0
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (40, 1056), (96, 96)])
@@ -129,6 +105,8 @@ def test_nan_and_infinity_reach_every_output_of_their_token_only(isa, spec, m, b
 
 @pytest.mark.parametrize("m", [1, 4, 33])
 def test_rows_without_weight_are_exactly_zero(isa, spec, m):
+    if any(s.element == "e8m0" for s in spec.scales):
+        pytest.skip("a power of two is never zero")
     lt = make_layer(spec, 40, 96)
     tensors = {name: t.clone() for name, t in lt.weight.tensors().items()}
     for name, t in tensors.items():

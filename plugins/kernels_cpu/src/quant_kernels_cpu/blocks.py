@@ -2,7 +2,8 @@
 
     codes     of any packing     ->  uint8 [blocks, K / per, 32, 4]     see csrc/qk.h
     a grid    (N, G)             ->  [blocks, G, 32] of its own type
-    the rest  as it is (bias, gather, a scale per tensor)
+    factors   made of scales that C does not read (support.py): float32 [blocks, G, 32]
+    the rest  as it is (bias, gather, a scale per tensor, tables, what factors were made of)
 
 2- and 3-bit codes are widened to 4 bits, 5- to 7-bit codes to 8; values do not change and ``read``
 gives the canonical bytes back.
@@ -11,21 +12,25 @@ gives the canonical bytes back.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from quant_core.dequantize import combine_factors
 from quant_core.numerics import scale_dtype
 from quant_core.packing import pack, repack, unpack
 from quant_core.spec import CANONICAL, Packing
+from quant_core.tensors import QuantizedTensor
 from quant_kernels_cpu.library import library
 from quant_kernels_cpu.loading import source_of
-from quant_kernels_cpu.support import ROWS, ZERO_CODE, Layout
+from quant_kernels_cpu.support import ROWS, ZERO_CODE, ZERO_FLOAT, Layout
 from quant_kernels_cpu.support_int8 import Int8Layout
 
 __all__ = [
     "buffer_shapes",
     "clear_padding_",
+    "factor_grid",
     "int8_buffer_shapes",
     "read_codes",
     "read_grid",
@@ -46,15 +51,35 @@ def buffer_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], torch.dtyp
     out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "codes": ((b, k // layout.per, ROWS, 4), torch.uint8)
     }
-    out |= {f"scales_{i}": grid("scales", i) for i in range(len(layout.scales))}
-    if layout.zero == ZERO_CODE:
-        out["zeros"] = ((b, -(-k // layout.scales[0].group), ROWS), torch.uint8)
+    for i, s in enumerate(layout.stored):
+        shape = (-(-layout.n // s.rows) if s.rows else 1, -(-k // s.columns) if s.columns else 1)
+        out[f"scales_{i}"] = (shape, scale_dtype(s.element))
+    if layout.stored:
+        out["factors"] = grid("scales", 0)
+    else:
+        out |= {f"scales_{i}": grid("scales", i) for i in range(len(layout.scales))}
+    if layout.zero in (ZERO_CODE, ZERO_FLOAT):
+        dtype = scale_dtype(layout.zero_element) if layout.zero == ZERO_FLOAT else torch.uint8
+        out["zeros"] = ((b, -(-k // layout.scales[0].group), ROWS), dtype)
     out |= {f"offset_{i}": grid("offset", i) for i in range(len(layout.offsets))}
     if layout.gather:
         out["gather"] = ((k,), torch.int32)
     if layout.bias_dtype:
         out["bias"] = ((layout.n,), getattr(torch, layout.bias_dtype))
+    for i, size in enumerate(layout.codebooks):
+        out[f"codebook_{i}"] = ((size,), torch.float32)
     return out
+
+
+def factor_grid(weight: QuantizedTensor, group: int) -> Tensor:
+    """The product of all scales as float32 (N, G), in the order and rounding of the oracle."""
+    n, k = weight.shape
+    scales = tuple(
+        replace(s, grain=(s.grain[0], s.grain[1] // group if s.grain[1] < k else 0))
+        for s in weight.spec.scales
+    )
+    shape = (n, -(-k // group))
+    return combine_factors(weight.scales, scales, shape, weight.codebook).expand(shape)
 
 
 def int8_buffer_shapes(layout: Int8Layout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -79,12 +104,20 @@ def int8_buffer_shapes(layout: Int8Layout) -> dict[str, tuple[tuple[int, ...], t
     return out
 
 
+def is_grid(name: str, layout: Layout | Int8Layout) -> bool:
+    """Whether a buffer of this name lies in blocks, unless it is one value for the matrix."""
+    if name in ("codes", "gather", "bias") or name.startswith("codebook"):
+        return False
+    kept = isinstance(layout, Layout) and layout.stored and name.startswith("scales")
+    return not kept
+
+
 def clear_padding_(name: str, buffer: Tensor, layout: Layout | Int8Layout) -> None:
     """Zero the rows that fill up the last block: what is kept does not depend on old memory."""
     used = layout.n % ROWS
     if name == "codes" and used:
         buffer[..., -1, :, used:, :] = 0
-    elif used and buffer.shape[-1] == ROWS and buffer.dim() > 2 and name not in ("gather", "bias"):
+    elif used and is_grid(name, layout) and buffer.shape[-1] == ROWS and buffer.dim() > 2:
         buffer[..., -1, :, used:] = 0
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_core.numerics import decode, decode_scale
+from quant_core.numerics import decode, decode_scale, element_table
 from quant_core.spec import Element
-from quant_kernels_cpu.support import Factor, Layout
+from quant_kernels_cpu.support import FLOAT8, Factor, Layout
 from quant_kernels_cpu.support_int8 import Int8Layout
 
 __all__ = ["CALL", "DTYPES", "Segment", "c_op", "c_op_int8", "tensor_slots"]
 
-_F32, _F16, _BF16, _U8, _I8, _TABLE, _SINGLE = range(1, 8)
+_F32, _F16, _BF16, _U8, _I8, _TABLE, _SINGLE, _DIVISOR = range(1, 9)
 DTYPES = {torch.float32: _F32, torch.float16: _F16, torch.bfloat16: _BF16}
 _WIDE = {"f32": _F32, "f16": _F16, "bf16": _BF16}
 _BIAS = {"": 0, "float32": _F32, "float16": _F16, "bfloat16": _BF16}
@@ -27,10 +27,19 @@ class _Factor(ctypes.Structure):
     _fields_ = [("type", ctypes.c_int64), ("group", ctypes.c_int64), ("table", ctypes.c_void_p)]
 
 
+class _Float8(ctypes.Structure):
+    _fields_ = [
+        *(("values", ctypes.c_float * 256), ("unit", ctypes.c_float)),
+        *((name, ctypes.c_int32) for name in ("shift", "mask")),
+        *((name, ctypes.c_uint8 * 128) for name in ("high", "low")),
+    ]
+
+
 class _Op(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "k", "k_in", "width", "group")),
-        *((name, ctypes.c_int64) for name in ("zero_kind", "bias_type", "affine")),
+        *((name, ctypes.c_int64) for name in ("zero_kind", "zero_type", "bias_type", "lut")),
+        ("float8", ctypes.c_void_p),
         ("scale", _Factor * 2),
         ("offset", _Factor * 2),
         ("table", ctypes.c_float * 16),
@@ -68,8 +77,15 @@ One packed argument takes a third of the time that ctypes needs for fifteen.
 
 
 def tensor_slots(names: tuple[str, ...], *, int8: bool = False) -> tuple[int | None, ...]:
-    """For each of the 8 tensors of a call the buffer that holds it; None: not there."""
-    slots = _INT8_SLOTS if int8 else _SLOTS
+    """For each of the 8 tensors of a call the buffer that holds it; None: not there.
+
+    A table takes the place of zero points, factors made while loading that of the stored ones.
+    """
+    slots = list(_INT8_SLOTS if int8 else _SLOTS)
+    if not int8 and "codebook_0" in names:
+        slots[slots.index("zeros")] = "codebook_0"
+    if "factors" in names:
+        slots[slots.index("scales_0")], slots[slots.index("scales_1")] = "factors", ""
     return tuple(names.index(slot) if slot in names else None for slot in slots)
 
 
@@ -80,9 +96,23 @@ def _scale_table(element: str) -> Any:
     return (ctypes.c_float * 256)(*values.tolist())
 
 
+@functools.cache
+def _float8(element: str) -> _Float8:
+    """What C needs of an 8-bit float; kept for the life of the process."""
+    values = element_table(element)
+    bits = values[:128].bfloat16().view(torch.int16).tolist()  # exact: at most 3 bits of fraction
+    exponent, bias = FLOAT8[element]
+    made = _Float8(unit=2.0 ** (127 - bias), shift=8 - exponent)
+    # the sign, and the magnitude where the shift has moved it
+    made.mask = -(1 << 31) | 0x7F000000 >> made.shift
+    made.values[:] = values.tolist()
+    made.high[:], made.low[:] = [b >> 8 & 0xFF for b in bits], [b & 0xFF for b in bits]
+    return made
+
+
 def _c_factor(f: Factor) -> _Factor:
     if f.single:
-        return _Factor(_SINGLE, f.group, None)
+        return _Factor(_DIVISOR if f.inverse else _SINGLE, f.group, None)
     if f.element in _WIDE:
         return _Factor(_WIDE[f.element], f.group, None)
     if f.element.startswith("uint"):
@@ -93,13 +123,10 @@ def _c_factor(f: Factor) -> _Factor:
 
 
 def _code_values(layout: Layout) -> Tensor:
-    """Value less bias of the 16 codes of a nibble (zeros for wider codes)."""
-    if layout.width == 8:
+    """Value less bias of the 16 codes of a nibble (zeros where C reads others)."""
+    if layout.width == 8 or layout.kind == "lut":
         return torch.zeros(16)
-    kind = layout.element.rstrip("0123456789")
-    if kind not in ("uint", "int"):
-        kind = "float"
-    element = Element(name=layout.element, bits=layout.bits, kind=kind)  # type: ignore[arg-type]
+    element = Element(name=layout.element, bits=layout.bits, kind=layout.kind)  # type: ignore[arg-type]
     codes = torch.arange(16, dtype=torch.uint8) % (1 << layout.bits)
     return decode(codes, element) - layout.bias
 
@@ -114,11 +141,14 @@ def c_op(layout: Layout) -> _Op:
         width=layout.width,
         group=layout.scales[0].group,
         zero_kind=layout.zero,
+        zero_type=_WIDE.get(layout.zero_element, 0),
         bias_type=_BIAS[layout.bias_dtype],
-        affine=int(layout.element.startswith("uint") or layout.width == 8),
+        lut=int(layout.kind == "lut"),
         bias=layout.bias,
         shift=layout.shift,
     )
+    if layout.element in FLOAT8:
+        op.float8 = ctypes.addressof(_float8(layout.element))
     op.table[:] = _code_values(layout).tolist()
     for i, f in enumerate(layout.scales):
         op.scale[i] = _c_factor(f)

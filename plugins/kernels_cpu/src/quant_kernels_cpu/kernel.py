@@ -17,7 +17,7 @@ from quant_core.kernels.storage import misused
 from quant_core.spec import OpSpec, Packing
 from quant_kernels_cpu.library import ISAS, library, unavailable
 from quant_kernels_cpu.loading import source_of
-from quant_kernels_cpu.support import Layout, describe
+from quant_kernels_cpu.support import ZERO_FLOAT, Layout, describe
 from quant_kernels_cpu.w8a8 import W8A8, check_range
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class WnA16:
         lead = (layout.experts,) if layout.experts else ()
         out = {}
         for name, (shape, dtype) in buffer_shapes(layout).items():
-            out[name] = poisoned((*lead, *shape), dtype, device)
+            shared = name.startswith("codebook")  # by all experts
+            out[name] = poisoned(shape if shared else (*lead, *shape), dtype, device)
             clear_padding_(name, out[name], layout)
         return out
 
@@ -85,7 +86,7 @@ class WnA16:
     def load_(
         self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
     ) -> None:
-        from quant_kernels_cpu.blocks import write_codes_, write_grid_
+        from quant_kernels_cpu.blocks import factor_grid, write_codes_, write_grid_
 
         layout = self._bound(op)
         tensors = dict(part.weight.tensors())
@@ -94,15 +95,23 @@ class WnA16:
         _check_part(op, layout, part, tensors, buffers)
         row = at.get("row", 0)
         check_range("rows", row, row + part.weight.shape[0], layout.n)
+        rows = {f"scales_{i}": s.rows for i, s in enumerate(layout.stored)}
+        if layout.stored:
+            _check_start(row, rows)
+            tensors["factors"] = factor_grid(part.weight, layout.scales[0].group)
         for name, value in tensors.items():
-            target = buffers[name][at["expert"]] if "expert" in at else buffers[name]
+            mine = "expert" in at and not name.startswith("codebook")
+            target = buffers[name][at["expert"]] if mine else buffers[name]
             if name == "codes":
                 write_codes_(target, row, value, part.weight.packing, layout)
+            elif name in rows:
+                start = row // rows[name] if rows[name] else 0
+                target[start : start + value.shape[0]].copy_(value)
             elif name == "bias":
                 target[row : row + value.shape[0]].copy_(value)
             elif target.dim() == 3:
                 write_grid_(target, row, value)
-            else:  # gather, one scale per tensor
+            else:  # gather, one scale per tensor, tables
                 target.copy_(value)
 
     def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
@@ -125,10 +134,12 @@ class WnA16:
             shape=(e, n, k) if e else (n, k),
             codes=torch.stack(stacked) if e else stacked[0],
             packing=op.packing,
-            scales=grids("scales", len(layout.scales)),
+            scales=tuple(buffers[f"scales_{i}"].clone() for i in range(len(layout.stored)))
+            or grids("scales", len(layout.scales)),
             zeros=read_grid(buffers["zeros"], n) if "zeros" in buffers else None,
             offset=grids("offset", len(layout.offsets)),
             gather=buffers["gather"].clone() if "gather" in buffers else None,
+            codebook=tuple(buffers[f"codebook_{i}"].clone() for i in range(len(layout.codebooks))),
         )
         bias = buffers["bias"].clone() if "bias" in buffers else None
         return LayerTensors(operands={"weight": qt}, bias=bias)
@@ -191,6 +202,8 @@ class W4A8(WnA16):
             return Rejected(axis="processor", have="no VNNI", need="AVX512-VNNI")
         if layout.width != 4 or not layout.element.startswith("uint"):
             return Rejected(axis="element", have=layout.element, need="uint2 to uint4")
+        if layout.zero == ZERO_FLOAT:
+            return Rejected(axis="zero", have=layout.zero_element, need="unsigned zero codes")
         group = layout.scales[0].group
         if group > 128 and group % 128 and group < layout.k:
             return Rejected(axis="group", have=str(group), need="at most 128, or a multiple")
@@ -204,6 +217,20 @@ class W4A8(WnA16):
         return Accepted(exact=False, cost=_BEHIND + answer.cost, note=note)
 
 
+def _check_start(row: int, rows: Mapping[str, int]) -> None:
+    """A part begins where a rectangle of every stored scale does."""
+    for name, size in rows.items():
+        if size and row % size:
+            raise LayoutError(
+                f"part begins at row {row}, expected a multiple of {size}, the rows that share one "
+                f"value of {name}. Give scales of fewer rows, or join the parts first.",
+                code="Q-LAYOUT-FUSED",
+                tensor=name,
+                expected=size,
+                actual=row,
+            )
+
+
 def _check_part(
     op: OpSpec,
     layout: Layout,
@@ -215,7 +242,7 @@ def _check_part(
     from quant_core.packing import WORD_DTYPES, packed_shape
 
     qt = part.weight
-    if qt.spec != op.weight or set(tensors) != set(buffers):
+    if qt.spec != op.weight or set(tensors) != set(buffers) - {"factors"}:
         raise LayoutError(
             f"part is {qt.spec.label} with {sorted(tensors)}, the operation {op.weight.label} with "
             f"{sorted(buffers)}; expected the same. The part belongs to another layer.",
@@ -234,6 +261,10 @@ def _check_part(
         for i, f in enumerate(factors):
             shape = (1, 1) if f.single else (rows, -(-layout.k // f.group))
             expected[f"{prefix}_{i}"] = shape
+    for i, s in enumerate(layout.stored):
+        columns = -(-layout.k // s.columns) if s.columns else 1
+        expected[f"scales_{i}"] = (-(-rows // s.rows) if s.rows else 1, columns)
+    expected |= {f"codebook_{i}": (size,) for i, size in enumerate(layout.codebooks)}
     for name, value in tensors.items():
         dtype = WORD_DTYPES[qt.packing.word] if name == "codes" else buffers[name].dtype
         if tuple(value.shape) != expected[name] or value.dtype != dtype:

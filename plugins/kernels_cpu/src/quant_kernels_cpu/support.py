@@ -7,7 +7,12 @@ for is subtracted after a group's sum:
     const v    bias = v   4-bit codes: W = code' * s, nothing left to subtract
                           8-bit codes: v if it fits a signed byte, the rest is ``shift``
     code z     bias = half the range       W = (code' + bias - z) * s
+    float z    bias = 0 (8-bit: 128)       W = (code' + bias - z) * s
     offset o   bias = 0 (8-bit: 128)       W = (code' + bias) * s + o
+
+Factors that C does not read (a rectangle of rows, more than two, one that is added or read from a
+table) are multiplied while loading, to one float32 a group and row, and kept as they are stored
+beside it, for ``restore``; ``stored`` names them then.
 """
 
 from __future__ import annotations
@@ -19,22 +24,42 @@ from dataclasses import asdict, dataclass
 from quant_core.kernels.base import Rejected
 from quant_core.spec import CANONICAL, TENSOR, OpSpec, QuantSpec, Scale
 
-__all__ = ["ROWS", "Factor", "Layout", "describe", "layout_from_text"]
+__all__ = ["FLOAT8", "ROWS", "Factor", "Layout", "Stored", "describe", "layout_from_text"]
 
 ROWS = 32  # output rows of a block
 _STEP = 16  # columns that every loop of the C kernels takes at once
 _FLOATS = ("bfloat16", "float16", "float32")
+_WIDE = ("bf16", "f16", "f32")
 _FEATURES = ("bias", "gather")  # and what says more of them: "bias:float16", "tied:embedding"
-ZERO_FOLDED, ZERO_CONST, ZERO_CODE, ZERO_OFFSET = range(4)
+ZERO_FOLDED, ZERO_CONST, ZERO_CODE, ZERO_OFFSET, ZERO_FLOAT = range(5)
+FLOAT8 = {
+    "fp8_e4m3": (4, 7),
+    "fp8_e5m2": (5, 15),
+    "fp8_e4m3_fnuz": (4, 8),
+    "fp8_e5m2_fnuz": (5, 16),
+}
+"""Bits of the exponent, and what it is stored more by."""
+_MOST_RESOLVED = 1 / 8  # bytes of float32 factors made while loading, to those of the codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """One factor of a scale: ``group`` columns share a value; ``single``: the whole matrix."""
+    """One factor of a scale: ``group`` columns share a value; ``single``: the whole matrix, and
+    ``inverse`` if its value divides."""
 
     element: str
     group: int
     single: bool = False
+    inverse: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A tensor of scales as it is stored: ``rows`` x ``columns`` share a value, 0 = all."""
+
+    element: str
+    rows: int
+    columns: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +72,15 @@ class Layout:
     k_in: int  # input features
     experts: int
     element: str
+    kind: str  # of the element
     bits: int
     width: int  # bits a code takes in the blocks: 4 or 8
     bias: int
     shift: int
     zero: int
+    zero_element: str  # of float zero points
     scales: tuple[Factor, ...]
+    stored: tuple[Stored, ...]  # what ``scales`` were made of; () = they are what is stored
     offsets: tuple[Factor, ...]
     gather: bool
     bias_dtype: str  # "" = no bias
@@ -61,6 +89,12 @@ class Layout:
     @property
     def blocks(self) -> int:
         return -(-self.n // ROWS)
+
+    @property
+    def codebooks(self) -> tuple[int, ...]:
+        """Entries of the tables that the layer brings."""
+        own = (1 << self.bits,) if self.kind == "lut" else ()
+        return own + (256,) * any(s.element == "lut8" for s in self.stored)
 
     @property
     def per(self) -> int:
@@ -84,11 +118,13 @@ def layout_from_text(text: str) -> Layout:
     fields = json.loads(text.replace("'", '"'))
     for name in ("scales", "offsets"):
         fields[name] = tuple(Factor(**f) for f in fields[name])
+    fields["stored"] = tuple(Stored(**f) for f in fields["stored"])
     return Layout(**fields)
 
 
-def _factor_problem(s: Scale, k: int) -> Rejected | None:
-    if s.inverse:
+def _factor_problem(s: Scale, k: int, *, last: bool) -> Rejected | None:
+    """``last``: a coarser factor that only multiplies the one before it."""
+    if s.inverse and not (last and s.grain == TENSOR):
         return Rejected(axis="scales", have="a stored divisor", need="a multiplier")
     if not s.static:
         return Rejected(axis="scales", have="a run-time scale", need="a stored scale")
@@ -109,14 +145,15 @@ def _factor_problem(s: Scale, k: int) -> Rejected | None:
 
 def _factor(s: Scale, k: int) -> Factor:
     group = s.grain[1] if 0 < s.grain[1] < k else k
-    return Factor(element=s.element, group=group, single=s.grain == TENSOR)
+    single = s.grain == TENSOR
+    return Factor(element=s.element, group=group, single=single, inverse=s.inverse)
 
 
 def _scale_problem(scales: tuple[Scale, ...], k: int, what: str) -> Rejected | None:
     if not 1 <= len(scales) <= 2:
         return Rejected(axis=what, have=f"{len(scales)} factors", need="one or two factors")
-    for s in scales:
-        if problem := _factor_problem(s, k):
+    for i, s in enumerate(scales):
+        if problem := _factor_problem(s, k, last=i == 1 and what == "scales"):
             return problem
     fine, coarse = _factor(scales[0], k).group, _factor(scales[-1], k).group
     if coarse % fine and coarse != k:
@@ -124,17 +161,37 @@ def _scale_problem(scales: tuple[Scale, ...], k: int, what: str) -> Rejected | N
     return None
 
 
+def _resolved(spec: QuantSpec, k: int, width: int) -> Factor | Rejected:
+    """The factor that stands for all scales of ``spec``, if it is worth its memory."""
+    scales = spec.scales
+    if any(not s.static for s in scales):
+        return Rejected(axis="scales", have="a run-time scale", need="stored scales")
+    if len(scales) == 1 and scales[0].inverse:
+        return Rejected(axis="scales", have="a stored divisor", need="a multiplier")
+    if spec.zero is not None and spec.zero.kind != "const":
+        return Rejected(axis="scales", have=spec.label, need="scales on the grid of the zeros")
+    columns = [s.grain[1] if 0 < s.grain[1] < k else k for s in scales]
+    group = min(columns, default=k)
+    if any(c % group and c != k for c in columns) or (group % _STEP and group != k):
+        return Rejected(axis="scales", have=f"groups {columns}", need="nested groups")
+    if not scales or _MOST_RESOLVED * group * width < 32:
+        need = "factors stored as numbers, one row each, or groups of more codes"
+        return Rejected(axis="scales", have=spec.label, need=need)
+    return Factor(element="f32", group=group)
+
+
 def _element_problem(spec: QuantSpec, table: bool) -> Rejected | None:
     e = spec.element
     if spec.blocks:
         return Rejected(axis="blocks", have=spec.blocks, need="codes with scales")
     plain = (e.kind == "uint" and 2 <= e.bits <= 8) or (e.kind, e.bits) == ("int", 8)
-    by_table = e.name == "fp4_e2m1" or (e.kind == "int" and 2 <= e.bits <= 4)
+    plain = plain or (e.kind == "float" and e.name in FLOAT8)
+    by_table = e.name == "fp4_e2m1" or (e.kind in ("int", "lut") and 2 <= e.bits <= 4)
     if not plain and not by_table:
-        need = "uint2 to uint8, int2 to int4, int8 or fp4_e2m1"
+        need = "uint2 to uint8, int2 to int8, 8-bit floats, fp4_e2m1 or a table of 16"
         return Rejected(axis="element", have=e.name, need=need)
     if by_table and not table:
-        return Rejected(axis="element", have=e.name, need="uint or int8 without AVX-512")
+        return Rejected(axis="element", have=e.name, need="8 bits or uint without AVX-512")
     return None
 
 
@@ -144,15 +201,18 @@ def _zero(spec: QuantSpec) -> tuple[int, int, int]:
     unsigned = e.kind == "uint"
     if zero is None or zero.kind == "const":
         value = 0 if zero is None else zero.value
+        if e.kind in ("float", "lut"):
+            return ZERO_FOLDED, 0, 0
         if not unsigned and e.bits == 8:
             return (ZERO_CONST if value else ZERO_FOLDED), 0, value
         if e.bits < 8:
             return ZERO_FOLDED, value, 0
         return (ZERO_FOLDED if value == 128 else ZERO_CONST), 128, value - 128
     half = 1 << (e.bits - 1) if unsigned else 0
-    if zero.kind == "code":
+    if zero.kind == "code" and zero.element not in _WIDE:
         return ZERO_CODE, half, 0
-    return ZERO_OFFSET, (half if e.bits == 8 else 0), 0
+    kind = ZERO_FLOAT if zero.kind == "code" else ZERO_OFFSET
+    return kind, (half if e.bits == 8 else 0), 0
 
 
 def _zero_problem(spec: QuantSpec, k: int) -> Rejected | None:
@@ -161,14 +221,15 @@ def _zero_problem(spec: QuantSpec, k: int) -> Rejected | None:
         return None
     if zero.kind == "const":
         room = 1 << (e.bits - 1) if 4 < e.bits < 8 else 128
-        if e.kind == "float" or not 0 <= zero.value <= room:
+        room = 0 if e.kind in ("float", "lut") else room
+        if not 0 <= zero.value <= room:
             return Rejected(axis="zero", have=str(zero.value), need=f"0 to {room}")
         return None
     if e.kind != "uint" and (e.kind, e.bits) != ("int", 8):
         return Rejected(axis="zero", have=f"{zero.kind} of {e.name}", need="an integer element")
     if zero.kind == "code":
-        if not zero.element.startswith("uint"):
-            return Rejected(axis="zero", have=zero.element, need="unsigned zero codes")
+        if not zero.element.startswith("uint") and zero.element not in _WIDE:
+            return Rejected(axis="zero", have=zero.element, need="unsigned codes or floats")
         if spec.scales[0].grain == TENSOR:
             return Rejected(axis="zero", have="one zero per tensor", need="one per row or group")
         return None
@@ -198,7 +259,18 @@ def describe(op: OpSpec, *, ops: tuple[str, ...], table: bool) -> Layout | Rejec
     k = op.size("k_stored", k_in)
     if problem := _element_problem(spec, table):
         return problem
-    if problem := _scale_problem(spec.scales, k, "scales") or _zero_problem(spec, k):
+    width = 4 if spec.element.bits <= 4 else 8
+    scales, stored = tuple(_factor(s, k) for s in spec.scales), ()
+    problem = _scale_problem(spec.scales, k, "scales")
+    if problem is not None:
+        resolved = problem if problem.axis == "group" else _resolved(spec, k, width)
+        if isinstance(resolved, Rejected):
+            return resolved
+        scales = (resolved,)
+        stored = tuple(
+            Stored(element=s.element, rows=s.grain[0], columns=s.grain[1]) for s in spec.scales
+        )
+    if problem := _zero_problem(spec, k):
         return problem
     if k % _STEP or k == 0:
         return Rejected(axis="in_features", have=str(k), need=f"a multiple of {_STEP}")
@@ -225,12 +297,15 @@ def describe(op: OpSpec, *, ops: tuple[str, ...], table: bool) -> Layout | Rejec
         k_in=k_in,
         experts=op.size("experts", 0),
         element=spec.element.name,
+        kind=spec.element.kind,
         bits=spec.element.bits,
-        width=4 if spec.element.bits <= 4 else 8,
+        width=width,
         bias=code_bias,
         shift=shift,
         zero=kind,
-        scales=tuple(_factor(s, k) for s in spec.scales),
+        zero_element=spec.zero.element if kind == ZERO_FLOAT and spec.zero is not None else "",
+        scales=scales,
+        stored=stored,
         offsets=tuple(_factor(s, k) for s in levels),
         gather=spec.gather,
         bias_dtype=bias if "bias" in op.features else "",
