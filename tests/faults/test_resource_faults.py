@@ -154,7 +154,7 @@ def test_f06_more_than_the_memory_there_is_ends_before_it_is_taken(tmp_path, exp
 def test_f05_memory_that_ends_while_repacking_leaves_nothing_and_a_retry_works(monkeypatch):
     from quant_core.kernels import reference
 
-    copy, calls = reference._copy, []
+    copy, calls = reference.copy_exactly_, []
 
     def scarce(name, target, value):
         calls.append(name)
@@ -164,7 +164,7 @@ def test_f05_memory_that_ends_while_repacking_leaves_nothing_and_a_retry_works(m
 
     before = torch.get_default_dtype()
     with monkeypatch.context() as patched:
-        patched.setattr(reference, "_copy", scarce)
+        patched.setattr(reference, "copy_exactly_", scarce)
         with pytest.raises(MemoryError):
             load_model(AWQ, dtype=torch.bfloat16, kernels="torch_ref")
     assert torch.get_default_dtype() == before
@@ -234,7 +234,13 @@ def test_f12_signal_ends_a_conversion_and_leaves_nothing(tmp_path, number, code)
         "from quant_core.cli.main import main\n"
         f"sys.exit(main(['convert', {str(AWQ)!r}, {str(tmp_path / 'out')!r}, '--to', 'gptq']))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a background job of a shell ignores this signal, and its children do
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 60
     while not (tmp_path / "begun").exists() and process.poll() is None:
         assert time.monotonic() < end
