@@ -13,7 +13,8 @@ that fit in ``--megabytes`` of model files, smallest first with every format pre
     bfloat16   mean |gpu - cpu| <= 2 * mean |cpu in bfloat16 - cpu| + 1e-3, the kernels chosen
     restore    the canonical tensors on the GPU are those of the CPU, bit for bit
     moved      a model loaded on the CPU and moved to the GPU gives the same logits as one loaded
-               there
+               there, both with transformers' own norms: those that kernels run are found where a
+               model is loaded, and a last bit of theirs tips activations that are rounded to codes
 """
 
 from __future__ import annotations
@@ -182,7 +183,11 @@ def check(folder: str, fact: dict[str, Any], full: Any, device: str) -> dict[str
         return {"ok": not where, "differs": where}
 
     def moved() -> dict[str, Any]:
+        from quant_core.engines.transformers_swap import unswap
+
         cpu = load_model(folder, dtype=torch.bfloat16)  # moving chooses kernels again
+        for module in (*cpu.modules(), *models["gpu"].modules()):
+            unswap(module)
         d = (_logits(cpu.to(device), ids) - _logits(models["gpu"], ids)).abs()
         same = _kernels(cpu) == _kernels(models["gpu"])
         return {"ok": same and float(d.max()) == 0.0, "max": float(d.max()), "same_kernels": same}
