@@ -3,6 +3,7 @@
     python benchmarks/cpu_layers.py                          the table of docs/performance.md
     python benchmarks/cpu_layers.py --shape 4096x14336 --tokens 1 --json out.json
     python benchmarks/cpu_layers.py --threads 1 --processor --only w4a16     on a busy machine
+    python benchmarks/cpu_layers.py --reference --shape 4096x4096            torch_ref too
 
 Every round runs each candidate once, so that a slow moment of the machine slows all of them alike;
 reported are the median time, the median of the ratios to bf16 ``F.linear`` of the same round, and
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from quant_core.kernels.choose import choose
 from quant_core.registry import registry
-from quant_core.spec import CHANNEL, TENSOR, Element, OpSpec, QuantSpec, Scale, Zero, group
+from quant_core.spec import CHANNEL, TENSOR, Element, OpSpec, QuantSpec, Scale, Zero, block, group
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 MIB = 1 << 20
@@ -71,6 +72,45 @@ def int8_layer(n: int, k: int, *, seed: int = 0) -> LayerTensors:
         scales=(torch.rand(n, 1, generator=g) * 2e-4 + 1e-4,),
     )
     return LayerTensors(operands={"weight": qt})
+
+
+def random_layer(n: int, k: int, spec: QuantSpec, *, seed: int = 0) -> LayerTensors:
+    """A random layer of small codes, float32 or e8m0 scales and, where needed, a table."""
+    g = torch.Generator().manual_seed(seed)
+    bits = spec.element.bits
+    codes = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, generator=g)
+    if bits == 8:
+        codes &= 0xBF  # below 2: neither infinity nor NaN
+    (rows, columns) = spec.scales[0].grain
+    grid = (-(-n // rows), -(-k // columns) if columns else 1)
+    scale = torch.rand(grid, generator=g) * 0.01 + 0.01
+    if spec.scales[0].element == "e8m0":
+        scale = torch.randint(118, 122, grid, dtype=torch.uint8, generator=g)
+    table = torch.linspace(-1, 1, 16) ** 3 if spec.element.kind == "lut" else None
+    zeros = torch.rand(grid, generator=g) * 15 if spec.zero is not None else None
+    qt = QuantizedTensor(
+        spec=spec, shape=(n, k), codes=codes, scales=(scale,), zeros=zeros,
+        codebook=() if table is None else (table,),
+    )  # fmt: skip
+    return LayerTensors(operands={"weight": qt})
+
+
+_E4M3 = Element(name="fp8_e4m3", bits=8, kind="float")
+FLOATS = {
+    "fp8 channel": QuantSpec(element=_E4M3, scales=(Scale(element="f32", grain=CHANNEL),)),
+    "fp8 128x128": QuantSpec(element=_E4M3, scales=(Scale(element="f32", grain=block(128, 128)),)),
+    "mxfp8 g32": QuantSpec(element=_E4M3, scales=(Scale(element="e8m0", grain=group(32)),)),
+    "nf4 g64": QuantSpec(
+        element=Element(name="nf4", bits=4, kind="lut"),
+        scales=(Scale(element="f32", grain=group(64)),),
+    ),
+    "float zeros g64": QuantSpec(
+        element=Element.uint(4),
+        scales=(Scale(element="f32", grain=group(64)),),
+        zero=Zero(kind="code", element="f32"),
+    ),
+}
+"""Layers of floats: 8-bit codes, a table, zero points."""
 
 
 def rotate(runs: Sequence[Run]) -> Run:
@@ -159,7 +199,9 @@ def dense(lt: LayerTensors, cold_mib: int) -> tuple[Run, int]:
     return rotate([lambda x, w=w: F.linear(x, w) for w in sets]), nbytes
 
 
-def candidates(n: int, k: int, tokens: int, cold: int) -> dict[str, tuple[Run, int, LayerTensors]]:
+def candidates(
+    n: int, k: int, tokens: int, cold: int, reference: bool
+) -> dict[str, tuple[Run, int, LayerTensors]]:
     """Name -> (run, bytes of weights, layer) of all that runs at this size."""
     i8 = int8_layer(n, k)
     layers = {size: int4_layer(n, k, size) for size in (32, 128) if k % size == 0}
@@ -170,6 +212,11 @@ def candidates(n: int, k: int, tokens: int, cold: int) -> dict[str, tuple[Run, i
         out[f"w4a8 g{size}"] = (*ours(lt, "cpu_w4a8", cold), lt)
         if tokens <= 64:  # 5 to 13 times slower than bf16 above: nothing to compare with
             out[f"torch int4pack g{size}"] = (*torch_int4(lt, size, cold), lt)
+    for name, spec in FLOATS.items():
+        lt = random_layer(n, k, spec)
+        out[name] = (*ours(lt, "cpu_wna16", cold), lt)
+        if reference:
+            out[f"{name} ref"] = (*ours(lt, "torch_ref", 0), lt)
     out["w8a16 channel"] = (*ours(i8, "cpu_wna16", cold), i8)
     out["w8a8 token"] = (*ours(i8, "cpu_w8a8", cold, int8_input(static=False)), i8)
     stored = replace(i8, input_scale=torch.tensor([4.5 / 127]))
@@ -215,8 +262,9 @@ def measure(
 
 
 def bench(n: int, k: int, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    found = candidates(n, k, tokens, args.cold)
-    found = {f: c for f, c in found.items() if args.only in f or f == "bf16 F.linear"}
+    found = candidates(n, k, tokens, args.cold, args.reference)
+    only = args.only or [""]
+    found = {f: c for f, c in found.items() if any(o in f for o in only) or f == "bf16 F.linear"}
     x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).bfloat16()
     clock = time.process_time if args.processor else time.perf_counter
     runs = {name: run for name, (run, _, _) in found.items()}
@@ -283,7 +331,8 @@ def main() -> None:
     parser.add_argument(
         "--processor", action="store_true", help="processor time; best with --threads 1"
     )
-    parser.add_argument("--only", default="", help="candidates whose name holds this, and bf16")
+    parser.add_argument("--only", nargs="*", help="candidates whose name holds one of these")
+    parser.add_argument("--reference", action="store_true", help="time torch_ref on floats too")
     parser.add_argument("--cold", type=int, default=256, help="MiB of weights to rotate over")
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--plot", help="write a bar chart of the ratios to bf16 here, as SVG")
