@@ -26,7 +26,7 @@
  *     shifted_code(v, s, tab, width, shift)   the same plus a float32 vector of integers
  *     bcast(x) mac(acc, c, x)
  *     vzero vadd vsub vmul vfma vset vload vstore   float32 arithmetic
- *     load_f16 load_bf16 load_u8 load_i8 load_table
+ *     load_f16 load_bf16 load_u8 load_i8 load_e8m0 load_table
  *     code_table make_table(op, tensors)
  *     QK_FLOAT8           defined: all codes have 8 bits and are floats, so no zero points
  *     x_sum(x, n)         float32 sum of n xelems, fixed order

@@ -43,8 +43,17 @@ typedef __m256 vp;
     _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
 #define load_i8(p) \
     _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
+#define load_e8m0(p) qk_power(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
 #define load_table(table, p) \
     _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))), 4)
+
+/* 2^(e - 127): the exponent of a float32, but for 0, a subnormal, and 255, not a number. */
+QK_INLINE vf qk_power(__m256i e) {
+    const __m256i half = _mm256_set1_epi32(0x400000);
+    const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(e, 23), half);
+    const __m256i none = _mm256_cmpeq_epi32(e, _mm256_set1_epi32(255));
+    return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(none, half)));
+}
 
 #ifdef QK_FLOAT8
 

@@ -18,11 +18,12 @@
 
 #define QK_ROWS 32
 
-enum { QK_NONE, QK_F32, QK_F16, QK_BF16, QK_U8, QK_I8, QK_TABLE, QK_SINGLE, QK_DIVISOR };
+enum { QK_NONE, QK_F32, QK_F16, QK_BF16, QK_U8, QK_I8, QK_TABLE, QK_SINGLE, QK_DIVISOR, QK_E8M0 };
 enum { QK_ZERO_FOLDED, QK_ZERO_CONST, QK_ZERO_CODE, QK_ZERO_OFFSET, QK_ZERO_FLOAT };
 
-/* One factor of a scale or an offset. `group` is in columns, `table` decodes QK_TABLE bytes;
- * QK_SINGLE is one float32 for the whole matrix, QK_DIVISOR one whose inverse is the factor. */
+/* One factor of a scale or an offset. `group` is in columns, `table` decodes QK_TABLE and
+ * QK_E8M0 bytes, the latter being exponents; QK_SINGLE is one float32 for the whole matrix,
+ * QK_DIVISOR one whose inverse is the factor. */
 typedef struct {
     int64_t type, group;
     const float *table;

@@ -36,6 +36,13 @@ typedef __m512i vi;
 static inline __m512 qk_widen(__m256i halves) { /* bfloat16 to float32 */
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
+/* 2^(e - 127): the exponent of a float32, but for 0, a subnormal, and 255, not a number. */
+static inline __m512 qk_power(__m512i e) {
+    const __m512i bits = _mm512_max_epi32(_mm512_slli_epi32(e, 23), _mm512_set1_epi32(0x400000));
+    const __mmask16 none = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
+    return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, none, bits, _mm512_set1_epi32(0x400000)));
+}
+#define load_e8m0(p) qk_power(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p))))
 #define load_bf16(p) qk_widen(_mm256_loadu_si256((const __m256i *)(p)))
 
 /* Byte `s` of every 32-bit lane as a signed integer, in float32. */

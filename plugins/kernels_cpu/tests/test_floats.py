@@ -215,3 +215,25 @@ def test_bytes_of_the_smallest_and_largest_values(isa):
         half = struct.unpack("<e", struct.pack("<H", (code & 0x80) << 8 | (code & 0x7F) << 7))[0]
         assert half * 256 == value
         assert byte_value(code, 4, 7) == value
+
+
+@pytest.mark.parametrize("m", [1, 9])
+def test_every_exponent_is_its_power_of_two(isa, m):
+    """OCP MX 1.0: 2**(e - 127) from 2**-127, a subnormal, to 2**127; 255 is not a number."""
+    spec = SPECS["fp8 g32 e8m0"]
+    qt = QuantizedTensor(
+        spec=spec,
+        shape=(256, 32),
+        codes=torch.full((256, 32), 0x38, dtype=torch.uint8),  # 1.0
+        scales=(torch.arange(256, dtype=torch.uint8).view(256, 1),),
+    )
+    lt = LayerTensors(operands={"weight": qt})
+    run = bind(lt, make_op("linear", lt, 32))
+    for power in (-20, 20):  # every result is normal once
+        x = torch.zeros(m, 32)
+        x[:, 3] = 2.0**power
+        got = run(x)
+        assert got[:, 255].isnan().all()
+        for e in range(255):
+            if -126 <= e - 127 + power <= 127:
+                assert (got[:, e] == 2.0 ** (e - 127 + power)).all(), e

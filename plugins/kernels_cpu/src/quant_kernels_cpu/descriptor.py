@@ -17,7 +17,7 @@ from quant_kernels_cpu.support_int8 import Int8Layout
 
 __all__ = ["CALL", "DTYPES", "Segment", "c_op", "c_op_int8", "tensor_slots"]
 
-_F32, _F16, _BF16, _U8, _I8, _TABLE, _SINGLE, _DIVISOR = range(1, 9)
+_F32, _F16, _BF16, _U8, _I8, _TABLE, _SINGLE, _DIVISOR, _E8M0 = range(1, 10)
 DTYPES = {torch.float32: _F32, torch.float16: _F16, torch.bfloat16: _BF16}
 _WIDE = {"f32": _F32, "f16": _F16, "bf16": _BF16}
 _BIAS = {"": 0, "float32": _F32, "float16": _F16, "bfloat16": _BF16}
@@ -119,7 +119,8 @@ def _c_factor(f: Factor) -> _Factor:
         return _Factor(_U8, f.group, None)
     if f.element == "int8":
         return _Factor(_I8, f.group, None)
-    return _Factor(_TABLE, f.group, ctypes.addressof(_scale_table(f.element)))
+    kind = _E8M0 if f.element == "e8m0" else _TABLE
+    return _Factor(kind, f.group, ctypes.addressof(_scale_table(f.element)))
 
 
 def _code_values(layout: Layout) -> Tensor:
