@@ -177,7 +177,7 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from quant_core.engines.vllm_layers import method_for
 
-        if self.checked:
+        if self.checked and self._of_draft(prefix):
             _check_draft(self.model)
         return method_for(self, layer, prefix)
 
@@ -198,10 +198,15 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
         """Why this rank has no layer for a member; "" if there is no reason."""
         from vllm.distributed import get_pp_group
 
-        number = _LAYER_NUMBER.search(name)
-        if number and self.num_layers is not None and int(number[1]) >= self.num_layers:
+        if self._of_draft(name):
             return "layers of a draft model"
         return "held by another pipeline stage" if get_pp_group().world_size > 1 else ""
+
+    def _of_draft(self, name: str) -> bool:
+        number = _LAYER_NUMBER.search(name)
+        if number is None or self.num_layers is None:
+            return False
+        return int(number[1]) >= self.num_layers
 
     # ------------------------------------------------------------------ names in vLLM's own stream
 
@@ -242,14 +247,15 @@ class QuantCoreConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 def _check_draft(model: str) -> None:
-    """Layers that are made after the model is loaded are those of its draft.
+    """Draft layers are made after the model is loaded.
 
     Raises:
         ConfigError: ``Q-ENGINE-DRAFT`` if a loader of vLLM is to load them.
     """
-    from vllm.config import get_current_vllm_config
+    from vllm.config import get_current_vllm_config_or_none
 
-    found = get_current_vllm_config().load_config.load_format
+    current = get_current_vllm_config_or_none()  # none: they run, and take new weights
+    found = METHOD if current is None else current.load_config.load_format
     if found == METHOD:
         return
     raise ConfigError(
