@@ -174,9 +174,34 @@ def runs(model) -> dict[str, int]:
 
 def test_decode_steps_take_one_call_a_layer_and_prefill_none(llama):
     model = load(llama)
+    steps(model, count=1)  # the second layer is proved in its first step
     counted = runs(model)
     steps(model, count=3)
     assert counted == {"layer": 2 * 3, "mlp": 2}  # 7 tokens of the prefill are few enough for MLPs
+
+
+def test_layer_that_differs_by_its_number_alone_keeps_its_own_code(llama, caplog):
+    """Alike in code and settings, so not probed while loading; found out before its first step."""
+    model = load(llama)
+    layer = model.model.layers[1]
+    own = original(layer)
+    assert layer._quant_layer.proved is False
+
+    def forward(self, x, *args, **kwargs):
+        y = ordinary(self, x, *args, **kwargs)
+        return 2 * y if self.self_attn.layer_idx else y
+
+    ordinary = own.forward
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(own, "forward", forward)
+        counted = runs(model)
+        got = steps(model, count=3)
+        assert counted["layer"] == 3 + 1  # those of the first layer, and the probe
+        assert type(layer) is own
+        reference = load(llama, kernels="torch_ref")
+        want = steps(reference, count=3)
+    assert "runs its own code" in caplog.text
+    assert (got[0] - want[0]).abs().mean() <= 2.0**-5 * want[0].abs().mean()
 
 
 @pytest.mark.parametrize("kind", ["hook", "pre-hook", "global", "forward", "adapter", "training"])
@@ -184,6 +209,7 @@ def test_decode_steps_take_one_call_a_layer_and_prefill_none(llama):
 def test_whoever_listens_or_replaces_is_heard(llama, kind, where):
     """Every way of being between: the layer's own code runs then, and again after."""
     model = load(llama)
+    steps(model, count=1)  # the second layer is proved in its first step
     counted = runs(model)
     layer = model.model.layers[0]
     name = next((n for n, _ in layer.named_modules() if n.endswith(where)), "") if where else ""

@@ -4,7 +4,9 @@ A layer is a candidate where its parts are: two norms and an MLP that kernels ru
 (``transformers_parts``), and an attention module of four packed layers. Whether they are put
 together as in ``kernels.between.Block`` is again proved on random input: the layer's own
 ``forward`` and the kernel's must agree, with and without a mask, in what they return and in what
-they leave in the cache.
+they leave in the cache. The first layer of a kind is proved while the model loads. A layer may do
+something else for its number alone, so each is: on a CPU before its own first step, elsewhere while
+the model loads too, for a step may be recorded as a graph.
 
 The call is used for one new token a sequence over transformers' dynamic cache, and over its static
 one where the kernel writes at a position that the device knows. Everything else runs
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +34,12 @@ from quant_core.engines.transformers_parts import (
     MlpPart,
     NormPart,
     Parts,
+    Place,
     nearly,
     random,
 )
 from quant_core.engines.transformers_room import room_of
-from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap
+from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap, unswap
 from quant_core.errors import printable
 from quant_core.kernels.between import Block, gated_op, rotary_op
 from quant_core.nn import QuantLinear
@@ -46,6 +50,8 @@ _KNOWN = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
 )
 _NEEDED = ("attention_mask", "past_key_values", "position_embeddings")
+log = logging.getLogger("quant_core")
+
 _TIPPED = 1.0  # sums of 4096 and 14336 bfloat16 products in another order move a layer by 0.4
 
 
@@ -62,8 +68,25 @@ class LayerPart:
     guard: Guard
     buffers: Buffers
     kernel: str
+    proved: bool | None = False  # None: at it
 
-    def step(self, module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    def prove(self, module: nn.Module, x: Tensor) -> bool:
+        """Before the first step: is this what the layer computes? If not, it is left alone."""
+        if self.proved is None:
+            return False
+        self.proved = None
+        unswap(module)
+        why = _differs(module, self, Place(x.dtype, str(x.device)), thorough=False)
+        if why:
+            log.warning("%s runs its own code: %s", type(module).__name__, why)
+            return False
+        self.proved = True
+        swap(module, _Layer)
+        return True
+
+    def step(
+        self, module: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, proving: bool = False
+    ) -> Tensor | None:
         """The layer's output; None for what is not a decode step, or not the kernel's."""
         if x.dim() != 3 or x.shape[1] != 1 or graph_wanted():
             return None
@@ -83,6 +106,8 @@ class LayerPart:
         first, second = (n.__dict__ for n in self.norms)
         weights = first["_parameters"]["weight"], second["_parameters"]["weight"]
         if type(weights[0]) is not nn.Parameter or type(weights[1]) is not nn.Parameter:
+            return None
+        if not self.proved and not proving and not self.prove(module, x):
             return None
         room = room_of(layer)
         more = () if room.at is None else (room.at,)
@@ -141,6 +166,8 @@ class _Layer(Swapped):
             y = self._quant_layer.step(self, args[0], kwargs)  # type: ignore[arg-type]
             if y is not None:
                 return y
+            if not isinstance(self, _Layer):  # it was found to be none of ours
+                return self(*args, **kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
@@ -205,12 +232,18 @@ def _attach_block(name: str, module: nn.Module, parts: Parts) -> None:
         return
     if gated.whole is None or not all(c.owns_buffers for c in linears):
         return
+    known = parts.knows(module)
     for norms in (found.norms, found.norms[::-1]):
         for part in _parts(module, found, norms, linears, gated, ask, parts):
-            why = _differs(module, part, parts)
+            how = (norms, part.rotated)
+            if known not in (None, how):
+                continue
+            later = known is not None and parts.key[1][0] == "cpu"
+            why = "" if later else _differs(module, part, parts, thorough=known is None)
             if not why:
+                part.proved = not later
                 module._quant_layer = part  # type: ignore[assignment]
-                parts.learn(module)
+                parts.learn(module, how)
                 swap(module, _Layer)
                 parts.swapped[name] = part.kernel
                 parts.left.pop(name, None)
@@ -266,13 +299,13 @@ def _parts(
 # -------------------------------------------------------------------------------------- the probe
 
 
-def _angles(part: LayerPart, batch: int, parts: Parts) -> tuple[Tensor, Tensor]:
+def _angles(part: LayerPart, batch: int, parts: Parts | Place) -> tuple[Tensor, Tensor]:
     half = random((batch, 1, part.rotated // 2), parts, 7).float()
     whole = torch.cat([half, half], -1)
     return whole.cos().to(parts.dtype), whole.sin().to(parts.dtype)
 
 
-def _cache(part: LayerPart, batch: int, parts: Parts) -> Any:
+def _cache(part: LayerPart, batch: int, parts: Parts | Place) -> Any:
     """A cache that holds three random positions for the layer."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -284,13 +317,13 @@ def _cache(part: LayerPart, batch: int, parts: Parts) -> Any:
     return cache
 
 
-def _differs(module: nn.Module, part: LayerPart, parts: Parts) -> str:
+def _differs(module: nn.Module, part: LayerPart, parts: Parts | Place, *, thorough: bool) -> str:
     """Why the layer is not what ``part`` computes; "" if it is."""
     index: Any = part.attention.layer_idx
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]], dtype=torch.bool, device=parts.device)
     # a far position, by which some layers scale their queries; angles are given either way
     cases: list[tuple[int, float, int, Any]] = [(2, 0.1, 1 << 20, mask[:, None, None])]
-    if not parts.knows(module):
+    if thorough:
         cases += [(1, 0.01, 3, None), (1, 1.0, 3, None)]
     for batch, scale, position, seen in cases:
         x = random((batch, 1, part.linears[0].in_features), parts, batch) * scale
@@ -305,7 +338,7 @@ def _differs(module: nn.Module, part: LayerPart, parts: Parts) -> str:
             want = module(x, past_key_values=own, **arguments)
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as err:
             return f"its forward takes other arguments ({printable(err, 200)})"
-        got = part.step(module, x, {**arguments, "past_key_values": ours})
+        got = part.step(module, x, {**arguments, "past_key_values": ours}, proving=True)
         if got is None:
             return "the kernel declines its shapes"
         mine, theirs = ours.layers[index], own.layers[index]

@@ -2,7 +2,8 @@
 
 What a module computes is found out, not read off its name: its own ``forward`` and the kernel's
 run on the same random input, and only where both give the same, up to the order of a float32 sum,
-is the module swapped (``transformers_swap``). Candidates are
+is the module swapped (``transformers_swap``); once for modules of the same code, settings and
+operations. Candidates are
 
     a norm    one vector ``weight``, no other state, and a small positive number (its epsilon)
     an MLP    three packed layers, two of them alike, and an activation
@@ -37,7 +38,16 @@ from quant_core.spec import OpSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MlpPart", "NormPart", "Parts", "attach_norms_and_mlps", "equal", "parts_of", "random"]
+__all__ = [
+    "MlpPart",
+    "NormPart",
+    "Parts",
+    "Place",
+    "attach_norms_and_mlps",
+    "equal",
+    "parts_of",
+    "random",
+]
 
 log = logging.getLogger("quant_core")
 
@@ -65,15 +75,15 @@ class Parts:
     swapped: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     choices: dict[OpSpec, Choice | KernelError] = field(default_factory=dict)
-    known: set[Any] = field(default_factory=set)
+    known: dict[Any, Any] = field(default_factory=dict)
 
-    def knows(self, module: nn.Module) -> bool:
-        """Whether a module of the same code, settings and operations was probed thoroughly."""
-        return _kind(module) in self.known
+    def knows(self, module: nn.Module) -> Any:
+        """What was found out about a module of the same code, settings and operations, or None."""
+        return self.known.get(_kind(module))
 
-    def learn(self, module: nn.Module) -> None:
-        """``module`` was probed thoroughly; the next of its kind needs one case only."""
-        self.known.add(_kind(module))
+    def learn(self, module: nn.Module, found: Any) -> None:
+        """``module`` was probed thoroughly; its place in the model alone may set others apart."""
+        self.known[_kind(module)] = found
 
     def chosen(self, op: OpSpec) -> Choice | None:
         """The kernel for ``op``; None, and remembered, if there is none."""
@@ -139,7 +149,15 @@ class _Kept:
 # ------------------------------------------------------------------------------------- the probe
 
 
-def random(shape: Sequence[int], parts: Parts, seed: int = 0) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a probe runs."""
+
+    dtype: torch.dtype
+    device: str
+
+
+def random(shape: Sequence[int], parts: Parts | Place, seed: int = 0) -> Tensor:
     """Normal numbers in the model's dtype, on its device; torch's own state is left alone."""
     values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
     return values.to(device=parts.device, dtype=parts.dtype)
@@ -228,21 +246,37 @@ def _attach_norm(name: str, module: nn.Module, parts: Parts) -> None:
     if weight.dtype != parts.dtype or type(module.forward).__name__ != "method":
         parts.left[name] = f"its weight is {weight.dtype}, or its forward is not its class'"
         return
+    known, size = parts.knows(module), weight.numel()
+    if known is not None and (choice := parts.chosen(norm_op(size, known[1], *parts.key))):
+        run = choice.kernel.bind(choice.op)
+        module._quant_norm = NormPart(run, known[0], choice.op, choice.kernel.name)  # type: ignore[assignment]
+        swap(module, _Norm)
+        parts.swapped[name] = choice.kernel.name
+        return
     best: tuple[float, NormPart] | None = None
+    found: tuple[str, Any] = ("", None)
     offered = False
+    # weights of its own for the probe: stored ones may all be 1, which hides where they round
+    other = nn.Parameter(1 + random((size,), parts, 1) / 4, requires_grad=False)
     for eps in _epsilons(module):
-        x = _norm_inputs(weight.numel(), getattr(module, eps), parts)
-        want = module(x)
+        x = _norm_inputs(size, getattr(module, eps), parts)
+        module._parameters["weight"] = other
+        try:
+            want = module(x)
+        finally:
+            module._parameters["weight"] = weight
         for form in NORMS:
-            choice = parts.chosen(norm_op(weight.numel(), form, *parts.key))
+            choice = parts.chosen(norm_op(size, form, *parts.key))
             if choice is None:
                 continue
             offered = True
             run = choice.kernel.bind(choice.op)
-            off = equal(run([weight], x.clone(), getattr(module, eps)), want)
+            off = equal(run([other], x.clone(), getattr(module, eps)), want)
             if off is not None and (best is None or off < best[0]):
                 best = off, NormPart(run, eps, choice.op, choice.kernel.name)
+                found = eps, form
     if best is not None:
+        parts.learn(module, found)
         module._quant_norm = best[1]  # type: ignore[assignment]
         swap(module, _Norm)
         parts.swapped[name] = best[1].kernel
@@ -361,11 +395,12 @@ def _attach_mlp(name: str, module: nn.Module, parts: Parts) -> None:
     choice = parts.chosen(op)
     if choice is None:
         return
+    known = parts.knows(module)
     x = random((2, 3, layers[one].in_features), parts)
-    cases = [x[:1, :1]] if parts.knows(module) else [x[:1, :1], x]
+    cases = [x[:1, :1], x] if known is None else []
     wants = [module(case) for case in cases]
     run = choice.kernel.bind(choice.op)
-    for gate, up in ((one, two), (two, one)):
+    for gate, up in ((one, two), (two, one)) if known is None else (known,):
         names = (gate, up, down)
         below = Guard([(module, n) for n in (*names, act_name)])
         above = Guard([(module, act_name)])
@@ -374,7 +409,7 @@ def _attach_mlp(name: str, module: nn.Module, parts: Parts) -> None:
             names, act_name, act, run, whole, above, below, choice.kernel.name, Buffers()
         )
         if all(_same(part, module, c, w) for c, w in zip(cases, wants, strict=True)):
-            parts.learn(module)
+            parts.learn(module, (gate, up))
             part.kernel += f" in {layers[gate].kernel.name}" if whole is not None else ""
             module._quant_mlp = part  # type: ignore[assignment]
             swap(module, _Mlp)
