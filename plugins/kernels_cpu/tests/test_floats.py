@@ -111,6 +111,23 @@ def test_error_measure_notices_one_broken_tensor(isa, name, tensor):
 
 
 @pytest.mark.parametrize("name", SCALES)
+def test_operators_of_torch_give_the_same_bits(isa, name):
+    """The ones in C find the product of the scales and the table among the buffers too."""
+    lt = made(name)
+    op, kernel = make_op("linear", lt, K), WnA16()
+    buffers = kernel.allocate(op)
+    kernel.load_(buffers, op, lt, {"row": 0})
+    values, text = list(buffers.values()), kernel._bound(op).text()
+    for m in (1, 9):
+        x = torch.randn(m, K).bfloat16()
+        want = kernel.bind(op)(values, x)
+        assert torch.equal(torch.ops.quant_cpu.linear(x, values, text), want)
+        if m == 1:  # two layers of one x: a row of y each
+            both = torch.ops.quant_cpu.linear_shared(x, values + values, [text, text])
+            assert torch.equal(both.view(2, -1), want.expand(2, -1))
+
+
+@pytest.mark.parametrize("name", SCALES)
 def test_embedding_rows_equal_the_oracle_bit_for_bit(isa, name):
     lt = made(name)
     op = make_op("embedding", lt, K)
