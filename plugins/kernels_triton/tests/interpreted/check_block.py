@@ -78,6 +78,7 @@ def test_decoder_layers_give_the_models_logits_and_cache(heads, monkeypatch):
     parts = attach(model)
     layers = [n for n, run in parts.swapped.items() if run.startswith("decoder layer")]
     assert layers == ["model.layers.0", "model.layers.1"], parts.table
+    decode(model, 1)  # the second layer is proved in its first step
     calls = []
     run = BlockRun.__call__
     monkeypatch.setattr(BlockRun, "__call__", lambda *a: (calls.append(1), run(*a))[1])
@@ -99,6 +100,7 @@ def test_static_cache_is_written_where_it_says(monkeypatch):
     want, cache = decode(make(), 2, mask, room=11)
     model = make()
     attach(model)
+    decode(model, 1)  # the second layer is proved in its first step
     places = []
     run = BlockRun.__call__
     monkeypatch.setattr(BlockRun, "__call__", lambda *a: (places.append(int(a[-1])), run(*a))[1])
