@@ -152,6 +152,7 @@ def test_single_file_is_refused_and_its_folder_is_served(tmp_path: Path) -> None
         pass
 
 
+@pytest.mark.shared
 def test_loader_without_our_method_is_refused() -> None:
     err = fails(SHARED / "base" / "tiny-llama", load_format="private", quantization=None)
     assert err.code == "Q-CFG-CONFLICT"
