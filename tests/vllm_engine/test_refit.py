@@ -83,7 +83,9 @@ def test_float_tensors_are_quantized_on_arrival(tmp_path: Path, size: int) -> No
     assert first_difference(again, reference(old, prompts(), online="mxfp8"), ACTIVATIONS) == ""
 
 
-@pytest.mark.parametrize("load_format", ["quant_core", "auto"])
+@pytest.mark.parametrize(
+    "load_format", ["quant_core", pytest.param("auto", marks=pytest.mark.short)]
+)
 def test_packed_tensors_are_taken_in_any_order(tmp_path: Path, load_format: str) -> None:
     new = changed(without_notes(ACT_ORDER, tmp_path / "new"))
     old = without_notes(ACT_ORDER, tmp_path / "old")

@@ -104,7 +104,7 @@ def _again(config: QuantCoreConfig) -> Iterator[tuple[str, Tensor]]:
 def _floats(config: QuantCoreConfig) -> Iterator[tuple[str, Tensor]]:
     """What packed layers do not read themselves, under the names of the checkpoint's own model."""
     from quant_core.engines.packed import neutral
-    from quant_core.engines.sharing import stored_bias
+    from quant_core.engines.sharing import read_bias
     from quant_core.load import read_parameter
 
     plan, account = config.plan, config.account
@@ -116,12 +116,9 @@ def _floats(config: QuantCoreConfig) -> Iterator[tuple[str, Tensor]]:
     for name, member in plan.members.items():
         if name not in account.taken or not member.quantized or member.layer.experts:
             continue
-        bias = stored_bias(plan, member)
+        bias = read_bias(plan, member)
         if bias is not None:
-            with neutral():
-                value = plan.checkpoint.read_parameter(bias)
-            plan.ledger.load((bias, ()))
-            yield f"{name}.bias", value
+            yield f"{name}.bias", bias
         if name in config.absorbed:
             with neutral():
                 value = _dense(plan, name)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.errors import CheckpointError, ConfigError, printable, summarize
@@ -26,7 +26,20 @@ from quant_core.plan import plan as make_plan
 from quant_core.scheme import Scheme
 from quant_core.spec import Span
 
-__all__ = ["METHOD", "Account", "Names", "Options", "Piece", "open_plan", "roles_of", "stored_bias"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "METHOD",
+    "Account",
+    "Names",
+    "Options",
+    "Piece",
+    "open_plan",
+    "read_bias",
+    "roles_of",
+    "stored_bias",
+]
 
 log = logging.getLogger("quant_core")
 
@@ -228,6 +241,19 @@ def stored_bias(plan: Plan, member: Member) -> str | None:
         if param.name == "bias" and name in plan.checkpoint.tensors:
             return name
     return None
+
+
+def read_bias(plan: Plan, member: Member) -> Tensor | None:
+    """The bias that an engine keeps as its own parameter; None if none is stored."""
+    from quant_core.engines.packed import neutral
+
+    name = stored_bias(plan, member)
+    if name is None:
+        return None
+    with neutral():
+        value = plan.checkpoint.read_parameter(name)
+    plan.ledger.load((name, ()))
+    return value
 
 
 @dataclass(slots=True)

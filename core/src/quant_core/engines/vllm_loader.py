@@ -121,7 +121,7 @@ def _stream(config: QuantCoreConfig, *, again: bool = False) -> Iterator[tuple[s
 def _weights(config: QuantCoreConfig, again: bool) -> Iterator[tuple[str, Tensor]]:
     """Names of the checkpoint's own model, in file order of the plan."""
     from quant_core.engines.packed import neutral
-    from quant_core.engines.sharing import stored_bias
+    from quant_core.engines.sharing import read_bias
     from quant_core.engines.vllm_layers import ticket
     from quant_core.engines.vllm_refit import tickets
     from quant_core.load import read_parameter
@@ -137,12 +137,9 @@ def _weights(config: QuantCoreConfig, again: bool) -> Iterator[tuple[str, Tensor
         if name not in account.taken or not member.quantized:
             continue
         if not member.layer.experts:
-            bias = stored_bias(plan, member)
+            bias = read_bias(plan, member)
             if bias is not None:
-                with neutral():
-                    value = plan.checkpoint.read_parameter(bias)
-                plan.ledger.load((bias, ()))
-                yield f"{name}.bias", value
+                yield f"{name}.bias", bias
         elif member.layer.role and not again:
             continue  # vLLM processes their layer without
         yield from ((n, ticket()) for n in tickets(member))
