@@ -15,6 +15,9 @@ What more rows cannot bring back is dropped for the rest of its scheme and shape
 or from 64 rows on 3 times and growing with the rows. The plan's pick and bf16 never are. Nothing is
 timed where the deadline has passed; what was left out is listed. The process that measures is begun
 anew where a kernel hangs or breaks it, and the layer repeated without that one.
+
+``--gpus N`` deals the shapes out to N GPUs of one machine, a process each: what is compared with
+one another, the schemes of a shape and their peers, stays on one GPU in one process.
 """
 
 from __future__ import annotations
@@ -22,9 +25,13 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +152,75 @@ def _cells(shapes: str, schemes: str, stacks: str) -> list[Cell]:
     return [(shape, scheme, frozenset()) for shape, scheme in cells]
 
 
+def _work(cells: Sequence[Cell], shape: str) -> float:
+    """About how long a shape takes: its schemes, each a constant and its largest products."""
+    sizes = EXPERTS[shape][2:] if shape in EXPERTS else tuple(map(int, shape.split("x")))
+    return sum(c[0] == shape for c in cells) * (1.0 + sizes[0] * sizes[1] / 6e7)
+
+
+def deal(cells: Sequence[Cell], gpus: int) -> list[list[str]]:
+    """The shapes for each of ``gpus`` GPUs, the longest dealt out first to who has least."""
+    hands: list[tuple[float, list[str]]] = [(0.0, []) for _ in range(gpus)]
+    shapes = dict.fromkeys(shape for shape, _, _ in cells)
+    for shape in sorted(shapes, key=lambda s: -_work(cells, s)):
+        least = min(range(gpus), key=lambda i: hands[i][0])
+        hands[least] = (hands[least][0] + _work(cells, shape), [*hands[least][1], shape])
+    return [hand for _, hand in hands if hand]
+
+
+def spread(args: argparse.Namespace, cells: Sequence[Cell]) -> int:
+    """Run this program once a GPU and put together what they found; 1 if anything failed."""
+    hands = deal(cells, args.gpus)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [Path(folder) / f"{i}.json" for i in range(len(hands))]
+        runs = []
+        for i, (hand, part) in enumerate(zip(hands, parts, strict=True)):
+            print(f"GPU {i}: {', '.join(hand)}", flush=True)
+            more = ["--gpus", "1", "--part", ",".join(hand), "--json", str(part)]
+            more += ["--markdown", os.devnull]
+            runs.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, *sys.argv[1:], *more],
+                    env=os.environ | {"CUDA_VISIBLE_DEVICES": _visible(i)},
+                )
+            )
+        codes = [run.wait() for run in runs]
+        found = [json.loads(part.read_text()) for part in parts if part.exists()]
+    data = merged(found, [shape for shape, _, _ in cells])
+    if args.json:
+        args.json.write_text(json.dumps(data))
+    if args.markdown:
+        args.markdown.write_text(markdown(data))
+    print(table(data["records"]))
+    print(data["seconds"])
+    return int(any(codes) or len(found) < len(hands))
+
+
+def _visible(i: int) -> str:
+    """The i-th of the GPUs that this process may use."""
+    mine = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+    return mine[i] if mine else str(i)
+
+
+def merged(found: Sequence[dict[str, Any]], shapes: Sequence[str]) -> dict[str, Any]:
+    """One result of several parts, the records in the order of ``shapes``."""
+    if not found:
+        raise SystemExit("no part left a result")
+    if len({part["device"] for part in found}) > 1:
+        raise SystemExit(f"GPUs of several kinds: {sorted({part['device'] for part in found})}")
+    at = {shape: i for i, shape in enumerate(dict.fromkeys(shapes))}
+    records = [r for part in found for r in part["records"]]
+    schemes = list(dict.fromkeys(r["scheme"] for r in records))
+    records.sort(key=lambda r: (schemes.index(r["scheme"]), at[r["shape"]]))
+    names = dict.fromkeys(name for part in found for name in part["seconds"])
+    return found[0] | {
+        "gpus": len(found),
+        "seconds": {n: max(part["seconds"].get(n, 0.0) for part in found) for n in names},
+        "records": records,
+        "problems": [p for part in found for p in part["problems"]],
+    }
+
+
 def main() -> int:
     """Measure; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -157,9 +233,18 @@ def main() -> int:
     parser.add_argument("--warm", type=int, default=0, help="processes that compile first")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--save", action="store_true", help="keep the times for later choices")
+    parser.add_argument("--gpus", type=int, default=1, help="deal the shapes out to so many GPUs")
+    parser.add_argument("--part", default="", help="only these of the shapes and stacks")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
+    cells = _cells(args.shapes, args.schemes, args.experts)
+    if args.part:
+        cells = [cell for cell in cells if cell[0] in args.part.split(",")]
+    if args.gpus > 1:
+        if args.save:
+            parser.error("--save keeps the times of one GPU's run: leave out --gpus")
+        return spread(args, cells)
     bench = Bench(
         rows=tuple(int(m) for m in args.rows.split(",")),
         deadline=time.monotonic() + args.seconds,
@@ -167,7 +252,7 @@ def main() -> int:
         rounds=args.rounds,
         more=args.rows == DEFAULT_ROWS,
     )
-    found, cells = Found(args.json), _cells(args.shapes, args.schemes, args.experts)
+    found = Found(args.json)
     if args.warm:
         warm(args.warm, cells, replace(bench, deadline=float("inf")), found)
     start = time.monotonic()
