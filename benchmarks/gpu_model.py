@@ -69,6 +69,8 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8_block": ("compressed_tensors:fp8_block", {}),
     "int8": ("int8", {}),
     "int8a16": ("int8", {"activations": False}),
+    "w4a8": ("int4", {"group_size": 128, "activations": "fp8"}),
+    "w4a8-int8": ("int4", {"group_size": 128, "activations": "int8"}),
     "mxfp4": ("mxfp4", {}),
     "nvfp4": ("nvfp4", {}),
 }

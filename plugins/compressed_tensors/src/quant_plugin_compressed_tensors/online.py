@@ -1,16 +1,19 @@
 """What this format makes of float weights while they are loaded, by rounding to the nearest.
 
-    name        preset         activations=False    stored as
-    int8        W8A8           (int8 per row)       int-quantized | pack-quantized
-    int4        W4A16          -                    pack-quantized, groups of ``group_size``
-    fp8         FP8_DYNAMIC    (fp8 per row)        float-quantized
-    fp8_block   FP8_BLOCK      (fp8 in blocks)      float-quantized
+    name        preset         activations=         stored as
+    int8        W8A8           False: int8 per row  int-quantized | pack-quantized
+    int4        W4A16          default              pack-quantized, groups of ``group_size``
+                W4A8, W4AFP8   "int8", "fp8"        int-quantized; pack-quantized
+    fp8         FP8_DYNAMIC    False: fp8 per row   float-quantized
+    fp8_block   FP8_BLOCK      False: fp8 blocks    float-quantized
     nvfp4       NVFP4A16       -                    nvfp4-pack-quantized
-    mxfp4       MXFP4A16       default; MXFP4       mxfp4-pack-quantized
-    mxfp8       MXFP8          MXFP8A16             mxfp8-quantized
+    mxfp4       MXFP4A16       True: MXFP4          mxfp4-pack-quantized
+    mxfp8       MXFP8          False: MXFP8A16      mxfp8-quantized
 
-The last two and the integers claim their bare names. A scale of integers is max|W| over half the
-range of the codes (7.5, 127.5), of the dtype of the weights, as this format's own tool makes it.
+The last two and the integers claim their bare names. W4A8 is stored as this format's own tool does,
+a byte per weight; W4AFP8 in words, which is what vLLM 0.32 reads of it (``weight_packed``). A scale
+of integers is max|W| over half the range of the codes (7.5, 127.5), of the dtype of the weights, as
+this format's own tool makes it.
 Imports no torch.
 
 Source: compressed-tensors 0.19.0 ``quantization/utils/helpers.py`` (calculate_qparams),
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quant_core.errors import ConfigError, LayoutError
@@ -50,16 +53,22 @@ class _Recipe:
     """Attributes:
     preset: weights and activations.
     format: as stored with quantized activations, and without.
+    named: activations by name -> (preset, format); such a recipe has none unless asked.
     """
 
     preset: str
     format: str
     weights_only: str = ""
+    named: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 _RECIPES: Mapping[str, _Recipe] = {
     "int8": _Recipe(preset="W8A8", format="int-quantized", weights_only="pack-quantized"),
-    "int4": _Recipe(preset="W4A16", format="pack-quantized"),
+    "int4": _Recipe(
+        preset="W4A16",
+        format="pack-quantized",
+        named={"int8": ("W4A8", "int-quantized"), "fp8": ("W4AFP8", "pack-quantized")},
+    ),
     "fp8": _Recipe(preset="FP8_DYNAMIC", format="float-quantized"),
     "fp8_block": _Recipe(preset="FP8_BLOCK", format="float-quantized"),
     "nvfp4": _Recipe(preset="NVFP4A16", format="nvfp4-pack-quantized"),
@@ -81,6 +90,13 @@ def _bad(key: str, found: Any, expected: str) -> ConfigError:
 
 def _arguments(recipe: _Recipe, options: Mapping[str, Any]) -> tuple[Args, Args | None, str]:
     """Weights, activations and storage format of a recipe under the user's options."""
+    wanted = options.get("activations", True)
+    if recipe.named and isinstance(wanted, str) and wanted in recipe.named:
+        name, stored = recipe.named[wanted]
+        recipe, wanted = _Recipe(preset=name, format=stored), True
+    elif recipe.named and wanted is not False:
+        names = " or ".join(f'"{n}"' for n in recipe.named)
+        raise _bad("activations", wanted, f"false, {names}")
     preset = PRESETS[recipe.preset]
     keys = dict(preset["weights"])
     if "group_size" in options:
@@ -88,24 +104,24 @@ def _arguments(recipe: _Recipe, options: Mapping[str, Any]) -> tuple[Args, Args 
         if type(size) is not int or not 0 < size <= 1 << 20:
             raise _bad("group_size", size, "a positive integer")
         keys["group_size"] = size
-    with_inputs = options.get("activations", True)
-    if not isinstance(with_inputs, bool):
-        raise _bad("activations", with_inputs, "true or false")
-    given = preset.get("input_activations") if with_inputs else None
+    if not isinstance(wanted, bool):
+        raise _bad("activations", wanted, "true or false")
+    given = preset.get("input_activations") if wanted else None
     inputs = None if given is None else parse_args(given, _WHERE, "input_activations")
     stored = recipe.format if inputs is not None else recipe.weights_only or recipe.format
     return parse_args(keys, _WHERE, "weights"), inputs, stored
 
 
-def _weight_spec(args: Args, scale_dtype: str, *, packed: bool) -> QuantSpec:
+def _weight_spec(args: Args, scale_dtype: str, *, words: bool) -> QuantSpec:
+    """``words``: stored as codes in words rather than as one int8 a weight."""
     scales = (Scale(element=FLOAT_SCALES[scale_dtype], grain=grain_of(args)),)
     if args.strategy == "tensor_group":
         scales += (Scale(element="f32", grain=TENSOR, inverse=True),)
     if args.kind == "float":
         element = Element(name=FLOATS[args.bits], bits=args.bits, kind="float")
         return QuantSpec(element=element, scales=scales)
-    if not packed:
-        return QuantSpec(element=Element.int(args.bits), scales=scales)
+    if args.bits == 8 and not words:
+        return QuantSpec(element=Element.int(8), scales=scales)
     half = Zero(kind="const", value=1 << (args.bits - 1))
     return QuantSpec(element=Element.uint(args.bits), scales=scales, zero=half)
 
@@ -119,8 +135,7 @@ def _make(recipe: _Recipe, layer: LayerDesc, options: Mapping[str, Any]) -> CtSc
         return Unquantized(rule=f"in_features is no multiple of {args.group_size}")
     wide = layer.dtype if layer.dtype in SCALE_ELEMENTS else "float32"
     dtype = args.scale_dtype or wide
-    packed = stored == "pack-quantized"
-    operands = {"weight": _weight_spec(args, dtype, packed=packed)}
+    operands = {"weight": _weight_spec(args, dtype, words=stored == "pack-quantized")}
     if inputs is not None:
         operands["input"] = input_spec(inputs, wide, layer.name, _WHERE)
     kinds = {"pack-quantized": PackedScheme, "int-quantized": PlainScheme}
@@ -168,7 +183,8 @@ def _offer(name: str, summary: str, *, bare: bool = False, **options: Any) -> On
 
 ONLINE: Mapping[str, OnlineScheme] = {
     "int8": _offer("int8", "int8 per row; activations int8 per token", bare=True, activations=True),
-    "int4": _offer("int4", "int4 in groups; activations stay floats", bare=True, group_size=128),
+    "int4": _offer("int4", "int4 in groups; activations stay floats unless asked", bare=True,
+                   group_size=128, activations=False),
     "fp8": _offer("fp8", "fp8 per row; activations fp8 per token", activations=True),
     "fp8_block": _offer("fp8_block", "fp8, a scale per 128 x 128; activations fp8 in 128s",
                         activations=True),
