@@ -1,11 +1,13 @@
 """Real checkpoints on the GPU against the CPU: logits, stored bits, and moving between devices.
 
     python benchmarks/gpu_checkpoints.py prepare CHECKPOINTS FOLDER [--megabytes 30]    # on any CPU
-    python benchmarks/gpu_checkpoints.py run FOLDER [--json out.json] [--jobs 6]        # on a GPU
+    python benchmarks/gpu_checkpoints.py pack FOLDER --parts 3       # FOLDER/part0.tar.xz, ...
+    python benchmarks/gpu_checkpoints.py run FOLDER|part0.tar.xz [--json out.json] [--jobs 6]  # GPU
 
 ``prepare`` computes the CPU's logits (float32, reference kernels) of every checkpoint, copies those
 that fit in ``--megabytes`` of model files, smallest first with every format present, and writes
-``cpu.safetensors`` beside them. ``run`` needs nothing else. Per checkpoint it holds that
+``cpu.safetensors`` beside them. ``pack`` makes archives of what lies there, half as large, for
+machines that take little at a time. ``run`` needs nothing else. Per checkpoint it holds that
 
     float32    max |gpu - cpu| <= FLOAT32 * max |cpu|, or mean |gpu - cpu| <= 3 * the mean that the
                checkpoint's own ``rounding_flip_level`` states, or a tenth of its bound's mean
@@ -21,9 +23,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import io
+import lzma
 import multiprocessing
 import shutil
 import sys
+import tarfile
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -103,6 +109,49 @@ def prepare(source: Path, target: Path, megabytes: float) -> None:
     save_file(tensors, target / "cpu.safetensors")
     (target / "facts.json").write_text(json.dumps(facts))
     print(f"{len(taken)} of {len(facts)} checkpoints, {used / 1e6:.1f} MB")
+
+
+def pack(folder: Path, parts: int, stride: int) -> None:
+    """Archives of about equal size, each complete in itself, with every ``stride``-th position."""
+    from safetensors.torch import load_file, save
+
+    facts = json.loads((folder / "facts.json").read_text())
+    logits = load_file(folder / "cpu.safetensors")
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    share, taken = sum(facts[n]["bytes"] for n in names) / parts, 0
+    held: list[list[str]] = [[] for _ in range(parts)]
+    for name in names:  # neighbours by name have tensors in common, which are stored once
+        held[min(parts - 1, int(taken / share))].append(name)
+        taken += facts[name]["bytes"]
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 128 << 20}]
+    for i, of in enumerate(held):
+        path = folder / f"part{i}.tar.xz"
+        with (
+            lzma.open(path, "wb", filters=filters) as out,
+            tarfile.open(fileobj=out, mode="w") as tar,
+        ):
+            kept = {n: facts[n] | {"stride": stride} for n in of}
+            values = save({n: logits[n][::stride].contiguous() for n in of})
+            for name, data in (
+                ("facts.json", json.dumps(kept).encode()),
+                ("cpu.safetensors", values),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            for name in of:
+                tar.add(folder / "checkpoints" / name, f"checkpoints/{name}")
+        print(f"{path.name}: {len(of)} checkpoints, {path.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+def unpacked(target: Path) -> Path:
+    """The folder of an archive; a folder is its own."""
+    if target.is_dir():
+        return target
+    folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
+    with tarfile.open(target) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
 
 
 def _same_bits(a: Any, b: Any) -> str:
@@ -229,13 +278,17 @@ def run(target: Path, device: str, jobs: int, only: str) -> list[dict[str, Any]]
 
 
 def main() -> int:
-    """Prepare or run; 1 if a checkpoint fails."""
+    """Prepare, pack or run; 1 if a checkpoint fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     sub = parser.add_subparsers(dest="command", required=True)
     first = sub.add_parser("prepare")
     first.add_argument("source", type=Path)
     first.add_argument("target", type=Path)
     first.add_argument("--megabytes", type=float, default=30.0)
+    packed = sub.add_parser("pack")
+    packed.add_argument("target", type=Path)
+    packed.add_argument("--parts", type=int, default=1)
+    packed.add_argument("--stride", type=int, default=4)
     second = sub.add_parser("run")
     second.add_argument("target", type=Path)
     second.add_argument("--device", default="cuda")
@@ -247,7 +300,10 @@ def main() -> int:
     if args.command == "prepare":
         prepare(args.source, args.target, args.megabytes)
         return 0
-    rows = run(args.target, args.device, args.jobs, args.only)
+    if args.command == "pack":
+        pack(args.target, args.parts, args.stride)
+        return 0
+    rows = run(unpacked(args.target), args.device, args.jobs, args.only)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     steps = ("float32", "bfloat16", "restore", "moved")
