@@ -22,8 +22,8 @@ machines that take little at a time. ``run`` needs nothing else. Per checkpoint 
 from __future__ import annotations
 
 import argparse
-import json
 import io
+import json
 import lzma
 import multiprocessing
 import shutil
