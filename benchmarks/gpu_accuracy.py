@@ -115,12 +115,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e6)
     parser.add_argument("--silent", type=float, default=90, help="seconds after which one hangs")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--but", type=Path, nargs="*", default=[], help="results to go on from")
     parser.add_argument("--inline", action="store_true", help="in this process, for sanitizers")
     a = parser.parse_args()
     end, began = time.monotonic() + a.seconds, time.time()
     part, parts = map(int, a.share.split("/"))
     every = cells(a.parts.split(","), tuple(filter(None, a.kernels.split(","))))[part::parts]
     every = [c for c in every if a.only in c.weight]
+    before = {r.get("done") for path in a.but for r in json.loads(path.read_text())}
+    every = [c for c in every if str(c) not in before]
     if a.rows:
         every = [replace(c, rows=tuple(map(int, a.rows.split(",")))) for c in every]
     rows: list[dict[str, Any]] = []

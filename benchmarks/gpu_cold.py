@@ -1,0 +1,115 @@
+"""Seconds to the first result of a packed layer in a new process with empty caches, on a GPU.
+
+    python benchmarks/gpu_cold.py --json out.json [--jobs 4]
+
+A process of its own for every scheme and number of rows, with fresh folders in place of Triton's
+cache and this project's. The clock starts where torch is imported and its CUDA context and cuBLAS
+stand, and covers importing quant_core, choosing a kernel, storing 4096 x 4096 weights that were
+quantized before, compiling, and the call. ``again`` is the same in a further process that finds
+those caches filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SCHEMES = ("int4", "int4-g32", "mxfp4", "nvfp4", "int8a16", "fp8a16", "fp8", "fp8_block", "int8",
+           "w4a8", "w4a8-int8", "mxfp8")  # fmt: skip
+ROWS = (1, 64, 1024)
+
+
+def once(scheme: str, rows: int) -> dict[str, Any]:
+    """The figures of this process."""
+    import torch
+
+    a = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
+    (a @ a).sum().item()
+    from source_tree import use
+
+    use()
+    start = time.perf_counter()
+    from quant_core.kernels.choose import choose
+    from quant_core.registry import registry
+
+    known = registry()
+    listed = time.perf_counter() - start
+    from gpu_layers import make_case
+
+    case = make_case(scheme, "4096x4096")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    choice = choose(case.op, known)
+    chosen = time.perf_counter() - start
+    buffers = case.load(choice.kernel, choice.op)
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    loaded = time.perf_counter() - start
+    run = choice.kernel.bind(choice.op)
+    y = run(list(buffers.values()), x)
+    torch.cuda.synchronize()
+    done = time.perf_counter() - start
+    start = time.perf_counter()
+    again = run(list(buffers.values()), x)
+    torch.cuda.synchronize()
+    return {
+        "scheme": scheme, "rows": rows, "kernel": choice.kernel.name, "plugins_s": listed,
+        "choose_s": chosen, "load_s": loaded - chosen, "call_s": done - loaded,
+        "total_s": listed + done, "second_call_s": time.perf_counter() - start,
+        "same": torch.equal(y, again),
+    }  # fmt: skip
+
+
+def apart(scheme: str, rows: int) -> dict[str, Any]:
+    """``once`` in a new process with empty caches, and in one after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"TRITON_CACHE_DIR": f"{folder}/triton", "QUANT_CACHE": f"{folder}/own"}
+        said: list[dict[str, Any]] = []
+        for _ in range(2):
+            got = subprocess.run(
+                [sys.executable, __file__, "--once", scheme, str(rows)], env=env,
+                capture_output=True, text=True, timeout=120,
+            )  # fmt: skip
+            if got.returncode:
+                return {"scheme": scheme, "rows": rows, "problem": got.stderr[-500:]}
+            said.append(json.loads(got.stdout.strip().splitlines()[-1]))
+    return said[0] | {"again_s": said[1]["total_s"]}
+
+
+def main() -> None:
+    """All schemes, some at a time; the processor is shared among them."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--schemes", default=",".join(SCHEMES))
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--once", nargs=2)
+    args = parser.parse_args()
+    if args.once:
+        print(json.dumps(once(args.once[0], int(args.once[1]))))
+        return
+    work = [(s, int(m)) for s in args.schemes.split(",") for m in args.rows.split(",")]
+    rows = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda w: apart(*w), work):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1))
+    measured = [r for r in rows if "total_s" in r]
+    if measured:
+        worst = max(measured, key=lambda r: r["total_s"])
+        print(f"worst of {len(measured)}: {worst['total_s']:.2f} s, {worst['scheme']}, "
+              f"{worst['rows']} rows, {worst['kernel']}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
