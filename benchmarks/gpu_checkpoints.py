@@ -33,7 +33,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +146,16 @@ def pack(folder: Path, parts: int, stride: int) -> None:
         print(f"{path.name}: {len(of)} checkpoints, {path.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
-def unpacked(target: Path) -> Path:
-    """The folder of an archive; a folder is its own."""
+@contextmanager
+def unpacked(target: Path) -> Iterator[Path]:
+    """The folder of an archive while it is needed; a folder is its own."""
     if target.is_dir():
-        return target
-    folder = Path(tempfile.mkdtemp(prefix="checkpoints-"))
-    with tarfile.open(target) as tar:
-        tar.extractall(folder, filter="data")
-    return folder
+        yield target
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoints-") as folder:
+        with tarfile.open(target) as tar:
+            tar.extractall(folder, filter="data")
+        yield Path(folder)
 
 
 def _same_bits(a: Any, b: Any) -> str:
@@ -303,7 +307,8 @@ def main() -> int:
     if args.command == "pack":
         pack(args.target, args.parts, args.stride)
         return 0
-    rows = run(unpacked(args.target), args.device, args.jobs, args.only)
+    with unpacked(args.target) as folder:
+        rows = run(folder, args.device, args.jobs, args.only)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     steps = ("float32", "bfloat16", "restore", "moved")
