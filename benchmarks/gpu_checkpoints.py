@@ -187,8 +187,8 @@ def _same_bits(a: Any, b: Any) -> str:
             else:
                 pairs.pop("codes")
         for key, (x, y) in pairs.items():
-            x, y = x.cpu().contiguous(), y.cpu().contiguous()
-            if x.shape != y.shape or not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            flat = [t.cpu().contiguous().flatten().view(torch.uint8) for t in (x, y)]
+            if x.shape != y.shape or not torch.equal(*flat):
                 return f"{name}.{key}"
     return ""
 
