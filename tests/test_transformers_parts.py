@@ -181,10 +181,11 @@ def test_decode_steps_take_one_call_a_layer_and_prefill_none(llama):
 
 
 def test_layer_that_differs_by_its_number_alone_keeps_its_own_code(llama, caplog):
-    """Alike in code and settings, so not probed while loading; found out before its first step."""
+    """Alike in code and settings, so not probed with the first; found out before its first step."""
     model = load(llama)
     layer = model.model.layers[1]
     own = original(layer)
+    assert parts_of(model) is not None
     assert layer._quant_layer.proved is False
 
     def forward(self, x, *args, **kwargs):
@@ -310,6 +311,8 @@ def test_copies_pickles_and_moves_compute_the_same(llama):
 def test_classes_names_and_state_stay(llama):
     model, plain = load(llama), load(llama, kernels=OFF)
     layer, own = model.model.layers[0], plain.model.layers[0]
+    assert parts_of(model) is not None
+    assert parts_of(plain) is not None
     assert isinstance(layer, Swapped)
     assert isinstance(layer, type(own))
     assert original(layer) is type(own)

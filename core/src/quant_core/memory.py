@@ -64,23 +64,25 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Te
 
 
 @contextmanager
-def written_whole() -> Iterator[None]:
-    """Inside, and in this thread, ``poisoned`` leaves large buffers as they are.
+def written_whole(from_bytes: int = MAPPED_BYTES) -> Iterator[None]:
+    """Inside, and in this thread, ``poisoned`` leaves buffers of ``from_bytes`` as they are.
 
-    For a caller that goes on to write all rows and all experts of what it allocates.
+    For a caller that goes on to write all rows and all experts of what it allocates; with 0, every
+    byte of every buffer.
     """
-    before = getattr(_state, "whole", False)
-    _state.whole = True
+    before = getattr(_state, "from_bytes", None)
+    _state.from_bytes = from_bytes
     try:
         yield
     finally:
-        _state.whole = before
+        _state.from_bytes = before
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """A buffer whose unwritten values show: NaN for floats, all ones for bits."""
     out = empty(shape, dtype, device)
-    if getattr(_state, "whole", False) and out.numel() * dtype.itemsize >= MAPPED_BYTES:
+    spared = getattr(_state, "from_bytes", None)
+    if spared is not None and out.numel() * dtype.itemsize >= spared:
         return out
     if dtype.is_floating_point:
         return out.fill_(float("nan"))

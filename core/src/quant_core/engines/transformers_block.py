@@ -4,9 +4,9 @@ A layer is a candidate where its parts are: two norms and an MLP that kernels ru
 (``transformers_parts``), and an attention module of four packed layers. Whether they are put
 together as in ``kernels.between.Block`` is again proved on random input: the layer's own
 ``forward`` and the kernel's must agree, with and without a mask, in what they return and in what
-they leave in the cache. The first layer of a kind is proved while the model loads. A layer may do
-something else for its number alone, so each is: on a CPU before its own first step, elsewhere while
-the model loads too, for a step may be recorded as a graph.
+they leave in the cache. The first layer of a kind is proved with its parts
+(``transformers_later`` says when). A layer may do something else for its number alone, so each is:
+on a CPU before its own first step, elsewhere at once, for a step may be recorded as a graph.
 
 The call is used for one new token a sequence over transformers' dynamic cache, and over its static
 one where the kernel writes at a position that the device knows. Everything else runs

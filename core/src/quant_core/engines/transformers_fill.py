@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from quant_core.build import Builder
 from quant_core.engines.transformers_attention import attach_attention
-from quant_core.engines.transformers_block import attach_blocks
 from quant_core.engines.transformers_cache import CacheMode, attach_caches
 from quant_core.engines.transformers_check import Check, check_bias, without_zero_bias
 from quant_core.engines.transformers_experts import gating_of
+from quant_core.engines.transformers_later import attach_parts
 from quant_core.engines.transformers_names import Layout, Slot, arrange
-from quant_core.engines.transformers_parts import attach_norms_and_mlps
 from quant_core.engines.transformers_tied import Tied
 from quant_core.errors import LayoutError, printable
 from quant_core.load import read_parameter
@@ -98,14 +97,13 @@ def fill_model(
         device=builder.device,
         kernels=builder.kernels,
     )
-    parts = attach_norms_and_mlps(
+    attach_parts(
         model,
         plan.registry,
         dtype=builder.dtype,
         device=builder.device,
         kernels=builder.kernels,
     )
-    attach_blocks(model, parts)
     plan.ledger.check_loaded()
     return filled
 

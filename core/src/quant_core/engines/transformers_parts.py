@@ -15,6 +15,7 @@ fuses it), and for what the kernel declines. Without a kernel nothing changes; `
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,11 @@ __all__ = [
     "Parts",
     "Place",
     "attach_norms_and_mlps",
+    "could_be_mlp",
+    "could_be_norm",
     "equal",
     "parts_of",
+    "prove_later",
     "random",
 ]
 
@@ -131,16 +135,24 @@ def _of_interest(decision: Decision) -> bool:
 
 
 def parts_of(model: nn.Module) -> Parts | None:
-    """What ``load_model`` found out about ``model``; None for copies and other models."""
+    """What was found out about a model, now if not before; None for copies and other models."""
     found = getattr(model, "_quant_parts", None)
+    if isinstance(found, _Kept) and found.prove is not None:
+        found.prove()
+        found = getattr(model, "_quant_parts", None)
     return found.parts if isinstance(found, _Kept) else None
+
+
+def prove_later(model: nn.Module, prove: Callable[[], Any]) -> None:
+    """Let ``parts_of(model)`` call ``prove``, which ends in ``attach_norms_and_mlps``."""
+    model._quant_parts = _Kept(prove=prove)  # type: ignore[assignment]
 
 
 class _Kept:
     """Held by a model; its copies keep what was swapped, not the account of it."""
 
-    def __init__(self, parts: Parts | None = None) -> None:
-        self.parts = parts
+    def __init__(self, parts: Parts | None = None, prove: Callable[[], Any] | None = None) -> None:
+        self.parts, self.prove = parts, prove
 
     def __reduce__(self) -> tuple[object, ...]:
         return _Kept, ()
@@ -159,7 +171,8 @@ class Place:
 
 def random(shape: Sequence[int], parts: Parts | Place, seed: int = 0) -> Tensor:
     """Normal numbers in the model's dtype, on its device; torch's own state is left alone."""
-    values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
     return values.to(device=parts.device, dtype=parts.dtype)
 
 
@@ -218,7 +231,8 @@ def _epsilons(module: nn.Module) -> list[str]:
     return [n for n, v in held if type(v) is float and 0 < v <= _MOST_EPS]
 
 
-def _is_vector_module(module: nn.Module) -> bool:
+def could_be_norm(module: nn.Module) -> bool:
+    """Whether a module has what a norm has, and nothing else."""
     weight = module._parameters.get("weight")
     return (
         [n for n, v in module._parameters.items() if v is not None] == ["weight"]
@@ -227,6 +241,7 @@ def _is_vector_module(module: nn.Module) -> bool:
         and weight.numel() > 1
         and not module._buffers
         and not module._modules
+        and bool(_epsilons(module))
     )
 
 
@@ -258,13 +273,11 @@ def _attach_norm(name: str, module: nn.Module, parts: Parts) -> None:
     offered = False
     # weights of its own for the probe: stored ones may all be 1, which hides where they round
     other = nn.Parameter(1 + random((size,), parts, 1) / 4, requires_grad=False)
+    twin = copy.copy(module)  # the module itself may be running in another thread
+    twin.__dict__["_parameters"] = {**module._parameters, "weight": other}
     for eps in _epsilons(module):
         x = _norm_inputs(size, getattr(module, eps), parts)
-        module._parameters["weight"] = other
-        try:
-            want = module(x)
-        finally:
-            module._parameters["weight"] = weight
+        want = twin(x)
         for form in NORMS:
             choice = parts.chosen(norm_op(size, form, *parts.key))
             if choice is None:
@@ -351,7 +364,7 @@ class _Mlp(Swapped):
 
 def _activation(module: nn.Module, parts: Parts) -> str:
     """Which known activation a module is, in float32 on a fine grid; "" for none."""
-    x = torch.linspace(-12, 12, 4801, device=parts.device)
+    x = torch.linspace(-12, 12, 4801, device=parts.device, dtype=torch.float32)
     try:
         got = module(x)
     except (TypeError, ValueError, RuntimeError):  # takes something else than one tensor
@@ -361,6 +374,11 @@ def _activation(module: nn.Module, parts: Parts) -> str:
         if same and bool(((got - plain(x)).abs() <= 2e-6 * x.abs().clamp(min=1)).all()):
             return name
     return ""
+
+
+def could_be_mlp(module: nn.Module) -> bool:
+    """Whether a module has what a gated MLP has, and nothing else."""
+    return len(module._modules) == 4 and _mlp_children(module) is not None
 
 
 def _mlp_children(module: nn.Module) -> tuple[list[str], str] | None:
@@ -470,7 +488,7 @@ def attach_norms_and_mlps(
     for name, module in model.named_modules():
         if isinstance(module, Swapped | QuantLinear):
             continue
-        if _is_vector_module(module) and _epsilons(module):
+        if could_be_norm(module):
             _attach_norm(name, module, parts)
         elif len(module._modules) == 4:
             _attach_mlp(name, module, parts)

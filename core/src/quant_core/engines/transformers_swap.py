@@ -22,7 +22,16 @@ from torch.utils.hooks import RemovableHandle
 from quant_core.nn import QuantModule
 from quant_core.shared import weights_changed, weights_epoch
 
-__all__ = ["Guard", "Swapped", "graph_wanted", "original", "swap", "unswap", "untouched"]
+__all__ = [
+    "Guard",
+    "Swapped",
+    "graph_wanted",
+    "heard_globally",
+    "original",
+    "swap",
+    "unswap",
+    "untouched",
+]
 
 _HOOKS = (
     "_forward_hooks",
@@ -91,6 +100,11 @@ def untouched(module: nn.Module) -> bool:
     )
 
 
+def heard_globally() -> bool:
+    """Whether somebody listens to the calls of all modules."""
+    return any(getattr(_module, name) for name in _GLOBAL)
+
+
 class Guard:
     """Whether the modules below a fused one are those that were fused, and nobody listens to them.
 
@@ -121,8 +135,7 @@ class Guard:
         if now != self._seen or not self._clean:
             self._seen = now
             below = all(untouched(child) for _, _, child in self._held)
-            heard = any(getattr(_module, name) for name in _GLOBAL)
-            self._clean = below and untouched(top) and not heard
+            self._clean = below and untouched(top) and not heard_globally()
         return self._clean
 
     def __getstate__(self) -> Any:

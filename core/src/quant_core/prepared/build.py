@@ -136,7 +136,7 @@ class PreparedBuilder(Builder):
         if choice.kernel.name != part.kernel or choice.op != part.op:
             what = f"buffers of kernel {part.kernel!r} for {printable(name)!r}"
             raise entry_error(self.entry.path, what, f"those of {choice.kernel.name!r}")
-        with written_whole():
+        with written_whole(0):  # every buffer is read, or replaced, below
             buffers = choice.kernel.allocate(choice.op, self.device)
         self.entry.check(name, index, buffers)
         for buffer, target in buffers.items():
