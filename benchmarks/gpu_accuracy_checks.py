@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from quant_core.dequantize import dense_weight  # noqa: E402
 from quant_core.kernels.activations import fake_quantize  # noqa: E402
-from quant_core.kernels.choose import accepting  # noqa: E402
+from quant_core.kernels.choose import accepting, choose  # noqa: E402
 from quant_core.registry import registry  # noqa: E402
 from quant_core.spec import TENSOR, OpSpec  # noqa: E402
 
@@ -357,7 +357,9 @@ def opcheck(cell: Cell, send: Send) -> None:
         inputs = INPUTS[cell.inputs] if cell.inputs else None
         op = make_op(WEIGHTS[cell.weight], *cell.sizes, kind=kind, act=cell.act, inputs=inputs,
                      device=_device(), experts=cell.index)  # fmt: skip
-        for kernel, as_run, answer in candidates(op, cell.kernels):
+        picked = choose(op, registry())  # several kernels as one, which has operators of its own
+        both = [*accepting(op, registry()), (picked.kernel, picked.op, picked.kernel.accepts(op))]
+        for kernel, as_run, answer in both:
             m = next((r for r in (7, 100, 1) if math.isfinite(answer.cost_at(r))), 256)
             x = torch.randn(m, op.size("k"), device=DEVICE).to(ACTS[cell.act])
             with calls:
@@ -370,7 +372,7 @@ def opcheck(cell: Cell, send: Send) -> None:
                 else:
                     Layer(kernel, as_run).run(x)
         plain = make_op(WEIGHTS[cell.weight], *cell.sizes, kind="embedding", device=_device())
-        for kernel, as_run, _ in candidates(plain, cell.kernels) if not cell.inputs else ():
+        for kernel, as_run, _ in accepting(plain, registry()) if not cell.inputs else ():
             with calls:
                 Layer(kernel, as_run).run(torch.arange(5, device=DEVICE))
     else:

@@ -1,11 +1,11 @@
 """Seconds to the first result of a packed layer in a new process with empty caches, on a GPU.
 
-    python benchmarks/gpu_cold.py --json out.json [--jobs 4]
+    python benchmarks/gpu_cold.py --json out.json [--jobs 4] [--again]
 
 A process of its own for every scheme and number of rows, with fresh folders in place of Triton's
 cache and this project's. The clock starts where torch is imported and its CUDA context and cuBLAS
 stand, and covers importing quant_core, choosing a kernel, storing 4096 x 4096 weights that were
-quantized before, compiling, and the call. ``again`` is the same in a further process that finds
+quantized before, compiling, and the call. ``--again``: the same in a further process that finds
 those caches filled.
 """
 
@@ -68,12 +68,12 @@ def once(scheme: str, rows: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def apart(scheme: str, rows: int) -> dict[str, Any]:
-    """``once`` in a new process with empty caches, and in one after it."""
+def apart(scheme: str, rows: int, processes: int) -> dict[str, Any]:
+    """``once`` in a new process with empty caches, and in those after it."""
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"TRITON_CACHE_DIR": f"{folder}/triton", "QUANT_CACHE": f"{folder}/own"}
         said: list[dict[str, Any]] = []
-        for _ in range(2):
+        for _ in range(processes):
             got = subprocess.run(
                 [sys.executable, __file__, "--once", scheme, str(rows)], env=env,
                 capture_output=True, text=True, timeout=120,
@@ -81,7 +81,7 @@ def apart(scheme: str, rows: int) -> dict[str, Any]:
             if got.returncode:
                 return {"scheme": scheme, "rows": rows, "problem": got.stderr[-500:]}
             said.append(json.loads(got.stdout.strip().splitlines()[-1]))
-    return said[0] | {"again_s": said[1]["total_s"]}
+    return said[0] | {f"again_{i}_s": s["total_s"] for i, s in enumerate(said) if i}
 
 
 def main() -> None:
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--once", nargs=2)
     args = parser.parse_args()
     if args.once:
@@ -99,7 +100,7 @@ def main() -> None:
     work = [(s, int(m)) for s in args.schemes.split(",") for m in args.rows.split(",")]
     rows = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda w: apart(*w), work):
+        for row in pool.map(lambda w: apart(*w, 1 + args.again), work):
             rows.append(row)
             print(json.dumps(row), flush=True)
             if args.json:
