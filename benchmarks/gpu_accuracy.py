@@ -117,8 +117,17 @@ def main() -> int:
     parser.add_argument("--silent", type=float, default=90, help="seconds after which one hangs")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--but", type=Path, nargs="*", default=[], help="results to go on from")
+    parser.add_argument("--show", type=Path, nargs="*", default=[], help="results to print only")
     parser.add_argument("--inline", action="store_true", help="in this process, for sanitizers")
     a = parser.parse_args()
+    if a.show:
+        held = [r for path in a.show for r in json.loads(path.read_text())]
+        print("\n".join(table(held)))
+        for r in held:
+            if r.get("bad"):
+                where = {k: v for k, v in r.items() if k not in ("bad", "cases", "over")}
+                print("WRONG", where, r["bad"][:4])
+        return 0
     end, began = time.monotonic() + a.seconds, time.time()
     part, parts = map(int, a.share.split("/"))
     every = cells(a.parts.split(","), tuple(filter(None, a.kernels.split(","))))[part::parts]
