@@ -108,7 +108,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--parts", default=",".join(WORK))
     parser.add_argument("--kernels", default="", help="names, joined by commas; all that accept")
-    parser.add_argument("--only", default="", help="weights whose name holds one of these")
+    parser.add_argument(
+        "--only", default="", help="weights and inputs whose names hold one of these"
+    )
     parser.add_argument("--acts", default=",".join(ACTS))
     parser.add_argument("--rows", default="", help="numbers of rows in place of all")
     parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
@@ -131,7 +133,7 @@ def main() -> int:
     end, began = time.monotonic() + a.seconds, time.time()
     part, parts = map(int, a.share.split("/"))
     every = cells(a.parts.split(","), tuple(filter(None, a.kernels.split(","))))[part::parts]
-    every = [c for c in every if any(o in c.weight for o in a.only.split(","))]
+    every = [c for c in every if any(o in f"{c.weight} {c.inputs}" for o in a.only.split(","))]
     every = [c for c in every if c.act in (*a.acts.split(","), "float32")]
     before = {r.get("done") for path in a.but for r in json.loads(path.read_text())}
     every = [c for c in every if str(c) not in before]
