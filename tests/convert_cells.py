@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["CELLS", "LEFT_CACHE", "ROWS", "TARGETS", "Cell", "Row", "rows"]
+__all__ = ["CELLS", "LEFT_CACHE", "OPTIONS", "ROWS", "TARGETS", "Cell", "Row", "rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,11 @@ CELLS: Mapping[str, Cell] = {
         text="offsets as float32 zero points, relative error below 1e-6",
         losses=("f32 quotients",),
         bound=1e-6,
+    ),
+    "mid": Cell(
+        text="float32 zero points counted from the middle code, relative error below 1e-8",
+        losses=("around the middle code",),
+        bound=1e-8,
     ),
     # the best of some ten finer grids: rounding each weight to 1/127 of the largest of its group
     # would be 0.5 % off
@@ -215,6 +220,15 @@ ct-spinquant-r1r2r4-w4a16: compressed-tensors, rotations at run time
     maps  maps  maps  maps  maps  maps  maps  maps  maps  maps  maps  kind  maps  kind
 """
 """Two lines a row: source and what it holds; cells in the order of TARGETS."""
+
+OPTIONS = (
+    ("gguf-llama-q4_k_m", "compressed_tensors", {"zero_points": "float"}, "quot"),
+    ("gguf-moe-q4_k_m", "compressed_tensors", {"zero_points": "float"}, "quot"),
+    ("hqq-4bit-g64", "compressed_tensors", {"zero_points": "float"}, "mid"),
+    ("gptqmodel-awq-gemm-g128", "compressed_tensors", {"zero_points": "float"}, "="),
+    ("gptqmodel-awq-gemm-g128", "gguf", {"type": "q8_0"}, "="),
+)
+"""Cells that an option of the target changes: source, target, options, key of ``CELLS``."""
 
 
 def rows() -> tuple[Row, ...]:

@@ -51,4 +51,5 @@ sys.exit(any(m.version(name) != version for name, version in pins))
 PY
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec $venv/bin/python -m pytest -q -p no:cacheprovider --timeout 600 -rs \
-  tests/test_convert_tools.py tests/test_convert_float_tools.py core/tests/engines/test_transformers.py "$@"
+  tests/test_convert_tools.py tests/test_convert_float_tools.py tests/test_convert_tokens.py \
+  core/tests/engines/test_transformers.py "$@"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_sets import REPO, checkpoints_root, has_shared
-from convert_cells import CELLS, LEFT_CACHE, TARGETS, rows
+from convert_cells import CELLS, LEFT_CACHE, OPTIONS, TARGETS, rows
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.convert import convert, diff, targets
 from quant_core.convert.cache import check_cache
@@ -27,11 +27,21 @@ from quant_core.registry import registry
 INTEGERS = {"awq", "gptq", "gguf", "autoround", "compressed_tensors"}
 INSTALLED = set(targets(registry()))
 PAIRS = [
-    pytest.param(checkpoints_root() / row.source, to, CELLS[key], id=f"{row.source}-{to}")
+    pytest.param(checkpoints_root() / row.source, to, {}, CELLS[key], id=f"{row.source}-{to}")
     for row in rows()
     if (checkpoints_root() / row.source).is_dir()
     for to, key in row.cells.items()
     if to in INSTALLED
+] + [
+    pytest.param(
+        checkpoints_root() / source,
+        to,
+        options,
+        CELLS[key],
+        id=f"{source}-{to}-{'-'.join(options)}",
+    )
+    for source, to, options, key in OPTIONS
+    if (checkpoints_root() / source).is_dir() and to in INSTALLED
 ]
 
 
@@ -65,27 +75,27 @@ def assert_same_weights(a, b):
     right.ledger.check_loaded()
 
 
-@pytest.mark.parametrize(("source", "to", "cell"), PAIRS)
-def test_cell(source, to, cell, tmp_path):
+@pytest.mark.parametrize(("source", "to", "options", "cell"), PAIRS)
+def test_cell(source, to, options, cell, tmp_path):
     out = tmp_path / "out"
     if cell.exact:
-        assert convert(source, out, to=to).exact
+        assert convert(source, out, to=to, options=options).exact
         assert plan(open_checkpoint(out)).match.plugin == to
         assert_same_weights(source, out)
         assert attention(source) == attention(out)
         return
     with pytest.raises(LayoutError) as caught:
-        convert(source, out, to=to)
+        convert(source, out, to=to, options=options)
     assert caught.value.code == "Q-LAYOUT-REPRESENT"
     assert list(tmp_path.iterdir()) == []
     if cell.refused:
         with pytest.raises(LayoutError) as caught:
-            convert(source, out, to=to, allow_inexact=True)
+            convert(source, out, to=to, allow_inexact=True, options=options)
         assert cell.refused in str(caught.value)
         assert list(tmp_path.iterdir()) == []
         return
     assert "--allow-inexact" in str(caught.value)
-    result = convert(source, out, to=to, allow_inexact=True)
+    result = convert(source, out, to=to, allow_inexact=True, options=options)
     assert not result.exact
     named = [loss for layer in result.layers for loss in layer.losses]
     assert all(any(part in loss for loss in named) for part in cell.losses)
@@ -107,7 +117,7 @@ def test_the_table_has_a_column_for_every_target():
 
 
 def test_every_cell_says_what_becomes_of_it():
-    keys = {key for row in rows() for key in row.cells.values()}
+    keys = {key for row in rows() for key in row.cells.values()} | {o[-1] for o in OPTIONS}
     assert keys <= CELLS.keys()
     assert CELLS.keys() - keys == set()
     assert all(len(row.cells) == len(TARGETS) for row in rows())

@@ -17,11 +17,16 @@ SHORT = {"compressed_tensors": "CT", "modelslim_npu": "modelslim", "bitsandbytes
 def render() -> str:
     """The table and what its cells mean."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from convert_cells import CELLS, TARGETS, rows
+    from convert_cells import CELLS, OPTIONS, TARGETS, rows
 
     names = [SHORT.get(t, t) for t in TARGETS]
     lines = [f"| from | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {row.text} | {' | '.join(row.cells[t] for t in TARGETS)} |" for row in rows()]
+    texts = {row.source: row.text for row in rows()}
+    lines += ["", "| from | to | with | cell |", "|---|---|---|---|"]
+    for source, to, options, key in OPTIONS:
+        words = ", ".join(f"`{name}={value}`" for name, value in options.items())
+        lines.append(f"| {texts[source]} | {SHORT.get(to, to)} | {words} | {key} |")
     lines += ["", "| cell | what becomes of it |", "|---|---|"]
     lines += [f"| {key} | {cell.text} |" for key, cell in CELLS.items()]
     return "\n".join(lines)

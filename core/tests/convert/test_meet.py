@@ -110,6 +110,50 @@ def test_integers_and_floats_are_not_exchanged():
         meet(mx(127, 127), uint4, 32, Losses("x"))
 
 
+# ------------------------------------------------------------------------------- float zeros
+
+
+def offsets(codes: list[int], steps: list[float], lows: list[float]) -> QuantizedTensor:
+    """One row, two columns to each step and offset."""
+    grain = (1, 2)
+    zero = Zero(kind="offset", levels=(Scale(element="f16", grain=grain),))
+    spec = QuantSpec(
+        element=Element.uint(4), scales=(Scale(element="f16", grain=grain),), zero=zero
+    )
+    return QuantizedTensor(
+        spec=spec,
+        shape=(1, len(codes)),
+        codes=pack(torch.tensor([codes], dtype=torch.uint8), 4, CANONICAL),
+        scales=(torch.tensor([steps]).half(),),
+        offset=(torch.tensor([lows]).half(),),
+    )
+
+
+FLOAT_ZEROS = QuantSpec(
+    element=Element.uint(4),
+    scales=(Scale(element="f32", grain=(1, 2)),),
+    zero=Zero(kind="code", element="f32"),
+)
+
+
+def test_a_group_of_one_value_becomes_one_step_above_its_zero():
+    """A scale of 0 has no multiple: 7 * 0 + 1.5 is (0 - -1) * 1.5."""
+    source = offsets([1, 3, 7, 9, 5, 6], [0.5, 0.0, 0.0], [-1.0, 1.5, 0.0])
+    losses = Losses("x")
+    got = meet(source, FLOAT_ZEROS, 6, losses)
+    assert losses.taken() == ()
+    assert got.dequantize().tolist() == [[-0.5, 0.5, 1.5, 1.5, 0.0, 0.0]]
+    assert got.zeros.tolist() == [[2.0, -1.0, 0.0]]
+    assert source.codes.tolist() == offsets([1, 3, 7, 9, 5, 6], [0], [0]).codes.tolist()
+
+
+def test_an_offset_between_two_floats_is_a_named_loss():
+    losses = Losses("x", allowed=True)
+    got = meet(offsets([0, 15], [3.0], [-1.0]), FLOAT_ZEROS, 2, losses)
+    assert losses.taken() == ("zero points rounded to f32 quotients",)
+    assert got.dequantize().tolist() == [[pytest.approx(-1, rel=2e-7), pytest.approx(44)]]
+
+
 # ------------------------------------------------------------------------- factors and divisors
 
 

@@ -72,6 +72,45 @@ def test_packed_layer_with_plain_int8_zeros(ct, write, bits):
     same_bytes(member, lt, stored)
 
 
+def float_zeros(ct, dtype, zeros):
+    """A layer of blocks of one row, which are the ones whose zero points are not packed."""
+    codes, scale, _ = ct.random_layer(N, K, G, 4)
+    stored = ct.packed_layer(codes, scale.to(dtype), bits=4)
+    stored["weight_zero_point"] = zeros.to(dtype)
+    args = ct.args(4, None, strategy="block", block_structure=[1, G], symmetric=False)
+    return codes, stored, ct.block(args | {"zp_dtype": str(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_packed_layer_with_float_zeros_reads_and_writes_exactly(ct, write, dtype):
+    """(v - z) * s with v = c - 8, as the library's dequantize says (compressed-tensors 0.20.0)."""
+    zeros = (torch.randn(N, K // G) * 4).to(dtype) - 8
+    zeros = ((zeros + 8) - 8).to(dtype)  # as ours are: 8 more is a number of the type
+    codes, stored, config = float_zeros(ct, dtype, zeros)
+    member, lt = load(ct, write, stored, config)
+    wide = [
+        stored[n].float().repeat_interleave(G, 1) for n in ("weight_zero_point", "weight_scale")
+    ]
+    assert torch.equal(lt.dequantize(), (codes.float() - (wide[0] + 8)) * wide[1])
+    same_bytes(member, lt, stored)
+
+
+def test_float_zeros_that_lose_digits_beside_unsigned_codes_are_refused(ct, write):
+    _, stored, config = float_zeros(ct, torch.float32, torch.full((N, K // G), 1e-9))
+    with pytest.raises(LayoutError, match="72 of 72 values lose digits") as caught:
+        load(ct, write, stored, config)
+    assert caught.value.code == "Q-VALUE-ZERO"
+
+
+def test_float_zeros_wider_than_the_scale_are_refused(ct, write):
+    """The library would compute them in the type of the scale."""
+    _, stored, config = float_zeros(ct, torch.float32, torch.zeros(N, K // G))
+    stored["weight_scale"] = stored["weight_scale"].half()
+    with pytest.raises(LayoutError, match="weight_zero_point") as caught:
+        load(ct, write, stored, config)
+    assert caught.value.code == "Q-LAYOUT-DTYPE"
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize("fmt", ["int-quantized", "naive-quantized"])

@@ -50,6 +50,7 @@ class Losses:
 
     where: str
     allowed: bool = False
+    instead: str = ""  # how to lose less, for the message of a refusal
     _items: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def lose(self, found: str, expected: str, loss: str) -> None:
@@ -74,7 +75,8 @@ class Losses:
                 self.where,
                 "; ".join(found for found, _ in pairs),
                 " and ".join(expected for _, expected in pairs),
-                f"Allow inexact conversion (--allow-inexact) to accept: {'; '.join(self._items)}.",
+                f"Allow inexact conversion (--allow-inexact) to accept: {'; '.join(self._items)}."
+                f"{' ' if self.instead else ''}{self.instead}",
             )
         return tuple(self._items)
 

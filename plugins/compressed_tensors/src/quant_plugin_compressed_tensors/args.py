@@ -20,6 +20,7 @@ from typing import Any, Literal
 from quant_core.errors import ConfigError, printable
 from quant_core.fields import Fields
 from quant_core.floatspec import FLOAT_SCALES
+from quant_core.intspec import SCALE_ELEMENTS
 
 __all__ = ["FLOATS", "FLOAT_SCALES", "PRESETS", "QuantArgs", "bad_value", "parse_args"]
 
@@ -62,6 +63,7 @@ class QuantArgs:
     dynamic: bool | Literal["local"] = False
     actorder: Literal["", "weight", "group"] = ""
     scale_dtype: str = ""  # "" = the model's dtype
+    zp_dtype: str = ""  # of zero points that are floats; "" = integers
 
     @property
     def label(self) -> str:
@@ -85,7 +87,7 @@ class QuantArgs:
             "dynamic": self.dynamic,
             "actorder": self.actorder or None,
             "scale_dtype": f"torch.{self.scale_dtype}" if self.scale_dtype else None,
-            "zp_dtype": None if self.symmetric else "torch.int8",
+            "zp_dtype": None if self.symmetric else f"torch.{self.zp_dtype or 'int8'}",
             "observer": None,
             "observer_kwargs": {},
         }
@@ -137,6 +139,11 @@ def _actorder(read: Fields) -> Literal["", "weight", "group"]:
     return "group" if name in ("group", "dynamic") else "weight"
 
 
+def _zp_dtype(read: Fields) -> str:
+    name = (read.text("zp_dtype") or "").removeprefix("torch.")
+    return name if name in SCALE_ELEMENTS else ""
+
+
 def parse_args(
     raw: Mapping[str, Any], file: str, where: str, unknown: list[str] | None = None
 ) -> QuantArgs:
@@ -181,6 +188,7 @@ def parse_args(
         dynamic=_dynamic(read),
         actorder=_actorder(read),
         scale_dtype=(read.text("scale_dtype") or "").removeprefix("torch."),
+        zp_dtype="" if symmetric is not False else _zp_dtype(read),
     )
 
 

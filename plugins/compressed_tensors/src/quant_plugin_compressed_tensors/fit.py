@@ -6,12 +6,18 @@
 
     option      values                        default
     group_size  a divisor of the groups       the layer's own
+    zero_points integer, float                integer
+
+Zero points of ``float`` are what offsets and float zeros become, with a scale per block of one row
+and ``group_size`` columns, both float32: the only arguments under which the format packs codes and
+leaves zero points as they are. Serving engines read integers only.
 
 Activation order is kept as ``weight_g_idx`` (actorder "group").
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from quant_core.convert.choose import fit_linear, nearest_fit, wide_dtype
 from quant_core.convert.fit import Allowed, Fit, Losses, check_options
 from quant_core.intspec import SCALE_ELEMENTS
-from quant_core.spec import Element, QuantSpec, Zero
+from quant_core.spec import Element, QuantSpec, Scale, Zero
 from quant_plugin_compressed_tensors.args import INT_BITS, QuantArgs
 from quant_plugin_compressed_tensors.fit_floats import candidates, input_args
 from quant_plugin_compressed_tensors.inputs import input_spec
@@ -33,7 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
-_OPTIONS: Mapping[str, Allowed] = {"group_size": int}
+_OPTIONS: Mapping[str, Allowed] = {"group_size": int, "zero_points": ("integer", "float")}
+_FLOAT_ZEROS = "With --option zero_points=float they are kept, for what reads such files."
 _DTYPES = {element: dtype for dtype, element in SCALE_ELEMENTS.items()}
 _SCALES = ("f16", "bf16", "f32")
 _HOLDS = "integers of 2 to 8 bits, fp8, NVFP4 and MX floats"
@@ -74,6 +81,12 @@ def _fit(
     lt = steps.meet_input(lt, have, meaning, losses)
     qt = lt.weight
     steps.plain_codes(qt, where)
+    if inputs is None and _has_offset(qt):
+        if options.get("zero_points") == "float":
+            scheme, qt = _with_float_zeros(layer, qt, options, losses)
+            weight = replace(lt, operands={"weight": qt})
+            return Fit(scheme=scheme, tensors=weight, losses=losses.taken())
+        losses.instead = _FLOAT_ZEROS
     qt = steps.one_scale(qt, _SCALES, losses)
     qt = steps.integer_zero(qt, losses, wide=True)
     qt, sym = steps.narrowest(qt, INT_BITS, where)
@@ -95,6 +108,54 @@ def _fit(
     )
     scheme, qt = _scheme(qt, weights, inputs, input_dtype, (qt.shape[0], k), meaning)
     return Fit(scheme=scheme, tensors=replace(lt, operands={"weight": qt}), losses=losses.taken())
+
+
+def _has_offset(qt: QuantizedTensor) -> bool:
+    """Whether zeros are offsets or floats."""
+    from quant_core.convert import steps
+
+    zero = qt.spec.zero
+    return steps.has_float_zeros(qt) or (zero is not None and zero.kind == "offset")
+
+
+def _with_float_zeros(
+    layer: LayerDesc, qt: QuantizedTensor, options: Mapping[str, Any], losses: Losses
+) -> tuple[CtScheme, QuantizedTensor]:
+    """A scheme with float zero points, and the weight as it means it."""
+    from quant_core.convert import steps
+
+    assert layer.inp is not None
+    zero = qt.spec.zero
+    levels = () if zero is None else zero.levels
+    k, bits = layer.inp.total, max(qt.spec.element.bits, INT_BITS[0])
+    grains = (s.grain[1] or k for s in (*qt.spec.scales, *levels))
+    size = int(options.get("group_size", math.gcd(*grains)))
+    spec = QuantSpec(
+        element=Element.uint(bits),
+        scales=(Scale(element="f32", grain=(1, size)),),
+        zero=Zero(kind="code", element="f32"),
+    )
+    qt = steps.meet(qt, spec, k, losses)
+    assert qt.zeros is not None
+    half = 1 << (bits - 1)
+    kept = (qt.zeros - half) + half  # those of signed codes have the digits to be stored
+    if not bool((kept == qt.zeros).all()):
+        found, expected = "zero points have more digits", f"those of float32 less {half}"
+        losses.lose(found, expected, "zero points rounded to f32 around the middle code")
+    weights = QuantArgs(
+        bits=bits, symmetric=False, strategy="block", block=(1, size), zp_dtype="float32"
+    )
+    scheme = PackedScheme(
+        name=scheme_name(weights, None),
+        shape=(qt.shape[0], k),
+        operands={"weight": spec},
+        weights=weights,
+        format="pack-quantized",
+        scale_dtype="float32",
+        zero_dtype="float32",
+        source="config.json",
+    )
+    return scheme, replace(qt, zeros=kept)
 
 
 def _scheme(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quant_core.errors import LayoutError
 from quant_core.floatpack import check_positive, read_codes, write_codes
+from quant_core.intspec import SCALE_ELEMENTS
 from quant_core.packing import pack, repack, unpack
 from quant_core.rewrites import from_gather, to_gather
 from quant_core.spec import CANONICAL, Packing
@@ -128,13 +129,28 @@ def _from_codes(scheme: CtScheme, codes: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------- pack-quantized
 
 
+def _float_zeros(scheme: PackedScheme, tensor: str, stored: Tensor) -> Tensor:
+    """Zero points of the codes v + 2**(b-1), from those of v.
+
+    Raises:
+        LayoutError: ``Q-VALUE-ZERO`` where the sum needs more digits than the type has.
+    """
+    zeros = stored + scheme.half
+    bad = int((zeros - scheme.half != stored).sum())
+    if bad:
+        found = f"{bad} of {stored.numel()} values lose digits when {scheme.half} is added"
+        fix = "Round the zero points to multiples of 2**-20, or store integers."
+        raise _bad("Q-VALUE-ZERO", tensor, found, "float zero points that do not", fix)
+    return zeros
+
+
 def read_packed(
     scheme: PackedScheme, where: str, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Packing, Tensor | None]:
     """Words as stored; zero codes uint8 [N, G].
 
     Raises:
-        LayoutError: ``Q-LAYOUT-SHAPE`` if ``weight_shape`` says other sizes.
+        LayoutError: ``Q-LAYOUT-SHAPE`` if ``weight_shape`` says other sizes; ``Q-VALUE-ZERO``.
     """
     n, k = scheme.shape
     said = tuple(int(v) for v in tensors["weight_shape"].tolist())
@@ -151,6 +167,8 @@ def read_packed(
         stored = tensors["weight_zero_point"]
         shape = (n, stored.shape[1])
         zeros = unpack(stored, scheme.bits, shape, scheme.zeros_packing).contiguous()
+    elif scheme.zero_dtype in SCALE_ELEMENTS:
+        zeros = _float_zeros(scheme, f"{where}.weight_zero_point", tensors["weight_zero_point"])
     elif scheme.zero_dtype:
         signed = tensors["weight_zero_point"]
         zeros = _to_codes(scheme, signed, f"{where}.weight_zero_point")
@@ -167,7 +185,14 @@ def write_packed(
         "weight_packed": repack(codes, scheme.bits, (n, k), packing, scheme.packing),
         "weight_shape": torch.tensor([n, k], dtype=getattr(torch, scheme.shape_dtype)),
     }
-    if scheme.zero_dtype == "int32" and zeros is not None:
+    if scheme.zero_dtype in SCALE_ELEMENTS and zeros is not None:
+        stored = (zeros - scheme.half).contiguous()
+        if not torch.equal(stored + scheme.half, zeros):
+            found, expected = "float zero points", f"those that keep all digits less {scheme.half}"
+            fix = "Round them first, or write another format."
+            raise _bad("Q-LAYOUT-REPRESENT", "weight_zero_point", found, expected, fix)
+        out["weight_zero_point"] = stored
+    elif scheme.zero_dtype == "int32" and zeros is not None:
         out["weight_zero_point"] = pack(zeros, scheme.bits, scheme.zeros_packing)
     elif zeros is not None:
         signed = _from_codes(scheme, zeros ^ 128 if scheme.bits == 8 else zeros)
@@ -248,7 +273,7 @@ def canonicalize(scheme: CtScheme, where: str, tensors: Mapping[str, Tensor]) ->
 
     Raises:
         LayoutError: ``Q-LAYOUT-SHAPE``, ``Q-VALUE-CODE``, ``Q-VALUE-GIDX``, ``Q-VALUE-SCALE``,
-            ``Q-VALUE-WEIGHT``, ``Q-VALUE-ROTATION``.
+            ``Q-VALUE-WEIGHT``, ``Q-VALUE-ROTATION``, ``Q-VALUE-ZERO``.
     """
     codes, packing, zeros = scheme.read_codes(where, tensors)
     scales = _scales(scheme, where, tensors)

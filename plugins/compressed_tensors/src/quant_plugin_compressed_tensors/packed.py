@@ -3,6 +3,7 @@
     weight_packed      int32 [N, W]              codes v + 2**(b-1), one stream per row along K
     weight_scale       [1], [N, 1] or [N, G]
     weight_zero_point  int32 [ceil(N*b/32), G]   the same stream along N; before 0.9.1 int8 [N, G]
+                       floats [N, G]             a scale per block; of the scale's own type
     weight_shape       int64 [2]                 N, K
     weight_g_idx       int32 [K]                 group of each column (up to 0.18, actorder group)
 
@@ -195,15 +196,15 @@ def build(header: Header) -> PackedScheme:
         raise _width_error(header, k, shape[1])
     header.check_groups(n, k)
     zero_dtype, packs_zeros = "", args.strategy in ("group", "channel")
-    if not args.symmetric:
-        default = "int32" if packs_zeros else "int8"
-        zero_dtype = header.dtype("weight_zero_point", {"int32": 0, "int8": 0}, default)
     common = header.common(n, k)
-    zero = (
-        Zero(kind="const", value=1 << (args.bits - 1))
-        if args.symmetric
-        else Zero(kind="code", element=f"uint{args.bits}")
-    )
+    zero = Zero(kind="const", value=1 << (args.bits - 1))
+    if not args.symmetric:
+        # the library computes in the type of the scale; a wider zero point would lose digits there
+        floats = {common["scale_dtype"]} if args.strategy == "block" else set()
+        allowed = dict.fromkeys(("int32", "int8", *floats))
+        default = "int32" if packs_zeros else args.zp_dtype if args.zp_dtype in floats else "int8"
+        zero_dtype = header.dtype("weight_zero_point", allowed, default)
+        zero = Zero(kind="code", element=SCALE_ELEMENTS.get(zero_dtype, f"uint{args.bits}"))
     weight = QuantSpec(
         element=Element.uint(args.bits),
         scales=(Scale(element=SCALE_ELEMENTS[common["scale_dtype"]], grain=grain_of(args)),),

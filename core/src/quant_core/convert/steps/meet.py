@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant_core.convert.fit import Losses, cannot_hold
-from quant_core.convert.steps.codes import code_zeros, map_codes, recenter, row_blocks
+from quant_core.convert.steps.codes import code_zeros, map_codes, recenter, row_blocks, spread
 from quant_core.convert.steps.layer import ANOTHER, in_order
 from quant_core.convert.steps.offsets import integer_zero
 from quant_core.convert.steps.scales import divisor_of, one_scale
@@ -197,9 +197,9 @@ def _offset_as_zeros(qt: QuantizedTensor, losses: Losses) -> QuantizedTensor:
     raw = repeat_grid(offset.scales[0], offset.spec.scales[0].grain, grain, shape)
     low = decode_scale(raw, offset.spec.scales[0].element).double()
     step = decode_scale(scale, level.element).double()
-    if bool(((step == 0) & (low != 0)).any()):
-        found = "groups of one value that is not zero (a scale of 0 and an offset)"
-        raise cannot_hold(losses.where, found, "a scale in every group", ANOTHER)
+    qt = replace(qt, spec=replace(qt.spec, scales=(replace(level, grain=grain),)), scales=(scale,))
+    if bool((flat := (step == 0) & (low != 0)).any()):
+        qt, step = _steps_of_one_value(qt, flat, low)
     exact = torch.where(step == 0, 0.0, -low / step)
     zeros = exact.float()
     if not torch.equal(zeros.double() * step, -low):
@@ -208,12 +208,25 @@ def _offset_as_zeros(qt: QuantizedTensor, losses: Losses) -> QuantizedTensor:
             "zero points times scales",
             "zero points rounded to f32 quotients",
         )
-    spec = replace(
-        qt.spec,
-        scales=(replace(level, grain=grain),),
-        zero=Zero(kind="code", element="f32"),
-    )
-    return replace(qt, spec=spec, scales=(scale,), zeros=zeros, offset=())
+    spec = replace(qt.spec, zero=Zero(kind="code", element="f32"))
+    return replace(qt, spec=spec, zeros=zeros, offset=())
+
+
+def _steps_of_one_value(
+    qt: QuantizedTensor, flat: Tensor, low: Tensor
+) -> tuple[QuantizedTensor, Tensor]:
+    """Groups of a scale of 0 and an offset as code 0 one step above a zero of -1; and all steps."""
+    step = torch.where(flat, low, decode_scale(qt.scales[0], qt.spec.scales[0].element).double())
+    keep = (~flat).float()
+
+    def clear(at: slice, rows: QuantizedTensor, values: Tensor) -> Tensor:
+        return values * spread(keep[at], rows)
+
+    codes = map_codes(qt, qt.spec.element.bits, clear)
+    assert codes is not None  # none grew
+    level = replace(qt.spec.scales[0], element="f32")
+    qt = replace(qt, spec=replace(qt.spec, scales=(level,)), codes=codes, packing=CANONICAL)
+    return replace(qt, scales=(step.float(),)), step
 
 
 # ----------------------------------------------------------------------------------------- scales
