@@ -22,7 +22,8 @@ from cpu_made import (
 from quant_core.dequantize import dense_weight
 from quant_core.errors import LayoutError
 from quant_core.kernels.base import Rejected
-from quant_core.spec import CHANNEL, Element, QuantSpec, Scale
+from quant_core.packing import pack
+from quant_core.spec import CANONICAL, CHANNEL, Element, QuantSpec, Scale
 from quant_core.tensors import LayerTensors, QuantizedTensor
 from quant_kernels_cpu.kernel import W4A8, WnA16
 from quant_kernels_cpu.library import ISAS, library, unavailable
@@ -40,21 +41,24 @@ def made(name: str, n: int = 70, k: int = K, seed: int = 0) -> LayerTensors:
     return lt
 
 
-def byte_value(code: int, exponent_bits: int, bias: int) -> float:
-    """An 8-bit float by its definition: sign, exponent, fraction."""
-    fraction_bits = 7 - exponent_bits
-    sign = -1.0 if code & 0x80 else 1.0
+def byte_value(code: int, bits: int, exponent_bits: int, bias: int) -> float:
+    """A small float by its definition: sign, exponent, fraction."""
+    fraction_bits = bits - 1 - exponent_bits
+    sign = -1.0 if code >> bits - 1 else 1.0
     e = code >> fraction_bits & (1 << exponent_bits) - 1
     f = (code & (1 << fraction_bits) - 1) / (1 << fraction_bits)
     return sign * (2.0 ** (1 - bias) * f if e == 0 else 2.0 ** (e - bias) * (1 + f))
 
 
+# OCP MX 1.0: all codes of 6 bits are numbers
 # OFP8 1.0: e4m3 has NaN at S.1111.111, e5m2 infinity and NaN above S.11110.11; fnuz: NaN at 0x80
 FORMS = {
     "fp8_e4m3": (4, 7, 0x7E),
     "fp8_e5m2": (5, 15, 0x7B),
     "fp8_e4m3_fnuz": (4, 8, 0x7F),
     "fp8_e5m2_fnuz": (5, 16, 0x7F),
+    "fp6_e2m3": (2, 1, 0x1F),
+    "fp6_e3m2": (3, 3, 0x1F),
 }
 
 
@@ -62,19 +66,22 @@ FORMS = {
 @pytest.mark.parametrize("m", [1, 4, 9])
 def test_every_finite_byte_has_exactly_its_value(isa, element, m):
     exponent_bits, bias, last = FORMS[element]
-    codes = torch.tensor([*range(last + 1), *range(0x81, 0x81 + last)], dtype=torch.uint8)
+    bits = int(element[2])
+    half = 1 << bits - 1
+    codes = torch.tensor([*range(last + 1), *range(half + 1, half + 1 + last)], dtype=torch.uint8)
     n = codes.numel()
     spec = QuantSpec(
-        element=Element(name=element, bits=8, kind="float"),
+        element=Element(name=element, bits=bits, kind="float"),
         scales=(Scale(element="f32", grain=CHANNEL),),
     )
     weight = torch.zeros(n, 32, dtype=torch.uint8)
     for column in range(4):  # all four bytes of a word
         weight[:, 4 + 5 * column] = codes
-    qt = QuantizedTensor(spec=spec, shape=(n, 32), codes=weight, scales=(torch.ones(n, 1),))
+    packed = pack(weight, bits, CANONICAL)
+    qt = QuantizedTensor(spec=spec, shape=(n, 32), codes=packed, scales=(torch.ones(n, 1),))
     lt = LayerTensors(operands={"weight": qt})
     run = bind(lt, make_op("linear", lt, 32))
-    want = torch.tensor([byte_value(c, exponent_bits, bias) for c in codes.tolist()])
+    want = torch.tensor([byte_value(c, bits, exponent_bits, bias) for c in codes.tolist()])
     for column in range(4):
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.zeros(m, 32, dtype=dtype)
@@ -231,7 +238,7 @@ def test_bytes_of_the_smallest_and_largest_values(isa):
     for code, value in values.items():
         half = struct.unpack("<e", struct.pack("<H", (code & 0x80) << 8 | (code & 0x7F) << 7))[0]
         assert half * 256 == value
-        assert byte_value(code, 4, 7) == value
+        assert byte_value(code, 8, 4, 7) == value
 
 
 @pytest.mark.parametrize("m", [1, 9])

@@ -276,7 +276,7 @@ REFUSED = {
     "device": replace(_changed(), device=("cuda", "90")),
     "operands": replace(_changed(), operands=(("weight", CODE4), ("input", CODE4))),
     "blocks": _changed(blocks="iq3_s"),
-    "element": _changed(element=Element(name="fp6_e2m3", bits=6, kind="float")),
+    "element": _changed(element=Element(name="e8m0", bits=8, kind="float")),
     "element ": _changed(element=Element(name="e8p", bits=16, kind="vector")),
     "scales": _changed(**_scale(inverse=True)),
     "scales     ": _changed(

@@ -29,10 +29,10 @@ ROUNDED = (
     *("ct-fp8-block128", "ct-fp8-dynamic", "ct-fp8-static-tensor", "ct-moe-fp8-dynamic"),
     *("ct-mxfp8", "modelopt-mxfp8", "msmodelslim-mxfp8", "quark-ptpc-fp8"),
     *("ct-mla-fp8-block", "ct-nvfp4", "quark-mixed-mxfp4-fp8"),
+    "quark-mxfp6-e2m3",
 )
 """Their activations are rounded in front of the same kernel."""
 DIRS = [d for d in checkpoint_dirs((*WEIGHTS, *ROUNDED)) if d.name in WEIGHTS + ROUNDED]
-OTHERS = {"quark-mixed-mxfp4-fp8": {"torch_ref"}}  # one layer of 6-bit floats
 
 
 def _plan(folder):
@@ -75,7 +75,7 @@ def test_logits_are_within_the_producers_bound(folder):
     meta = json.loads((folder / "expected.json").read_text())
     model = load_model(folder, dtype=torch.float32)
     layers = [m for m in model.modules() if isinstance(m, QuantModule)]
-    names = {m.kernel.name for m in layers} - OTHERS.get(folder.name, set())
+    names = {m.kernel.name for m in layers}
     assert names == {"cpu_wna16@rounded" if folder.name in ROUNDED else "cpu_wna16"}
     with torch.inference_mode():
         got = model(expected["input_ids"][None], use_cache=False).logits[0]

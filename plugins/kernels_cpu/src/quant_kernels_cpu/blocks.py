@@ -5,7 +5,8 @@
     factors   made of scales that C does not read (support.py): float32 [blocks, G, 32]
     the rest  as it is (bias, gather, a scale per tensor, tables, what factors were made of)
 
-2- and 3-bit codes are widened to 4 bits, 5- to 7-bit codes to 8; values do not change and ``read``
+2- and 3-bit codes are widened to 4 bits, 5- to 7-bit codes to 8 (6-bit floats with their sign in
+the top bit); values do not change and ``read``
 gives the canonical bytes back.
 """
 
@@ -164,7 +165,7 @@ def write_codes_(
         codes = repack(codes, bits, (rows, layout.k), packing, CANONICAL)
         if bits != layout.width:
             codes = unpack(codes, bits, (rows, layout.k), CANONICAL)
-            codes = codes if layout.width == 8 else pack(codes, 4, CANONICAL)
+            codes = codes << layout.up if layout.width == 8 else pack(codes, 4, CANONICAL)
         source = source_of(
             CANONICAL, bits=layout.width, width=layout.width, k=layout.k, bias=layout.bias
         )
@@ -188,5 +189,9 @@ def read_codes(source: Tensor, layout: Layout | Int8Layout) -> Tensor:
     )  # fmt: skip
     if layout.bits == layout.width:
         return stream
-    single = stream if layout.width == 8 else unpack(stream, 4, (layout.n, layout.k), CANONICAL)
+    single = (
+        stream >> layout.up
+        if layout.width == 8
+        else unpack(stream, 4, (layout.n, layout.k), CANONICAL)
+    )
     return pack(single, layout.bits, CANONICAL)

@@ -98,8 +98,9 @@ def _scale_table(element: str) -> Any:
 
 @functools.cache
 def _float8(element: str) -> _Float8:
-    """What C needs of an 8-bit float; kept for the life of the process."""
-    values = element_table(element)
+    """What C needs of a float in a byte; kept for the life of the process."""
+    table = element_table(element)
+    values = table.repeat_interleave(256 // table.numel())  # by the code's upper bits
     bits = values[:128].bfloat16().view(torch.int16).tolist()  # exact: at most 3 bits of fraction
     exponent, bias = FLOAT8[element]
     made = _Float8(unit=2.0 ** (127 - bias), shift=8 - exponent)

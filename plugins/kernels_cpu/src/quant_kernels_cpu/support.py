@@ -37,8 +37,11 @@ FLOAT8 = {
     "fp8_e5m2": (5, 15),
     "fp8_e4m3_fnuz": (4, 8),
     "fp8_e5m2_fnuz": (5, 16),
+    "fp6_e2m3": (2, 1),
+    "fp6_e3m2": (3, 3),
 }
-"""Bits of the exponent, and what it is stored more by."""
+"""Bits of the exponent, and what it is stored more by. A float of 6 bits is kept as one of 8 bits
+whose last bits of fraction are zero."""
 _MOST_RESOLVED = 1 / 8  # bytes of float32 factors made while loading, to those of the codes
 
 
@@ -95,6 +98,11 @@ class Layout:
         """Entries of the tables that the layer brings."""
         own = (1 << self.bits,) if self.kind == "lut" else ()
         return own + (256,) * any(s.element == "lut8" for s in self.stored)
+
+    @property
+    def up(self) -> int:
+        """Zero bits below a code in its byte."""
+        return 8 - self.bits if self.kind == "float" and self.width == 8 else 0
 
     @property
     def per(self) -> int:
@@ -188,7 +196,7 @@ def _element_problem(spec: QuantSpec, table: bool) -> Rejected | None:
     plain = plain or (e.kind == "float" and e.name in FLOAT8)
     by_table = e.name == "fp4_e2m1" or (e.kind in ("int", "lut") and 2 <= e.bits <= 4)
     if not plain and not by_table:
-        need = "uint2 to uint8, int2 to int8, 8-bit floats, fp4_e2m1 or a table of 16"
+        need = "uint2 to uint8, int2 to int8, floats of 4 to 8 bits, or a table of 16"
         return Rejected(axis="element", have=e.name, need=need)
     if by_table and not table:
         return Rejected(axis="element", have=e.name, need="8 bits or uint without AVX-512")

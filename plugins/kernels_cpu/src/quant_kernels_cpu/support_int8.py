@@ -53,6 +53,7 @@ class Int8Layout:
     act_dtype: str
 
     width = 8
+    up = 0
     per = 4  # codes of one row in 32 bits
 
     @property

@@ -28,7 +28,7 @@ def _of(element: Element, *scales: Scale) -> QuantSpec:
 
 
 def _float8(name: str, *factors: tuple[str, int]) -> QuantSpec:
-    return _of(Element(name=name, bits=8, kind="float"), *_scales(*factors))
+    return _of(Element(name=name, bits=int(name[2]), kind="float"), *_scales(*factors))
 
 
 _E4M3 = Element(name="fp8_e4m3", bits=8, kind="float")
@@ -71,6 +71,8 @@ SPECS = {
     "fp8 e5m2 g64 f16": _float8("fp8_e5m2", ("f16", 64)),
     "fp8 e4m3_fnuz g128 f32": _float8("fp8_e4m3_fnuz", ("f32", 128)),
     "fp8 e5m2_fnuz channel f32": _float8("fp8_e5m2_fnuz", ("f32", 0)),
+    "fp6 e2m3 g32 e8m0": _float8("fp6_e2m3", ("e8m0", 32)),
+    "fp6 e3m2 g64 f16": _float8("fp6_e3m2", ("f16", 64)),
     "fp8 g32 two-level": _float8("fp8_e4m3", ("fp8_e4m3", 32), ("bf16", 0)),
 }
 NF4 = Element(name="nf4", bits=4, kind="lut")
