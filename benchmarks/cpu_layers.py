@@ -10,7 +10,8 @@ reported are the median time, the median of the ratios to bf16 ``F.linear`` of t
 the ratio of the best times, which says more where other work shares the cores.
 Weights are cold: each candidate rotates over copies that together exceed ``--cold`` MiB.
 Rows ``w8a8`` quantize x inside the call: one scale per token, or a stored one; ``torch _int_mm``
-does the same with torch's ops.
+does the same with torch's ops. Rows ``cpu_round`` and ``torch_round`` round x first, to codes like
+those of the weights; their ``error`` is that of rounding.
 ``read_gb_s`` is the speed of summing 256 MiB in the same run, the ceiling for few tokens; ``error``
 the Frobenius error of up to 8 tokens against a float64 product with the same dequantized weights.
 """
@@ -100,6 +101,14 @@ FLOATS = {
     "fp8 channel": QuantSpec(element=_E4M3, scales=(Scale(element="f32", grain=CHANNEL),)),
     "fp8 128x128": QuantSpec(element=_E4M3, scales=(Scale(element="f32", grain=block(128, 128)),)),
     "mxfp8 g32": QuantSpec(element=_E4M3, scales=(Scale(element="e8m0", grain=group(32)),)),
+    "mxfp6 g32": QuantSpec(
+        element=Element(name="fp6_e2m3", bits=6, kind="float"),
+        scales=(Scale(element="e8m0", grain=group(32)),),
+    ),
+    "mxfp4 g32": QuantSpec(
+        element=Element(name="fp4_e2m1", bits=4, kind="float"),
+        scales=(Scale(element="e8m0", grain=group(32)),),
+    ),
     "nf4 g64": QuantSpec(
         element=Element(name="nf4", bits=4, kind="lut"),
         scales=(Scale(element="f32", grain=group(64)),),
@@ -111,6 +120,20 @@ FLOATS = {
     ),
 }
 """Layers of floats: 8-bit codes, a table, zero points."""
+
+
+def _made(element: Element, scale: str, grain: tuple[int, int], rule: str = "") -> QuantSpec:
+    fine = Scale(element=scale, grain=grain, static=False, rule=rule)
+    return QuantSpec(element=element, scales=(fine,))
+
+
+ROUNDED = {
+    "fp8 channel": _made(_E4M3, "f32", CHANNEL),
+    "fp8 128x128": _made(_E4M3, "f32", group(128)),
+    "mxfp6 g32": _made(FLOATS["mxfp6 g32"].element, "e8m0", group(32), "even"),
+    "mxfp4 g32": _made(FLOATS["mxfp4 g32"].element, "e8m0", group(32), "even"),
+}
+"""Activations of some of them, rounded in front of the products."""
 
 
 def rotate(runs: Sequence[Run]) -> Run:
@@ -217,6 +240,10 @@ def candidates(
         out[name] = (*ours(lt, "cpu_wna16", cold), lt)
         if reference:
             out[f"{name} ref"] = (*ours(lt, "torch_ref", 0), lt)
+        if name in ROUNDED:
+            for by in ("cpu_round", "torch_round"):
+                named = f"cpu_wna16@rounded,quantize={by}"
+                out[f"{name} {by}"] = (*ours(lt, named, cold, ROUNDED[name]), lt)
     out["w8a16 channel"] = (*ours(i8, "cpu_wna16", cold), i8)
     out["w8a8 token"] = (*ours(i8, "cpu_w8a8", cold, int8_input(static=False)), i8)
     stored = replace(i8, input_scale=torch.tensor([4.5 / 127]))

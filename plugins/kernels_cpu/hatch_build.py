@@ -34,17 +34,22 @@ _NEEDED = {
     "kernel_avx2_float8": _AVX2,
     "kernel_int8_avx2": _AVX2,
     "step_avx2": _AVX2,
+    "round_avx2": [*_AVX2, "-ffp-contract=off"],
 }
 _OPTIONAL = {
     "AVX512": ("kernel_avx512", _AVX512),
     "AVX512_FLOAT8": ("kernel_avx512_float8", _AVX512),
     "STEP_AVX512": ("step_avx512", [*_AVX512, "-mprefer-vector-width=512"]),
+    "ROUND_AVX512": (
+        "round_avx512",
+        [*_AVX512, "-mprefer-vector-width=512", "-ffp-contract=off"],
+    ),
     "BF16": ("kernel_bf16", [*_AVX512, "-mavx512bf16"]),
     "BF16_FLOAT8": ("kernel_bf16_float8", [*_AVX512, "-mavx512bf16", "-mavx512vbmi"]),
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 8  # of the C interface; library.py checks it
+_VERSION = 9  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

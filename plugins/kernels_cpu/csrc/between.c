@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "between_calls.h"
+#include "round_calls.h"
 #include "step.h"
 
 enum { ISA_AVX2 = 1, ISA_AVX512 }; /* as in cpu.c */
@@ -28,6 +29,13 @@ int qk_gated(const qk_gate *c) {
 int qk_rotary(const qk_rotate *c) {
     UNIT(qk_rotate, c->isa)(c, omp_get_max_threads());
     return 0;
+}
+
+int qk_round(const qk_round_call *c) {
+#ifdef QK_HAVE_ROUND_AVX512
+    if (c->isa >= ISA_AVX512) return qk_round_avx512(c, omp_get_max_threads());
+#endif
+    return qk_round_avx2(c, omp_get_max_threads());
 }
 
 /* `call` for `count` rows of x. */

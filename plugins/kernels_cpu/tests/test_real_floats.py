@@ -13,6 +13,7 @@ from checkpoint_sets import checkpoint_dirs
 from quant_core import load_model, open_checkpoint, plan
 from quant_core.build import Builder
 from quant_core.errors import FormatError
+from quant_core.kernels.rounded import RoundedInput
 from quant_core.nn import QuantModule
 from quant_kernels_cpu.library import ISAS, library, unavailable
 
@@ -77,6 +78,8 @@ def test_logits_are_within_the_producers_bound(folder):
     layers = [m for m in model.modules() if isinstance(m, QuantModule)]
     names = {m.kernel.name for m in layers}
     assert names == {"cpu_wna16@rounded" if folder.name in ROUNDED else "cpu_wna16"}
+    by = {m.kernel.quantizer.name for m in layers if isinstance(m.kernel, RoundedInput)}
+    assert by == ({"cpu_round"} if folder.name in ROUNDED else set())
     with torch.inference_mode():
         got = model(expected["input_ids"][None], use_cache=False).logits[0]
     diff, bound = (got - expected["logits"]).abs(), meta["bound"]

@@ -34,4 +34,8 @@ def apply(op: OpSpec) -> Iterable[Kernel]:
         from quant_kernels_cpu.between import BETWEEN
 
         return (BETWEEN[op.op],)
+    if op.op == "quantize":
+        from quant_kernels_cpu.rounding import ROUND
+
+        return (ROUND,)
     return KERNELS
