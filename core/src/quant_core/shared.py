@@ -37,6 +37,7 @@ __all__ = [
     "SharedGroup",
     "Siblings",
     "joined",
+    "on_weights_changed",
     "share_inputs",
     "together",
     "weights_changed",
@@ -50,12 +51,20 @@ MOST_TOKENS = 16  # beyond, arithmetic outweighs what sharing saves
 _TRIES = 3  # incomplete rounds before a group gives up
 
 _epoch = 0
+_listeners: list[Callable[[], object]] = []
 
 
 def weights_changed() -> None:
     """Tell that some layer's buffers were written: results held for others are void."""
     global _epoch
     _epoch += 1
+    for told in _listeners:
+        told()
+
+
+def on_weights_changed(told: Callable[[], object]) -> None:
+    """Call ``told`` at every ``weights_changed`` from now on: for what lies outside of Python."""
+    _listeners.append(told)
 
 
 def weights_epoch() -> int:

@@ -80,9 +80,8 @@ int qk_gated_mlp(const qk_mlp *c) {
 }
 
 /* Queries turned in place; keys turned into the cache, values copied there. */
-static void into_cache(const qk_block *c, char *q, const char *k, const char *v) {
+static void into_cache(const qk_block *c, int64_t last, char *q, const char *k, const char *v) {
     const int64_t size = qk_size(c->type), heads = c->heads * c->dim, kv = c->kv_heads * c->dim;
-    const int64_t last = c->length - 1;
     const qk_rotate queries = {
         q, c->cos, c->sin, q, c->type, c->batch, c->heads, 1, c->dim, c->rotated,
         {heads, c->dim, 0}, {heads, c->dim, 0}, {c->angle_stride, 0}, c->isa};
@@ -99,7 +98,27 @@ static void into_cache(const qk_block *c, char *q, const char *k, const char *v)
         }
 }
 
+/* Whether the mask shows the positions to `last`, all of them and no other: what a causal mask over
+ * a cache of fixed size is for a sequence without padding. */
+static int shows_all(const qk_block *c, int64_t last) {
+    if (c->mask_type != QK_U8 || c->mask_stride[2] != 1) return 0;
+    for (int64_t b = 0; b < (c->mask_stride[0] ? c->batch : 1); b++)
+        for (int64_t h = 0; h < (c->mask_stride[1] ? c->heads : 1); h++) {
+            const char *m = (const char *)c->mask + b * c->mask_stride[0] + h * c->mask_stride[1];
+            char later = 0;
+            for (int64_t l = last + 1; l < c->length; l++) later |= m[l];
+            if (later || memchr(m, 0, (size_t)last + 1)) return 0;
+        }
+    return 1;
+}
+
 int qk_decoder_block(const qk_block *c) {
+    const int64_t last = c->at ? *c->at : c->length - 1;
+    if (last < 0 || last >= c->length) return QK_OUTSIDE;
+    /* a mask over room that is not in use yet is obeyed, in whatever way is the fastest */
+    const int plain = c->at && c->mask && shows_all(c, last);
+    const void *mask = plain ? NULL : c->mask;
+    const int64_t seen = plain ? last + 1 : c->length;
     const int64_t rows = c->batch, type = c->type, hidden = c->calls[Q].op->k_in;
     const int64_t q_n = c->heads * c->dim, kv_n = c->kv_heads * c->dim, wide = c->calls[GATE].op->n;
     enum { NORMED, QUERY, KEY, VALUE, MIXED, SUM, GATED, UPPED, PARTS };
@@ -114,10 +133,10 @@ int qk_decoder_block(const qk_block *c) {
                             for_x(&c->calls[K], p[NORMED], p[KEY], type, rows),
                             for_x(&c->calls[V], p[NORMED], p[VALUE], type, rows)};
     if ((status = qk_rms_norm(&first)) || (status = qk_linear_shared(qkv, 3))) goto done;
-    into_cache(c, p[QUERY], p[KEY], p[VALUE]);
+    into_cache(c, last, p[QUERY], p[KEY], p[VALUE]);
     const qk_step step = {
-        p[QUERY], c->keys, c->values, c->mask, p[MIXED], type, c->mask_type,
-        rows, c->heads, c->kv_heads, c->length, c->dim, c->dim, {q_n, c->dim},
+        p[QUERY], c->keys, c->values, mask, p[MIXED], type, c->mask_type,
+        rows, c->heads, c->kv_heads, seen, c->dim, c->dim, {q_n, c->dim},
         {c->k_stride[0], c->k_stride[1], c->k_stride[2]},
         {c->v_stride[0], c->v_stride[1], c->v_stride[2]},
         {c->mask_stride[0], c->mask_stride[1], c->mask_stride[2]}, c->scale, c->isa};

@@ -42,17 +42,22 @@ typedef struct {
 } qk_mlp;
 
 /* A decoder layer for one token a sequence; `calls` are q, k, v, o, gate, up, down. The new token's
- * key and value are written to position length - 1. */
+ * key and value are written to position *at, or length - 1 where `at` is NULL. */
 typedef struct {
     const qk_call *calls;
     const void *norm[2], *x, *cos, *sin, *mask;
     void *keys, *values, *y;
+    const int64_t *at;
     int64_t type, mask_type, act, form[2];
     int64_t batch, heads, kv_heads, length, dim, rotated;
     int64_t k_stride[3], v_stride[3], mask_stride[3], angle_stride;
     double scale, eps[2];
     int64_t isa;
 } qk_block;
+
+/* 0, or why nothing was computed: 1 for want of memory, or QK_OUTSIDE. */
+int qk_decoder_block(const qk_block *);
+enum { QK_OUTSIDE = 2 }; /* the position lies outside of the cache */
 
 int qk_norm_avx2(const qk_norm *, int64_t threads);
 int qk_norm_avx512(const qk_norm *, int64_t threads);

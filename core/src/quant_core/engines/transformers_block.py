@@ -9,9 +9,15 @@ they leave in the cache. The first layer of a kind is proved with its parts
 on a CPU before its own first step, elsewhere at once, for a step may be recorded as a graph.
 
 The call is used for one new token a sequence over transformers' dynamic cache, and over its static
-one where the kernel writes at a position that the device knows. Everything else runs
-the layer's own code: prefill, other caches, training, gradients, ``torch.compile``, hooks or
-adapters anywhere in the layer, another attention implementation.
+one where the kernel writes at a position that the device knows. Under ``torch.compile`` it is one
+operator of the graph, over the static cache alone. Everything else runs the layer's own code:
+prefill, other caches, training, gradients, export, hooks or adapters anywhere in the layer, another
+attention implementation.
+
+A graph holds what was decided while it was traced, and torch's guards say when that is void: the
+modules that are gone past are compared by identity, and what the layer's own code would read is
+read the same way. As everywhere under ``torch.compile``, hooks that are registered later are not
+seen. The mask and the position are read when the operator runs.
 
 Source: transformers 5.23.0 models/llama/modeling_llama.py (LlamaDecoderLayer, LlamaAttention).
 """
@@ -65,10 +71,12 @@ class LayerPart:
     norms: tuple[nn.Module, nn.Module]
     eps: tuple[str, str]
     attention: nn.Module
+    names: tuple[tuple[str, ...], ...]  # from the layer to linears, norms, all others gone past
     guard: Guard
     buffers: Buffers
     kernel: str
-    proved: bool | None = False  # None: at it
+    table: Any = None  # of the kernel: stands for the buffers in a graph
+    proved: bool | None = False  # None: at it, or found to be something else
 
     def prove(self, module: nn.Module, x: Tensor) -> bool:
         """Before the first step: is this what the layer computes? If not, it is left alone."""
@@ -84,18 +92,25 @@ class LayerPart:
         swap(module, _Layer)
         return True
 
+    @torch.no_grad()
+    def prove_for_graph(self, module: nn.Module) -> bool:
+        """The same while a graph is traced, where a module must not change its class."""
+        layer = self.linears[0]
+        dtype, device = getattr(torch, layer.op.act_dtype), layer._values()[0].device
+        holds = self.prove(module, torch.empty(0, dtype=dtype, device=device))
+        swap(module, _Layer)
+        return holds
+
     def step(
         self, module: nn.Module, x: Tensor, kwargs: Mapping[str, Any], *, proving: bool = False
     ) -> Tensor | None:
         """The layer's output; None for what is not a decode step, or not the kernel's."""
-        if x.dim() != 3 or x.shape[1] != 1 or graph_wanted():
-            return None
+        if x.dim() != 3 or x.shape[1] != 1 or (graph_wanted() and not proving):
+            return self.traced(module, x, kwargs) if torch.compiler.is_dynamo_compiling() else None
         cache, angles = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
         if cache is None or angles is None or not self.guard.holds(module):
             return None
-        if not kwargs.keys() <= _KNOWN and any(
-            v is not None and v is not False for n, v in kwargs.items() if n not in _KNOWN
-        ):
+        if not _known(kwargs):
             return None
         held: Any = self.attention.__dict__
         layer = _layer_of(cache, held["layer_idx"])
@@ -110,21 +125,75 @@ class LayerPart:
         if not self.proved and not proving and not self.prove(module, x):
             return None
         room = room_of(layer)
-        more = () if room.at is None else (room.at,)
-        y = self.run(
-            self.buffers.of(self.linears),
-            weights,
-            x,
-            *angles,
-            *room.next,
-            kwargs.get("attention_mask"),
-            held["scaling"],
-            (first[self.eps[0]], second[self.eps[1]]),
-            *more,
-        )
+        mask, eps = kwargs.get("attention_mask"), (first[self.eps[0]], second[self.eps[1]])
+        inputs = (weights, x, *angles, *room.next, mask, held["scaling"], eps)
+        if torch.compiler.is_compiling():  # the proof of a layer that is being traced
+            last = torch.tensor(room.next[0].shape[2] - 1, device=x.device)
+            y = self.run.traced(self.table.tensor, *inputs, last)  # type: ignore[attr-defined]
+        else:
+            more = () if room.at is None else (room.at,)
+            y = self.run(self.buffers.of(self.linears), *inputs, *more)
         if y is not None:
             room.take(layer)
         return y
+
+    def traced(self, module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """``step`` while Dynamo records it: everything is read through the module itself, so that
+        torch guards it; None where the layer's own code is to be recorded."""
+        run: Any = self.run
+        if self.table is None or x.dim() != 3 or x.shape[1] != 1 or torch.is_grad_enabled():
+            return None
+        cache, angles = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
+        mask = kwargs.get("attention_mask")
+        if cache is None or angles is None or mask is None or not _known(kwargs):
+            return None
+        attention: Any = module._modules[self.names[0][0]]
+        layer = _static_layer_of(cache, attention.layer_idx, mask)
+        if layer is None or attention.config._attn_implementation_internal != STEP:
+            return None
+        below = [_below(module, path) for path in self.names]
+        if not _settled(self, module, *below):
+            return None
+        first, second = below[7:9]
+        y = run.traced(
+            self.table.tensor,
+            (first.weight, second.weight),
+            x,
+            *angles,
+            layer.keys,
+            layer.values,
+            mask,
+            attention.scaling,
+            (getattr(first, self.eps[0]), getattr(second, self.eps[1])),
+            layer.cumulative_length,
+        )
+        if y is not None:
+            layer.cumulative_length.add_(1)
+        return y  # type: ignore[no-any-return]
+
+
+def _known(kwargs: Mapping[str, Any]) -> bool:
+    """No argument says anything that the call does not know."""
+    if kwargs.keys() <= _KNOWN:
+        return True
+    return all(v is None or v is False for n, v in kwargs.items() if n not in _KNOWN)
+
+
+def _below(module: nn.Module, path: tuple[str, ...]) -> Any:
+    for name in path:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+@torch._dynamo.assume_constant_result
+def _settled(part: LayerPart, module: nn.Module, *below: nn.Module) -> bool:
+    """Whether ``part`` is proved for ``module`` and nobody listens to what it goes past.
+
+    Asked once while a graph is traced; torch guards the identity of every argument.
+    """
+    if torch.compiler.is_exporting() or not part.guard.holds(module):
+        return False
+    return bool(part.proved) or part.prove_for_graph(module)
 
 
 @functools.cache
@@ -166,7 +235,7 @@ class _Layer(Swapped):
             y = self._quant_layer.step(self, args[0], kwargs)  # type: ignore[arg-type]
             if y is not None:
                 return y
-            if not isinstance(self, _Layer):  # it was found to be none of ours
+            if not isinstance(self, _Layer):  # it was found to be something else
                 return self(*args, **kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -185,6 +254,10 @@ class _Found:
     attention: str
     mlp: str
     linears: tuple[str, ...]  # of the attention: q, k, v, o
+
+
+def _values(layers: tuple[QuantLinear, ...]) -> list[list[Tensor]]:
+    return [layer._values() for layer in layers]
 
 
 def _candidate(module: nn.Module) -> _Found | None:
@@ -267,6 +340,10 @@ def _parts(
     below = [(module, n) for n in (*norms, found.attention, found.mlp)]
     below += [(attention, n) for n in found.linears]
     below += [(mlp, n) for n in (*gated.names, gated.act)]
+    names: list[tuple[str, ...]] = [(found.attention, n) for n in found.linears]
+    names += [(found.mlp, n) for n in gated.names]
+    names += [(n,) for n in norms]
+    names += [(found.mlp, gated.act), (found.attention,), (found.mlp,)]
     for rotated in (dim, dim // 2, dim // 4):
         if parts.chosen(rotary_op(dim, rotated, *parts.key)) is None:
             continue
@@ -290,9 +367,11 @@ def _parts(
                 (ends[0], ends[1]),
                 (first.eps, second.eps),
                 attention,
+                tuple(names),
                 Guard(below),
                 Buffers(),
                 kernel,
+                run.table(functools.partial(_values, linears)) if hasattr(run, "table") else None,
             )
 
 

@@ -97,6 +97,13 @@ class Block:
     A run with the attribute ``takes_position`` takes a last argument ``at`` as "attention_update"
     does, for caches with room for more than one token.
 
+    A run that can be recorded in a graph has two methods besides. ``table(values)`` makes an object
+    whose ``tensor`` stands for the buffers there: ``values()`` gives them as ``run`` takes them,
+    and is asked again after ``shared.weights_changed``; it pickles if ``values`` does.
+    ``traced(table.tensor, norms, x, cos, sin, keys, values, mask, scale, eps, at)`` is the call as
+    one operator of torch: with a mask, which it obeys whatever it says, and ``at`` (one int64),
+    both read when the operator runs; None where the layer's own code is to be recorded.
+
     Every intermediate result is rounded as by the single operations.
     """
 

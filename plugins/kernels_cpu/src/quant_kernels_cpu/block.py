@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant_core.errors import LimitError
 from quant_core.kernels.between import ACTIVATIONS, Block
-from quant_kernels_cpu.between import form_of
-from quant_kernels_cpu.blocks import buffer_shapes
-from quant_kernels_cpu.descriptor import CALL, DTYPES, c_op, tensor_slots
+from quant_kernels_cpu.descriptor import DTYPES
+from quant_kernels_cpu.layer import (
+    BlockLayout,
+    WeightTable,
+    call_layer,
+    check_status,
+    follow_weights,
+    packed_layer,
+)
 from quant_kernels_cpu.library import library
-from quant_kernels_cpu.support import layout_from_text
 from quant_kernels_cpu.watch import watched
 
 __all__ = ["MOST_ROWS", "BlockRun", "GatedRun", "bind_block"]
@@ -29,8 +33,6 @@ __all__ = ["MOST_ROWS", "BlockRun", "GatedRun", "bind_block"]
 MOST_ROWS = 7  # csrc/vec512.h: tokens of the register path; beyond, single calls are as fast
 _MOST_HEAD = 512  # csrc/attention.h: features of a head
 _MLP = struct.Struct("@7q")  # csrc/between_calls.h
-_BLOCK = struct.Struct("@31q3dq")
-_U8 = 4  # csrc/qk.h: a mask of bytes
 _SIXTEEN = (torch.bfloat16, torch.float16)
 
 
@@ -52,29 +54,11 @@ class _Weights:
         held = self._held
         if held[0] is not buffers:
             packed = b"".join(
-                _static(text, mine) for text, mine in zip(self.texts, buffers, strict=True)
+                packed_layer(text, mine) for text, mine in zip(self.texts, buffers, strict=True)
             )
             memory = ctypes.create_string_buffer(packed, len(packed))
             held = self._held = (buffers, memory, ctypes.addressof(memory))
         return held[2]
-
-
-def _static(text: str, tensors: Sequence[Tensor]) -> bytes:
-    """One layer's call without x and y; ``c_op`` keeps the struct it points to."""
-    layout = layout_from_text(text)
-    slots = tensor_slots(tuple(buffer_shapes(layout)))
-    at = [0 if i is None else tensors[i].data_ptr() for i in slots]
-    return CALL.pack(ctypes.addressof(c_op(layout)), *at, 0, 0, 0, library().isa, 0, 0)
-
-
-def _check(status: int, what: str) -> None:
-    if status:
-        raise LimitError(
-            f"{what}: no memory for the kernel's scratch space (status {status}). Free memory or "
-            "use fewer tokens a call.",
-            code="Q-LIMIT-MEMORY",
-            actual=status,
-        )
 
 
 class GatedRun:
@@ -96,20 +80,21 @@ class GatedRun:
         lib = library()
         at = self.weights.address(buffers)
         packed = _MLP.pack(at, x.data_ptr(), y.data_ptr(), kind, self.act, count, lib.isa)
-        _check(lib.c.qk_gated_mlp(packed), "gated MLP")
+        check_status(lib.c.qk_gated_mlp(packed), "gated MLP")
         return y
 
 
 class BlockRun:
     """A decoder layer, ``kernels.between.Block``; None for what it does not take."""
 
+    takes_position = True
+
     def __init__(self, texts: Sequence[str], block: Block) -> None:
         self.weights = _Weights(texts)
-        self.k = block.linears[0].size("k")
+        self.layout = BlockLayout.made(texts, block)
+        self.text, self.k = self.layout.text(), self.layout.k
         self.heads, self.kv_heads = block.heads, block.kv_heads
         self.dim, self.rotated = block.head_dim, block.rotated
-        self.forms = tuple(form_of(op) for op in block.norms)
-        self.act = ACTIVATIONS.index(*block.gated.features)
         self.dtype: torch.dtype = getattr(torch, block.gated.act_dtype)
 
     def _takes(self, x: Tensor, norms: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
@@ -141,38 +126,59 @@ class BlockRun:
             and values.is_cpu
         )
 
+    def _takes_mask(self, batch: int, length: int, mask: Tensor) -> bool:
+        return (
+            mask.dim() == 4
+            and mask.shape[0] in (1, batch)
+            and mask.shape[1] in (1, self.heads)
+            and mask.shape[2:] == (1, length)
+            and (mask.dtype == torch.bool or mask.dtype in DTYPES)
+            and mask.is_cpu
+        )
+
     def __call__(
         self, buffers: Sequence[Sequence[Tensor]], norms: Sequence[Tensor], x: Tensor, cos: Tensor,
         sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float,
-        eps: tuple[float, float],
+        eps: tuple[float, float], at: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         if watched(x, buffers[0][0]) or not self._takes(x, norms, cos, sin):
             return None
-        batch, length = x.shape[0], keys.shape[2]
-        if not self._takes_cache(batch, keys, values):
+        if not self._takes_cache(x.shape[0], keys, values):
             return None
-        y = torch.empty_like(x)
-        at, kind, mask_stride = 0, 0, (0, 0, 0)
-        if mask is not None:
-            kind = _U8 if mask.dtype == torch.bool else DTYPES.get(mask.dtype, 0)
-            if mask.shape[-1] != length or mask.dim() != 4 or mask.shape[2] != 1:
-                return None
-            if not kind or not mask.is_cpu:
-                return None
-            mask = mask.expand(batch, self.heads, 1, length)
-            at = mask.data_ptr()
-            mask_stride = (mask.stride(0), mask.stride(1), mask.stride(3))
-        lib = library()
-        packed = _BLOCK.pack(
-            self.weights.address(buffers), norms[0].data_ptr(), norms[1].data_ptr(), x.data_ptr(),
-            cos.data_ptr(), sin.data_ptr(), at, keys.data_ptr(), values.data_ptr(), y.data_ptr(),
-            DTYPES[x.dtype], kind, self.act, *self.forms,
-            batch, self.heads, self.kv_heads, length, self.dim, self.rotated,
-            *keys.stride()[:3], *values.stride()[:3], *mask_stride,
-            self.rotated if cos.shape[0] > 1 else 0, scale, *eps, lib.isa,
-        )  # fmt: skip
-        _check(lib.c.qk_decoder_block(packed), "decoder layer")
-        return y
+        if mask is not None and not self._takes_mask(x.shape[0], keys.shape[2], mask):
+            return None
+        if at is not None and not _is_position(at):
+            return None
+        calls = self.weights.address(buffers)
+        return call_layer(
+            calls, self.layout, norms, x, cos, sin, keys, values, mask, at, scale, eps
+        )
+
+    def table(self, values: Callable[[], Sequence[Sequence[Tensor]]]) -> WeightTable:
+        """What stands for the layers' buffers in a graph; ``values`` gives them."""
+        follow_weights()
+        return WeightTable(self.weights.texts, values)
+
+    def traced(
+        self, table: Tensor, norms: Sequence[Tensor], x: Tensor, cos: Tensor, sin: Tensor,
+        keys: Tensor, values: Tensor, mask: Tensor, scale: float, eps: tuple[float, float],
+        at: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """The same as an operator that a graph records."""
+        if not self._takes(x, norms, cos, sin) or not (x.is_cpu and table.is_cpu):
+            return None
+        if not self._takes_cache(x.shape[0], keys, values) or not _is_position(at):
+            return None
+        if not self._takes_mask(x.shape[0], keys.shape[2], mask):
+            return None
+        op = torch.ops.quant_cpu.decoder_layer.default
+        return op(  # type: ignore[no-any-return]
+            x, table, *norms, self.text, cos, sin, keys, values, mask, at, scale, *eps
+        )
+
+
+def _is_position(at: Tensor) -> bool:
+    return at.dtype == torch.int64 and at.shape in ((), (1,)) and at.is_cpu
 
 
 def bind_block(texts: Sequence[str], block: Block) -> BlockRun | None:

@@ -15,10 +15,12 @@ from quant_core.spec import Element
 from quant_kernels_cpu.support import FLOAT8, Factor, Layout
 from quant_kernels_cpu.support_int8 import Int8Layout
 
-__all__ = ["CALL", "DTYPES", "Segment", "c_op", "c_op_int8", "tensor_slots"]
+__all__ = ["BYTES", "CALL", "DTYPES", "Segment", "c_op", "c_op_int8", "tensor_slots"]
 
 _F32, _F16, _BF16, _U8, _I8, _TABLE, _SINGLE, _DIVISOR, _E8M0 = range(1, 10)
 DTYPES = {torch.float32: _F32, torch.float16: _F16, torch.bfloat16: _BF16}
+BYTES = _U8
+"""The type of a mask of booleans."""
 _WIDE = {"f32": _F32, "f16": _F16, "bf16": _BF16}
 _BIAS = {"": 0, "float32": _F32, "float16": _F16, "bfloat16": _BF16}
 

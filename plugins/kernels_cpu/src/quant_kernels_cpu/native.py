@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from quant_core.errors import QuantError
-from quant_kernels_cpu.descriptor import DTYPES
+from quant_kernels_cpu.descriptor import BYTES, DTYPES
 from quant_kernels_cpu.library import Library
 
-__all__ = ["Layer", "register_native"]
+__all__ = ["BLOCK", "FLOATS", "INT8", "Block", "Layer", "register_native"]
 
 log = logging.getLogger("quant_core")
 
@@ -36,19 +36,37 @@ _FUNCTIONS = (
 """In the order of ``torch_api`` in csrc/dispatch.c."""
 
 
+FLOATS, INT8, BLOCK = range(3)
+"""Kinds of layout texts, as csrc/dispatch.c counts them."""
+
+
 class Layer(ctypes.Structure):
     """``layout`` of csrc/dispatch.c: what a layout text says."""
 
     _fields_ = [
         ("text", ctypes.c_char_p),
         ("length", ctypes.c_int64),
-        ("int8", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
         ("op", ctypes.c_void_p),
         ("slots", ctypes.c_int64 * 8),
         *((name, ctypes.c_int64) for name in ("buffers", "n", "k")),
     ]
 
 
+class Block(ctypes.Structure):
+    """``block`` of csrc/dispatch.c: what the text of a decoder layer says."""
+
+    _fields_ = [
+        ("head", Layer),
+        *((name, ctypes.c_int64) for name in ("mark", "type", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("dim", "rotated")),
+        ("form", ctypes.c_int64 * 2),
+        ("act", ctypes.c_int64),
+    ]
+
+
+_Describe = Callable[[str, int], Layer | Block]
+_Filler = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 _Reader = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 _kept: list[Any] = []
 """Whatever C holds an address of, for the life of the process."""
@@ -67,31 +85,32 @@ def _torch_library() -> ctypes.CDLL | None:
     return lib
 
 
-def _reader(c: ctypes.CDLL, layer_of: Callable[[str, bool], Layer]) -> Any:
+def _reader(c: ctypes.CDLL, describe: _Describe) -> Any:
     """What C calls for a layout text that it has not seen."""
 
-    def read(at: int, length: int, int8: int) -> int:
+    def read(at: int, length: int, kind: int) -> int:
         text = ctypes.string_at(at, length)
         try:
-            layer = layer_of(text.decode(), bool(int8))
+            made = describe(text.decode(), kind)
         except (QuantError, ValueError, TypeError, KeyError) as err:
             log.error("layout %s cannot be read: %s", text[:200], err)
             return 1
-        layer.text, layer.length, layer.int8 = text, length, int8
-        _kept.append((layer, text))
-        return int(c.qk_native_layout(ctypes.byref(layer)))
+        head = made.head if isinstance(made, Block) else made
+        head.text, head.length, head.kind = text, length, kind
+        _kept.append((made, text))
+        return int(c.qk_native_layout(ctypes.byref(made)))
 
     return _Reader(read)
 
 
 def register_native(
-    lib: Library, names: tuple[str, ...], layer_of: Callable[[str, bool], Layer]
+    lib: Library, names: tuple[str, ...], describe: _Describe, fill: Callable[[int], int]
 ) -> bool:
     """Register ``quant_cpu::name`` for each of ``names`` from C; False if that cannot be.
 
     Args:
-        layer_of: (layout text, whether it is one of int8 activations) -> all of ``Layer`` but the
-            text.
+        describe: (layout text, its kind) -> all of ``Layer`` or ``Block`` but the text.
+        fill: fills the table of weights at an address; not 0 where there is none.
     """
     api = _torch_library()
     if api is None:
@@ -100,10 +119,16 @@ def register_native(
     functions = (ctypes.c_void_p * len(_FUNCTIONS))(
         *(ctypes.cast(getattr(api, name), ctypes.c_void_p).value for name in _FUNCTIONS)
     )
-    dtypes = [getattr(api, f"aoti_torch_dtype_{str(t).removeprefix('torch.')}")() for t in DTYPES]
-    numbers = (ctypes.c_int64 * 6)(*(n for pair in zip(dtypes, DTYPES.values()) for n in pair))
-    reader = _reader(c, layer_of)
-    c.qk_native_api(functions, numbers, reader)
+
+    def number(dtype: torch.dtype) -> int:
+        return int(getattr(api, f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")())
+
+    known = {**DTYPES, torch.bool: BYTES}
+    pairs = [n for dtype, ours in known.items() for n in (number(dtype), ours)]
+    numbers = (ctypes.c_int64 * 9)(*pairs, number(torch.int64))
+    reader = _reader(c, describe)
+    filler = _Filler(fill)
+    c.qk_native_api(functions, numbers, reader, filler)
     handle = ctypes.c_void_p()
     failed = api.aoti_torch_library_init_impl(
         b"quant_cpu", b"CPU", b"dispatch.c", ctypes.c_uint32(0), ctypes.byref(handle)
@@ -118,5 +143,5 @@ def register_native(
             "Import the package once a process.",
             code="Q-KERNEL-NONE",
         )
-    _kept.append((functions, numbers, reader, handle))
+    _kept.append((functions, numbers, reader, filler, handle))
     return True

@@ -8,6 +8,7 @@
     quant_cpu::linear_w8a8, linear_w8a8_shared, grouped_linear_w8a8  int8 codes as layers name them
     quant_cpu::linear_wide, linear_shared_wide   what csrc/dispatch.c leaves to matrix units
     quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
+    quant_cpu::decoder_layer(...) -> y                           see layer.py
 
 ``layout`` is ``Layout.text()`` (w8a8: ``Int8Layout.text()``); ``tensors`` are the buffers in the
 order of ``buffer_shapes`` (``int8_buffer_shapes``), those of several layers one after another.
@@ -33,8 +34,16 @@ from quant_core.errors import LayoutError, LimitError
 from quant_core.kernels.merged import merge_calls, parts
 from quant_kernels_cpu.blocks import buffer_shapes, int8_buffer_shapes
 from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, c_op_int8, tensor_slots
+from quant_kernels_cpu.layer import (
+    LAYER_SCHEMA,
+    TABLE_NUMBERS,
+    BlockLayout,
+    fake_layer,
+    fill_table,
+    run_layer,
+)
 from quant_kernels_cpu.library import AMX_TOKENS, Library, library, unavailable
-from quant_kernels_cpu.native import Layer, register_native
+from quant_kernels_cpu.native import BLOCK, INT8, Block, Layer, register_native
 from quant_kernels_cpu.support import ROWS, layout_from_text
 from quant_kernels_cpu.support_int8 import int8_layout_from_text
 from quant_kernels_cpu.watch import watched
@@ -284,23 +293,36 @@ _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
         _embedding,
         _fake_embedding,
     ),
+    ("decoder_layer", LAYER_SCHEMA, run_layer, fake_layer),
 )
-_NATIVE = ("linear", "linear_shared", "linear_w8a8", "linear_w8a8_shared")
+_TAGS = {"decoder_layer": (torch.Tag.flexible_layout,)}  # its inputs are shared, not copied
+_NATIVE = ("linear", "linear_shared", "linear_w8a8", "linear_w8a8_shared", "decoder_layer")
 _lib = torch.library.Library("quant_cpu", "DEF")
 for _name, _schema, _, _ in _OPS:
-    _lib.define(_name + _schema)
+    _lib.define(_name + _schema, tags=_TAGS.get(_name, ()))
 
 
-def _layer(text: str, int8: bool) -> Layer:
+def _layer(text: str, kind: int) -> Layer | Block:
     """A layout as C wants it."""
-    call = _call_w8a8(text) if int8 else _call(text)
+    if kind == BLOCK:
+        return _block(text)
+    call = _call_w8a8(text) if kind == INT8 else _call(text)
     slots = [-1 if i is None else i for i in call.slots]
     made = Layer(op=call.address, buffers=call.buffers, n=call.n, k=call.k_in)
     made.slots[:] = slots
     return made
 
 
-_native = not unavailable() and register_native(library(), _NATIVE, _layer)
+def _block(text: str) -> Block:
+    """The same of a decoder layer."""
+    layout = BlockLayout.of(text)
+    kind = DTYPES[getattr(torch, layout.dtype)]
+    sizes = (layout.heads, layout.kv_heads, layout.dim, layout.rotated)
+    head = Layer(n=TABLE_NUMBERS, k=layout.k)
+    return Block(head, layout.mark, kind, *sizes, layout.forms, layout.act)
+
+
+_native = not unavailable() and register_native(library(), _NATIVE, _layer, fill_table)
 for _name, _, _impl, _fake in _OPS:
     if not (_native and _name in _NATIVE):
         _lib.impl(_name, _impl, "CPU")

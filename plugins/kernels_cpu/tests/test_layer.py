@@ -1,0 +1,295 @@
+"""The operator of a decoder layer: against plain torch, whatever the mask and the position say."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cpu_made import SPECS, make_layer, make_op
+from quant_core.errors import LayoutError
+from quant_core.kernels.between import NORMS, Block, gated_op, norm_op
+from quant_core.shared import weights_changed
+from quant_kernels_cpu import layer as layer_module
+from quant_kernels_cpu import native, ops
+from quant_kernels_cpu.kernel import WnA16
+from quant_kernels_cpu.library import unavailable
+
+if unavailable():
+    pytest.skip(f"no CPU kernels: {unavailable()}", allow_module_level=True)
+
+HEADS, KV, DIM, HIDDEN, WIDE, ROOM = 4, 2, 16, 64, 96, 12
+CPU = ("cpu", "")
+DTYPE = torch.bfloat16
+EPS = (1e-5, 1e-6)
+SCALE = 0.02  # the scores differ by about 1
+_SHAPES = [(HEADS * DIM, HIDDEN), (KV * DIM, HIDDEN), (KV * DIM, HIDDEN), (HIDDEN, HEADS * DIM)]
+_SHAPES += [(WIDE, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)]
+OP = torch.ops.quant_cpu.decoder_layer.default
+
+
+def normal(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return values.to(DTYPE)
+
+
+class Made:
+    """A layer, and all that a step needs."""
+
+    def __init__(self, batch: int = 1, at: int = 5) -> None:
+        kernel, linears, self.buffers, self.dense = WnA16(), [], [], []
+        for i, (n, k) in enumerate(_SHAPES):
+            lt = make_layer(SPECS["uint4 g32 f16 code"], n, k, seed=i)
+            op = make_op("linear", lt, k)
+            held = kernel.allocate(op)
+            kernel.load_(held, op, lt, {"row": 0})
+            linears.append(op)
+            self.buffers.append(list(held.values()))
+            self.dense.append(lt.weight.dequantize())
+        norm = norm_op(HIDDEN, NORMS[0], "bfloat16", CPU)
+        block = Block(
+            linears=tuple(linears), norms=(norm, norm), heads=HEADS, kv_heads=KV, head_dim=DIM,
+            rotated=DIM, gated=gated_op(WIDE, "silu", "bfloat16", CPU),
+        )  # fmt: skip
+        self.run = kernel.bind_block(block)
+        self.table = self.run.table(lambda: self.buffers)
+        self.norms = tuple(1 + normal(HIDDEN, seed=20 + i) / 8 for i in range(2))
+        self.x = normal(batch, 1, HIDDEN, seed=30)
+        angle = torch.randn(batch, 1, DIM // 2, generator=torch.Generator().manual_seed(31))
+        self.cos, self.sin = (
+            f(torch.cat([angle] * 2, -1)).to(DTYPE) for f in (torch.cos, torch.sin)
+        )
+        self.keys, self.values = (normal(batch, KV, ROOM, DIM, seed=s) for s in (32, 33))
+        self.at = torch.tensor([at])
+        self.mask = (torch.arange(ROOM) <= at).expand(batch, 1, 1, ROOM)
+
+    def arguments(self, **changes) -> tuple:
+        """Of the operator, on copies of the cache."""
+        given = {
+            "x": self.x, "table": self.table.tensor, "norm": self.norms[0],
+            "norm_2": self.norms[1], "layout": self.run.text, "cos": self.cos, "sin": self.sin,
+            "keys": self.keys.clone(), "values": self.values.clone(), "mask": self.mask,
+            "at": self.at, "scale": SCALE, "eps": EPS[0], "eps_2": EPS[1],
+        }  # fmt: skip
+        assert set(changes) <= set(given)
+        return tuple((given | changes).values())
+
+    def plain(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer in float64 of torch's own operators, and the keys that it writes."""
+        batch = self.x.shape[0]
+        w = [d.double() for d in self.dense]
+        x, cos, sin = self.x.double(), self.cos.double()[:, None], self.sin.double()[:, None]
+
+        def norm(x, i):
+            mean = x.pow(2).mean(-1, keepdim=True)
+            return self.norms[i].double() * x * torch.rsqrt(mean + EPS[i])
+
+        def turn(x):
+            a, b = x.chunk(2, -1)
+            return x * cos + torch.cat([-b, a], -1) * sin
+
+        h = norm(x, 0)
+        q, k, v = (
+            (h @ w[i].T).view(batch, 1, n, DIM).transpose(1, 2)
+            for i, n in ((0, HEADS), (1, KV), (2, KV))
+        )
+        keys, values = self.keys.double().clone(), self.values.double().clone()
+        at = int(self.at)
+        keys[:, :, at], values[:, :, at] = turn(k)[:, :, 0], v[:, :, 0]
+        if mask.dtype != torch.bool:
+            mask = mask.double()
+        y = F.scaled_dot_product_attention(
+            turn(q), keys, values, attn_mask=mask, scale=SCALE, enable_gqa=True
+        )
+        s = x + y.transpose(1, 2).reshape(batch, 1, -1) @ w[3].T
+        h = norm(s, 1)
+        return s + (F.silu(h @ w[4].T) * (h @ w[5].T)) @ w[6].T, keys[:, :, at]
+
+
+def near(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """bfloat16 between all operations: a dozen roundings of 2^-9 each, a softmax among them."""
+    return bool(((got.double() - want).norm(dim=-1) <= 2.0**-5 * want.norm(dim=-1)).all())
+
+
+def masks(batch: int) -> dict[str, torch.Tensor]:
+    places = torch.arange(ROOM)
+    causal = (places <= 5).expand(batch, 1, 1, ROOM)
+    padded = causal.clone()
+    padded[-1, ..., :3] = False
+    heads = causal.expand(batch, HEADS, 1, ROOM).clone()
+    heads[:, 1, :, 1:4] = False
+    strided = torch.zeros(batch, 1, 1, 2 * ROOM, dtype=torch.bool)[..., ::2]
+    strided.copy_(padded)
+    return {
+        "causal": causal,
+        "padded": padded,
+        "of each head": heads,
+        "beyond the position": (places <= 9).expand(batch, 1, 1, ROOM),
+        "all": torch.ones(1, 1, 1, ROOM, dtype=torch.bool),
+        "without the new token": (places <= 4).expand(batch, 1, 1, ROOM),
+        "added": torch.where(padded, 0.0, float("-inf")),
+        "added, weighted": torch.where(causal, places / 4.0, -1e30),
+        "strided": strided,
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", list(masks(1)))
+def test_the_mask_is_obeyed_whatever_it_says(isa, kind, batch):
+    made, mask = Made(batch), masks(batch)[kind]
+    want, _ = made.plain(mask)
+    got = OP(*made.arguments(mask=mask))
+    assert near(got, want)
+    other, _ = made.plain(masks(batch)["causal"])
+    if kind != "causal":  # the mask moves the result further than roundings do
+        assert (got.double() - want).norm() < 0.5 * (want - other).norm()
+    assert torch.equal(*(f(*made.arguments(mask=mask)) for f in (OP, layer_module.run_layer)))
+
+
+@pytest.mark.parametrize("at", [0, 5, ROOM - 1])
+def test_the_new_token_is_written_where_the_position_says(isa, at):
+    made = Made(2, at)
+    given = made.arguments()
+    y, (keys, values) = OP(*given), given[7:9]
+    want, written = made.plain(made.mask)
+    assert near(y, want)
+    assert near(keys[:, :, at], written)
+    others = torch.arange(ROOM) != at
+    assert torch.equal(keys[:, :, others], made.keys[:, :, others])
+    assert torch.equal(values[:, :, others], made.values[:, :, others])
+    assert not torch.equal(values[:, :, at], made.values[:, :, at])
+    # what lies behind a position that the mask hides is never read
+    hidden = made.keys.clone()
+    hidden[:, :, at + 1 :] = float("nan")
+    assert torch.equal(OP(*made.arguments(keys=hidden)), y)
+    # the same bits as over a cache that ends there, and as the eager call
+    cut = [made.keys[:, :, : at + 1].clone(), made.values[:, :, : at + 1].clone()]
+    eager = made.run(made.buffers, made.norms, made.x, made.cos, made.sin, *cut, None, SCALE, EPS)
+    assert torch.equal(eager, y)
+    both = made.keys.clone(), made.values.clone()
+    given = (made.buffers, made.norms, made.x, made.cos, made.sin, *both, made.mask, SCALE, EPS)
+    assert torch.equal(made.run(*given, made.at), y)
+
+
+def test_inputs_that_do_not_lie_dense_are_read_right(isa):
+    made = Made(2)
+    want = OP(*made.arguments())
+    apart = torch.stack([made.x] * 2, -1)[..., 0]
+    angles = [torch.stack([t] * 2, 1)[:, 0] for t in (made.cos, made.sin)]
+    cache = made.keys.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not apart.is_contiguous()
+    got = OP(*made.arguments(x=apart, cos=angles[0], sin=angles[1], keys=cache))
+    assert torch.equal(got, want)
+
+
+def test_opcheck():
+    made = Made(2)
+    torch.library.opcheck(
+        OP,
+        made.arguments(),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_changed_buffers_are_seen_when_they_are_told_of(isa):
+    made = Made()
+    before = OP(*made.arguments())
+    made.buffers = [[t.clone() for t in mine] for mine in made.buffers]
+    made.buffers[0][0] ^= 1
+    weights_changed()
+    gc.collect()
+    after = OP(*made.arguments())
+    assert not torch.equal(after, before)
+    assert torch.equal(after, layer_module.run_layer(*made.arguments()))
+
+
+def test_wrong_arguments_are_errors_and_write_nothing(caplog):
+    made = Made(2)
+    if native._torch_library() is None:
+        pytest.skip("this torch has no stable C ABI")
+    wrong = {
+        "x has other sizes": {"x": made.x[..., :32]},
+        "keys have other sizes": {"keys": made.keys[:, :1]},
+        "values have other sizes": {"values": made.values[:, :, :4]},
+        "mask has other sizes": {"mask": made.mask[..., :4]},
+        "mask is neither": {"mask": made.mask.long()},
+        "angles have other sizes": {"cos": made.cos[..., :8]},
+        "norm has another size": {"norm": made.norms[0][:32]},
+        "another dtype": {"x": made.x.float()},
+        "not one number": {"at": torch.tensor([1, 2])},
+        "not of int64": {"at": made.at.int()},
+        "layout cannot be read": {"layout": "nonsense"},
+        "no table of weights": {"table": made.table.tensor[:-1]},
+        "not those that the graph": {"table": torch.zeros_like(made.table.tensor)},
+        "outside of the cache": {"at": torch.tensor([ROOM])},
+    }
+    for words, changes in wrong.items():
+        given = made.arguments(**changes)
+        cache = [t.clone() for t in given[7:9]]
+        with pytest.raises(RuntimeError, match=words):
+            OP(*given)
+        assert all(torch.equal(a, b) for a, b in zip(cache, given[7:9])), words
+    with pytest.raises(RuntimeError, match="outside of the cache"):
+        OP(*made.arguments(at=torch.tensor([-1])))
+    other = replace(made.run.layout, mark=1)
+    with pytest.raises(RuntimeError, match="not those that the graph"):
+        OP(*made.arguments(layout=other.text()))
+    assert "is gone, or was none" in caplog.text
+    with pytest.raises(LayoutError) as caught:
+        made.run(
+            made.buffers, made.norms, made.x, made.cos, made.sin, made.keys, made.values,
+            made.mask, SCALE, EPS, torch.tensor([ROOM]),
+        )  # fmt: skip
+    assert caught.value.code == "Q-LAYOUT-INPUT"
+    made.buffers[0][0] = made.buffers[0][0][:-1]
+    weights_changed()
+    with pytest.raises(LayoutError):
+        layer_module.run_layer(*made.arguments())
+
+
+class Holder:
+    """What a table asks, as a model's layers are asked."""
+
+    def __init__(self, buffers: list[list[torch.Tensor]]) -> None:
+        self.buffers = buffers
+
+    def __call__(self) -> list[list[torch.Tensor]]:
+        return self.buffers
+
+
+def test_copies_of_a_table_are_tables_of_their_own():
+    made = Made()
+    table = made.run.table(Holder(made.buffers))
+    want = OP(*made.arguments(table=table.tensor))
+    for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        other.values.buffers[6][0].zero_()
+        got = OP(*made.arguments(table=other.tensor))
+        assert not torch.equal(got, want)
+    assert torch.equal(OP(*made.arguments(table=table.tensor)), want)
+    copied = table.tensor.clone()  # of the tensor alone: good for as long as the table is there
+    for op in (OP, layer_module.run_layer):
+        assert torch.equal(op(*made.arguments(table=copied)), want)
+    del table, other
+    gc.collect()
+    for op in (OP, layer_module.run_layer):
+        with pytest.raises(RuntimeError if op is OP else LayoutError):
+            op(*made.arguments(table=copied))
+
+
+def test_calls_keep_nothing():
+    made = Made()
+    assert ops._native or native._torch_library() is None
+    import weakref
+
+    given = made.arguments()
+    seen = [weakref.ref(t) for t in given if isinstance(t, torch.Tensor) and t is not made.x]
+    kept = {id(t) for t in (*made.norms, made.table.tensor, made.cos, made.sin, made.mask, made.at)}
+    OP(*given)
+    del given
+    gc.collect()
+    assert all(r() is None or id(r()) in kept for r in seen)
