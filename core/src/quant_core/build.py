@@ -176,6 +176,15 @@ class Builder:
         load_part_(choice, buffers, lt, {"row": 0})
         return cls(choice, buffers, members, chooser)
 
+    # ---------------------------------------------------------------------------------- floats
+
+    def taken(self, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A float parameter of the model from elsewhere than the checkpoint; here never."""
+        return None
+
+    def filled(self, parameter: str, value: Tensor) -> None:
+        """Told of every float parameter that was read."""
+
     # ---------------------------------------------------------------------------------- layers
 
     def linear(

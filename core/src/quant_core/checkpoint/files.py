@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from quant_core.checkpoint.ahead import wait_for
 from quant_core.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         """Open the regular file ``path`` for reading; raises ``Q-CKPT-IO``."""
         self.path = path
+        self._name = os.path.realpath(path)
         self.users = 0
         self.evicted = False
         try:  # O_NONBLOCK: a FIFO put in the file's place must not hang us
@@ -161,6 +163,7 @@ class OpenFile:
         memory, is work for a processor.
         """
         size, count = len(buffer), threads_for(len(buffer))
+        wait_for(self._name, offset, size)
         if count == 1:
             return self._read_part(buffer, offset)
         from concurrent.futures import wait

@@ -87,7 +87,7 @@ def fill_model(
         model.set_submodule(module, new)
         filled.members |= {m.layer.name: m for m in members}
     attach_caches(model, plan, layout, mode=kv_cache, device=builder.device, beyond=check.rule)
-    _fill_dense(model, plan, layout, builder.device, dtypes)
+    _fill_dense(model, plan, layout, builder, dtypes)
     tied.apply()
     share_inputs(model)
     attach_attention(
@@ -148,14 +148,24 @@ def _fill_dense(
     model: PreTrainedModel,
     plan: Plan,
     layout: Layout,
-    device: str,
+    builder: Builder,
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
     """Read each float tensor into its parameter: one at a time, merged ones slice by slice."""
-    state = model.state_dict(keep_vars=True)
+    state, device = model.state_dict(keep_vars=True), builder.device
     new: dict[str, Tensor] = {}
+    taken: dict[str, Tensor | None] = {}
     for name, slot in layout.slots.items():
         old = state[slot.target]
+        dtype = _wanted_dtype(slot.target, old, dtypes)
+        if slot.target not in taken:
+            found = builder.taken(slot.target, tuple(old.shape), dtype)
+            taken[slot.target] = found
+            if found is not None:
+                _set(model, slot.target, old, found)
+        if taken[slot.target] is not None:
+            plan.ledger.load((plan.dense[name], ()))
+            continue
         value = read_parameter(plan, name)
         if value.is_floating_point() != old.is_floating_point():
             raise LayoutError(
@@ -178,13 +188,15 @@ def _fill_dense(
                 expected=tuple(part.shape),
                 actual=tuple(value.shape),
             )
-        dtype = _wanted_dtype(slot.target, old, dtypes)
         if not slot.index:
-            _set(model, slot.target, old, value.to(device=device, dtype=dtype))
+            value = value.to(device=device, dtype=dtype)
+            _set(model, slot.target, old, value)
+            builder.filled(slot.target, value)
             continue
         if slot.target not in new:
             new[slot.target] = torch.empty(old.shape, dtype=dtype, device=device)
             _set(model, slot.target, old, new[slot.target])
+            builder.filled(slot.target, new[slot.target])
         new[slot.target][slot.index].copy_(value)
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quant_core.build import Builder
+from quant_core.checkpoint.ahead import reading_ahead
 from quant_core.checkpoint.files import io_error
 from quant_core.errors import CheckpointError, QuantError, printable
 from quant_core.memory import written_whole
@@ -23,10 +25,11 @@ from quant_core.nn import (
     QuantLinear,
     QuantModule,
 )
-from quant_core.plan import Member, member_parts
+from quant_core.plan import Member, Plan, member_parts
 from quant_core.prepared.entry import Entry, Module, Part, entry_error, write_entry
 from quant_core.prepared.folder import BUFFERS, folder_for, make_room, remove
 from quant_core.prepared.key import Key, key_of
+from quant_core.prepared.pages import MAPPED_BYTES, mapping_wanted
 
 __all__ = ["PreparedBuilder", "builder_for"]
 
@@ -47,14 +50,17 @@ class PreparedBuilder(Builder):
     Attributes:
         path: the entry's folder.
         entry: None while there is none that can be used.
+        maps: whether entries are mapped; then they hold floats too.
     """
 
     path: Path
     key: Key
     entry: Entry | None = None
+    maps: bool = False
 
     def __post_init__(self) -> None:
         self.built: dict[str, nn.Module] = {}
+        self.floats: dict[str, Tensor] = {}
         self.fresh = 0  # modules that did not come from the entry
 
     # ------------------------------------------------------------------------------- the modules
@@ -87,6 +93,22 @@ class PreparedBuilder(Builder):
         self.fresh += 1
         self.built[name] = module
         return module
+
+    def taken(self, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        if self.entry is None or self.device != "cpu":
+            return None
+        try:
+            found = self.entry.floats(parameter, shape, dtype)
+        except QuantError as err:
+            self._give_up(err)
+            return None
+        if found is not None:
+            self.floats[parameter] = found
+        return found
+
+    def filled(self, parameter: str, value: Tensor) -> None:
+        if self.maps and self.device == "cpu" and value.nbytes >= MAPPED_BYTES:
+            self.floats[parameter] = value
 
     # ---------------------------------------------------------------------------- from the entry
 
@@ -168,12 +190,13 @@ class PreparedBuilder(Builder):
             return
         modules = {name: _described(module) for name, module in self.built.items()}
         held = [t for _, parts in modules.values() for part in parts for t in part.values()]
+        held += self.floats.values()
         nbytes = sum(t.numel() * t.element_size() for t in held)
         try:
             if problem := make_room(self.path.parent, nbytes, self.path.name):
                 log.warning("prepared weights are not kept in %s: %s", self.path.parent, problem)
                 return
-            write_entry(self.path, self.key, modules)
+            write_entry(self.path, self.key, modules, self.floats)
         except CheckpointError as err:
             if err.code not in _BUSY:
                 log.warning("prepared weights are not kept: %s", err)
@@ -199,6 +222,18 @@ def _described(module: nn.Module) -> tuple[Module, list[Mapping[str, Tensor]]]:
     return Module(reason=reason, parts=tuple(made)), [m.tensors for m in parts]
 
 
+def _parts(plan: Plan) -> list[tuple[str, int, int]]:
+    """(path, first byte, bytes) of the stored tensors, about in the order of their use."""
+    tensors, folder = plan.checkpoint.tensors, plan.checkpoint.folder
+    floats = set(plan.dense.values())
+
+    def turn(name: str) -> list[tuple[bool, int, str]]:  # layer 10 comes after layer 9
+        return [(x.isdecimal(), int(x) if x.isdecimal() else 0, x) for x in name.split(".")]
+
+    ordered = sorted(tensors.values(), key=lambda t: (t.name in floats, turn(t.name)))
+    return [(str(folder / t.file), t.offset, t.nbytes) for t in ordered]
+
+
 @contextmanager
 def builder_for(prepared: str | None, target: str, **settings: Any) -> Iterator[Builder]:
     """The builder of one load; prepared weights are written when the load has succeeded.
@@ -213,8 +248,10 @@ def builder_for(prepared: str | None, target: str, **settings: Any) -> Iterator[
     """
     folder = folder_for(prepared)
     builder = Builder(**settings)
+    files = _parts(builder.plan)
     if folder is None:
-        yield builder
+        with reading_ahead(files):
+            yield builder
         return
     key = key_of(
         builder.plan, target=target, device=builder.device, dtype=builder.dtype,
@@ -222,18 +259,20 @@ def builder_for(prepared: str | None, target: str, **settings: Any) -> Iterator[
     )  # fmt: skip
     if key is None:
         log.warning("weights are not prepared: a scheme of this checkpoint has no stable text")
-        yield builder
+        with reading_ahead(files):
+            yield builder
         return
     path = folder / key.digest
-    ready = PreparedBuilder(path=path, key=key, **settings)
+    ready = PreparedBuilder(path=path, key=key, maps=mapping_wanted(folder), **settings)
     if (path / BUFFERS).exists():
         try:
-            ready.entry = Entry(path, key)
+            ready.entry = Entry(path, key, map_it=ready.maps)
         except QuantError as err:
             log.warning("prepared weights are built again: %s", err)
             remove(path)
     try:
-        yield ready
+        with reading_ahead([] if ready.entry is not None else files):
+            yield ready
     except BaseException:
         if ready.entry is not None:
             ready.entry.close()

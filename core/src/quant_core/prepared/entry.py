@@ -1,6 +1,7 @@
 """One entry: a safetensors file of buffers, and in its header what each belongs to.
 
-    tensors    "<module>|<part>|<buffer>"
+    tensors    "<module>|<part>|<buffer>"; "<parameter>|float" is one that the checkpoint has as
+               floats
     metadata   key      the whole ``Key``; a file under another name does not match
                modules  module -> [reason, [part]]; a part = kernel, operation, members and their
                         rows, buffers; a reason says why there are several
@@ -10,8 +11,8 @@
 A file that is cut short fails the header's own arithmetic; one whose header was touched fails the
 sum. The data carry no sum of their own: like a checkpoint's, they are read once and trusted.
 
-With ``QUANT_PREPARED_MAP=1`` buffers are pages of the file itself, private to a process that writes
-into them, shared by all that do not. Data begin at multiples of 64 bytes for that.
+Where the file is mapped (``prepared.pages``) buffers and floats are its pages; data begin at
+multiples of 64 bytes for that. Where it is read, floats come from the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,32 +27,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_core.checkpoint.files import OpenFile
+from quant_core.checkpoint.files import OpenFile, io_error
 from quant_core.checkpoint.header import MAX_HEADER_BYTES, MAX_TENSORS
 from quant_core.checkpoint.sniff import read_header
 from quant_core.errors import CheckpointError, printable
 from quant_core.prepared.folder import BUFFERS
 from quant_core.prepared.key import Key
+from quant_core.prepared.pages import ALIGN, MAPPED_BYTES, map_file
 from quant_core.spec import OpSpec, Packing, TensorInfo
 from quant_core.spec_json import from_text, op_from_text, to_text
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = [
-    "ALIGN",
     "Entry",
     "Module",
     "Part",
     "described",
     "entry_error",
+    "float_name",
     "read_key",
     "write_entry",
 ]
-
-
-ALIGN = 64  # bytes of a cache line
-_MAPPED_BYTES = 64 << 10  # smaller buffers are read: they share pages with others
 
 
 def entry_error(path: Path, found: str, expected: str) -> CheckpointError:
@@ -89,13 +88,18 @@ def _sum(texts: Sequence[str], tensors: Iterable[tuple[str, str, tuple[int, ...]
     return hashlib.sha256("\0".join((*texts, *table)).encode()).hexdigest()
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def described(name: str, part: int, buffer: str) -> str:
     """The tensor that holds a buffer."""
     return f"{name}|{part}|{buffer}"
+
+
+def float_name(parameter: str) -> str:
+    """The tensor that holds a parameter of the model."""
+    return f"{parameter}|float"
 
 
 def _open(path: Path) -> tuple[OpenFile, Mapping[str, TensorInfo], Mapping[str, str]]:
@@ -129,8 +133,11 @@ def read_key(path: Path) -> Mapping[str, Any]:
 class Entry:
     """An opened entry whose key is the one asked for. Reading is exact or raises."""
 
-    def __init__(self, path: Path, key: Key) -> None:
+    def __init__(self, path: Path, key: Key, *, map_it: bool = False) -> None:
         """Open the entry's folder ``path``.
+
+        Args:
+            map_it: whether ``mapped`` gives pages of the file.
 
         Raises:
             CheckpointError: ``Q-PREPARED-ENTRY``, or the code of a broken safetensors file.
@@ -143,8 +150,11 @@ class Entry:
                 raise entry_error(self.path, "the key of another load", "this one's")
             self._modules: dict[str, tuple[str, list[Any]]] = json.loads(metadata["modules"])
             self._ops: list[str] = json.loads(metadata["ops"])
-            if os.environ.get("QUANT_PREPARED_MAP") == "1":
-                self._mapping = mmap.mmap(self._file.fd, 0, access=mmap.ACCESS_COPY)
+            if map_it:
+                self._mapping = map_file(self.path, self._file.fd)
+        except OSError as err:
+            self._file.close()
+            raise io_error(self.path, err, "cannot be mapped") from err
         except BaseException:
             self._file.close()
             raise
@@ -172,7 +182,7 @@ class Entry:
         for buffer, target in buffers.items():
             info = self._tensors.get(described(name, part, buffer))
             found = None if info is None else (info.dtype, info.shape)
-            expected = (_dtype(target), tuple(target.shape))
+            expected = (_dtype_name(target.dtype), tuple(target.shape))
             if found != expected:
                 what = f"buffer {buffer!r} of {printable(name)!r} is {found}"
                 raise entry_error(self.path, what, str(expected))
@@ -208,19 +218,33 @@ class Entry:
         Raises:
             CheckpointError: ``Q-PREPARED-ENTRY`` if the file has been cut.
         """
+        if target.device.type != "cpu":
+            return None
+        info = self._tensors[described(name, part, buffer)]
+        return self._pages(info, target.dtype, tuple(target.shape))
+
+    def floats(self, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A parameter of the model as pages of the file; None where it comes from the checkpoint.
+
+        Raises:
+            CheckpointError: ``Q-PREPARED-ENTRY`` if the file has been cut.
+        """
+        info = self._tensors.get(float_name(parameter))
+        if info is None or (info.dtype, info.shape) != (_dtype_name(dtype), shape):
+            return None
+        return self._pages(info, dtype, shape)
+
+    def _pages(self, info: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
         import torch
 
-        info = self._tensors[described(name, part, buffer)]
-        if self._mapping is None or target.device.type != "cpu" or info.offset % ALIGN:
-            return None
-        if info.nbytes < _MAPPED_BYTES:
+        if self._mapping is None or info.offset % ALIGN or info.nbytes < MAPPED_BYTES:
             return None
         if info.offset + info.nbytes > len(self._mapping):
             raise entry_error(self.path, "a file that ends early", "the size in its header")
         flat = torch.frombuffer(
-            self._mapping, dtype=target.dtype, count=target.numel(), offset=info.offset
+            self._mapping, dtype=dtype, count=math.prod(shape), offset=info.offset
         )
-        return flat.view(target.shape)
+        return flat.view(shape)
 
     def touch(self) -> None:
         """Note that the entry was used. A cache that may only be read stays as it is."""
@@ -234,12 +258,16 @@ class Entry:
 
 
 def write_entry(
-    path: Path, key: Key, modules: Mapping[str, tuple[Module, Sequence[Mapping[str, Tensor]]]]
+    path: Path,
+    key: Key,
+    modules: Mapping[str, tuple[Module, Sequence[Mapping[str, Tensor]]]],
+    floats: Mapping[str, Tensor],
 ) -> None:
     """Write an entry's folder, whole or not at all.
 
     Args:
         modules: name -> the module, and the buffers of each of its parts.
+        floats: parameter of the model -> its value.
 
     Raises:
         CheckpointError: ``Q-CKPT-LOCKED`` or ``Q-CKPT-EXISTS`` if another process was first,
@@ -248,7 +276,7 @@ def write_entry(
     from quant_core.checkpoint.write import write_safetensors
 
     ops: dict[str, int] = {}
-    tensors: dict[str, Tensor] = {}
+    tensors = {float_name(name): t for name, t in floats.items()}
     listed: dict[str, tuple[str, list[dict[str, Any]]]] = {}
     for name, (module, held) in modules.items():
         parts: list[dict[str, Any]] = []
@@ -264,7 +292,7 @@ def write_entry(
             tensors |= {described(name, i, b): t for b, t in buffers.items()}
         listed[name] = (module.reason, parts)
     texts = [key.text, json.dumps(listed), json.dumps(list(ops))]
-    table = ((n, _dtype(t), tuple(t.shape)) for n, t in tensors.items())
+    table = ((n, _dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items())
     metadata = dict(zip(("key", "modules", "ops"), texts)) | {"sum": _sum(texts, table)}
     write_safetensors(
         path,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Key", "key_of"]
 
-FORMAT = 1  # of entries; another number never matches
+FORMAT = 2  # of entries; another number never matches
 _SOURCES = (".py", ".so", ".json", ".cu")
 _ADDRESS = " at 0x"  # a repr that names an object, not its value
 
