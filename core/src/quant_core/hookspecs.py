@@ -169,7 +169,8 @@ def apply(op: OpSpec) -> Iterable[Kernel]:  # type: ignore[empty-body]
 def block_types() -> Mapping[str, BlockType]:  # type: ignore[empty-body]
     """Which opaque block types do you know?
 
-    Called once after loading. Two plugins with one name conflict (``Q-PLUGIN-CONFLICT``).
+    Called once after loading. A type may name codes that stand for its blocks in kernels
+    (``BlockType.codes``). Two plugins with one name conflict (``Q-PLUGIN-CONFLICT``).
     Since API 0.1.
     """
 

@@ -235,12 +235,16 @@ class BlockType:
 
     ``target`` is ``"module:function"``, imported on first use:
     function(blocks: uint8 [rows, row_bytes], k: int) -> float32 [rows, k].
+
+    ``codes`` names, likewise, what may stand for the blocks in kernels that read codes and scales
+    (``kernels.expanded.BlockCodes``); "" = nothing does.
     """
 
     name: str
     weights: int  # weights per block
     bytes: int  # bytes per block
     target: str
+    codes: str = ""
 
 
 # -------------------------------------------------------------------- what the engine asks for

@@ -165,6 +165,17 @@ def _rounded(
     return [(wrapped, as_run, answer)] if isinstance(answer, Accepted) else []
 
 
+def _expanded(kernel: Kernel, op: OpSpec) -> list[tuple[Kernel, OpSpec, Accepted | Rejected]]:
+    """The kernel on codes that stand for opaque blocks, if the plugin of the blocks has such."""
+    from quant_core.kernels.expanded import Expanded
+
+    wrapped = Expanded.of(kernel, op)
+    if wrapped is None:
+        return []
+    as_run, answer = _ask(wrapped, op)
+    return [(wrapped, as_run, answer)] if isinstance(answer, Accepted) else []
+
+
 def _allowed(kernels: str | Iterable[str] | None, op: OpSpec, module: str) -> set[str] | None:
     """Names that may run this operation in this module; None for all."""
     if kernels is None:
@@ -286,6 +297,8 @@ def _decide(
         said = [(kernel, as_run, answer)]
         if isinstance(answer, Rejected) and answer.axis in ("operands", "features", "input"):
             said += _rounded(kernel, op, rounds)
+        elif isinstance(answer, Rejected) and answer.axis == "blocks":
+            said += _expanded(kernel, op)
         elif isinstance(answer, Rejected) and answer.axis == "transforms":
             said += _transformed(kernel, op, rounds, turns)
         allowed += [k for k, _, _ in said[1:]]

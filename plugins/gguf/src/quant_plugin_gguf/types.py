@@ -122,6 +122,7 @@ def opaque_block_types() -> Mapping[str, BlockType]:
             weights=t.weights,
             bytes=t.bytes,
             target=f"quant_plugin_gguf.opaque:{t.dtype}",
+            codes="" if t.name == "TQ1_0" else f"quant_plugin_gguf.grids:{t.dtype}",
         )
         for t in _TYPES
         if t.kind == "opaque"
