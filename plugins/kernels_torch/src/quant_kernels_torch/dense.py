@@ -125,9 +125,8 @@ def _tiles_linear(x: Tensor, tensors: list[Tensor], op_text: str) -> Tensor:
     if not flat.shape[0]:
         return x.new_empty(*x.shape[:-1], n)
     w = dense_rows(held, op, x.new_empty(n, k))
-    y = F.linear(_gathered(_rounded(flat, op), held.get("gather"), k), w)
-    if "bias" in held:
-        y = y + held["bias"].to(y.dtype)
+    bias = held["bias"].to(x.dtype) if "bias" in held else None  # added before y is rounded
+    y = F.linear(_gathered(_rounded(flat, op), held.get("gather"), k), w, bias)
     return y.view(*x.shape[:-1], n)
 
 
