@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_kernels_triton as base  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from gpu_eight_bits import check_codes, check_ring  # noqa: E402
 from gpu_kernels_triton import DEVICE, error, graph_us  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -224,6 +225,10 @@ def check_job(job: str) -> dict:
     try:
         if what == "warm":
             return warm(name, kind, static)
+        if what == "codes":
+            return check_codes()
+        if what == "ring":
+            return check_ring(kind)
         if what == "linear":
             return check_linear(name, kind, act, static)
         return check_blocks(name, kind) if what == "blocks" else check_experts(name, kind)
@@ -233,6 +238,8 @@ def check_job(job: str) -> dict:
 
 def check(out: Path, workers: int) -> list[dict]:
     jobs = [("blocks", s, a, "", False) for s, a in (CHECKS[0], *TIMED)]
+    jobs += [("codes", "", "", "", False)]
+    jobs += [("ring", "", kind, "", False) for kind in ("fp8", "block", "int8")]
     jobs += [("linear", s, a, "bfloat16", False) for s, a in CHECKS]
     jobs += [("linear", s, a, "float16", False) for s, a in (CHECKS[0], CHECKS[10])]
     jobs += [("linear", s, a, "bfloat16", True) for s, a in (CHECKS[4], CHECKS[8])]

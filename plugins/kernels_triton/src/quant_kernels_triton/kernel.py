@@ -8,7 +8,7 @@ from quant_kernels_triton.between_kernel import Gated, RmsNorm, Rotary
 from quant_kernels_triton.hadamard_kernel import Hadamard
 from quant_kernels_triton.mixed_kernel import Mixed, MixedStored
 from quant_kernels_triton.rounding_kernel import Round
-from quant_kernels_triton.scaled_kernel import Scaled
+from quant_kernels_triton.scaled_kernel import Scaled, ScaledRing
 from quant_kernels_triton.wna16 import Dense, GluonTiles, PlainTriton
 
 __all__ = ["KERNELS"]
@@ -18,6 +18,7 @@ KERNELS: tuple[Kernel, ...] = (
     PlainTriton(),
     Dense(),
     Scaled(),
+    ScaledRing(),
     Mixed(),
     MixedStored(),
     AttentionStep(),

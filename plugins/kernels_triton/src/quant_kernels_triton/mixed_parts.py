@@ -6,7 +6,7 @@ A word of codes in the order "tiles16" holds, for the step S of 16 columns and t
 
 Four bytes of a row side by side in a lane are four columns of the 8-bit A operand of wgmma, whose
 lane t holds columns 4 t .. 4 t + 3 of 16. So the word is the operand already, once its columns are
-called t * 4 + p * 2 + kh: x is quantized into that order (``mixed_quantize``) and weights stay as
+called t * 4 + p * 2 + kh: x is quantized into that order (``codes_gluon``) and weights stay as
 the other kernels of "tiles16" have them. A dot product does not mind the order of its terms.
 
     e4m3  the byte |code - 8| with the sign on top is (code - 8) * 2^-9: small integers are the

@@ -29,6 +29,7 @@ from quant_kernels_triton.recipe import (
     describe,
     recipe_from_text,
 )
+from quant_kernels_triton.scaled_plan import codes_us
 
 __all__ = ["MixedPlan", "MixedRing", "MixedWide", "config", "costs", "describe_mixed", "from_text"]
 
@@ -249,7 +250,7 @@ def config(p: MixedPlan, rows: int) -> MixedRing | MixedWide:
 
 
 # Microseconds, fitted to an H100 (benchmarks/gpu_mixed.py).
-_START, _START_EXPERTS = 6.0, 28.0  # of quantizing and starting; of sorting too
+_START, _START_EXPERTS = 3.4, 25.4  # beside quantizing: of starting; of sorting too
 _BYTES_PER_US = 2.9e6
 _PARTS_PER_US = 4.5e6  # of parts of sums, which the cache holds
 _GROUP = {"int4": 1.14, "fp4": 1.14, "fp8": 1.03, "int8": 0.87}  # of 128 x 256 outputs, 128 columns
@@ -288,7 +289,7 @@ def costs(p: MixedPlan, buckets: tuple[int, ...]) -> tuple[tuple[int, float], ..
         stacks = min(experts, rows) if experts else 1
         read = stacks * each / _BYTES_PER_US
         work = _work(p, -(-rows // max(experts, 1)), stacks)
-        start = (_START_EXPERTS if experts else _START) + rows * p.recipe.k / 1.2e6
+        start = (_START_EXPERTS if experts else _START) + codes_us(rows, p.recipe.k)
         c = config(p, rows)
         apart = 0.4 if isinstance(c, MixedRing) and c.bm == 64 else 0.15
         us = start + max(read, work) + apart * min(read, work)

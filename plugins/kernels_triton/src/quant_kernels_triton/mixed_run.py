@@ -15,12 +15,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from quant_kernels_triton.codes_run import Rule, hopper_codes
 from quant_kernels_triton.gluon_counters import counters
 from quant_kernels_triton.gluon_run import _Desc
 from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
 from quant_kernels_triton.mixed_parts import ASM, POWER
 from quant_kernels_triton.mixed_plan import MixedPlan, MixedRing, MixedWide, config
-from quant_kernels_triton.mixed_quantize import quantize_exchanged
 from quant_kernels_triton.mixed_ring import mixed_ring
 from quant_kernels_triton.mixed_ws import mixed_specialized
 from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
@@ -31,56 +31,24 @@ _WEIGHT_STAGES = 4  # of mixed_ws, of 8 KB
 _Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
 
 
-def _power(size: int) -> int:
-    return max(128, 1 << (size - 1).bit_length())
-
-
 def exchanged_codes(
-    p: MixedPlan, x: Tensor, tensors: Sequence[Tensor], rows: Tensor | None, early: bool
+    p: MixedPlan, x: Tensor, tensors: Sequence[Tensor], rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 (bits of e4m3) or int8 [T, K] in the kernels' order, float32 scales [T].
 
     Args:
         rows: the row of x that each token is; None: all in order.
-        early: the next kernel on the stream waits for this one by itself.
     """
-    r, t = p.recipe, x.shape[0]
-    fp8, bounded = not p.integer, p.least > 0 or p.most > 0
-    q = torch.empty(t, r.k, dtype=torch.uint8 if fp8 else torch.int8, device=x.device)
-    s = torch.empty(t, dtype=torch.float32, device=x.device)
-    bk, bi = _power(r.k), _power(r.k_in)
-    scale = tensors[-1] if p.static else s
-    gather = tensors[r.buffers.index("gather")] if r.gather else s
+    r = p.recipe
+    gather = tensors[r.buffers.index("gather")] if r.gather else None
+    return hopper_codes(_rule(p), x, tensors[-1] if p.static else None, rows, gather)
 
-    def build() -> Build:
-        fixed = {"FP8": fp8, "BOUNDED": bounded, "STATIC": p.static, "HAS_GATHER": r.gather}
-        fixed |= {
-            "HAS_ROWS": rows is not None,
-            "PDL": early,
-            "BYTES": p.bytes,
-            "BK": bk,
-            "BI": bi if r.gather else bk,
-        }
-        return Build(
-            constants=fixed, options={"num_warps": 4 if bk <= 4096 else 8 if bk <= 8192 else 16}
-        )
 
-    key = ("exchanged", p, x.dtype, rows is None, early)
-    args = (
-        x,
-        s if rows is None else rows,
-        scale,
-        gather,
-        q,
-        s,
-        r.k,
-        r.k_in,
-        p.peak,
-        p.least,
-        p.most,
-    )
-    launch(quantize_exchanged, key, (t, 1), args, x.device.index, build)
-    return q, s
+@functools.cache
+def _rule(p: MixedPlan) -> Rule:
+    bounds = (p.peak, p.least, p.most)
+    order = 8 if p.bytes else 4
+    return Rule(key=p, k=p.recipe.k, fp8=not p.integer, bounds=bounds, order=order)
 
 
 class _Layer:
@@ -196,7 +164,7 @@ def run_mixed(
     if x.shape[0]:
         held = _layer(p)
         rows = None if experts is None else experts[0]
-        q, s = exchanged_codes(p, aligned(x), tensors, rows, True)
+        q, s = exchanged_codes(p, aligned(x), tensors, rows)
         _multiply(held, q, s, tensors, y, c or held.config(x.shape[0]), experts)
     return y.to(dtype)
 

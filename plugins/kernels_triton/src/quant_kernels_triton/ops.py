@@ -3,6 +3,7 @@
     quant_triton::linear(x, tensors, recipe, way) -> y          x [..., K] -> [..., N]
     quant_triton::grouped_linear(x, experts, tensors, recipe, way)  x [T, K], experts [T] -> [T, N]
     quant_triton::scaled_linear(x, tensors, plan) -> y          x [..., K] -> [..., N]
+    quant_triton::scaled_ring(x, tensors, plan) -> y            x [..., K] -> [..., N]
     quant_triton::embedding(ids, tensors, recipe) -> rows       ids [...] -> [..., K]
 
 ``recipe`` is ``Recipe.text()`` and ``plan`` ``ScaledPlan.text()``; ``tensors`` are the buffers in
@@ -24,7 +25,7 @@ from quant_kernels_triton.rounding_run import rounded
 from quant_kernels_triton.scaled_plan import scaled_from_text
 from quant_kernels_triton.scaled_run import run_scaled
 
-__all__ = ["bound_embedding", "bound_grouped", "bound_linear", "bound_scaled"]
+__all__ = ["bound_embedding", "bound_grouped", "bound_linear", "bound_ring", "bound_scaled"]
 
 _lib = torch.library.Library("quant_triton", "FRAGMENT")
 _lib.define("linear(Tensor x, Tensor[] tensors, str recipe, str way) -> Tensor")
@@ -32,6 +33,7 @@ _lib.define(
     "grouped_linear(Tensor x, Tensor experts, Tensor[] tensors, str recipe, str way) -> Tensor"
 )
 _lib.define("scaled_linear(Tensor x, Tensor[] tensors, str plan) -> Tensor")
+_lib.define("scaled_ring(Tensor x, Tensor[] tensors, str plan) -> Tensor")
 _lib.define("embedding(Tensor ids, Tensor[] tensors, str recipe) -> Tensor")
 
 
@@ -81,6 +83,13 @@ def _scaled_linear(x: Tensor, tensors: list[Tensor], plan: str) -> Tensor:
     return run_scaled(p, x.reshape(-1, p.k), tensors).view(*x.shape[:-1], p.n)
 
 
+def _scaled_ring(x: Tensor, tensors: list[Tensor], plan: str) -> Tensor:
+    from quant_kernels_triton.scaled_ring_run import run_ring  # needs the Gluon dialect
+
+    p = scaled_from_text(plan)
+    return run_ring(p, x.reshape(-1, p.k), tensors).view(*x.shape[:-1], p.n)
+
+
 def _fake_scaled(x: Tensor, tensors: list[Tensor], plan: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], scaled_from_text(plan).n)
 
@@ -105,6 +114,7 @@ for _name, _impl, _fake in (
     ("linear", _linear, _fake_linear),
     ("grouped_linear", _grouped_linear, _fake_grouped),
     ("scaled_linear", _scaled_linear, _fake_scaled),
+    ("scaled_ring", _scaled_ring, _fake_scaled),
     ("embedding", _embedding, _fake_embedding),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
@@ -133,6 +143,14 @@ def bound_scaled(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     if unobserved(x):
         return _scaled_linear(x, tensors, text)
     return torch.ops.quant_triton.scaled_linear(x, tensors, text)  # type: ignore[no-any-return]
+
+
+def bound_ring(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
+    """The same in Gluon."""
+    check_input(x, k)
+    if unobserved(x):
+        return _scaled_ring(x, tensors, text)
+    return torch.ops.quant_triton.scaled_ring(x, tensors, text)  # type: ignore[no-any-return]
 
 
 def bound_embedding(text: str, tensors: list[Tensor], ids: Tensor) -> Tensor:

@@ -14,13 +14,25 @@ from quant_core.kernels.base import ANY_ROWS, Accepted, Rejected
 from quant_core.kernels.storage import Rows, misused
 from quant_core.spec import OpSpec
 from quant_kernels_triton.costs import BUCKETS
-from quant_kernels_triton.scaled_plan import ScaledPlan, describe_scaled, few_rows
-from quant_kernels_triton.wna16 import interpreting
+from quant_kernels_triton.scaled_plan import ScaledPlan, describe_scaled, scaled_us
+from quant_kernels_triton.scaled_ring_plan import MOST, ring_us
+from quant_kernels_triton.wna16 import gluon_missing, interpreting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Scaled"]
+__all__ = ["Scaled", "ScaledRing"]
+
+
+def _checked(op: OpSpec, plan: ScaledPlan | Rejected) -> ScaledPlan | Rejected:
+    """The plan where the chip multiplies such codes."""
+    if isinstance(plan, Rejected):
+        return plan
+    need = (8, 0) if plan.kind == "int8" else (8, 9)
+    have = tuple(int(v) for v in op.device[1].split(".")) if op.device[1] else need
+    if have < need:
+        return Rejected(axis="compute capability", have=op.device[1], need=f"{need[0]}.{need[1]}")
+    return plan
 
 
 class Scaled(Rows):
@@ -31,31 +43,16 @@ class Scaled(Rows):
     def _plan(self, op: OpSpec) -> ScaledPlan | Rejected:
         if op.device[0] != "cuda" and not (op.device[0] == "cpu" and interpreting()):
             return Rejected(axis="device", have=op.device[0], need="cuda")
-        plan = describe_scaled(op)
-        if isinstance(plan, Rejected):
-            return plan
-        need = (8, 0) if plan.kind == "int8" else (8, 9)
-        have = tuple(int(v) for v in op.device[1].split(".")) if op.device[1] else need
-        if have < need:
-            return Rejected(
-                axis="compute capability", have=op.device[1], need=f"{need[0]}.{need[1]}"
-            )
-        return plan
+        return _checked(op, describe_scaled(op))
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
         p = self._plan(op)
         if isinstance(p, Rejected):
             return p
-        size, out = p.n * p.k, []
-        rate = 700.0 if p.kind == "int8" else 1150.0  # TFLOP/s, measured on an H100
-        few = few_rows(p.kind, p.n)
-        long = max(0, p.k - 4096) / 10240  # a token is quantized in one program
-        for bound in BUCKETS:
-            rows = min(bound, 8192)
-            started = 15.0 if rows > few else 10.0 if p.kind == "block" else 7.0
-            started += long * (14.0 if rows > few or p.kind == "block" else 4.0)
-            us = started + max(size / 2.4e6, 2.0 * rows * size / rate / 1e6)
-            out.append((ANY_ROWS if bound == BUCKETS[-1] else bound, round(us, 1)))
+        out = [
+            (ANY_ROWS if m == BUCKETS[-1] else m, round(scaled_us(p, min(m, 8192)), 1))
+            for m in BUCKETS
+        ]
         return Accepted(
             costs=tuple(out), cost=out[0][1], note="activations quantized in one kernel"
         )
@@ -71,3 +68,38 @@ class Scaled(Rows):
 
         p = self._bound(op)
         return functools.partial(ops.bound_scaled, p.text(), p.k)
+
+
+class ScaledRing(Rows):
+    """The same for few rows on Hopper, weights by TMA; see ``scaled_ring``."""
+
+    name = "gluon_scaled"
+
+    def _plan(self, op: OpSpec) -> ScaledPlan | Rejected:
+        if op.device[0] != "cuda":
+            return Rejected(axis="device", have=op.device[0], need="cuda")
+        if not op.device[1].startswith("9."):
+            have = op.device[1] or "unknown"
+            return Rejected(axis="compute capability", have=have, need="9.0 (Hopper)")
+        plan = describe_scaled(op)
+        if isinstance(plan, ScaledPlan) and plan.kind == "int8":
+            return Rejected(axis="element", have="int8", need="fp8_e4m3")
+        if isinstance(plan, ScaledPlan) and (missing := gluon_missing()):
+            return Rejected(axis="triton", have=missing, need="Triton 3.6 or newer")
+        return plan
+
+    def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        p = self._plan(op)
+        if isinstance(p, Rejected):
+            return p
+        rows = [m for m in BUCKETS if m <= MOST[p.kind]]
+        table = tuple((m, round(ring_us(p, m), 1)) for m in rows)
+        return Accepted(costs=table, cost=table[0][1], note="activations quantized in one kernel")
+
+    def bind(self, op: OpSpec) -> Callable[..., Tensor]:
+        from quant_kernels_triton import ops
+
+        p = self._plan(op)
+        if isinstance(p, Rejected):
+            raise misused(self.name, p)
+        return functools.partial(ops.bound_ring, p.text(), p.k)

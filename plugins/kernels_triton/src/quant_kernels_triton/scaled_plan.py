@@ -14,7 +14,14 @@ from dataclasses import asdict, dataclass
 from quant_core.kernels.base import Rejected
 from quant_core.spec import CANONICAL, CHANNEL, TENSOR, OpSpec, QuantSpec
 
-__all__ = ["ScaledPlan", "describe_scaled", "few_rows", "scaled_from_text"]
+__all__ = [
+    "ScaledPlan",
+    "codes_us",
+    "describe_scaled",
+    "few_rows",
+    "scaled_from_text",
+    "scaled_us",
+]
 
 _WIDE = ("f32", "bf16", "f16")
 _ACTS = ("bfloat16", "float16", "float32")
@@ -49,6 +56,27 @@ def few_rows(kind: str, n: int) -> int:
     if kind == "int8":
         return 64 if n >= 16384 else 128
     return 16 if n >= 16384 or kind == "block" else 64
+
+
+def codes_us(rows: int, k: int) -> float:
+    """Microseconds of quantizing ``rows`` tokens, fitted to an H100."""
+    return 1.2 + rows * k / 0.9e6 + (1.2 if k > 8192 else 0.0)
+
+
+def scaled_us(p: ScaledPlan, rows: int) -> float:
+    """Microseconds of ``rows`` tokens in ``triton_scaled``, fitted to an H100."""
+    size, few = p.n * p.k, few_rows(p.kind, p.n)
+    work = 2.0 * rows * size / 1e6  # over TFLOP/s
+    long = max(0, p.k - 4096) / 10240  # a token is quantized in one program
+    if rows <= few:
+        start = 10.0 if p.kind == "block" else 7.0
+        start += long * (14.0 if p.kind == "block" else 4.0)
+        return start + max(size / 2.4e6, work / (700.0 if p.kind == "int8" else 1150.0))
+    if p.kind == "int8":
+        return 12.0 + codes_us(rows, p.k) + max(size / 2.4e6, work / 700.0)
+    rate = 1000.0 if rows <= 512 else 1150.0 if p.kind == "block" else 1230.0
+    read = size / 2.4e6 + long * 12.0
+    return 6.0 + codes_us(rows, p.k) + max(read, work / rate)
 
 
 @functools.cache

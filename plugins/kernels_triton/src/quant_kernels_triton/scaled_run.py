@@ -22,6 +22,7 @@ from torch import Tensor
 from quant_kernels_triton import quantize, scaled
 from quant_kernels_triton.launch import Build, Start, aligned, launch, started
 from quant_kernels_triton.scaled_plan import ScaledPlan, few_rows
+from quant_kernels_triton.wna16 import gluon_missing
 
 __all__ = ["codes_of", "run_scaled"]
 
@@ -80,6 +81,22 @@ def codes_of(
         args = (x, q, s, k, *bounds)
         launch(quantize.quantize_tokens, key, (t, 1), args, device.index, build_tokens)
     return q, s
+
+
+@functools.cache
+def _hopper(device: int | None) -> bool:
+    """Whether the quantizers of ``codes_gluon`` run there."""
+    return torch.cuda.get_device_capability(device)[0] == 9 and not gluon_missing()
+
+
+def _codes_for_torch(p: ScaledPlan, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``codes_of`` with scales of groups column-major, by the faster kernels where they run."""
+    if not _hopper(x.device.index):
+        return codes_of(p, x, input_scale, column_major=True)
+    from quant_kernels_triton.codes_run import hopper_codes, scaled_rule
+
+    q, s = hopper_codes(scaled_rule(p), x, input_scale)
+    return q, s.t() if p.kind == "block" else s
 
 
 def _rows_of_block(m: int) -> int:
@@ -180,12 +197,12 @@ def _many(p: ScaledPlan, x: Tensor, held: dict[str, Tensor]) -> Tensor | None:
     if device.type != "cuda":
         return None
     if p.kind == "int8" and n % 8 == 0 and p.k % 8 == 0:
-        q, s = codes_of(p, x, held.get("input_scale"))
+        q, s = _codes_for_torch(p, x, held.get("input_scale"))
         y = x.new_empty(m, n)
         _finish(p, torch._int_mm(q, held["codes"].view(torch.int8).t()), s, held, y)
         return y
     if p.kind == "fp8" and n % 16 == 0:
-        q, s = codes_of(p, x, held.get("input_scale"))
+        q, s = _codes_for_torch(p, x, held.get("input_scale"))
         w = held["codes"].view(torch.float8_e4m3fn).t()
         q = q.view(torch.float8_e4m3fn)
         if x.dtype == torch.bfloat16 and not p.bias:
@@ -202,9 +219,10 @@ def _many(p: ScaledPlan, x: Tensor, held: dict[str, Tensor]) -> Tensor | None:
         return None
     rows = m + -m % 8
     padded = F.pad(x, (0, 0, 0, rows - m)) if rows != m else x
-    q, s = codes_of(p, padded, None, column_major=True)
+    q, s = _codes_for_torch(p, padded, None)
     sw = held["scales_0"].float()
-    sw = F.pad(sw, (0, -sw.shape[1] % 4))  # wanted by torch: blocks along K in fours
+    if short := -sw.shape[1] % 4:  # torch wants blocks along K in fours
+        sw = F.pad(sw, (0, short))
     kinds = F.ScalingType
     y = F.scaled_mm(
         q.view(torch.float8_e4m3fn),
