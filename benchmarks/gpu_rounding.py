@@ -11,6 +11,7 @@ float64 products with the matrix, and timed beside torch's product with it.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import sys
@@ -132,13 +133,27 @@ ORDERS = ((1, 128, 4096), (1, 512, 4096), (1, 4096, 4096), (1, 16384, 16384), (2
           (12, 32, 12288), (20, 256, 5120))  # fmt: skip
 
 
+def _signs(core: int, size: int) -> Tensor:
+    """C x S with random signs of rows and columns, int8, made on the device."""
+    i = torch.arange(size, device="cuda")
+    parity = i[:, None] & i[None, :]
+    for shift in (8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    s, c = (1 - 2 * (parity & 1)).to(torch.int8), hadamard_matrix(core, 1).cuda()
+    n, g = core * size, torch.Generator("cuda").manual_seed(3)
+    rows, cols = (torch.randint(0, 2, (n,), device="cuda", generator=g) * 2 - 1 for _ in range(2))
+    h = (c[:, None, :, None] * s[None, :, None, :]).view(n, n)
+    return h * rows[:, None].to(torch.int8) * cols.to(torch.int8)
+
+
+@functools.lru_cache(1)
 def _held(core: int, size: int) -> tuple[Tensor, list[Tensor], Tensor]:
     """The matrix, its factors and the root of its order, on the device."""
-    signs = hadamard_matrix(core, size, signs=True)
+    signs = _signs(core, size)
     f = factors(signs)
     assert f is not None
     root = torch.tensor([(core * size) ** 0.5], device="cuda")
-    return signs.cuda(), [t.cuda() for t in (f.rows, f.core, f.cols)], root
+    return signs, [t.cuda() for t in (f.rows, f.core, f.cols)], root
 
 
 def _hadamard_op(core: int, size: int, k: int, act: str) -> OpSpec:
@@ -194,15 +209,17 @@ def _shown(row: dict[str, Any]) -> str:
 def transforms(workers: int) -> list[dict[str, Any]]:
     """Every order: its errors, then its times."""
     with multiprocessing.get_context("spawn").Pool(min(workers, len(ORDERS))) as pool:
-        out = pool.map(check_hadamard, ORDERS, chunksize=1)
+        out = []
+        for row in pool.imap_unordered(check_hadamard, ORDERS, chunksize=1):
+            print(_shown(row), flush=True)
+            out.append(row)
     for case in ORDERS:
         for m in (1, 256, 4096):
             try:
                 out.append(time_hadamard(case, m))
             except Exception as err:  # a benchmark goes on and reports it
                 out.append({"order": case, "problem": f"{type(err).__name__}: {err}"[:400]})
-    for row in out:
-        print(_shown(row), flush=True)
+            print(_shown(out[-1]), flush=True)
     return out
 
 
