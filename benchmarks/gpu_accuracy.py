@@ -35,6 +35,7 @@ from gpu_accuracy_checks import (
     ACTS,
     EVEN,
     LARGE,
+    NARROW,
     PAIRS,
     SMALL,
     WEIGHTS,
@@ -53,18 +54,6 @@ def cells(parts: list[str], kernels: tuple[str, ...]) -> list[Cell]:
     first, then = [], []
     some = ("int4 g128 bf16", "uint4 g32 code", "mxfp4", "nvfp4", "int8 channel f32", "fp8 channel",
             "fp8 block", "uint3 g64 code", "int4 two levels")  # fmt: skip
-    for act in ACTS:
-        for w in WEIGHTS:
-            (first if w in WIDE else then).append(Cell("float", w, act=act))
-        first += [Cell("float", w, act=act, sizes=LARGE, rows=(3, 16, 64, 100, 192, 300))
-                  for w in WIDE]  # fmt: skip
-    for at, (w, a) in enumerate(PAIRS):
-        for sizes in (SMALL, EVEN):
-            first.append(Cell("rounded", w, a, sizes=sizes))
-        if at % 4 == 0 or w.startswith("fp8"):
-            then.append(Cell("rounded", w, a, act="float16", sizes=EVEN))
-    first += [Cell("rounded", w, a, sizes=(2176, 1280), rows=(16, 64, 100, 300))
-              for w, a in PAIRS if a in ("fp8 token", "int8 token", "fp8 g128")]  # fmt: skip
     first += [Cell("experts", w) for w in some]
     first += [Cell("experts", w, a, sizes=EVEN) for w, a in (
         ("int4 g128 bf16", "fp8 token"), ("int4 g128 bf16", "int8 token"),
@@ -81,6 +70,21 @@ def cells(parts: list[str], kernels: tuple[str, ...]) -> list[Cell]:
     first += [Cell("opcheck", w, index=3) for w in some[:1]]
     first += [Cell("opcheck", w, a, sizes=EVEN) for w, a in PAIRS if w in (
         "int4 g128 bf16", "fp8 channel", "int8 tensor", "fp8 block")]  # fmt: skip
+    for act in ACTS:
+        first += [Cell("float", w, act=act) for w in WIDE]
+        first += [Cell("float", w, act=act, sizes=LARGE, rows=(3, 16, 64, 100, 192, 300))
+                  for w in WIDE]  # fmt: skip
+    first += [Cell("float", w, sizes=NARROW) for w in WIDE]
+    rest = [w for w in WEIGHTS if w not in WIDE]  # rows that no other code than these computes
+    then += [Cell("float", w, rows=(1, 7, 16, 33, 100, 256)) for w in rest]
+    then += [Cell("float", w, act="float16", rows=(1, 16, 33, 256)) for w in rest[::3]]
+    for at, (w, a) in enumerate(PAIRS):
+        for sizes in (SMALL, EVEN):
+            first.append(Cell("rounded", w, a, sizes=sizes))
+        if at % 4 == 0 or w.startswith("fp8"):
+            then.append(Cell("rounded", w, a, act="float16", sizes=EVEN))
+    first += [Cell("rounded", w, a, sizes=(2176, 1280), rows=(16, 64, 100, 300))
+              for w, a in PAIRS if a in ("fp8 token", "int8 token", "fp8 g128")]  # fmt: skip
     every = [c for c in (*first, *then) if c.part in parts]
     return [replace(c, kernels=kernels) for c in every]
 

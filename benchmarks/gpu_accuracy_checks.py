@@ -30,14 +30,28 @@ from quant_core.kernels.choose import accepting, choose  # noqa: E402
 from quant_core.registry import registry  # noqa: E402
 from quant_core.spec import TENSOR, OpSpec  # noqa: E402
 
-__all__ = ["ACTS", "EVEN", "LARGE", "PAIRS", "SMALL", "WEIGHTS", "WIDE", "WORK", "Cell", "work"]
+__all__ = [
+    "ACTS",
+    "EVEN",
+    "LARGE",
+    "NARROW",
+    "PAIRS",
+    "SMALL",
+    "WEIGHTS",
+    "WIDE",
+    "WORK",
+    "Cell",
+    "work",
+]
 
 ROWS = (1, 2, 7, 16, 17, 33, 64, 100, 256, 1000)
 SMALL, LARGE, EVEN = (200, 544), (2104, 1312), (256, 640)  # N, K; torch's products want EVEN
+NARROW = (72, 96)  # one group of columns, and not all of it
 ACTS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 BOUND = {"bfloat16": 2.2e-3, "float16": 4.5e-4}  # A16
 BOUND_8 = 5e-3
-LOOSE = 2.6e-3  # against exact weights, where a kernel rounds them
+# against exact weights, where a kernel rounds them: half a unit of each, beside the rounding of y
+LOOSE = {"bfloat16": 4.3e-3, "float16": 5.4e-4}
 DEVICE = "cuda"
 NOT_HERE = ("torch_ref",)  # the oracle itself
 # a graph's memory comes from torch's cache, which sanitizers want switched off
@@ -132,7 +146,7 @@ def numbers(held: Layer, rows: tuple[int, ...], cost_at: Callable[[int], float])
         found["worst"] = max(found["worst"], e / noise)
         found["likewise"] = max(found["likewise"], min(r, e) / noise)
         found["over"] += e > bound * noise
-        loose = bound if eight or held.op.act_dtype == "float16" else LOOSE
+        loose = bound if eight else LOOSE[held.op.act_dtype]
         if not (min(e, r) <= bound * noise and e <= loose * noise):
             found["bad"].append(f"M={m}: error {e:.2e}, {r:.2e} with rounded weights")
         if not same(y, held.run(x)):
@@ -235,7 +249,7 @@ def experts(cell: Cell, send: Send) -> None:
         row = {"part": "experts", "kernel": kernel.name, "weight": cell.weight, "act": cell.act,
                "inputs": cell.inputs, "cases": 0, "worst": 0.0, "likewise": 0.0, "over": 0,
                "bad": []}  # fmt: skip
-        bound = BOUND_8 if cell.inputs else LOOSE if cell.act == "bfloat16" else BOUND[cell.act]
+        bound = BOUND_8 if cell.inputs else LOOSE[cell.act]
         try:
             buffers = kernel.allocate(as_run, DEVICE)
             for i, part in enumerate(each):
