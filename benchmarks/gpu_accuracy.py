@@ -33,6 +33,7 @@ from typing import Any
 
 from gpu_accuracy_checks import (
     ACTS,
+    EIGHT_BIT,
     EVEN,
     LARGE,
     NARROW,
@@ -75,18 +76,18 @@ def cells(parts: list[str], kernels: tuple[str, ...]) -> list[Cell]:
         first += [Cell("float", w, act=act, sizes=LARGE, rows=(3, 16, 64, 100, 192, 300))
                   for w in WIDE]  # fmt: skip
     first += [Cell("float", w, sizes=NARROW) for w in WIDE]
-    rest = [w for w in WEIGHTS if w not in WIDE]  # rows that no other code than these computes
-    then += [Cell("float", w, rows=(1, 7, 16, 33, 100, 256)) for w in rest]
-    then += [Cell("float", w, act="float16", rows=(1, 16, 33, 256)) for w in rest[::3]]
+    rest = [w for w in WEIGHTS if w not in WIDE]
+    then += [Cell("float", w, rows=()) for w in rest]
+    then += [Cell("float", w, act="float16", rows=()) for w in rest[::3]]
     for at, (w, a) in enumerate(PAIRS):
-        for sizes in (SMALL, EVEN):
-            first.append(Cell("rounded", w, a, sizes=sizes))
+        first.append(Cell("rounded", w, a))
+        first.append(Cell("rounded", w, a, sizes=EVEN, kernels=EIGHT_BIT))
         if at % 4 == 0 or w.startswith("fp8"):
-            then.append(Cell("rounded", w, a, act="float16", sizes=EVEN))
-    first += [Cell("rounded", w, a, sizes=(2176, 1280), rows=(16, 64, 100, 300))
+            then.append(Cell("rounded", w, a, "float16", EVEN, kernels=EIGHT_BIT))
+    first += [Cell("rounded", w, a, sizes=(2176, 1280), rows=(16, 64, 100, 300), kernels=EIGHT_BIT)
               for w, a in PAIRS if a in ("fp8 token", "int8 token", "fp8 g128")]  # fmt: skip
     every = [c for c in (*first, *then) if c.part in parts]
-    return [replace(c, kernels=kernels) for c in every]
+    return [replace(c, kernels=kernels) for c in every] if kernels else every
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -53,6 +53,9 @@ BOUND_8 = 5e-3
 # against exact weights, where a kernel rounds them: half a unit of each, beside the rounding of y
 LOOSE = {"bfloat16": 4.3e-3, "float16": 5.4e-4}
 DEVICE = "cuda"
+FEWER = {"cuda_decode": (1, 7, 16), "gluon_wna16": (16, 33, 256)}  # a block size of each kind
+EIGHT_BIT = ("gluon_a8", "gluon_a8_stored", "triton_scaled", "torch_scaled_mm",
+             "torch_scaled_mm_block", "torch_int_mm")  # fmt: skip
 NOT_HERE = ("torch_ref",)  # the oracle itself
 # a graph's memory comes from torch's cache, which sanitizers want switched off
 GRAPHS = not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")
@@ -69,7 +72,7 @@ class Cell:
     inputs: str = ""
     act: str = "bfloat16"
     sizes: tuple[int, int] = SMALL
-    rows: tuple[int, ...] = ROWS
+    rows: tuple[int, ...] = ROWS  # (): a few of each kernel
     kernels: tuple[str, ...] = ()
     index: int = 0
 
@@ -224,7 +227,8 @@ def linear(cell: Cell, send: Send) -> None:
                    "gather": gather}  # fmt: skip
             try:
                 held = Layer(kernel, as_run)
-                row |= numbers(held, cell.rows, answer.cost_at)
+                few = FEWER.get(kernel.name, (33, 256))
+                row |= numbers(held, cell.rows or few, answer.cost_at)
                 m = next((r for r in (7, 16, 1, 100) if math.isfinite(answer.cost_at(r))), 256)
                 row["bad"] += rules(held, kernel, m)
             except Exception as err:
