@@ -38,7 +38,6 @@ from gpu_accuracy_checks import (
     LARGE,
     NARROW,
     PAIRS,
-    SMALL,
     WEIGHTS,
     WIDE,
     WORK,
