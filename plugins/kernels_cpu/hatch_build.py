@@ -32,6 +32,7 @@ _NEEDED = {
     "load": _AVX2,
     "kernel_avx2": _AVX2,
     "kernel_avx2_float8": _AVX2,
+    "kernel_avx2_lookup": _AVX2,
     "kernel_int8_avx2": _AVX2,
     "step_avx2": _AVX2,
     "round_avx2": [*_AVX2, "-ffp-contract=off"],
@@ -49,7 +50,7 @@ _OPTIONAL = {
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 10  # of the C interface; library.py checks it
+_VERSION = 11  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

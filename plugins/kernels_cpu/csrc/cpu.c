@@ -84,6 +84,8 @@ static unit unit_of(const qk_call *c) {
     if (c->isa >= ISA_AVX512)
         return (unit){qk_linear_avx512, qk_shared_avx512, qk_most_shared_avx512};
 #endif
+    if (c->isa >= ISA_AVX2 && c->op->lut)
+        return (unit){qk_linear_avx2_lookup, qk_shared_avx2_lookup, qk_most_shared_avx2_lookup};
     if (c->isa >= ISA_AVX2) return (unit){qk_linear_avx2, qk_shared_avx2, qk_most_shared_avx2};
     return (unit){0};
 }

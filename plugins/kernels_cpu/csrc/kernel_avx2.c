@@ -1,9 +1,11 @@
-/* float32 activations (others are widened), AVX2 + FMA + F16C. Codes are converted as integers, so
- * 4-bit codes with a table are not for this unit. With QK_FLOAT8: 8-bit floats. */
+/* float32 activations (others are widened), AVX2 + FMA + F16C. Codes are converted as integers; with
+ * QK_LOOKUP those of 4 bits are looked up in a table of 16. With QK_FLOAT8: 8-bit floats. */
 #include "common.h"
 
 #ifdef QK_FLOAT8
 #define NAME(f) f##_avx2_float8
+#elif defined(QK_LOOKUP)
+#define NAME(f) f##_avx2_lookup
 #else
 #define NAME(f) f##_avx2
 #endif
@@ -77,6 +79,31 @@ QK_INLINE vp code8(vi v, int s, code_table t) {
 
 #define code4(v, s, table) code8(v, s, table) /* never run */
 #define shifted_code(v, s, table, width, shift) ((void)(shift), code8(v, s, table))
+
+#elif defined(QK_LOOKUP)
+
+typedef struct {
+    __m256 low, high;
+} code_table;
+
+QK_INLINE code_table make_table(const qk_op *op, const qk_tensors *t) {
+    const float *values = qk_table(op, t);
+    return (code_table){_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)};
+}
+
+/* A permutation reads three bits of a lane; the fourth, brought to the top, picks the half. */
+QK_INLINE vp code4(vi v, int s, code_table t) {
+    const __m256i c = _mm256_srli_epi32(v, 4 * (s / 2) + 16 * (s % 2));
+    const __m256 low = _mm256_permutevar8x32_ps(t.low, c), high = _mm256_permutevar8x32_ps(t.high, c);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
+}
+
+#define code8(v, s, table) code4(v, s, table) /* never run */
+
+QK_INLINE vp shifted_code(vi v, int s, code_table table, int width, vf shift) {
+    (void)width;
+    return _mm256_add_ps(code4(v, s, table), shift);
+}
 
 #else
 

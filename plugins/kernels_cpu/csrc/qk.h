@@ -19,6 +19,7 @@
 #define QK_ROWS 32
 
 enum { QK_NONE, QK_F32, QK_F16, QK_BF16, QK_U8, QK_I8, QK_TABLE, QK_SINGLE, QK_DIVISOR, QK_E8M0 };
+enum { QK_OWN_TABLE = 1, QK_CODEBOOK }; /* qk_op.lut */
 enum { QK_ZERO_FOLDED, QK_ZERO_CONST, QK_ZERO_CODE, QK_ZERO_OFFSET, QK_ZERO_FLOAT };
 
 /* One factor of a scale or an offset. `group` is in columns, `table` decodes QK_TABLE and
@@ -40,7 +41,8 @@ typedef struct {
 
 /* Fixed for one operation; filled by descriptor.py, which mirrors this struct.
  * A packed code stands for value(code) - bias; `shift` is what is left to subtract (const).
- * `zero_type` is that of QK_ZERO_FLOAT. With `lut` the tensor `codebook` takes the place of `table`;
+ * `zero_type` is that of QK_ZERO_FLOAT. With QK_OWN_TABLE 4-bit codes are no integers less
+ * a bias, but what `table` says; with QK_CODEBOOK the tensor `codebook` takes its place;
  * `float8` is NULL but for 8-bit floats. */
 typedef struct {
     int64_t n, k, k_in, width, group, zero_kind, zero_type, bias_type, lut;
@@ -82,17 +84,17 @@ typedef int qk_linear_fn(const qk_op *, const qk_tensors *, const void *x, int64
                          const qk_segment *, int64_t segments, int64_t threads);
 
 qk_linear_fn qk_linear_avx2, qk_linear_avx512, qk_linear_bf16, qk_linear_w4a8;
-qk_linear_fn qk_linear_avx2_float8, qk_linear_avx512_float8, qk_linear_bf16_float8;
+qk_linear_fn qk_linear_avx2_lookup, qk_linear_avx2_float8, qk_linear_avx512_float8, qk_linear_bf16_float8;
 
 /* `n` layers of one x: every call names the same x, type and count (at most `qk_most_shared`) and
  * no segments. Each y is what its own call of `qk_linear` gives, bit for bit. */
 typedef int qk_shared_fn(const qk_call *, int64_t n, int64_t threads);
 
 qk_shared_fn qk_shared_avx2, qk_shared_avx512, qk_shared_bf16;
-qk_shared_fn qk_shared_avx2_float8, qk_shared_avx512_float8, qk_shared_bf16_float8;
+qk_shared_fn qk_shared_avx2_lookup, qk_shared_avx2_float8, qk_shared_avx512_float8, qk_shared_bf16_float8;
 int64_t qk_most_shared_avx2(void), qk_most_shared_avx512(void), qk_most_shared_bf16(void);
 int64_t qk_most_shared_avx2_float8(void), qk_most_shared_avx512_float8(void);
-int64_t qk_most_shared_bf16_float8(void);
+int64_t qk_most_shared_bf16_float8(void), qk_most_shared_avx2_lookup(void);
 
 typedef void qk_dense_fn(const qk_op *, const qk_tensors *, int64_t block, int64_t blocks, uint16_t *out);
 
@@ -135,7 +137,7 @@ static inline qk_tensors qk_expert(const qk_op *op, const qk_tensors *t, int64_t
 
 /* The values of 4-bit codes. */
 static inline const float *qk_table(const qk_op *op, const qk_tensors *t) {
-    return op->lut ? t->codebook : op->table;
+    return op->lut == QK_CODEBOOK ? t->codebook : op->table;
 }
 
 /* Scalar readings; the callers are compiled with F16C. */

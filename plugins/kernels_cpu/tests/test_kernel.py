@@ -81,8 +81,6 @@ def test_restore_gives_every_bit_back(spec):
         pytest.skip(unavailable())
     lt = make_layer(spec, 40, 288, bias=torch.bfloat16)
     op = make_op("linear", lt, 288)
-    if isinstance(WnA16().accepts(op), Rejected):
-        pytest.skip("table elements need AVX-512")
     kernel, buffers = load(lt, op)
     assert_same(kernel.restore(buffers, op), lt)
 
@@ -319,7 +317,7 @@ def test_unsupported_operation_is_refused_with_its_axis(isa, axis):
 
 
 def test_layout_survives_its_text_form(isa, spec):
-    layout = describe(make_op("linear", make_layer(spec, 40, 96), 96), ops=("linear",), table=True)
+    layout = describe(make_op("linear", make_layer(spec, 40, 96), 96), ops=("linear",))
     assert isinstance(layout, Layout)
     assert layout_from_text(layout.text()) == layout
 

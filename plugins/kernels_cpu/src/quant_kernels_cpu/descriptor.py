@@ -22,6 +22,7 @@ DTYPES = {torch.float32: _F32, torch.float16: _F16, torch.bfloat16: _BF16}
 BYTES = _U8
 """The type of a mask of booleans."""
 _WIDE = {"f32": _F32, "f16": _F16, "bf16": _BF16}
+_OWN_TABLE, _CODEBOOK = 1, 2
 _BIAS = {"": 0, "float32": _F32, "float16": _F16, "bfloat16": _BF16}
 
 
@@ -135,6 +136,13 @@ def _code_values(layout: Layout) -> Tensor:
     return decode(codes, element) - layout.bias
 
 
+def _lookup(layout: Layout) -> int:
+    """Whether codes of 4 bits are no integers less a bias."""
+    if layout.width == 8 or layout.kind == "uint":
+        return 0
+    return _CODEBOOK if layout.kind == "lut" else _OWN_TABLE
+
+
 @functools.lru_cache(maxsize=4096)
 def c_op(layout: Layout) -> _Op:
     """The struct that describes the operation to C."""
@@ -147,7 +155,7 @@ def c_op(layout: Layout) -> _Op:
         zero_kind=layout.zero,
         zero_type=_WIDE.get(layout.zero_element, 0),
         bias_type=_BIAS[layout.bias_dtype],
-        lut=int(layout.kind == "lut"),
+        lut=_lookup(layout),
         bias=layout.bias,
         shift=layout.shift,
     )

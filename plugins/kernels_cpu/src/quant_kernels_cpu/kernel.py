@@ -44,7 +44,7 @@ class WnA16:
             return Rejected(axis="device", have=op.device[0], need="cpu")
         if reason := unavailable():
             return Rejected(axis="library", have=f"none ({reason})", need="a compiled library")
-        return describe(op, ops=self.OPS, table=library().isa >= ISAS.index("avx512"))
+        return describe(op, ops=self.OPS)
 
     def _bound(self, op: OpSpec) -> Layout:
         layout = self._layout(op)

@@ -117,7 +117,12 @@ class Layout:
     def text(self) -> str:
         """Compact JSON in single quotes, which Inductor's C++ code needs as it escapes none; the
         argument of the torch ops. Inverse of ``layout_from_text``."""
-        return json.dumps(asdict(self), separators=(",", ":")).replace('"', "'")
+        return _text(self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _text(layout: Layout) -> str:
+    return json.dumps(asdict(layout), separators=(",", ":")).replace('"', "'")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -188,7 +193,7 @@ def _resolved(spec: QuantSpec, k: int, width: int) -> Factor | Rejected:
     return Factor(element="f32", group=group)
 
 
-def _element_problem(spec: QuantSpec, table: bool) -> Rejected | None:
+def _element_problem(spec: QuantSpec) -> Rejected | None:
     e = spec.element
     if spec.blocks:
         return Rejected(axis="blocks", have=spec.blocks, need="codes with scales")
@@ -198,8 +203,6 @@ def _element_problem(spec: QuantSpec, table: bool) -> Rejected | None:
     if not plain and not by_table:
         need = "uint2 to uint8, int2 to int8, floats of 4 to 8 bits, or a table of 16"
         return Rejected(axis="element", have=e.name, need=need)
-    if by_table and not table:
-        return Rejected(axis="element", have=e.name, need="8 bits or uint without AVX-512")
     return None
 
 
@@ -248,12 +251,12 @@ def _zero_problem(spec: QuantSpec, k: int) -> Rejected | None:
     return None
 
 
-def describe(op: OpSpec, *, ops: tuple[str, ...], table: bool) -> Layout | Rejected:
+@functools.lru_cache(maxsize=4096)
+def describe(op: OpSpec, *, ops: tuple[str, ...]) -> Layout | Rejected:
     """What the kernels need to know of ``op``, or the first reason why they cannot run it.
 
     Args:
         ops: operations on offer.
-        table: whether 4-bit codes may be read through a table (AVX-512).
     """
     if op.op not in ops:
         return Rejected(axis="op", have=op.op, need=" or ".join(ops))
@@ -265,7 +268,7 @@ def describe(op: OpSpec, *, ops: tuple[str, ...], table: bool) -> Layout | Rejec
     spec = op.weight
     n, k_in = op.size("n"), op.size("k")
     k = op.size("k_stored", k_in)
-    if problem := _element_problem(spec, table):
+    if problem := _element_problem(spec):
         return problem
     width = 4 if spec.element.bits <= 4 else 8
     scales, stored = tuple(_factor(s, k) for s in spec.scales), ()
