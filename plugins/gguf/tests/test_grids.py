@@ -175,6 +175,23 @@ def test_layers_of_one_input_share_a_call():
     assert all(torch.equal(a, b) for a, b in zip(both(held, x), alone, strict=True))
 
 
+def test_a_gated_mlp_is_one_call():
+    layers = [layer(n, blocks(n, 256, 1, i)) for i, n in enumerate(("iq3_s", "iq2_s", "iq3_xxs"))]
+    ops = [replace(asked(lt), act_dtype="bfloat16") for lt in layers]
+    kernels = [wrapped(lt, op) for lt, op in zip(layers, ops, strict=True)]
+    whole = kernels[0].bind_gated(ops, "silu")
+    held = []
+    for lt, op, kernel in zip(layers, ops, kernels, strict=True):
+        buffers = kernel.allocate(op)
+        kernel.load_(buffers, op, lt, {"row": 0})
+        held.append(list(buffers.values()))
+    gate, up, down = (k.bind(op) for k, op in zip(kernels, ops, strict=True))
+    x = (torch.randn(1, 256) / 16).bfloat16()
+    hidden = F.silu(gate(held[0], x)) * up(held[1], x)
+    want, got = down(held[2], hidden), whole(held, x)
+    assert float((got - want).float().norm() / want.float().norm()) < 2.0**-7  # one rounding of x
+
+
 def test_the_operation_on_codes_says_what_they_mean():
     op = with_codes(asked(layer("iq2_s", blocks("iq2_s", 32, 1))))
     assert op.weight.label == "iq2_s group(16):uint8 group(256):f16"

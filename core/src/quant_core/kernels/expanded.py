@@ -15,7 +15,7 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quant_core.kernels.base import Accepted, Kernel, Rejected
 from quant_core.kernels.measured import answer as answer_of
@@ -24,6 +24,7 @@ from quant_core.spec import CANONICAL, OpSpec, QuantSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant_core.kernels.between import Block
     from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = ["BlockCodes", "Expanded", "block_codes", "with_codes"]
@@ -135,9 +136,18 @@ class Expanded:
     def bind_shared(self, ops: Sequence[OpSpec]) -> Callable[..., list[Tensor]] | None:
         """See ``quant_core.kernels.base``."""
         bind = getattr(self.inner, "bind_shared", None)
-        made: Callable[..., list[Tensor]] | None
-        made = None if bind is None else bind([with_codes(op) for op in ops])
-        return made
+        return None if bind is None else bind([with_codes(op) for op in ops])  # type: ignore[no-any-return]
+
+    def bind_gated(self, ops: Sequence[OpSpec], activation: str) -> Callable[..., Any] | None:
+        """See ``quant_core.kernels.base``."""
+        bind = getattr(self.inner, "bind_gated", None)
+        return None if bind is None else bind([with_codes(op) for op in ops], activation)
+
+    def bind_block(self, block: Block) -> Callable[..., Any] | None:
+        """See ``quant_core.kernels.base``."""
+        bind = getattr(self.inner, "bind_block", None)
+        linears = tuple(with_codes(op) for op in block.linears)
+        return None if bind is None else bind(replace(block, linears=linears))
 
 
 def _expert(held: QuantizedTensor, e: int) -> QuantizedTensor:
