@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from quant_core.checkpoint.base import Checkpoint
     from quant_core.engines.transformers_cache import CacheMode
 
 __all__ = ["SUPPORTED", "as_config", "install", "load_model", "uninstall"]
@@ -143,18 +144,40 @@ def as_config(
     """
     _check_version()
     _check_online(online, skip=skip, online_options=online_options, requantize=requantize)
-    _register()
     from quant_core.checkpoint.open import open_checkpoint
 
-    where = Path(os.path.abspath(path))
-    with open_checkpoint(where) as checkpoint, ExitStack() as files:
+    with open_checkpoint(where := Path(os.path.abspath(path))) as checkpoint:
+        return _config_of(
+            checkpoint,
+            config_overrides,
+            path=str(where),
+            format=format,
+            kernels=kernels,
+            strict=strict,
+            device=device,
+            kv_cache=kv_cache,
+            prepared=None if prepared is None else os.fspath(prepared),
+            online=online,
+            skip=skip,
+            online_options=online_options,
+            requantize=requantize,
+        )
+
+
+def _config_of(
+    checkpoint: Checkpoint, config_overrides: Mapping[str, Any], **options: Any
+) -> PreTrainedConfig:
+    """``as_config`` of an opened checkpoint; ``options`` are those of ``QuantCoreConfig``."""
+    _register()
+    where = Path(options["path"])
+    with ExitStack() as files:
         named = checkpoint.pretrained_args()["pretrained_model_name_or_path"]
         if "model_type" in checkpoint.config:  # a config.json says more than a container can
             arguments = {"pretrained_model_name_or_path": str(checkpoint.folder)}
-            settings = config_overrides
+            settings = dict(config_overrides)
         else:
             arguments = dict(files.enter_context(checkpoint.config_args()))
-            settings = dict(checkpoint.config_overrides()) | config_overrides
+            settings = {**checkpoint.config_overrides(), **config_overrides}
         config, unused = _config(where, arguments, settings)
     config.name_or_path = named
     unused = {k: v for k, v in unused.items() if k not in arguments and k in config_overrides}
@@ -169,20 +192,7 @@ def as_config(
         )
     from quant_core.engines.transformers_quantizer import QuantCoreConfig
 
-    options = QuantCoreConfig(
-        path=str(where),
-        format=format,
-        kernels=kernels,
-        strict=strict,
-        device=device,
-        kv_cache=kv_cache,
-        prepared=None if prepared is None else os.fspath(prepared),
-        online=online,
-        skip=skip,
-        online_options=online_options,
-        requantize=requantize,
-    )
-    config.quantization_config = options.to_dict()
+    config.quantization_config = QuantCoreConfig(**options).to_dict()
     return config
 
 
@@ -273,31 +283,35 @@ def load_model(
             loaded stays.
     """
     _check_version()
-    from quant_core.engines.transformers_quantizer import single_device
+    from quant_core.checkpoint.open import open_checkpoint
+    from quant_core.engines.transformers_quantizer import opened_for, single_device
 
-    where = single_device(device if not isinstance(device, str) else {"": device}) or "cpu"
-    config = as_config(
-        path,
-        format=format,
-        kernels=kernels,
-        strict=strict,
-        device=where,
-        kv_cache=kv_cache,
-        prepared=prepared,
-        online=online,
-        skip=skip,
-        online_options=online_options,
-        requantize=requantize,
-        **config_overrides,
-    )
-    with _ONE_AT_A_TIME, _quiet(), _collector_paused():
-        model = _model_class(config, path).from_pretrained(
-            None,
-            config=config,
-            state_dict={},
-            dtype=_dtype(dtype, config, path),
-            generation_config=_generation_config(path),
+    device = single_device(device if not isinstance(device, str) else {"": device}) or "cpu"
+    _check_online(online, skip=skip, online_options=online_options, requantize=requantize)
+    with open_checkpoint(where := Path(os.path.abspath(path))) as checkpoint:
+        config = _config_of(
+            checkpoint,
+            config_overrides,
+            path=str(where),
+            format=format,
+            kernels=kernels,
+            strict=strict,
+            device=device,
+            kv_cache=kv_cache,
+            prepared=None if prepared is None else os.fspath(prepared),
+            online=online,
+            skip=skip,
+            online_options=online_options,
+            requantize=requantize,
         )
+        with _ONE_AT_A_TIME, _quiet(), _collector_paused(), opened_for(where, checkpoint):
+            model = _model_class(config, path).from_pretrained(
+                None,
+                config=config,
+                state_dict={},
+                dtype=_dtype(dtype, config, path),
+                generation_config=_generation_config(path),
+            )
     model.name_or_path = model.config.name_or_path = str(path)
     return model
 

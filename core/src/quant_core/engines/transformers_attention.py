@@ -12,6 +12,7 @@ integrations/sdpa_attention.py.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
@@ -99,15 +100,20 @@ def _routed_here(op: OpSpec, kernels: str | Sequence[str] | None) -> _Routed:
 def _config(model: nn.Module, module: Any) -> Any:
     """The config that decides how ``module`` attends, if it may be changed; else None."""
     config = getattr(module, "config", None)
-    code = sys.modules.get(type(module).__module__)
     if (
         getattr(config, "_attn_implementation", None) != _BASE
         or not getattr(type(model), "_supports_attention_backend", False)
-        or code is None
-        or _DISPATCH.search(inspect.getsource(code))
+        or _dispatches(type(module).__module__)
     ):
         return None
     return config
+
+
+@functools.cache
+def _dispatches(name: str) -> bool:
+    """Whether the code of a module chooses by the name of the implementation, or cannot be read."""
+    code = sys.modules.get(name)
+    return code is None or _DISPATCH.search(inspect.getsource(code)) is not None
 
 
 def _register() -> None:

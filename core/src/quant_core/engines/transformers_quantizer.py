@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,9 @@ from quant_core.prepared.build import builder_for
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["METHOD", "QuantCoreConfig", "QuantCoreQuantizer", "single_device"]
+    from quant_core.checkpoint.base import Checkpoint
+
+__all__ = ["METHOD", "QuantCoreConfig", "QuantCoreQuantizer", "opened_for", "single_device"]
 
 log = logging.getLogger("quant_core")
 
@@ -154,6 +158,30 @@ def single_device(device_map: object) -> str | None:
     )
 
 
+_open = threading.local()  # .found: path and checkpoint of the load_model that runs here
+
+
+@contextmanager
+def opened_for(path: Path, checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, and in this thread, a model of ``path`` is loaded from ``checkpoint``."""
+    before = getattr(_open, "found", (None, None))
+    _open.found = path, checkpoint
+    try:
+        yield
+    finally:
+        _open.found = before
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Checkpoint]:
+    where, checkpoint = getattr(_open, "found", (None, None))
+    if checkpoint is not None and where == path:
+        yield checkpoint
+        return
+    with open_checkpoint(path) as mine:
+        yield mine
+
+
 class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads a checkpoint of any format that an installed plugin reads."""
 
@@ -196,7 +224,7 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # what a plugin creates without a dtype
         try:
-            with torch.device("cpu"), open_checkpoint(self._path(checkpoint_files)) as checkpoint:
+            with torch.device("cpu"), _opened(self._path(checkpoint_files)) as checkpoint:
                 plan = make_plan(checkpoint, format=self.quantization_config.format)
                 block, request = quantization_config(checkpoint), self.quantization_config.request
                 online = None

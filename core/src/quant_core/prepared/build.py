@@ -16,7 +16,8 @@ from quant_core.build import Builder
 from quant_core.checkpoint.ahead import reading_ahead
 from quant_core.checkpoint.files import io_error
 from quant_core.errors import CheckpointError, QuantError, printable
-from quant_core.memory import written_whole
+from quant_core.kernels.choose import Choice
+from quant_core.memory import empty, written_whole
 from quant_core.nn import (
     BoundMember,
     QuantComposite,
@@ -30,6 +31,7 @@ from quant_core.prepared.entry import Entry, Module, Part, entry_error, write_en
 from quant_core.prepared.folder import BUFFERS, folder_for, make_room, remove
 from quant_core.prepared.key import Key, key_of
 from quant_core.prepared.pages import MAPPED_BYTES, mapping_wanted
+from quant_core.spec import OpSpec
 
 __all__ = ["PreparedBuilder", "builder_for"]
 
@@ -61,6 +63,7 @@ class PreparedBuilder(Builder):
     def __post_init__(self) -> None:
         self.built: dict[str, nn.Module] = {}
         self.floats: dict[str, Tensor] = {}
+        self._shapes: dict[OpSpec, dict[str, Tensor]] = {}
         self.fresh = 0  # modules that did not come from the entry
 
     # ------------------------------------------------------------------------------- the modules
@@ -158,11 +161,12 @@ class PreparedBuilder(Builder):
         if choice.kernel.name != part.kernel or choice.op != part.op:
             what = f"buffers of kernel {part.kernel!r} for {printable(name)!r}"
             raise entry_error(self.entry.path, what, f"those of {choice.kernel.name!r}")
-        with written_whole(0):  # every buffer is read, or replaced, below
-            buffers = choice.kernel.allocate(choice.op, self.device)
+        buffers = self._allocated(choice)
         self.entry.check(name, index, buffers)
         for buffer, target in buffers.items():
-            pages = self.entry.mapped(name, index, buffer, target)
+            pages = self.entry.mapped(name, index, buffer, target) if self.device == "cpu" else None
+            if pages is None and target.is_meta:
+                buffers[buffer] = target = empty(tuple(target.shape), target.dtype)
             if pages is None:
                 self.entry.read_into(name, index, buffer, target)
             else:
@@ -170,6 +174,20 @@ class PreparedBuilder(Builder):
         self.choices.append((name + rows, choice))
         members = [BoundMember(name=m, start=a, stop=b, packing=p) for m, a, b, p in part.members]
         return _CLASSES[part.op.op](choice, buffers, members, chooser)
+
+    def _allocated(self, choice: Choice) -> dict[str, Tensor]:
+        """Buffers as the kernel allocates them; on a CPU only their shapes after the first time.
+
+        Every byte of them is read, or they are replaced.
+        """
+        known = self._shapes.get(choice.op)
+        if known is not None:
+            return dict(known)
+        with written_whole(0):
+            buffers = choice.kernel.allocate(choice.op, self.device)
+        if self.device == "cpu":
+            self._shapes[choice.op] = {n: t.to("meta") for n, t in buffers.items()}
+        return buffers
 
     def _give_up(self, err: QuantError) -> None:
         """The entry is of no use: say so once, delete it, and build everything from here on."""

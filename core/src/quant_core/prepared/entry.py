@@ -17,6 +17,7 @@ multiples of 64 bytes for that. Where it is read, floats come from the checkpoin
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -90,6 +91,12 @@ def _sum(texts: Sequence[str], tensors: Iterable[tuple[str, str, tuple[int, ...]
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(maxsize=64)
+def _packing(text: str) -> Packing:
+    packing: Packing = from_text(text)
+    return packing
 
 
 def described(name: str, part: int, buffer: str) -> str:
@@ -166,7 +173,7 @@ class Entry:
             Part(
                 kernel=p["kernel"],
                 op=op_from_text(self._ops[p["op"]]),
-                members=tuple((m, a, b, from_text(x)) for m, a, b, x in p["members"]),
+                members=tuple((m, a, b, _packing(x)) for m, a, b, x in p["members"]),
                 buffers=tuple(p["buffers"]),
             )
             for p in parts
@@ -213,13 +220,11 @@ class Entry:
         """The buffer as pages of the file; None where it is to be read.
 
         Args:
-            target: the buffer that the kernel allocated; ``check`` was called with it.
+            target: the buffer that the kernel allocated for the cpu; ``check`` was called with it.
 
         Raises:
             CheckpointError: ``Q-PREPARED-ENTRY`` if the file has been cut.
         """
-        if target.device.type != "cpu":
-            return None
         info = self._tensors[described(name, part, buffer)]
         return self._pages(info, target.dtype, tuple(target.shape))
 

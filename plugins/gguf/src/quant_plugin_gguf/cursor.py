@@ -228,12 +228,15 @@ class Cursor:
     def _strings(self, count: int) -> bytes:
         """The stored bytes of ``count`` strings: only their lengths are looked at."""
         start, unpack = self.at, _U64.unpack_from
+        at, buffer, have = start, self._buffer, len(self._buffer)
         for _ in range(count):
-            if self.at + 8 > len(self._buffer):
+            end = at + 8
+            if end <= have:
+                end += unpack(buffer, at)[0]
+            if end > have:  # the rare case: what is here ends within this string
+                self.at = at
                 self._need(8)
-            (length,) = unpack(self._buffer, self.at)
-            end = self.at + 8 + length
-            if end > len(self._buffer):
+                (length,) = unpack(self._buffer, at)
                 if length > self.size:
                     raise self.bad_value(
                         f"an item of {length} bytes",
@@ -242,5 +245,7 @@ class Cursor:
                         actual=length,
                     )
                 self._need(8 + length)
-            self.at = end
+                buffer, have, end = self._buffer, len(self._buffer), at + 8 + length
+            at = end
+        self.at = at
         return bytes(self._buffer[start : self.at])
