@@ -133,6 +133,12 @@ def test_without_the_option_the_refusal_names_it(fixtures, tmp_path):
     with pytest.raises(LayoutError, match="zero_points=float they are kept"):
         convert(fixtures / "gguf-llama-q4_k_m", tmp_path / "out", to="compressed_tensors")
     assert list(tmp_path.iterdir()) == []
+    source, to = fixtures / "gguf-llama-q4_k_m", "compressed_tensors"
+    taken = convert(source, tmp_path / "out", to=to, allow_inexact=True)
+    (hint,) = (w for w in taken.warnings if "zero_points=float" in w)
+    assert hint.startswith("12 modules lose more than they must")
+    kept = convert(source, tmp_path / "kept", to=to, allow_inexact=True, options=FLOAT)
+    assert not any("zero_points" in w for w in kept.warnings)
 
 
 def test_compressed_tensors_reads_these_weights_and_writes_this_text(between, prompts, request):

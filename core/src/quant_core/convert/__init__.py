@@ -141,6 +141,7 @@ def convert(
             step=lambda name: report("write", name, total),
         )
         warnings += [f"in the source: {w}" for w in source.warnings]
+        warnings += found.hints
         warnings += cache_warnings(source, found.target.plan.attention, to)
         return Result(
             source=checkpoint.path,

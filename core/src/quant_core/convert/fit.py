@@ -37,11 +37,13 @@ class Fit:
         scheme: the target's; None to write the weight as floats.
         tensors: what ``scheme.serialize`` is given.
         losses: what is not kept, one phrase each; () = the weights are equal bit by bit.
+        hint: how less would be lost; "" = not known, or nothing is.
     """
 
     scheme: Scheme | None
     tensors: LayerTensors
     losses: tuple[str, ...] = ()
+    hint: str = ""
 
 
 @dataclass(slots=True)
@@ -50,7 +52,7 @@ class Losses:
 
     where: str
     allowed: bool = False
-    instead: str = ""  # how to lose less, for the message of a refusal
+    instead: str = ""  # how to lose less, for the message of a refusal and ``Fit.hint``
     _items: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def lose(self, found: str, expected: str, loss: str) -> None:

@@ -59,6 +59,7 @@ class Survey:
 
     target: Target
     layers: list[LayerReport] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -77,6 +78,7 @@ class _Pass:
     infos: dict[str, TensorInfo] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)  # parameter -> torch dtype name
     caches: dict[str, Member] = field(default_factory=dict)  # attention module -> member
+    hints: dict[str, int] = field(default_factory=dict)  # how to lose less -> modules
 
     def run(self) -> None:
         for name, member in self.source.quantized.items():
@@ -123,10 +125,11 @@ class _Pass:
     def _member(self, name: str, member: Member) -> None:
         assert isinstance(member.scheme, Scheme)
         report = LayerReport(name=name, before=member.scheme.weight.label, after="")
-        total, found = Distance(), []
+        total, found, hints = Distance(), [], set()
         for expert in member.layer.experts or (None,):
             tensors, fit = self._fit(member, expert)
             report.losses = tuple(dict.fromkeys((*report.losses, *fit.losses)))
+            hints |= {fit.hint} - {""}
             if fit.scheme is None:
                 self._float(report, member, tensors)
                 continue
@@ -136,6 +139,8 @@ class _Pass:
             self.schemes[name] = tuple(found)
             report.after, report.error = found[0].weight.label, total.relative
         self.reports[name] = report
+        for hint in hints:
+            self.hints[hint] = self.hints.get(hint, 0) + 1
 
     def _fit(self, member: Member, expert: int | None) -> tuple[LayerTensors, Fit]:
         tensors = read_matrix(self.source, member, expert)
@@ -365,7 +370,8 @@ def survey(
         allow_inexact=allow_inexact,
         float_dtypes=walk.floats,
     )
-    return Survey(target, list(walk.reports.values()))
+    hints = [f"{count} modules lose more than they must. {h}" for h, count in walk.hints.items()]
+    return Survey(target, list(walk.reports.values()), hints)
 
 
 def _dense(source: Plan) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:

@@ -107,7 +107,9 @@ def _fit(
         actorder="" if qt.gather is None else "group",
     )
     scheme, qt = _scheme(qt, weights, inputs, input_dtype, (qt.shape[0], k), meaning)
-    return Fit(scheme=scheme, tensors=replace(lt, operands={"weight": qt}), losses=losses.taken())
+    taken = losses.taken()
+    weight = replace(lt, operands={"weight": qt})
+    return Fit(scheme=scheme, tensors=weight, losses=taken, hint=losses.instead if taken else "")
 
 
 def _has_offset(qt: QuantizedTensor) -> bool:
