@@ -15,6 +15,8 @@ in float32, the weights are those of the reference bit for bit. A code is the po
 magnitude, plus 8 for a minus sign; in IQ1 that of the grid plus 3 where 1/8 is taken off. ``pack``
 finds the grid's entry again: no two are alike. TQ1_0 is not here: 13 of its bytes have a double.
 
+Eight codes are one word of 32 bits, which is an entry of a table, or with a table of signs in it.
+
 The grids are the gguf package's own. Source of the fields: gguf 0.19.0, quants.py.
 """
 
@@ -28,8 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant_core.packing import pack, unpack
-from quant_core.spec import CANONICAL, Element, QuantSpec, Scale, Zero, group
+from quant_core.packing import unpack
+from quant_core.spec import Element, QuantSpec, Scale, Zero, group
 from quant_core.tensors import QuantizedTensor
 
 __all__ = ["iq1_m", "iq1_s", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_s", "iq3_xxs", "tq2_0"]
@@ -41,16 +43,27 @@ _ROWS = 1 << 20  # weights taken apart at a time, in rows of whole blocks
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Blocks taken apart: codes [B, 256], scales 1 + 2 s [B, 256 / g], d as float16 bits [B]."""
+    """Blocks taken apart: scales 1 + 2 s [B, 256 / g], d as float16 bits [B].
+
+    ``codes``: one to a byte [B, 256] for ``join``, in canonical packing [B, ...] from ``split``.
+    """
 
     codes: Array
     scales: Array
     d: Array
 
 
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """``words``: codes of every entry, four bits each; ``entry``: of positions, ``bits`` each."""
+
+    words: Array
+    entry: Array
+    bits: int
+
+
 @functools.cache
-def _grid(name: str) -> tuple[Array, Array, int]:
-    """Positions of magnitudes [entries, weights], entry of packed positions, bits of a position."""
+def _grid(name: str) -> _Grid:
     from gguf import quants
 
     kind = getattr(quants, name)
@@ -58,9 +71,23 @@ def _grid(name: str) -> tuple[Array, Array, int]:
     magnitudes = np.array(kind.grid_map)
     at = np.searchsorted(magnitudes, kind.grid.reshape(kind.grid_shape)).astype(np.uint8)
     bits = 3 if len(magnitudes) > 4 else 2
-    entry = np.full(1 << bits * at.shape[1], 0, np.uint16)
+    entry = np.zeros(1 << bits * at.shape[1], np.uint16)
     entry[_packed(at, bits)] = np.arange(len(at), dtype=np.uint16)
-    return at, entry, bits
+    return _Grid(_packed(at, 4).astype(np.uint32 if at.shape[1] == 8 else np.uint16), entry, bits)
+
+
+@functools.cache
+def _sign_words() -> Array:
+    """Eight sign bits -> the highest bit of each of eight codes."""
+    return _packed(_bits(np.arange(256, dtype=np.uint8), range(8)) & 1, 4) << 3
+
+
+@functools.cache
+def _sign_words7() -> Array:
+    """Seven sign bits, and one that makes their number even."""
+    low = np.arange(128, dtype=np.uint8)
+    odd = (_bits(low, range(7)) & 1).sum(-1).astype(np.uint8) & 1
+    return _sign_words()[low | odd << 7]
 
 
 def _packed(at: Array, bits: int) -> Array:
@@ -71,8 +98,8 @@ def _packed(at: Array, bits: int) -> Array:
 
 def _entries(name: str, at: Array) -> Array:
     """Inverse of the grid: positions [..., weights] to entries, uint16."""
-    _, entry, bits = _grid(name)
-    return entry[_packed(at, bits)]
+    grid = _grid(name)
+    return grid.entry[_packed(at, grid.bits)]
 
 
 def _bits(values: Array, counts: list[int] | range) -> Array:
@@ -94,12 +121,6 @@ def _of_nibbles(values: Array) -> Array:
     return _join(values.reshape(len(values), -1, 2), [0, 4], np.uint8)
 
 
-def _signs7(index: Array) -> Array:
-    """Seven sign bits and one that makes their number even: [..., 8] of 0 and 1."""
-    low = _bits(index.astype(np.uint8), range(7)) & 1
-    return np.concatenate([low, low.sum(-1, keepdims=True).astype(np.uint8) & 1], axis=-1)
-
-
 def _index7(signs: Array) -> Array:
     return _join(signs[..., :7], range(7), np.uint8)
 
@@ -117,10 +138,6 @@ def _bytes(*parts: Array) -> Array:
     return np.concatenate(
         [np.ascontiguousarray(p).reshape(n, -1).view(np.uint8) for p in parts], axis=1
     )
-
-
-def _signed(at: Array, signs: Array) -> Array:
-    return at.reshape(len(at), _BLOCK) | signs.reshape(len(at), _BLOCK).astype(np.uint8) << 3
 
 
 class _Codes:
@@ -141,19 +158,19 @@ class _Codes:
     def join(self, f: _Fields) -> Array:
         raise NotImplementedError
 
-    def _magnitudes(self, entries: Array) -> Array:
-        return _grid(self.grid)[0][entries]
+    def _codes_of(self, entries: Array) -> Array:
+        """Codes of the grid's entries, eight to a word: [B, 32]."""
+        return _words(_grid(self.grid).words[entries].reshape(len(entries), -1), np.uint32)
 
     def unpack(self, blocks: Tensor, k: int) -> QuantizedTensor:
-        n, bits = blocks.shape[0], self.spec.element.bits
+        n = blocks.shape[0]
         data = blocks.contiguous().cpu().numpy().reshape(n, k // _BLOCK, -1)
         step = max(1, _ROWS // max(k, 1))
         codes, scales, d = [], [], []
         for start in range(0, n, step):
             rows = data[start : start + step]
             fields = self.split(rows.reshape(-1, rows.shape[-1]))
-            mine = torch.from_numpy(fields.codes.reshape(len(rows), k))
-            codes.append(pack(mine, bits, CANONICAL))
+            codes.append(torch.from_numpy(fields.codes.view(np.uint8).reshape(len(rows), -1)))
             scales.append(torch.from_numpy(fields.scales.reshape(len(rows), -1).astype(np.uint8)))
             d.append(torch.from_numpy(fields.d.view(np.float16).reshape(len(rows), -1).copy()))
         factors = (torch.cat(scales), torch.cat(d))[-len(self.spec.scales) :]
@@ -197,7 +214,7 @@ class IQ3_S(_Codes):
             qs.astype(np.uint16)
             | (_bits(qh, range(8)) & 1).reshape(len(b), 64).astype(np.uint16) << 8
         )
-        codes = _signed(self._magnitudes(entries), _bits(signs, range(8)) & 1)
+        codes = self._codes_of(entries) | _sign_words()[signs]
         return _Fields(codes, 1 + 2 * _nibbles(scales), _words(d, np.uint16))
 
     def join(self, f: _Fields) -> Array:
@@ -216,8 +233,8 @@ class IQ3_XXS(_Codes):
     def split(self, b: Array) -> _Fields:
         d, qs, words = _cut(b, 2, 64)
         words = _words(words, np.uint32)
-        signs = _signs7(_bits(words, [0, 7, 14, 21]) & 127)
-        codes = _signed(self._magnitudes(qs), signs)
+        signs = _sign_words7()[_bits(words, [0, 7, 14, 21]) & 127]
+        codes = self._codes_of(qs) | signs.reshape(len(b), 32)
         return _Fields(codes, 1 + 2 * (words >> 28), _words(d, np.uint16))
 
     def join(self, f: _Fields) -> Array:
@@ -237,8 +254,8 @@ class IQ2_XXS(_Codes):
         d, rest = _cut(b, 2)
         words = _words(rest, np.uint32).reshape(len(b), 8, 2)
         entries = _words(words[..., 0], np.uint8).reshape(len(b), 32)
-        signs = _signs7(_bits(words[..., 1], [0, 7, 14, 21]) & 127)
-        codes = _signed(self._magnitudes(entries), signs)
+        signs = _sign_words7()[_bits(words[..., 1], [0, 7, 14, 21]) & 127]
+        codes = self._codes_of(entries) | signs.reshape(len(b), 32)
         return _Fields(codes, 1 + 2 * (words[..., 1] >> 28), _words(d, np.uint16))
 
     def join(self, f: _Fields) -> Array:
@@ -258,7 +275,7 @@ class IQ2_XS(_Codes):
     def split(self, b: Array) -> _Fields:
         d, qs, scales = _cut(b, 2, 64)
         words = _words(qs, np.uint16)
-        codes = _signed(self._magnitudes(words & 511), _signs7(words >> 9))
+        codes = self._codes_of(words & 511) | _sign_words7()[words >> 9]
         return _Fields(codes, 1 + 2 * _nibbles(scales), _words(d, np.uint16))
 
     def join(self, f: _Fields) -> Array:
@@ -276,7 +293,7 @@ class IQ2_S(_Codes):
     def split(self, b: Array) -> _Fields:
         d, qs, signs, qh, scales = _cut(b, 2, 32, 32, 8)
         high = (_bits(qh, [0, 2, 4, 6]) & 3).reshape(len(b), 32).astype(np.uint16)
-        codes = _signed(self._magnitudes(qs | high << 8), _bits(signs, range(8)) & 1)
+        codes = self._codes_of(qs | high << 8) | _sign_words()[signs]
         return _Fields(codes, 1 + 2 * _nibbles(scales), _words(d, np.uint16))
 
     def join(self, f: _Fields) -> Array:
@@ -287,6 +304,7 @@ class IQ2_S(_Codes):
         return _bytes(f.d, entries.astype(np.uint8), signs, high, _of_nibbles(f.scales >> 1))
 
 
+_LESS = np.uint32(0x33333333)  # 3 more in each of eight codes
 _SHIFTED = (-0.875, 0.125, 1.125, -1.125, -0.125, 0.875, *[0.0] * 10)
 
 
@@ -299,9 +317,9 @@ class IQ1_S(_Codes):
         d, qs, words = _cut(b, 2, 32)
         words = _words(words, np.uint16)
         high = (_bits(words, [0, 3, 6, 9]) & 7).reshape(len(b), 32)
-        at = self._magnitudes(qs | high << 8).reshape(len(b), 8, 32)
-        codes = at + 3 * (words >> 15).astype(np.uint8)[..., None]
-        return _Fields(codes.reshape(len(b), -1), 1 + 2 * (words >> 12 & 7), _words(d, np.uint16))
+        less = np.repeat(words >> 15, 4, axis=1).astype(np.uint32)
+        codes = self._codes_of(qs | high << 8) + less * _LESS
+        return _Fields(codes, 1 + 2 * (words >> 12 & 7), _words(d, np.uint16))
 
     def join(self, f: _Fields) -> Array:
         n = len(f.codes)
@@ -322,11 +340,10 @@ class IQ1_M(_Codes):
         qs, qh, words = _cut(b, 32, 16)
         words = _words(words, np.uint16)
         nibbles = _nibbles(qh).astype(np.uint16)
-        at = self._magnitudes(qs | (nibbles & 7) << 8)
-        codes = at + 3 * (nibbles >> 3).astype(np.uint8)[..., None]
+        codes = self._codes_of(qs | (nibbles & 7) << 8) + (nibbles >> 3).astype(np.uint32) * _LESS
         scales = (_bits(words, [0, 3, 6, 9]) & 7).reshape(len(b), 16)
         d = _join(words >> 12, [0, 4, 8, 12], np.uint16)
-        return _Fields(codes.reshape(len(b), -1), 1 + 2 * scales, d)
+        return _Fields(codes, 1 + 2 * scales, d)
 
     def join(self, f: _Fields) -> Array:
         n = len(f.codes)
@@ -351,8 +368,12 @@ class TQ2_0(_Codes):
     def split(self, b: Array) -> _Fields:
         qs, d = _cut(b, 64)
         codes = _bits(qs.reshape(len(b), 2, 32), [0, 2, 4, 6]) & 3
-        codes = np.ascontiguousarray(codes.transpose(0, 1, 3, 2)).reshape(len(b), _BLOCK)
-        return _Fields(codes, np.ones((len(b), 1), np.uint8), _words(d, np.uint16))
+        codes = codes.transpose(0, 1, 3, 2).reshape(len(b), 64, 4)
+        return _Fields(
+            _join(codes, [0, 2, 4, 6], np.uint8),
+            np.ones((len(b), 1), np.uint8),
+            _words(d, np.uint16),
+        )
 
     def join(self, f: _Fields) -> Array:
         codes = f.codes.reshape(len(f.codes), 2, 4, 32).transpose(0, 1, 3, 2)
