@@ -142,7 +142,7 @@ def pack(folder: Path, parts: int, stride: int) -> None:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
             for name in of:
-                tar.add(folder / "checkpoints" / name, f"checkpoints/{name}")
+                tar.add((folder / "checkpoints" / name).resolve(), f"checkpoints/{name}")
         print(f"{path.name}: {len(of)} checkpoints, {path.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
