@@ -101,7 +101,16 @@ EXPECTED = {
     "llama, gelu": (LlamaConfig, {"hidden_act": "gelu"}, {NORM: 5}),
     "llama, relu": (LlamaConfig, {"hidden_act": "relu"}, {NORM: 5}),
     "gemma2": (Gemma2Config, {}, {NORM: 9, MLP: 2}),  # norms behind both branches
-    "qwen3": (Qwen3Config, {}, {NORM: 9, MLP: 2}),  # norms of queries and keys
+    "qwen3": (Qwen3Config, {}, {NORM: 9, MLP: 2, WHOLE: 2}),  # norms of queries and keys
+    "phi3": (Phi3Config, {}, {NORM: 5, MLP: 2, WHOLE: 2}),  # fused q, k, v and gate, up
+    "phi3, half turned": (
+        Phi3Config,
+        {"rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        }},
+        {NORM: 5, MLP: 2, WHOLE: 2},
+    ),
+    "phi3, dropout": (Phi3Config, {"resid_pdrop": 0.1}, {NORM: 5, MLP: 2}),
     "granite": (
         GraniteConfig, {"residual_multiplier": 0.5, "attention_multiplier": 0.3}, {NORM: 5, MLP: 2},
     ),

@@ -117,7 +117,7 @@ def make_tiny(
     tied = set(model.all_tied_weights_keys)
     with torch.no_grad():
         for name, p, kind in [s for one in stored_names(model) for s in _split(one, split)]:
-            if name.endswith(("bias", "layernorm.weight")):
+            if name.endswith(("bias", "layernorm.weight", "q_norm.weight", "k_norm.weight")):
                 p.add_(torch.randn_like(p) * 0.1).copy_(p.half().float())
             if name in tied:
                 continue

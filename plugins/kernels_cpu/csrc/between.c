@@ -9,7 +9,6 @@
 #include "step.h"
 
 enum { ISA_AVX2 = 1, ISA_AVX512 }; /* as in cpu.c */
-enum { Q, K, V, O, GATE, UP, DOWN, LAYERS };
 
 int qk_linear(const qk_call *), qk_linear_shared(const qk_call *, int64_t), qk_attention(const qk_step *);
 
@@ -58,43 +57,77 @@ static int parts_of(char **parts, const int64_t *sizes, int64_t count, int64_t t
     return 0;
 }
 
-/* The MLP with gate and up as scratch. */
-static int mlp_into(const qk_mlp *c, void *gate, void *up) {
-    const qk_call both[2] = {for_x(&c->calls[0], c->x, gate, c->type, c->count),
-                             for_x(&c->calls[1], c->x, up, c->type, c->count)};
-    const int status = qk_linear_shared(both, 2);
-    if (status) return status;
-    const qk_gate g = {gate, up, gate, c->type, c->act, c->count * c->calls[0].op->n, c->isa};
-    qk_gated(&g);
-    const qk_call down = for_x(&c->calls[2], gate, c->y, c->type, c->count);
+static int64_t wide_of(const qk_mlp *c) { return c->calls[0].op->n * c->sides / 2; }
+
+/* The MLP with scratch of 2 * wide numbers a row, and, where one layer has both sides, of wide more. */
+static int mlp_into(const qk_mlp *c, char *gate, void *gated) {
+    const int64_t wide = wide_of(c), half = wide * qk_size(c->type);
+    char *up = gate + half * c->count;
+    if (c->sides == 2) {
+        const qk_call both[2] = {for_x(&c->calls[0], c->x, gate, c->type, c->count),
+                                 for_x(&c->calls[1], c->x, up, c->type, c->count)};
+        const int status = qk_linear_shared(both, 2);
+        if (status) return status;
+        const qk_gate g = {gate, up, gate, c->type, c->act, c->count * wide, c->isa};
+        qk_gated(&g);
+        gated = gate;
+    } else {
+        const qk_call both = for_x(&c->calls[0], c->x, gate, c->type, c->count);
+        const int status = qk_linear(&both);
+        if (status) return status;
+        for (int64_t row = 0; row < c->count; row++) {
+            const char *one = gate + 2 * half * row, *two = one + half;
+            const qk_gate g = {c->up_first ? two : one, c->up_first ? one : two,
+                               (char *)gated + half * row, c->type, c->act, wide, c->isa};
+            qk_gated(&g);
+        }
+    }
+    const qk_call down = for_x(&c->calls[c->sides], gated, c->y, c->type, c->count);
     return qk_linear(&down);
 }
 
 int qk_gated_mlp(const qk_mlp *c) {
     char *parts[2];
-    const int64_t sizes[2] = {c->count * c->calls[0].op->n, c->count * c->calls[1].op->n};
+    const int64_t rows = c->count * wide_of(c), sizes[2] = {2 * rows, c->sides == 1 ? rows : 0};
     if (parts_of(parts, sizes, 2, c->type)) return 1;
     const int status = mlp_into(c, parts[0], parts[1]);
     free(parts[0]);
     return status;
 }
 
+/* Queries, keys and values of the new tokens: where they lie, and how far those of two sequences. */
+typedef struct {
+    char *q, *k, *v;
+    int64_t q_row, kv_row;
+} heads_of_token;
+
+/* One norm for each head, in place. */
+static int norm_heads(const qk_block *c, int which, char *x, int64_t row, int64_t heads) {
+    for (int64_t b = 0; c->norm[which] && b < c->batch; b++) {
+        char *at = x + b * row * qk_size(c->type);
+        const qk_norm n = {c->norm[which], at, NULL, NULL, at, c->type, c->form[which],
+                           heads, c->dim, c->eps[which], c->isa};
+        if (qk_rms_norm(&n)) return 1;
+    }
+    return 0;
+}
+
 /* Queries turned in place; keys turned into the cache, values copied there. */
-static void into_cache(const qk_block *c, int64_t last, char *q, const char *k, const char *v) {
-    const int64_t size = qk_size(c->type), heads = c->heads * c->dim, kv = c->kv_heads * c->dim;
+static void into_cache(const qk_block *c, int64_t last, const heads_of_token *t) {
+    const int64_t size = qk_size(c->type);
     const qk_rotate queries = {
-        q, c->cos, c->sin, q, c->type, c->batch, c->heads, 1, c->dim, c->rotated,
-        {heads, c->dim, 0}, {heads, c->dim, 0}, {c->angle_stride, 0}, c->isa};
+        t->q, c->cos, c->sin, t->q, c->type, c->batch, c->heads, 1, c->dim, c->rotated,
+        {t->q_row, c->dim, 0}, {t->q_row, c->dim, 0}, {c->angle_stride, 0}, c->isa};
     const qk_rotate keys = {
-        k, c->cos, c->sin, (char *)c->keys + last * c->k_stride[2] * size, c->type, c->batch,
+        t->k, c->cos, c->sin, (char *)c->keys + last * c->k_stride[2] * size, c->type, c->batch,
         c->kv_heads, 1, c->dim, c->rotated,
-        {kv, c->dim, 0}, {c->k_stride[0], c->k_stride[1], 0}, {c->angle_stride, 0}, c->isa};
+        {t->kv_row, c->dim, 0}, {c->k_stride[0], c->k_stride[1], 0}, {c->angle_stride, 0}, c->isa};
     qk_rotary(&queries);
     qk_rotary(&keys);
     for (int64_t b = 0; b < c->batch; b++)
         for (int64_t h = 0; h < c->kv_heads; h++) {
             const int64_t to = b * c->v_stride[0] + h * c->v_stride[1] + last * c->v_stride[2];
-            memcpy((char *)c->values + to * size, v + (b * kv + h * c->dim) * size, c->dim * size);
+            memcpy((char *)c->values + to * size, t->v + (b * t->kv_row + h * c->dim) * size, c->dim * size);
         }
 }
 
@@ -119,35 +152,45 @@ int qk_decoder_block(const qk_block *c) {
     const int plain = c->at && c->mask && shows_all(c, last);
     const void *mask = plain ? NULL : c->mask;
     const int64_t seen = plain ? last + 1 : c->length;
-    const int64_t rows = c->batch, type = c->type, hidden = c->calls[Q].op->k_in;
-    const int64_t q_n = c->heads * c->dim, kv_n = c->kv_heads * c->dim, wide = c->calls[GATE].op->n;
-    enum { NORMED, QUERY, KEY, VALUE, MIXED, SUM, GATED, UPPED, PARTS };
-    const int64_t sizes[PARTS] = {rows * hidden, rows * (q_n > hidden ? q_n : hidden), rows * kv_n,
-                                  rows * kv_n,   rows * q_n, rows * hidden, rows * wide, rows * wide};
+    const qk_call *o = c->calls + c->qkv;
+    const int64_t rows = c->batch, type = c->type, hidden = c->calls->op->k_in;
+    const int64_t q_n = c->heads * c->dim, kv_n = c->kv_heads * c->dim, all = q_n + 2 * kv_n;
+    enum { NORMED, HEADS, MIXED, SUM, OUT, SIDES, GATED, PARTS };
+    qk_mlp mlp = {o + 1, NULL, NULL, type, c->act, rows, c->sides, c->up_first, c->isa};
+    const int64_t wide = wide_of(&mlp);
+    const int64_t sizes[PARTS] = {rows * hidden, rows * all, rows * q_n, rows * hidden,
+                                  rows * hidden, 2 * rows * wide, c->sides == 1 ? rows * wide : 0};
     char *p[PARTS];
     int status;
     if (parts_of(p, sizes, PARTS, type)) return 1;
     const qk_norm first = {c->norm[0], c->x, NULL, NULL, p[NORMED], type, c->form[0],
                            rows, hidden, c->eps[0], c->isa};
-    const qk_call qkv[3] = {for_x(&c->calls[Q], p[NORMED], p[QUERY], type, rows),
-                            for_x(&c->calls[K], p[NORMED], p[KEY], type, rows),
-                            for_x(&c->calls[V], p[NORMED], p[VALUE], type, rows)};
-    if ((status = qk_rms_norm(&first)) || (status = qk_linear_shared(qkv, 3))) goto done;
-    into_cache(c, last, p[QUERY], p[KEY], p[VALUE]);
+    if ((status = qk_rms_norm(&first))) goto done;
+    /* one layer gives rows of all heads, three give the queries of all rows, then the keys, ... */
+    const int64_t one = c->qkv == 1, size = qk_size(type);
+    heads_of_token t = {p[HEADS], NULL, NULL, one ? all : q_n, one ? all : kv_n};
+    t.k = t.q + (one ? 1 : rows) * q_n * size, t.v = t.k + (one ? 1 : rows) * kv_n * size;
+    char *const to[3] = {t.q, t.k, t.v};
+    qk_call qkv[3];
+    for (int64_t i = 0; i < c->qkv; i++) qkv[i] = for_x(&c->calls[i], p[NORMED], to[i], type, rows);
+    if ((status = one ? qk_linear(qkv) : qk_linear_shared(qkv, 3))) goto done;
+    if ((status = norm_heads(c, 2, t.q, t.q_row, c->heads))) goto done;
+    if ((status = norm_heads(c, 3, t.k, t.kv_row, c->kv_heads))) goto done;
+    into_cache(c, last, &t);
     const qk_step step = {
-        p[QUERY], c->keys, c->values, mask, p[MIXED], type, c->mask_type,
-        rows, c->heads, c->kv_heads, seen, c->dim, c->dim, {q_n, c->dim},
+        t.q, c->keys, c->values, mask, p[MIXED], type, c->mask_type,
+        rows, c->heads, c->kv_heads, seen, c->dim, c->dim, {t.q_row, c->dim},
         {c->k_stride[0], c->k_stride[1], c->k_stride[2]},
         {c->v_stride[0], c->v_stride[1], c->v_stride[2]},
         {c->mask_stride[0], c->mask_stride[1], c->mask_stride[2]}, c->scale, c->isa};
-    const qk_call out = for_x(&c->calls[O], p[MIXED], p[NORMED], type, rows);
+    const qk_call out = for_x(o, p[MIXED], p[NORMED], type, rows);
     if ((status = qk_attention(&step)) || (status = qk_linear(&out))) goto done;
     /* the sum goes where x + o(a) is kept, its norm over o(a) itself */
     const qk_norm second = {c->norm[1], c->x, p[NORMED], p[SUM], p[NORMED], type, c->form[1],
                             rows, hidden, c->eps[1], c->isa};
-    const qk_mlp mlp = {c->calls + GATE, p[NORMED], p[QUERY], type, c->act, rows, c->isa};
-    if ((status = qk_rms_norm(&second)) || (status = mlp_into(&mlp, p[GATED], p[UPPED]))) goto done;
-    UNIT(qk_add, c->isa)(p[SUM], p[QUERY], c->y, type, rows * hidden);
+    mlp.x = p[NORMED], mlp.y = p[OUT];
+    if ((status = qk_rms_norm(&second)) || (status = mlp_into(&mlp, p[SIDES], p[GATED]))) goto done;
+    UNIT(qk_add, c->isa)(p[SUM], p[OUT], c->y, type, rows * hidden);
 done:
     free(p[0]);
     return status;

@@ -33,25 +33,28 @@ typedef struct {
     int64_t isa;
 } qk_rotate;
 
-/* down(act(gate(x)) * up(x)): `calls` are gate, up, down, without x, y, type and count. */
+/* down(act(gate(x)) * up(x)): `calls` are gate, up, down (`sides` 2), or one layer of both, whose
+ * first half is gate, or up where `up_first`, and down (`sides` 1); without x, y, type and count. */
 typedef struct {
     const qk_call *calls;
     const void *x;
     void *y;
-    int64_t type, act, count, isa;
+    int64_t type, act, count, sides, up_first, isa;
 } qk_mlp;
 
-/* A decoder layer for one token a sequence; `calls` are q, k, v, o, gate, up, down. The new token's
- * key and value are written to position *at, or length - 1 where `at` is NULL. */
+/* A decoder layer for one token a sequence; `calls` are q, k, v (`qkv` 3) or one layer of all three
+ * behind each other (1), then o, then those of the MLP. `norm` are those of the branches, then those
+ * of each head of queries and of keys, or NULL. The new token's key and value are written to position
+ * *at, or length - 1 where `at` is NULL. */
 typedef struct {
     const qk_call *calls;
-    const void *norm[2], *x, *cos, *sin, *mask;
+    const void *norm[4], *x, *cos, *sin, *mask;
     void *keys, *values, *y;
     const int64_t *at;
-    int64_t type, mask_type, act, form[2];
+    int64_t type, mask_type, act, form[4], qkv, sides, up_first;
     int64_t batch, heads, kv_heads, length, dim, rotated;
     int64_t k_stride[3], v_stride[3], mask_stride[3], angle_stride;
-    double scale, eps[2];
+    double scale, eps[4];
     int64_t isa;
 } qk_block;
 

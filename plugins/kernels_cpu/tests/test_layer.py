@@ -26,10 +26,16 @@ if unavailable():
 HEADS, KV, DIM, HIDDEN, WIDE, ROOM = 4, 2, 16, 64, 96, 12
 CPU = ("cpu", "")
 DTYPE = torch.bfloat16
-EPS = (1e-5, 1e-6)
+EPS = (1e-5, 1e-6, 1e-4, 1e-3)
 SCALE = 0.02  # the scores differ by about 1
-_SHAPES = [(HEADS * DIM, HIDDEN), (KV * DIM, HIDDEN), (KV * DIM, HIDDEN), (HIDDEN, HEADS * DIM)]
-_SHAPES += [(WIDE, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE)]
+_QKV, _SIDES = [HEADS * DIM, KV * DIM, KV * DIM], [WIDE, WIDE]
+_HOW = {
+    "seven layers": {},
+    "fused": {"qkv": 1, "sides": 1},
+    "up first": {"sides": 1, "up_first": True},
+    "head norms": {"head_norms": True},
+    "all": {"qkv": 1, "sides": 1, "head_norms": True},
+}
 OP = torch.ops.quant_cpu.decoder_layer.default
 
 
@@ -41,24 +47,37 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 class Made:
     """A layer, and all that a step needs."""
 
-    def __init__(self, batch: int = 1, at: int = 5) -> None:
+    def __init__(
+        self, batch: int = 1, at: int = 5, *, qkv: int = 3, sides: int = 2,
+        up_first: bool = False, head_norms: bool = False,
+    ) -> None:  # fmt: skip
         kernel, linears, self.buffers, self.dense = WnA16(), [], [], []
-        for i, (n, k) in enumerate(_SHAPES):
-            lt = make_layer(SPECS["uint4 g32 f16 code"], n, k, seed=i)
+        groups = [[n] for n in _QKV] if qkv == 3 else [_QKV]
+        groups = [(g, HIDDEN) for g in groups] + [([HIDDEN], HEADS * DIM)]
+        groups += [([WIDE], HIDDEN)] * 2 if sides == 2 else [(_SIDES, HIDDEN)]
+        for i, (rows, k) in enumerate([*groups, ([HIDDEN], WIDE)]):
+            lt = make_layer(SPECS["uint4 g32 f16 code"], sum(rows), k, seed=i)
             op = make_op("linear", lt, k)
             held = kernel.allocate(op)
             kernel.load_(held, op, lt, {"row": 0})
             linears.append(op)
             self.buffers.append(list(held.values()))
-            self.dense.append(lt.weight.dequantize())
+            self.dense += lt.weight.dequantize().split(rows)
+        if up_first:
+            self.dense[4:6] = self.dense[5], self.dense[4]
         norm = norm_op(HIDDEN, NORMS[0], "bfloat16", CPU)
+        heads = (norm_op(DIM, NORMS[1], "bfloat16", CPU),) * 2 if head_norms else ()
         block = Block(
-            linears=tuple(linears), norms=(norm, norm), heads=HEADS, kv_heads=KV, head_dim=DIM,
-            rotated=DIM, gated=gated_op(WIDE, "silu", "bfloat16", CPU),
+            linears=tuple(linears), norms=(norm, norm, *heads), heads=HEADS, kv_heads=KV,
+            head_dim=DIM, rotated=DIM, gated=gated_op(WIDE, "silu", "bfloat16", CPU), qkv=qkv,
+            sides=sides, up_first=up_first,
         )  # fmt: skip
         self.run = kernel.bind_block(block)
         self.table = self.run.table(lambda: self.buffers)
-        self.norms = tuple(1 + normal(HIDDEN, seed=20 + i) / 8 for i in range(2))
+        sizes = [HIDDEN, HIDDEN, DIM, DIM][: 2 + len(heads)]
+        self.norms = tuple(1 + normal(n, seed=20 + i) / 4 for i, n in enumerate(sizes))
+        self.eps = EPS[: len(sizes)]
+        self.scale = 0.25 if heads else SCALE
         self.x = normal(batch, 1, HIDDEN, seed=30)
         angle = torch.randn(batch, 1, DIM // 2, generator=torch.Generator().manual_seed(31))
         self.cos, self.sin = (
@@ -71,10 +90,10 @@ class Made:
     def arguments(self, **changes) -> tuple:
         """Of the operator, on copies of the cache."""
         given = {
-            "x": self.x, "table": self.table.tensor, "norm": self.norms[0],
-            "norm_2": self.norms[1], "layout": self.run.text, "cos": self.cos, "sin": self.sin,
+            "x": self.x, "table": self.table.tensor, "norms": self.norms,
+            "layout": self.run.text, "cos": self.cos, "sin": self.sin,
             "keys": self.keys.clone(), "values": self.values.clone(), "mask": self.mask,
-            "at": self.at, "scale": SCALE, "eps": EPS[0], "eps_2": EPS[1],
+            "at": self.at, "scale": self.scale, "eps": self.eps,
         }  # fmt: skip
         assert set(changes) <= set(given)
         return tuple((given | changes).values())
@@ -98,13 +117,15 @@ class Made:
             (h @ w[i].T).view(batch, 1, n, DIM).transpose(1, 2)
             for i, n in ((0, HEADS), (1, KV), (2, KV))
         )
+        if len(self.norms) == 4:
+            q, k = norm(q, 2), norm(k, 3)
         keys, values = self.keys.double().clone(), self.values.double().clone()
         at = int(self.at)
         keys[:, :, at], values[:, :, at] = turn(k)[:, :, 0], v[:, :, 0]
         if mask.dtype != torch.bool:
             mask = mask.double()
         y = F.scaled_dot_product_attention(
-            turn(q), keys, values, attn_mask=mask, scale=SCALE, enable_gqa=True
+            turn(q), keys, values, attn_mask=mask, scale=self.scale, enable_gqa=True
         )
         s = x + y.transpose(1, 2).reshape(batch, 1, -1) @ w[3].T
         h = norm(s, 1)
@@ -151,11 +172,12 @@ def test_the_mask_is_obeyed_whatever_it_says(isa, kind, batch):
     assert torch.equal(*(f(*made.arguments(mask=mask)) for f in (OP, layer_module.run_layer)))
 
 
+@pytest.mark.parametrize("how", list(_HOW))
 @pytest.mark.parametrize("at", [0, 5, ROOM - 1])
-def test_the_new_token_is_written_where_the_position_says(isa, at):
-    made = Made(2, at)
+def test_the_new_token_is_written_where_the_position_says(isa, at, how):
+    made = Made(2, at, **_HOW[how])
     given = made.arguments()
-    y, (keys, values) = OP(*given), given[7:9]
+    y, (keys, values) = OP(*given), given[6:8]
     want, written = made.plain(made.mask)
     assert near(y, want)
     assert near(keys[:, :, at], written)
@@ -169,11 +191,10 @@ def test_the_new_token_is_written_where_the_position_says(isa, at):
     assert torch.equal(OP(*made.arguments(keys=hidden)), y)
     # the same bits as over a cache that ends there, and as the eager call
     cut = [made.keys[:, :, : at + 1].clone(), made.values[:, :, : at + 1].clone()]
-    eager = made.run(made.buffers, made.norms, made.x, made.cos, made.sin, *cut, None, SCALE, EPS)
-    assert torch.equal(eager, y)
+    inputs = (made.buffers, made.norms, made.x, made.cos, made.sin)
+    assert torch.equal(made.run(*inputs, *cut, None, made.scale, made.eps), y)
     both = made.keys.clone(), made.values.clone()
-    given = (made.buffers, made.norms, made.x, made.cos, made.sin, *both, made.mask, SCALE, EPS)
-    assert torch.equal(made.run(*given, made.at), y)
+    assert torch.equal(made.run(*inputs, *both, made.mask, made.scale, made.eps, made.at), y)
 
 
 def test_inputs_that_do_not_lie_dense_are_read_right(isa):
@@ -219,7 +240,9 @@ def test_wrong_arguments_are_errors_and_write_nothing(caplog):
         "mask has other sizes": {"mask": made.mask[..., :4]},
         "mask is neither": {"mask": made.mask.long()},
         "angles have other sizes": {"cos": made.cos[..., :8]},
-        "norm has another size": {"norm": made.norms[0][:32]},
+        "norm has another size": {"norms": (made.norms[0][:32], made.norms[1])},
+        "another number of norms": {"norms": made.norms[:1]},
+        "number of norms": {"eps": (1e-5,) * 5},
         "another dtype": {"x": made.x.float()},
         "not one number": {"at": torch.tensor([1, 2])},
         "not of int64": {"at": made.at.int()},
@@ -230,10 +253,10 @@ def test_wrong_arguments_are_errors_and_write_nothing(caplog):
     }
     for words, changes in wrong.items():
         given = made.arguments(**changes)
-        cache = [t.clone() for t in given[7:9]]
+        cache = [t.clone() for t in given[6:8]]
         with pytest.raises(RuntimeError, match=words):
             OP(*given)
-        assert all(torch.equal(a, b) for a, b in zip(cache, given[7:9])), words
+        assert all(torch.equal(a, b) for a, b in zip(cache, given[6:8])), words
     with pytest.raises(RuntimeError, match="outside of the cache"):
         OP(*made.arguments(at=torch.tensor([-1])))
     other = replace(made.run.layout, mark=1)
@@ -243,7 +266,7 @@ def test_wrong_arguments_are_errors_and_write_nothing(caplog):
     with pytest.raises(LayoutError) as caught:
         made.run(
             made.buffers, made.norms, made.x, made.cos, made.sin, made.keys, made.values,
-            made.mask, SCALE, EPS, torch.tensor([ROOM]),
+            made.mask, made.scale, made.eps, torch.tensor([ROOM]),
         )  # fmt: skip
     assert caught.value.code == "Q-LAYOUT-INPUT"
     made.buffers[0][0] = made.buffers[0][0][:-1]

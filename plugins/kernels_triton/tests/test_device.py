@@ -94,7 +94,7 @@ def decode(model, tokens, cache):
 def test_transformers_layers_in_one_call_give_the_same_tokens():
     transformers = pytest.importorskip("transformers")
     from quant_core.engines.transformers_attention import attach_attention
-    from quant_core.engines.transformers_block import attach_blocks
+    from quant_core.engines.transformers_layers import attach_blocks
     from quant_core.engines.transformers_parts import attach_norms_and_mlps
     from quant_core.registry import registry
 

@@ -1,12 +1,11 @@
 """Decoder layers of a transformers model, a decode step each in one call of a kernel.
 
-A layer is a candidate where its parts are: two norms and an MLP that kernels run already
-(``transformers_parts``), and an attention module of four packed layers. Whether they are put
-together as in ``kernels.between.Block`` is again proved on random input: the layer's own
-``forward`` and the kernel's must agree, with and without a mask, in what they return and in what
-they leave in the cache. The first layer of a kind is proved with its parts
-(``transformers_later`` says when). A layer may do something else for its number alone, so each is:
-on a CPU before its own first step, elsewhere at once, for a step may be recorded as a graph.
+``transformers_layers`` says which layers are candidates. Whether their parts are put together as in
+``kernels.between.Block`` is proved on random input: the layer's own ``forward`` and the kernel's
+must agree, with and without a mask, in what they return and in what they leave in the cache. The
+first layer of a kind is proved with its parts (``transformers_later`` says when). A layer may do
+something else for its number alone, so each is: on a CPU before its own first step, elsewhere at
+once, for a step may be recorded as a graph.
 
 The call is used for one new token a sequence over transformers' dynamic cache, and over its static
 one where the kernel writes at a position that the device knows. Under ``torch.compile`` it is one
@@ -25,9 +24,8 @@ Source: transformers 5.23.0 models/llama/modeling_llama.py (LlamaDecoderLayer, L
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,27 +33,17 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.engines.transformers_attention import STEP
-from quant_core.engines.transformers_parts import (
-    Buffers,
-    MlpPart,
-    NormPart,
-    Parts,
-    Place,
-    nearly,
-    random,
-)
+from quant_core.engines.transformers_parts import Buffers, Parts, Place, nearly, random
 from quant_core.engines.transformers_room import room_of
 from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap, unswap
 from quant_core.errors import printable
-from quant_core.kernels.between import Block, gated_op, rotary_op
 from quant_core.nn import QuantLinear
 
-__all__ = ["LayerPart", "attach_blocks"]
+__all__ = ["LayerPart", "differs", "take_over"]
 
 _KNOWN = frozenset(
     ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
 )
-_NEEDED = ("attention_mask", "past_key_values", "position_embeddings")
 log = logging.getLogger("quant_core")
 
 _TIPPED = 1.0  # sums of 4096 and 14336 bfloat16 products in another order move a layer by 0.4
@@ -67,9 +55,10 @@ class LayerPart:
 
     run: Callable[..., Tensor | None]
     rotated: int
-    linears: tuple[QuantLinear, ...]  # q, k, v, o, gate, up, down
-    norms: tuple[nn.Module, nn.Module]
-    eps: tuple[str, str]
+    kv_heads: int
+    linears: tuple[QuantLinear, ...]  # as in ``Block``
+    norms: tuple[nn.Module, ...]  # likewise
+    eps: tuple[str, ...]
     attention: nn.Module
     names: tuple[tuple[str, ...], ...]  # from the layer to linears, norms, all others gone past
     guard: Guard
@@ -84,7 +73,7 @@ class LayerPart:
             return False
         self.proved = None
         unswap(module)
-        why = _differs(module, self, Place(x.dtype, str(x.device)), thorough=False)
+        why = differs(module, self, Place(x.dtype, str(x.device)), thorough=False)
         if why:
             log.warning("%s runs its own code: %s", type(module).__name__, why)
             return False
@@ -118,14 +107,16 @@ class LayerPart:
             layer = _static_layer_of(cache, held["layer_idx"], kwargs.get("attention_mask"))
         if layer is None or held["config"]._attn_implementation_internal != STEP:
             return None
-        first, second = (n.__dict__ for n in self.norms)
-        weights = first["_parameters"]["weight"], second["_parameters"]["weight"]
-        if type(weights[0]) is not nn.Parameter or type(weights[1]) is not nn.Parameter:
-            return None
+        norms = [n.__dict__ for n in self.norms]
+        weights = [n["_parameters"]["weight"] for n in norms]
+        for weight in weights:
+            if type(weight) is not nn.Parameter:
+                return None
         if not self.proved and not proving and not self.prove(module, x):
             return None
         room = room_of(layer)
-        mask, eps = kwargs.get("attention_mask"), (first[self.eps[0]], second[self.eps[1]])
+        mask = kwargs.get("attention_mask")
+        eps = [n[name] for n, name in zip(norms, self.eps)]
         inputs = (weights, x, *angles, *room.next, mask, held["scaling"], eps)
         if torch.compiler.is_compiling():  # the proof of a layer that is being traced
             last = torch.tensor(room.next[0].shape[2] - 1, device=x.device)
@@ -154,17 +145,18 @@ class LayerPart:
         below = [_below(module, path) for path in self.names]
         if not _settled(self, module, *below):
             return None
-        first, second = below[7:9]
+        count = len(self.linears)
+        norms = below[count : count + len(self.eps)]
         y = run.traced(
             self.table.tensor,
-            (first.weight, second.weight),
+            [n.weight for n in norms],
             x,
             *angles,
             layer.keys,
             layer.values,
             mask,
             attention.scaling,
-            (getattr(first, self.eps[0]), getattr(second, self.eps[1])),
+            [getattr(n, name) for n, name in zip(norms, self.eps)],
             layer.cumulative_length,
         )
         if y is not None:
@@ -243,136 +235,11 @@ class _Layer(Swapped):
         return f"kernel={self._quant_layer.kernel}"
 
 
-# ------------------------------------------------------------------------------- finding layers
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The parts of a candidate, by the names of its children."""
-
-    norms: tuple[str, str]
-    attention: str
-    mlp: str
-    linears: tuple[str, ...]  # of the attention: q, k, v, o
-
-
-def _values(layers: tuple[QuantLinear, ...]) -> list[list[Tensor]]:
-    return [layer._values() for layer in layers]
-
-
-def _candidate(module: nn.Module) -> _Found | None:
-    norms, attention, mlp = [], [], []
-    for name, child in module._modules.items():
-        if isinstance(child.__dict__.get("_quant_norm"), NormPart):  # type: ignore[union-attr]
-            norms.append(name)
-        elif isinstance(child.__dict__.get("_quant_mlp"), MlpPart):  # type: ignore[union-attr]
-            mlp.append(name)
-        else:
-            attention.append(name)
-    if (len(norms), len(attention), len(mlp)) != (2, 1, 1):
-        return None
-    inner: Any = module._modules[attention[0]]
-    below = inner._modules
-    if len(below) != 4 or any(type(c) is not QuantLinear for c in below.values()):
-        return None
-    if module._parameters or module._buffers or inner._parameters or inner._buffers:
-        return None
-    takes = inspect.signature(module.forward).parameters
-    known = all(n in takes for n in _NEEDED)
-    return _Found((norms[0], norms[1]), attention[0], mlp[0], tuple(below)) if known else None
-
-
-def _attach_block(name: str, module: nn.Module, parts: Parts) -> None:
-    found = _candidate(module)
-    if found is None:
-        return
-    attention: Any = module._modules[found.attention]
-    held = attention.__dict__
-    config, dim = held.get("config"), held.get("head_dim")
-    if type(dim) is not int or type(held.get("layer_idx")) is not int:
-        return
-    if type(held.get("scaling")) is not float:
-        return
-    if getattr(config, "_attn_implementation_internal", None) != STEP:
-        parts.left[name] = "its attention runs in no kernel"
-        return
-    mlp: Any = module._modules[found.mlp]
-    gated: MlpPart = mlp._quant_mlp
-    linears = tuple(attention._modules[n] for n in found.linears)
-    linears += tuple(mlp._modules[n] for n in gated.names)
-    ask = getattr(linears[0].kernel, "bind_block", None)
-    if ask is None or len({c.kernel.name for c in linears}) != 1:
-        return
-    if gated.whole is None or not all(c.owns_buffers for c in linears):
-        return
-    known = parts.knows(module)
-    for norms in (found.norms, found.norms[::-1]):
-        for part in _parts(module, found, norms, linears, gated, ask, parts):
-            how = (norms, part.rotated)
-            if known not in (None, how):
-                continue
-            later = known is not None and parts.key[1][0] == "cpu"
-            why = "" if later else _differs(module, part, parts, thorough=known is None)
-            if not why:
-                part.proved = not later
-                module._quant_layer = part  # type: ignore[assignment]
-                parts.learn(module, how)
-                swap(module, _Layer)
-                parts.swapped[name] = part.kernel
-                parts.left.pop(name, None)
-                return
-            parts.left.setdefault(name, why)
-
-
-def _parts(
-    module: nn.Module, found: _Found, norms: tuple[str, str], linears: tuple[Any, ...],
-    gated: MlpPart, ask: Callable[..., Any], parts: Parts,
-) -> Iterator[LayerPart]:  # fmt: skip
-    """How the layer might be put together; one for each number of features that are turned."""
-    attention: Any = module._modules[found.attention]
-    mlp: Any = module._modules[found.mlp]
-    ends: list[Any] = [module._modules[n] for n in norms]
-    dim = attention.head_dim
-    heads, kv_heads = (c.out_features // dim for c in linears[:2])
-    sizes = heads * dim, kv_heads * dim, kv_heads * dim
-    if tuple(c.out_features for c in linears[:3]) != sizes or not kv_heads or heads % kv_heads:
-        return
-    below = [(module, n) for n in (*norms, found.attention, found.mlp)]
-    below += [(attention, n) for n in found.linears]
-    below += [(mlp, n) for n in (*gated.names, gated.act)]
-    names: list[tuple[str, ...]] = [(found.attention, n) for n in found.linears]
-    names += [(found.mlp, n) for n in gated.names]
-    names += [(n,) for n in norms]
-    names += [(found.mlp, gated.act), (found.attention,), (found.mlp,)]
-    for rotated in (dim, dim // 2, dim // 4):
-        if parts.chosen(rotary_op(dim, rotated, *parts.key)) is None:
-            continue
-        first, second = (n._quant_norm for n in ends)
-        block = Block(
-            linears=tuple(c.op for c in linears),
-            norms=(first.op, second.op),
-            gated=gated_op(linears[4].out_features, gated.form, *parts.key),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=dim,
-            rotated=rotated,
-        )
-        run = ask(block)
-        if run is not None:
-            kernel = f"decoder layer in {linears[0].kernel.name}"
-            yield LayerPart(
-                run,
-                rotated,
-                linears,
-                (ends[0], ends[1]),
-                (first.eps, second.eps),
-                attention,
-                tuple(names),
-                Guard(below),
-                Buffers(),
-                kernel,
-                run.table(functools.partial(_values, linears)) if hasattr(run, "table") else None,
-            )
+def take_over(module: nn.Module, part: LayerPart, *, proved: bool) -> None:
+    """Let ``part`` run the steps of ``module``; before its first one it is proved if it was not."""
+    part.proved = proved
+    module._quant_layer = part  # type: ignore[assignment]
+    swap(module, _Layer)
 
 
 # -------------------------------------------------------------------------------------- the probe
@@ -389,14 +256,14 @@ def _cache(part: LayerPart, batch: int, parts: Parts | Place) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     index, dim = (part.attention.__dict__[n] for n in ("layer_idx", "head_dim"))
-    shape = (batch, part.linears[1].out_features // dim, 3, dim)
+    shape = (batch, part.kv_heads, 3, dim)
     cache = DynamicCache()
     cache.layers = [DynamicLayer() for _ in range(index + 1)]
     cache.update(random(shape, parts, 8), random(shape, parts, 9), index)
     return cache
 
 
-def _differs(module: nn.Module, part: LayerPart, parts: Parts | Place, *, thorough: bool) -> str:
+def differs(module: nn.Module, part: LayerPart, parts: Parts | Place, *, thorough: bool) -> str:
     """Why the layer is not what ``part`` computes; "" if it is."""
     index: Any = part.attention.layer_idx
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 1]], dtype=torch.bool, device=parts.device)
@@ -428,11 +295,3 @@ def _differs(module: nn.Module, part: LayerPart, parts: Parts | Place, *, thorou
         if not nearly(got - x, want - x, mean=_TIPPED):
             return "its branches compute something else"
     return ""
-
-
-@torch.no_grad()
-def attach_blocks(model: nn.Module, parts: Parts) -> None:
-    """Swap the decoder layers that a kernel computes; after ``attach_norms_and_mlps``."""
-    for name, module in model.named_modules():
-        if len(module._modules) == 4 and not isinstance(module, Swapped):
-            _attach_block(name, module, parts)

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quant_core.engines.transformers_block import attach_blocks
+from quant_core.engines.transformers_layers import attach_blocks
+from quant_core.engines.transformers_mlp import could_be_mlp
 from quant_core.engines.transformers_parts import (
     attach_norms_and_mlps,
-    could_be_mlp,
     could_be_norm,
     prove_later,
 )
@@ -82,7 +82,7 @@ def _candidates(model: nn.Module) -> list[nn.Module]:
     known = {id(m) for m in found}
     for module in model.modules():
         held = [id(c) in known for c in module._modules.values()]
-        if len(held) == 4 and sum(held) >= 3 and id(module) not in known:
+        if len(held) >= 4 and sum(held) >= 3 and id(module) not in known:
             found.append(module)
     return found
 

@@ -1,12 +1,10 @@
-"""Norms and gated MLPs of a transformers model through kernels, where they compute what ours do.
+"""Norms of a transformers model through kernels, where they compute what ours do; the probe.
 
 What a module computes is found out, not read off its name: its own ``forward`` and the kernel's
 run on the same random input, and only where both give the same, up to the order of a float32 sum,
 is the module swapped (``transformers_swap``); once for modules of the same code, settings and
-operations. Candidates are
-
-    a norm    one vector ``weight``, no other state, and a small positive number (its epsilon)
-    an MLP    three packed layers, two of them alike, and an activation
+operations. A norm has one vector ``weight``, no other state, and a small positive number, its
+epsilon; ``transformers_mlp`` has the MLPs, ``transformers_layers`` whole decoder layers.
 
 The module's own code still runs where gradients are enabled, under ``torch.compile`` (Inductor
 fuses it), and for what the kernel declines. Without a kernel nothing changes; ``QUANT_KERNELS`` and
@@ -22,13 +20,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, original, swap
+from quant_core.engines.transformers_swap import Swapped, graph_wanted, original, swap
 from quant_core.errors import KernelError, summarize
 from quant_core.kernels.base import Accepted
-from quant_core.kernels.between import NORMS, gated_op, norm_op
+from quant_core.kernels.between import NORMS, norm_op
 from quant_core.kernels.choose import Choice, Decision, choose
 from quant_core.kernels.device import device_key
 from quant_core.nn import QuantLinear
@@ -40,14 +37,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "MlpPart",
+    "Buffers",
     "NormPart",
     "Parts",
     "Place",
     "attach_norms_and_mlps",
-    "could_be_mlp",
     "could_be_norm",
     "equal",
+    "nearly",
     "parts_of",
     "prove_later",
     "random",
@@ -55,10 +52,6 @@ __all__ = [
 
 log = logging.getLogger("quant_core")
 
-_ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 _MOST_EPS = 1e-2
 
 
@@ -196,6 +189,21 @@ def equal(got: Tensor | None, want: Any) -> float | None:
     return float((off > 0).double().mean())
 
 
+def nearly(got: Any, want: Any, *, mean: float = 0.25) -> bool:
+    """Equal but for single roundings that tipped and went through a matrix since.
+
+    Args:
+        mean: largest mean distance, in units of the last place of the mean.
+    """
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor) or got.shape != want.shape:
+        return False
+    if got.dtype != want.dtype or not bool(want.isfinite().all()):
+        return False
+    off, size = (got.double() - want.double()).abs(), want.double().abs()
+    unit = torch.finfo(want.dtype).eps * (8 if want.dtype == torch.float32 else 1)
+    return bool(off.mean() <= mean * unit * size.mean() and off.max() <= 4 * unit * size.max())
+
+
 # ----------------------------------------------------------------------------------------- norms
 
 
@@ -297,9 +305,6 @@ def _attach_norm(name: str, module: nn.Module, parts: Parts) -> None:
         parts.left[name] = "it computes something else than a root-mean-square norm"
 
 
-# ------------------------------------------------------------------------------------------ MLPs
-
-
 class Buffers:
     """The buffers of some layers: the same list as long as no weights changed anywhere."""
 
@@ -319,153 +324,6 @@ class Buffers:
         return Buffers, ()
 
 
-@dataclass(slots=True)
-class MlpPart:
-    """What a swapped MLP runs: one call for all of it, or one for what is between its layers."""
-
-    names: tuple[str, str, str]  # gate, up, down
-    act: str  # name of the activation's module
-    form: str  # which one it is
-    run: Callable[..., Any]
-    whole: Callable[..., Any] | None
-    above: Guard  # the activation
-    below: Guard  # everything
-    kernel: str
-    buffers: Buffers
-
-    def apply(self, module: nn.Module, x: Tensor) -> Any:
-        """The output; None for what the kernel does not take."""
-        held: Any = module._modules
-        gate, up, down = (held[name] for name in self.names)
-        if self.whole is not None and self.below.holds(module):
-            y = self.whole(self.buffers.of((gate, up, down)), x)
-            if y is not None:
-                return y
-        if not self.above.holds(module):
-            return None
-        g, u = gate(x), up(x)
-        y = self.run([], g, u)
-        return down(held[self.act](g) * u if y is None else y)
-
-
-class _Mlp(Swapped):
-    _quant_mlp: MlpPart
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and not graph_wanted() and not self.training:  # type: ignore[attr-defined]
-            y = self._quant_mlp.apply(self, args[0])  # type: ignore[arg-type]
-            if y is not None:
-                return y
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def extra_repr(self) -> str:
-        return f"kernel={self._quant_mlp.kernel}"
-
-
-def _activation(module: nn.Module, parts: Parts) -> str:
-    """Which known activation a module is, in float32 on a fine grid; "" for none."""
-    x = torch.linspace(-12, 12, 4801, device=parts.device, dtype=torch.float32)
-    try:
-        got = module(x)
-    except (TypeError, ValueError, RuntimeError):  # takes something else than one tensor
-        return ""
-    for name, plain in _ACTS.items():
-        same = isinstance(got, Tensor) and got.shape == x.shape
-        if same and bool(((got - plain(x)).abs() <= 2e-6 * x.abs().clamp(min=1)).all()):
-            return name
-    return ""
-
-
-def could_be_mlp(module: nn.Module) -> bool:
-    """Whether a module has what a gated MLP has, and nothing else."""
-    return len(module._modules) == 4 and _mlp_children(module) is not None
-
-
-def _mlp_children(module: nn.Module) -> tuple[list[str], str] | None:
-    """Names of three packed layers, the one of another shape last, and of the activation."""
-    packed: list[str] = []
-    others: list[str] = []
-    for name, child in module._modules.items():
-        (packed if type(child) is QuantLinear else others).append(name)
-    if len(packed) != 3 or len(others) != 1 or module._parameters or module._buffers:
-        return None
-    layers: Any = [module._modules[n] for n in packed]
-    shapes = [(c.in_features, c.out_features) for c in layers]
-    for last in (2, 1, 0):
-        first, second = (i for i in range(3) if i != last)
-        if shapes[first] == shapes[second] == shapes[last][::-1]:
-            return [packed[first], packed[second], packed[last]], others[0]
-    return None
-
-
-def _attach_mlp(name: str, module: nn.Module, parts: Parts) -> None:
-    found = _mlp_children(module)
-    if found is None:
-        return
-    (one, two, down), act_name = found
-    act_module: Any = module._modules[act_name]
-    act = _activation(act_module, parts)
-    if not act:
-        parts.left[name] = f"its {act_name} is none of {', '.join(_ACTS)}"
-        return
-    layers: dict[str, Any] = dict(module._modules)
-    op = gated_op(layers[one].out_features, act, *parts.key)
-    choice = parts.chosen(op)
-    if choice is None:
-        return
-    known = parts.knows(module)
-    x = random((2, 3, layers[one].in_features), parts)
-    cases = [x[:1, :1], x] if known is None else []
-    wants = [module(case) for case in cases]
-    run = choice.kernel.bind(choice.op)
-    for gate, up in ((one, two), (two, one)) if known is None else (known,):
-        names = (gate, up, down)
-        below = Guard([(module, n) for n in (*names, act_name)])
-        above = Guard([(module, act_name)])
-        whole = _whole([layers[n] for n in names], act)
-        part = MlpPart(
-            names, act_name, act, run, whole, above, below, choice.kernel.name, Buffers()
-        )
-        if all(_same(part, module, c, w) for c, w in zip(cases, wants, strict=True)):
-            parts.learn(module, (gate, up))
-            part.kernel += f" in {layers[gate].kernel.name}" if whole is not None else ""
-            module._quant_mlp = part  # type: ignore[assignment]
-            swap(module, _Mlp)
-            parts.swapped[name] = part.kernel
-            return
-    parts.left[name] = "it computes something else than down(act(gate) * up)"
-
-
-def _same(part: MlpPart, module: nn.Module, x: Tensor, want: Any) -> bool:
-    got = part.apply(module, x)
-    return got is not None and nearly(got, want)
-
-
-def nearly(got: Any, want: Any, *, mean: float = 0.25) -> bool:
-    """Equal but for single roundings that tipped and went through a matrix since.
-
-    Args:
-        mean: largest mean distance, in units of the last place of the mean.
-    """
-    if not isinstance(want, Tensor) or not isinstance(got, Tensor) or got.shape != want.shape:
-        return False
-    if got.dtype != want.dtype or not bool(want.isfinite().all()):
-        return False
-    off, size = (got.double() - want.double()).abs(), want.double().abs()
-    unit = torch.finfo(want.dtype).eps * (8 if want.dtype == torch.float32 else 1)
-    return bool(off.mean() <= mean * unit * size.mean() and off.max() <= 4 * unit * size.max())
-
-
-def _whole(layers: Sequence[QuantLinear], act: str) -> Callable[..., Any] | None:
-    """The MLP as one call of the kernel that all layers have in common."""
-    ask = getattr(layers[0].kernel, "bind_gated", None)
-    if ask is None or len({layer.kernel.name for layer in layers}) != 1:
-        return None
-    if not all(layer.owns_buffers for layer in layers):
-        return None
-    return ask([layer.op for layer in layers], act)  # type: ignore[no-any-return]
-
-
 # -------------------------------------------------------------------------------------- the model
 
 
@@ -478,20 +336,22 @@ def attach_norms_and_mlps(
     device: str,
     kernels: str | Sequence[str] | None = None,
 ) -> Parts:
-    """Swap what kernels compute as well; see the module's docstring.
+    """Swap norms and MLPs that kernels compute as well; see the module's docstring.
 
     Args:
         dtype, device: of activations.
         kernels: as in ``choose``.
     """
+    from quant_core.engines.transformers_mlp import attach_mlp, could_be_mlp
+
     parts = Parts(registry=registry, kernels=kernels, dtype=dtype, device=device)
     for name, module in model.named_modules():
         if isinstance(module, Swapped | QuantLinear):
             continue
         if could_be_norm(module):
             _attach_norm(name, module, parts)
-        elif len(module._modules) == 4:
-            _attach_mlp(name, module, parts)
+        elif could_be_mlp(module):
+            attach_mlp(name, module, parts)
     model._quant_parts = _Kept(parts)
     if parts.swapped:
         log.info("%d module(s) run in kernels:\n%s", len(parts.swapped), parts.table)

@@ -84,7 +84,8 @@ class Kernel(Protocol):
                 these.
     bind_gated  bind_gated(ops of gate, up, down, activation) -> run | None: a gated MLP as one
                 call, run([[buffers of gate], [of up], [of down]], x) -> y as its parts give it;
-                the run answers None for an x that it does not take.
+                the run answers None for an x that it does not take. Of two ops the first is a
+                layer of gate's outputs and up's behind them, or before, by a third argument True.
     bind_block  bind_block(block) -> run | None: a decoder layer as one call for one new token a
                 sequence, ``kernels.between.Block``.
     """

@@ -84,11 +84,16 @@ class Block:
         s = x + o(a)
         y = s + down(act(gate(n2)) * up(n2)),        n2 = norm2(s)
 
+    q, k, v may be one layer, their outputs behind each other (``qkv`` is 1 then, else 3), as may
+    gate and up (``sides`` 1, else 2; with ``up_first`` up's outputs come before gate's). Where
+    there are four ``norms``, each head of queries and of keys goes through the last two before it
+    is turned.
+
     ``bind_block`` answers run(buffers, norms, x, cos, sin, keys, values, mask, scale, eps) -> y or
     None for what it does not take; nothing was written then.
 
-        buffers  of q, k, v, o, gate, up, down: a list for each
-        norms    [weight [K], weight [K]];  eps (eps1, eps2)
+        buffers  of q, k, v, o, gate, up, down, or of fewer layers: a list for each
+        norms    [weight [K], weight [K]], and [weight [D], weight [D]];  eps of each
         x        [B, 1, K];  cos, sin [B or 1, 1, R] as for ``rotary``
         keys     [B, Hkv, L, D], values likewise: the cache with room for the new token at L - 1,
                  which the call WRITES; positions before it are read
@@ -108,12 +113,20 @@ class Block:
     """
 
     linears: tuple[OpSpec, ...]  # q, k, v, o, gate, up, down
-    norms: tuple[OpSpec, OpSpec]
+    norms: tuple[OpSpec, ...]
     gated: OpSpec
     heads: int
     kv_heads: int
     head_dim: int
     rotated: int
+    qkv: int = 3
+    sides: int = 2
+    up_first: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Seven layers and two norms."""
+        return (self.qkv, self.sides, len(self.norms)) == (3, 2, 2)
 
 
 def norm_op(k: int, form: frozenset[str], dtype: str, device: tuple[str, str]) -> OpSpec:

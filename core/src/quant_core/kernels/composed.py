@@ -126,6 +126,8 @@ def _run(op: OpSpec, registry: Registry, kernels: str | None) -> Callable[..., A
 
 def compose_gated(family: Family, ops: Sequence[OpSpec], activation: str) -> GatedRun | None:
     """gate, up and down of kernels in ``family``; None where nothing multiplies between them."""
+    if len(ops) != 3:
+        return None
     op = ops[0]
     found = _bound(gated_op(op.size("n"), activation, op.act_dtype, op.device))
     return None if found is None else GatedRun(family, ops, found[0])
@@ -133,6 +135,8 @@ def compose_gated(family: Family, ops: Sequence[OpSpec], activation: str) -> Gat
 
 def compose_block(family: Family, block: Block) -> BlockRun | None:
     """A decoder layer of kernels in ``family``; None where a kernel between them is missing."""
+    if not block.is_plain:
+        return None
     op = block.gated
     sizes = block.heads, block.kv_heads, block.head_dim, block.rotated
     update = update_op(*sizes, op.act_dtype, op.device)

@@ -284,11 +284,13 @@ class Family:
         whole = Family(self.layout, self.members, op)
         return JoinedRun(whole, op, [self.bind(o) for o in ops], [o.size("n") for o in ops])
 
-    def bind_gated(self, ops: Sequence[OpSpec], activation: str) -> GatedRun | None:
+    def bind_gated(
+        self, ops: Sequence[OpSpec], activation: str, up_first: bool = False
+    ) -> GatedRun | None:
         """A gated MLP of the kernels that there are (``kernels.composed``)."""
         from quant_core.kernels.composed import compose_gated
 
-        return compose_gated(self, ops, activation)
+        return compose_gated(self, ops, activation)  # of three layers: ``up_first`` says nothing
 
     def bind_block(self, block: Block) -> BlockRun | None:
         """A decoder layer likewise."""

@@ -32,7 +32,7 @@ __all__ = ["MOST_ROWS", "BlockRun", "GatedRun", "bind_block"]
 
 MOST_ROWS = 7  # csrc/vec512.h: tokens of the register path; beyond, single calls are as fast
 _MOST_HEAD = 512  # csrc/attention.h: features of a head
-_MLP = struct.Struct("@7q")  # csrc/between_calls.h
+_MLP = struct.Struct("@9q")  # csrc/between_calls.h
 _SIXTEEN = (torch.bfloat16, torch.float16)
 
 
@@ -64,9 +64,15 @@ class _Weights:
 class GatedRun:
     """down(act(gate(x)) * up(x)) in one call; None for what it does not take."""
 
-    def __init__(self, texts: Sequence[str], k: int, n: int, activation: str) -> None:
+    def __init__(
+        self, texts: Sequence[str], k: int, n: int, activation: str, up_first: bool = False
+    ) -> None:
         self.weights, self.k, self.n = _Weights(texts), k, n
-        self.act = ACTIVATIONS.index(activation)
+        self.act, self.sides, self.up_first = (
+            ACTIVATIONS.index(activation),
+            len(texts) - 1,
+            up_first,
+        )
 
     def __call__(self, buffers: Sequence[Sequence[Tensor]], x: Tensor) -> Tensor | None:
         kind = DTYPES.get(x.dtype)
@@ -79,7 +85,8 @@ class GatedRun:
         y = x.new_empty((*x.shape[:-1], self.n))
         lib = library()
         at = self.weights.address(buffers)
-        packed = _MLP.pack(at, x.data_ptr(), y.data_ptr(), kind, self.act, count, lib.isa)
+        how = (self.act, count, self.sides, self.up_first, lib.isa)
+        packed = _MLP.pack(at, x.data_ptr(), y.data_ptr(), kind, *how)
         check_status(lib.c.qk_gated_mlp(packed), "gated MLP")
         return y
 
@@ -95,11 +102,12 @@ class BlockRun:
         self.text, self.k = self.layout.text(), self.layout.k
         self.heads, self.kv_heads = block.heads, block.kv_heads
         self.dim, self.rotated = block.head_dim, block.rotated
+        self.plain = len(block.norms) == 2
         self.dtype: torch.dtype = getattr(torch, block.gated.act_dtype)
 
     def _takes(self, x: Tensor, norms: Sequence[Tensor], cos: Tensor, sin: Tensor) -> bool:
         """Written out: this runs for every layer of every step."""
-        dtype, (first, second), angle = self.dtype, norms, cos.shape
+        dtype, first, second, angle = self.dtype, norms[0], norms[1], cos.shape
         return (
             x.dtype is first.dtype is second.dtype is cos.dtype is sin.dtype is dtype
             and x.shape[1:] == (1, self.k)
@@ -113,6 +121,12 @@ class BlockRun:
             and second.is_contiguous()
             and cos.is_contiguous()
             and sin.is_contiguous()
+            and (self.plain or self._takes_heads(norms[2:]))
+        )
+
+    def _takes_heads(self, norms: Sequence[Tensor]) -> bool:
+        return all(
+            n.dtype is self.dtype and n.shape == (self.dim,) and n.is_contiguous() for n in norms
         )
 
     def _takes_cache(self, batch: int, keys: Tensor, values: Tensor) -> bool:
@@ -139,7 +153,7 @@ class BlockRun:
     def __call__(
         self, buffers: Sequence[Sequence[Tensor]], norms: Sequence[Tensor], x: Tensor, cos: Tensor,
         sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float,
-        eps: tuple[float, float], at: Tensor | None = None,
+        eps: Sequence[float], at: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         if watched(x, buffers[0][0]) or not self._takes(x, norms, cos, sin):
             return None
@@ -161,7 +175,7 @@ class BlockRun:
 
     def traced(
         self, table: Tensor, norms: Sequence[Tensor], x: Tensor, cos: Tensor, sin: Tensor,
-        keys: Tensor, values: Tensor, mask: Tensor, scale: float, eps: tuple[float, float],
+        keys: Tensor, values: Tensor, mask: Tensor, scale: float, eps: Sequence[float],
         at: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """The same as an operator that a graph records."""
@@ -173,7 +187,7 @@ class BlockRun:
             return None
         op = torch.ops.quant_cpu.decoder_layer.default
         return op(  # type: ignore[no-any-return]
-            x, table, *norms, self.text, cos, sin, keys, values, mask, at, scale, *eps
+            x, table, list(norms), self.text, cos, sin, keys, values, mask, at, scale, list(eps)
         )
 
 

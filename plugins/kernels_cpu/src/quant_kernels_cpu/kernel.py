@@ -165,14 +165,16 @@ class WnA16:
         layouts = [self._bound(op) for op in ops]
         return functools.partial(run_shared, tuple(x.text() for x in layouts), layouts[0].k_in)
 
-    def bind_gated(self, ops: Sequence[OpSpec], activation: str) -> Callable[..., Any] | None:
+    def bind_gated(
+        self, ops: Sequence[OpSpec], activation: str, up_first: bool = False
+    ) -> Callable[..., Any] | None:
         """See ``quant_core.kernels.base``."""
         from quant_kernels_cpu.block import GatedRun
 
         if self.int8 or any(op.op != "linear" for op in ops):
             return None
         texts = [self._bound(op).text() for op in ops]
-        return GatedRun(texts, ops[0].size("k"), ops[2].size("n"), activation)
+        return GatedRun(texts, ops[0].size("k"), ops[-1].size("n"), activation, up_first)
 
     def bind_block(self, block: Block) -> Callable[..., Any] | None:
         """See ``quant_core.kernels.base``."""

@@ -1,9 +1,10 @@
 """A decoder layer for one new token a sequence as one call of C, and as one operator.
 
-    quant_cpu::decoder_layer(x, table, norm, norm_2, layout, cos, sin, keys, values, mask, at,
-                             scale, eps, eps_2) -> y
+    quant_cpu::decoder_layer(x, table, norms, layout, cos, sin, keys, values, mask, at, scale, eps)
+        -> y
 
-        x [B, 1, K];  norm, norm_2 [K];  table: ``WeightTable.tensor``
+        x [B, 1, K];  table: ``WeightTable.tensor``
+        norms, eps    [K] twice, then [D] twice where each head of queries and keys has one
         layout        ``BlockLayout.text()``
         cos, sin      [B or 1, 1, R];  keys, values [B, Hkv, L, D], WRITTEN at position ``at``
         mask          bool (True = attend) or float (added), [B or 1, H or 1, 1, L]
@@ -44,7 +45,6 @@ from quant_kernels_cpu.support import layout_from_text
 
 __all__ = [
     "LAYER_SCHEMA",
-    "TABLE_NUMBERS",
     "BlockLayout",
     "WeightTable",
     "call_layer",
@@ -54,19 +54,18 @@ __all__ = [
     "follow_weights",
     "packed_layer",
     "run_layer",
+    "table_numbers",
 ]
 
 log = logging.getLogger("quant_core")
 
 LAYER_SCHEMA = (
-    "(Tensor x, Tensor table, Tensor norm, Tensor norm_2, str layout, Tensor cos, Tensor sin, "
-    "Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor at, float scale, float eps, "
-    "float eps_2) -> Tensor"
+    "(Tensor x, Tensor table, Tensor[] norms, str layout, Tensor cos, Tensor sin, "
+    "Tensor(a!) keys, Tensor(b!) values, Tensor mask, Tensor at, float scale, float[] eps) "
+    "-> Tensor"
 )
 _HEAD = 3  # csrc/dispatch.c: where a table lies, when it was filled, for which layers
-TABLE_NUMBERS = _HEAD + 7 * CALL.size // 8
-"""Size of a table of weights: its head, and the packed calls of seven layers."""
-_BLOCK = struct.Struct("@32q3dq")  # csrc/between_calls.h
+_BLOCK = struct.Struct("@39q5dq")  # csrc/between_calls.h
 _OUTSIDE = 2  # csrc/between_calls.h: the position
 
 
@@ -80,9 +79,12 @@ class BlockLayout:
     kv_heads: int
     dim: int
     rotated: int
-    forms: tuple[int, int]
+    forms: tuple[int, ...]
     act: int
     k: int
+    qkv: int
+    sides: int
+    up_first: bool
 
     @classmethod
     def made(cls, texts: Sequence[str], block: Block) -> BlockLayout:
@@ -93,10 +95,23 @@ class BlockLayout:
             kv_heads=block.kv_heads,
             dim=block.head_dim,
             rotated=block.rotated,
-            forms=(form_of(block.norms[0]), form_of(block.norms[1])),
+            forms=tuple(form_of(op) for op in block.norms),
             act=ACTIVATIONS.index(*block.gated.features),
             k=block.linears[0].size("k"),
+            qkv=block.qkv,
+            sides=block.sides,
+            up_first=block.up_first,
         )
+
+    @property
+    def calls(self) -> int:
+        """Linear layers: of q, k, v, then o, of gate and up, then down."""
+        return self.qkv + self.sides + 2
+
+    @property
+    def all_forms(self) -> tuple[int, ...]:
+        """Of the norms of both branches, of queries and of keys; 0 where there is none."""
+        return (*self.forms, 0, 0)[:4]
 
     def text(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -119,6 +134,11 @@ def _mark(texts: Sequence[str]) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
+def table_numbers(calls: int) -> int:
+    """Size of a table of weights: its head, and the packed calls of some layers."""
+    return _HEAD + calls * CALL.size // 8
+
+
 _tables: weakref.WeakValueDictionary[int, WeightTable] = weakref.WeakValueDictionary()
 """Address of a table's tensor -> the table."""
 
@@ -132,7 +152,7 @@ class WeightTable:
     def __init__(self, texts: Sequence[str], values: Callable[[], Sequence[Sequence[Tensor]]]):
         """``values`` gives the buffers of each layer as they are at that time."""
         self.texts, self.values = tuple(texts), values
-        self.tensor = torch.zeros(_HEAD + len(texts) * CALL.size // 8, dtype=torch.int64)
+        self.tensor = torch.zeros(table_numbers(len(texts)), dtype=torch.int64)
         self.address = self.tensor.data_ptr()
         self._kept: Sequence[Sequence[Tensor]] = ()
         self.tensor[0] = self.address
@@ -229,7 +249,7 @@ def check_status(status: int, what: str) -> None:
 def call_layer(
     calls: int, layout: BlockLayout, norms: Sequence[Tensor], x: Tensor, cos: Tensor, sin: Tensor,
     keys: Tensor, values: Tensor, mask: Tensor | None, at: Tensor | None, scale: float,
-    eps: tuple[float, float],
+    eps: Sequence[float],
 ) -> Tensor:  # fmt: skip
     """One call of C with arguments that were checked; ``calls``: address of packed layers."""
     y = torch.empty_like(x)
@@ -240,21 +260,22 @@ def call_layer(
         mask = mask.expand(batch, layout.heads, 1, length)
         where, mask_stride = mask.data_ptr(), (mask.stride(0), mask.stride(1), mask.stride(3))
     lib = library()
+    weights, more = [norm.data_ptr() for norm in norms], (0,) * (4 - len(norms))
     packed = _BLOCK.pack(
-        calls, norms[0].data_ptr(), norms[1].data_ptr(), x.data_ptr(), cos.data_ptr(),
-        sin.data_ptr(), where, keys.data_ptr(), values.data_ptr(), y.data_ptr(),
-        0 if at is None else at.data_ptr(), DTYPES[x.dtype], kind, layout.act, *layout.forms,
-        batch, layout.heads, layout.kv_heads, length, layout.dim, layout.rotated,
+        calls, *weights, *more, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), where,
+        keys.data_ptr(), values.data_ptr(), y.data_ptr(), 0 if at is None else at.data_ptr(),
+        DTYPES[x.dtype], kind, layout.act, *layout.forms, *more, layout.qkv, layout.sides,
+        layout.up_first, batch, layout.heads, layout.kv_heads, length, layout.dim, layout.rotated,
         *keys.stride()[:3], *values.stride()[:3], *mask_stride,
-        layout.rotated if cos.shape[0] > 1 else 0, scale, *eps, lib.isa,
+        layout.rotated if cos.shape[0] > 1 else 0, scale, *eps, *more, lib.isa,
     )  # fmt: skip
     check_status(lib.c.qk_decoder_block(packed), "decoder layer")
     return y
 
 
 def run_layer(
-    x: Tensor, table: Tensor, norm: Tensor, norm_2: Tensor, text: str, cos: Tensor, sin: Tensor,
-    keys: Tensor, values: Tensor, mask: Tensor, at: Tensor, scale: float, eps: float, eps_2: float,
+    x: Tensor, table: Tensor, norms: Sequence[Tensor], text: str, cos: Tensor, sin: Tensor,
+    keys: Tensor, values: Tensor, mask: Tensor, at: Tensor, scale: float, eps: Sequence[float],
 ) -> Tensor:  # fmt: skip
     """The operator, for a torch without the stable ABI."""
     layout, held = BlockLayout.of(text), _tables.get(int(table[0]))
@@ -267,15 +288,12 @@ def run_layer(
     if not held.is_filled():
         held.fill()
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    norms, eps_both = (norm, norm_2), (eps, eps_2)
-    return call_layer(
-        held.calls, layout, norms, x, cos, sin, keys, values, mask, at, scale, eps_both
-    )
+    return call_layer(held.calls, layout, norms, x, cos, sin, keys, values, mask, at, scale, eps)
 
 
 def fake_layer(
-    x: Tensor, table: Tensor, norm: Tensor, norm_2: Tensor, text: str, cos: Tensor, sin: Tensor,
-    keys: Tensor, values: Tensor, mask: Tensor, at: Tensor, scale: float, eps: float, eps_2: float,
+    x: Tensor, table: Tensor, norms: Sequence[Tensor], text: str, cos: Tensor, sin: Tensor,
+    keys: Tensor, values: Tensor, mask: Tensor, at: Tensor, scale: float, eps: Sequence[float],
 ) -> Tensor:  # fmt: skip
     """What the operator returns, for whoever traces."""
     return x.new_empty(x.shape)

@@ -59,9 +59,9 @@ class Block(ctypes.Structure):
     _fields_ = [
         ("head", Layer),
         *((name, ctypes.c_int64) for name in ("mark", "type", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("dim", "rotated")),
-        ("form", ctypes.c_int64 * 2),
-        ("act", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("dim", "rotated", "norms")),
+        ("form", ctypes.c_int64 * 4),
+        *((name, ctypes.c_int64) for name in ("act", "qkv", "sides", "up_first")),
     ]
 
 

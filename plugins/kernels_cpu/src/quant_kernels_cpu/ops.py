@@ -36,11 +36,11 @@ from quant_kernels_cpu.blocks import buffer_shapes, int8_buffer_shapes
 from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, c_op_int8, tensor_slots
 from quant_kernels_cpu.layer import (
     LAYER_SCHEMA,
-    TABLE_NUMBERS,
     BlockLayout,
     fake_layer,
     fill_table,
     run_layer,
+    table_numbers,
 )
 from quant_kernels_cpu.library import AMX_TOKENS, Library, library, unavailable
 from quant_kernels_cpu.native import BLOCK, INT8, Block, Layer, register_native
@@ -317,9 +317,10 @@ def _block(text: str) -> Block:
     """The same of a decoder layer."""
     layout = BlockLayout.of(text)
     kind = DTYPES[getattr(torch, layout.dtype)]
-    sizes = (layout.heads, layout.kv_heads, layout.dim, layout.rotated)
-    head = Layer(n=TABLE_NUMBERS, k=layout.k)
-    return Block(head, layout.mark, kind, *sizes, layout.forms, layout.act)
+    sizes = (layout.heads, layout.kv_heads, layout.dim, layout.rotated, len(layout.forms))
+    how = (layout.act, layout.qkv, layout.sides, layout.up_first)
+    head = Layer(n=table_numbers(layout.calls), k=layout.k)
+    return Block(head, layout.mark, kind, *sizes, layout.all_forms, *how)
 
 
 _native = not unavailable() and register_native(library(), _NATIVE, _layer, fill_table)

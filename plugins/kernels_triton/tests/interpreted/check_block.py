@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quant_core.engines.transformers_attention import attach_attention
-from quant_core.engines.transformers_block import attach_blocks
+from quant_core.engines.transformers_layers import attach_blocks
 from quant_core.engines.transformers_parts import attach_norms_and_mlps
 from quant_core.kernels.composed import BlockRun, GatedRun
 from quant_core.live import quantize_model_
