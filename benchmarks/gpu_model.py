@@ -51,7 +51,7 @@ from transformers import (  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from quant_core.engines.transformers_attention import attach_attention  # noqa: E402
-from quant_core.engines.transformers_block import attach_blocks  # noqa: E402
+from quant_core.engines.transformers_layers import attach_blocks  # noqa: E402
 from quant_core.engines.transformers_parts import attach_norms_and_mlps  # noqa: E402
 from quant_core.errors import KernelError  # noqa: E402
 from quant_core.kernels.between import gated_op, rotary_op  # noqa: E402
