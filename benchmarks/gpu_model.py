@@ -175,7 +175,7 @@ def _step(model: Any, batch: int, device: str) -> Any:
 
     def run() -> torch.Tensor:
         return model(
-            token, past_key_values=cache, cache_position=at, position_ids=at[None].expand(batch, 1),
+            token, past_key_values=cache, position_ids=at[None].expand(batch, 1),
             use_cache=True,
         ).logits  # fmt: skip
 
