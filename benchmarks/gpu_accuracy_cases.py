@@ -239,9 +239,9 @@ def make_layer(op: OpSpec, *, seed: int = 0, zero: str = "") -> LayerTensors:
         spec=spec, shape=(n, k), codes=pack(codes, spec.element.bits, CANONICAL),
         scales=tuple(scales), zeros=zeros, offset=offset, gather=gather, codebook=book,
     )  # fmt: skip
-    out = LayerTensors(
-        operands={"weight": qt}, bias=torch.randn(n, generator=g) if "bias" in op.features else None
-    )
+    # a bias as models store it, in the type of x: cuBLAS adds it before it rounds
+    bias = torch.randn(n, generator=g).to(getattr(torch, op.act_dtype)).float()
+    out = LayerTensors(operands={"weight": qt}, bias=bias if "bias" in op.features else None)
     for name, (shape, dtype) in static_shape(op).items():
         out = replace(out, **{name: torch.full(shape, 0.011).to(dtype)})
     return out

@@ -296,7 +296,8 @@ def experts(cell: Cell, send: Send) -> None:
 
 
 def embedding(cell: Cell, send: Send) -> None:
-    """Rows of the oracle's weights, rounded once: every bit."""
+    """Rows of the oracle's weights, rounded once: every bit, but for products that a kernel adds to
+    without rounding them first (offsets), which may tip a few."""
     op = make_op(WEIGHTS[cell.weight], *cell.sizes, kind="embedding", act=cell.act,
                  device=_device())  # fmt: skip
     for kernel, as_run, _ in candidates(op, cell.kernels):
@@ -308,8 +309,11 @@ def embedding(cell: Cell, send: Send) -> None:
             for shape in ((1,), (2, 7), (300,), (0,)):
                 ids = torch.randint(0, cell.sizes[0], shape, device=DEVICE)
                 row["cases"] += 1
-                if not torch.equal(y := held.run(ids), exact[ids]):
-                    e = error(y, exact[ids].double())
+                y = held.run(ids)
+                e = error(y, exact[ids].double()) if ids.numel() else 0.0
+                row["worst"] = max(row["worst"], e)
+                fused = as_run.weight.zero is not None and as_run.weight.zero.kind == "offset"
+                if e > (1e-4 if fused else 0.0) or y.shape != exact[ids].shape:
                     row["bad"].append(f"{shape}: {int((y != exact[ids]).sum())} differ, {e:.2e}")
         except Exception as err:
             row["bad"].append(f"{type(err).__name__}: {str(err)[:400]}")
