@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import pytest
 
-from quant_core.kernels.base import Accepted, Rejected
+from quant_core.kernels.base import ANY_ROWS, Accepted, Rejected
 from quant_core.kernels.family import layout_of
 from quant_core.spec import CHANNEL, Element, OpSpec, QuantSpec, Scale
 from quant_kernels_triton.scaled_kernel import Scaled, ScaledRing
@@ -38,7 +38,9 @@ def _said(tmp_path, *command: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("fp8", "16"), ("block", "64"), ("block", "256")])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("fp8", "16"), ("block", "64"), ("int8", "128"), ("int8", "4096")]
+)
 def test_ring_compiles_without_spills(kind, rows, tmp_path):
     assert _said(tmp_path, "ring", kind, rows) == "ok"
 
@@ -105,13 +107,19 @@ def test_ring_takes_few_rows_of_what_the_portable_kernel_takes():
     assert answer.cost_at(1) < answer.cost_at(most)
 
 
+def test_int8_has_every_number_of_rows():
+    answer = ScaledRing().accepts(_op("int8 channel", INT8, CHANNEL))
+    assert isinstance(answer, Accepted)
+    assert answer.costs[-1][0] == ANY_ROWS
+    assert list(answer.costs) == sorted(answer.costs, key=lambda c: c[1])  # more rows, more time
+
+
 @pytest.mark.parametrize(
     ("op", "axis"),
     [
         (_op("fp8 channel", FP8, CHANNEL, "8.9"), "compute capability"),
         (_op("fp8 channel", FP8, CHANNEL, "10.0"), "compute capability"),
         (_op("uint4 channel", FP8, CHANNEL), "element"),
-        (_op("int8 channel", INT8, CHANNEL), "element"),
         (_op("fp8 channel", FP8, (1, 128)), "scales"),
         (make_op(SPECS["fp8 channel"], 64, 64, act="bfloat16", device=("cuda", "9.0")), "operands"),
     ],

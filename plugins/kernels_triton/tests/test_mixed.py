@@ -25,6 +25,7 @@ from quant_core.spec import CHANNEL, TENSOR, Element, OpSpec, QuantSpec, Scale, 
 from quant_core.spec_json import to_text
 from quant_kernels_triton.mixed_kernel import Mixed, MixedStored
 from quant_kernels_triton.mixed_plan import (
+    MixedPair,
     MixedPlan,
     MixedRing,
     MixedWide,
@@ -131,7 +132,7 @@ def test_kernels_compile_without_spills_or_layout_changes(name, element, tmp_pat
     command = [sys.executable, "-c", PROGRAM, to_text(op)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.split() == ["ok", "ok", "ok"]
+    assert done.stdout.split() == ["ok"] * 4
 
 
 # ---------------------------------------------------------------------------------- what they take
@@ -216,6 +217,13 @@ def test_block_sizes_fit_shared_memory_and_k(name, n, experts):
         if isinstance(c, MixedRing):
             assert c.stages * (c.bm * 128 + c.warps * tile) + 1024 <= 227 * 1024
             assert c.split == 1 or p.recipe.groups // c.split >= 2
+        elif isinstance(c, MixedPair):
+            assert not experts
+            assert c.stages % 2 == 0
+            # stages of x, four of codes for either warpgroup, and the sums of one
+            assert c.stages * c.bm * 128 + 2 * 4 * 4 * tile + 256 * c.bm + 1024 <= 227 * 1024
+            assert c.split == 1 or p.recipe.groups // c.split >= 8
+            assert c.split * -(-rows // c.bm) * (p.recipe.rows // 64) <= 132
         else:
             assert isinstance(c, MixedWide)
             # stages of x, four of codes, and one block of results on its way out

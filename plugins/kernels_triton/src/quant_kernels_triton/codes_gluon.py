@@ -95,8 +95,8 @@ def token_codes(X, ROWS, SCALE, GATHER, Q, S, K, KIN, peak, least, most, FP8: gl
     stored column k is column GATHER[k] of X, or zero where that is negative.
     """
     L: gl.constexpr = gl.BlockedLayout([16], [32], [NW], [0])
-    gdc_launch_dependents()  # the product waits for this kernel before it reads codes
     gdc_wait()
+    gdc_launch_dependents()  # not before: blocks beside those of the last product spread unevenly
     t = gl.program_id(0)
     at = t
     if HAS_ROWS:
@@ -126,8 +126,8 @@ def token_codes(X, ROWS, SCALE, GATHER, Q, S, K, KIN, peak, least, most, FP8: gl
 def group_codes(X, Q, S, T, K, peak, least, most, BOUNDED: gl.constexpr, NW: gl.constexpr):
     """X [T, K] to e4m3 codes and a scale per 128 columns, S [K / 128, T]."""
     L: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [NW, 1], [1, 0])
-    gdc_launch_dependents()
     gdc_wait()
+    gdc_launch_dependents()
     t = gl.program_id(0) * (4 * NW) + gl.arange(0, 4 * NW, layout=gl.SliceLayout(1, L))
     g = gl.program_id(1)
     k = g * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, L))

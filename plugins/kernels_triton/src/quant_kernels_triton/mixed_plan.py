@@ -31,7 +31,16 @@ from quant_kernels_triton.recipe import (
 )
 from quant_kernels_triton.scaled_plan import codes_us
 
-__all__ = ["MixedPlan", "MixedRing", "MixedWide", "config", "costs", "describe_mixed", "from_text"]
+__all__ = [
+    "MixedPair",
+    "MixedPlan",
+    "MixedRing",
+    "MixedWide",
+    "config",
+    "costs",
+    "describe_mixed",
+    "from_text",
+]
 
 SMS = 132  # multiprocessors of an H100: only block counts depend on it
 MOST_K = 32768  # a token is held in registers while it is quantized
@@ -212,9 +221,19 @@ class MixedWide:
         return self.bt * self.halves
 
 
-def _split(blocks: int, groups: int, want: int) -> int:
+@dataclass(frozen=True, slots=True)
+class MixedPair:
+    """Block sizes of mixed_pair: tokens, stages (an even number), parts of K."""
+
+    bm: int
+    stages: int
+    split: int
+
+
+def _split(blocks: int, groups: int, want: int, least: int) -> int:
+    """Parts of K: at most ``want`` blocks, each of at least ``least`` groups."""
     split = 1
-    while split < 8 and blocks * split * 2 <= want and groups // (split * 2) >= 4:
+    while split < 8 and blocks * split * 2 <= want and groups // (split * 2) >= least:
         split *= 2
     return split
 
@@ -225,45 +244,62 @@ def _few(p: MixedPlan, rows: int) -> MixedRing:
     bm = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
     if p.recipe.experts:
         return MixedRing(min(bm, 64), 4, 4, 1)
-    if bm == 128 and (128 < rows <= 192 or (rows <= 128 and outputs < SMS)):
-        bm = 64  # fewer tokens that are none, or more blocks
+    if bm == 16:
+        return MixedRing(bm, 4, 4, _split(outputs, groups, 5 * SMS, 8))
+    if bm == 128 and 128 < rows <= 192:
+        bm = 64  # fewer tokens that are none
     blocks = -(-rows // bm) * outputs
-    if bm == 64 and groups < 64 and rows <= 64:
-        return MixedRing(bm, 4, 4, 2 if blocks * 2 <= 2 * SMS else 1)
-    return MixedRing(bm, 4, 4, _split(blocks, groups, (3 if bm <= 64 else 2) * SMS))
+    stages = 3 if bm == 64 and not p.bytes else 4
+    return MixedRing(bm, 4, stages, _split(blocks, groups, (3 if bm <= 64 else 2) * SMS, 4))
 
 
-def config(p: MixedPlan, rows: int) -> MixedRing | MixedWide:
-    """Block sizes for ``rows`` tokens; measured on an H100, see docs/kernels/triton.md."""
-    experts = p.recipe.experts
-    if experts:
-        rows = -(-rows // experts)
-        wide = rows > 128
-    else:
-        few = 192 if p.factors[0] != ABSENT and not p.bytes else 128
-        wide = rows > (few if p.recipe.rows >= 8192 else 512)
-    if not wide:
-        return _few(p, rows)
+def _pair(p: MixedPlan, rows: int) -> MixedPair | None:
+    """Block sizes of the pair, where its blocks fit the multiprocessors."""
+    groups, outputs = p.recipe.groups, p.recipe.rows // 64
+    if p.recipe.experts or rows <= 32:
+        return None
+    for bm in (64, 128) if groups < 64 or rows <= 64 else (128,):
+        blocks = -(-rows // bm) * outputs
+        if blocks <= SMS:
+            return MixedPair(bm, 4, _split(blocks, groups, SMS, 8))
+    return None
+
+
+def _wide(p: MixedPlan, rows: int) -> MixedWide:
     halves = 2 if p.sub == 1 else 1
-    partial = halves == 2 and (experts > 0 or 0 < rows % 256 <= 128)
+    partial = halves == 2 and (p.recipe.experts > 0 or 0 < rows % 256 <= 128)
     return MixedWide(128, halves, 4 if p.bytes or halves == 1 else 5, 8, partial)
+
+
+def config(p: MixedPlan, rows: int) -> MixedPair | MixedRing | MixedWide:
+    """Block sizes for ``rows`` tokens; measured on an H100, see docs/kernels/triton.md."""
+    if p.recipe.experts:
+        rows = -(-rows // p.recipe.experts)
+        return _wide(p, rows) if rows > 128 else _few(p, rows)
+    if pair := _pair(p, rows):
+        return pair
+    if rows <= 128:
+        return _few(p, rows)
+    if rows > 1024:
+        return _wide(p, rows)
+    return min(_wide(p, rows), _few(p, rows), key=lambda c: _work_of(p, c, rows, 1))
 
 
 # Microseconds, fitted to an H100 (benchmarks/gpu_mixed.py).
 _START, _START_EXPERTS = 3.4, 25.4  # beside quantizing: of starting; of sorting too
 _BYTES_PER_US = 2.9e6
 _PARTS_PER_US = 4.5e6  # of parts of sums, which the cache holds
-_GROUP = {"int4": 1.14, "fp4": 1.14, "fp8": 1.03, "int8": 0.87}  # of 128 x 256 outputs, 128 columns
-_WHOLE = 0.84  # the same where sums run over all columns
+_GROUP = {"int4": 1.08, "fp4": 1.08, "fp8": 1.0, "int8": 0.83}  # of 128 x 256 outputs, 128 columns
+_WHOLE = 0.8  # the same where sums run over all columns
 _SHORT_WIDE = {1: 1.0, 2: 1.0, 4: 1.3}  # by pieces that have scales of their own
 _SHORT_RING = {1: 1.0, 2: 1.15, 4: 1.85}
+_PAIR = {64: 0.5, 128: 0.64}  # of 64 outputs by so many tokens, two groups
 _RING = {16: 0.06, 32: 0.11, 64: 0.205, 128: 0.40}  # of 64 outputs by so many tokens, on its share
 
 
-def _work(p: MixedPlan, rows: int, stacks: int) -> float:
-    """Multiplying ``rows`` tokens by each of ``stacks`` matrices."""
+def _work_of(p: MixedPlan, c: MixedPair | MixedRing | MixedWide, rows: int, stacks: int) -> float:
+    """Multiplying ``rows`` tokens by each of ``stacks`` matrices with these block sizes."""
     r = p.recipe
-    c = config(p, rows * max(r.experts, 1))
     blocks: float = -(-rows // c.bm)
     if r.experts:  # tokens of an expert are more or fewer
         blocks = max(rows / c.bm + 0.4, 1.0)
@@ -275,8 +311,10 @@ def _work(p: MixedPlan, rows: int, stacks: int) -> float:
         if p.bytes and waves > 14:  # the card lowers its clock
             each *= 1.1
         return waves * r.groups * each * _SHORT_WIDE[p.sub] * (c.halves / 2) ** 0.8
-    share = stacks * blocks * (r.rows / 64) / SMS
     parts = 0.0 if c.split == 1 else 3.0 + c.split * rows * r.n * 8 / _PARTS_PER_US
+    if isinstance(c, MixedPair):
+        return r.groups / c.split / 2 * _PAIR[c.bm] * _SHORT_RING[p.sub] + parts
+    share = stacks * blocks * (r.rows / 64) / SMS
     return share * r.groups * _RING[c.bm] * _SHORT_RING[p.sub] + parts
 
 
@@ -288,10 +326,10 @@ def costs(p: MixedPlan, buckets: tuple[int, ...]) -> tuple[tuple[int, float], ..
         rows = min(bound, 8192)
         stacks = min(experts, rows) if experts else 1
         read = stacks * each / _BYTES_PER_US
-        work = _work(p, -(-rows // max(experts, 1)), stacks)
-        start = (_START_EXPERTS if experts else _START) + codes_us(rows, p.recipe.k)
         c = config(p, rows)
-        apart = 0.4 if isinstance(c, MixedRing) and c.bm == 64 else 0.15
-        us = start + max(read, work) + apart * min(read, work)
+        work = _work_of(p, c, -(-rows // max(experts, 1)), stacks)
+        start = (_START_EXPERTS if experts else _START) + codes_us(rows, p.recipe.k)
+        apart = 0.4 if isinstance(c, MixedRing) and c.bm in (32, 64) else 0.15
+        us = start + max(read, work) + apart * min(read, work) + 0.1 * min(rows, 16)
         out.append((ANY_ROWS if bound == buckets[-1] else bound, round(us, 1)))
     return tuple(out)

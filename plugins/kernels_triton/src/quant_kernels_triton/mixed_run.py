@@ -19,8 +19,9 @@ from quant_kernels_triton.codes_run import Rule, hopper_codes
 from quant_kernels_triton.gluon_counters import counters
 from quant_kernels_triton.gluon_run import _Desc
 from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
+from quant_kernels_triton.mixed_pair import mixed_pair
 from quant_kernels_triton.mixed_parts import ASM, POWER
-from quant_kernels_triton.mixed_plan import MixedPlan, MixedRing, MixedWide, config
+from quant_kernels_triton.mixed_plan import MixedPair, MixedPlan, MixedRing, MixedWide, config
 from quant_kernels_triton.mixed_ring import mixed_ring
 from quant_kernels_triton.mixed_ws import mixed_specialized
 from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
@@ -58,7 +59,7 @@ class _Layer:
 
     def __init__(self, p: MixedPlan) -> None:
         r = p.recipe
-        self.p, self.configs = p, dict[int, "MixedRing | MixedWide"]()
+        self.p, self.configs = p, dict[int, "MixedPair | MixedRing | MixedWide"]()
         self.sizes = (r.n, r.rows, r.groups)
         codes = r.buffers.index("codes")
         names = ["codes", *p.names, "bias"]
@@ -81,7 +82,7 @@ class _Layer:
             "POWER": POWER[p.operand],
         }
 
-    def config(self, rows: int) -> MixedRing | MixedWide:
+    def config(self, rows: int) -> MixedPair | MixedRing | MixedWide:
         held = self.configs.get(rows)
         if held is None:
             held = self.configs[rows] = config(self.p, rows)
@@ -104,7 +105,7 @@ def _descriptor(p: MixedPlan, q: Tensor, tokens: int, known: bool) -> Any:
 
 def _multiply(
     held: _Layer, q: Tensor, s: Tensor, tensors: Sequence[Tensor], y: Tensor,
-    c: MixedRing | MixedWide, experts: _Schedule | None,
+    c: MixedPair | MixedRing | MixedWide, experts: _Schedule | None,
 ) -> None:  # fmt: skip
     p, device = held.p, q.device.index
     m = q.shape[0] if experts is None else experts[1].shape[0] * c.bm
@@ -126,7 +127,8 @@ def _multiply(
         args = (desc, *fixed, s, y, *lists, m, n, rows, groups)
         launch(mixed_specialized, key, grid, args, device, build)
         return
-    blocks = -(-m // c.bm) * -(-rows // (16 * c.warps))
+    pair = isinstance(c, MixedPair)
+    blocks = -(-m // c.bm) * -(-rows // (64 if pair else 16 * c.warps))
     split, count, part = c.split, s, s
     if split > 1:
         counter = counters(device, blocks)
@@ -134,15 +136,27 @@ def _multiply(
             split = 1
         else:
             count = counter
-            part = torch.empty(split, m, n, dtype=torch.float32, device=q.device)
+            size = blocks * split * 64 * c.bm if pair else split * m * n
+            part = torch.empty(size, dtype=torch.float32, device=q.device)
     key = (*key, split)
+    desc = _descriptor(p, q, c.bm, is_compiled(key, device))
+    if isinstance(c, MixedPair):
+        sizes = {"BT": c.bm, "ST": c.stages, "WST": _WEIGHT_STAGES, "SPLIT": split, "GN": 8}
+
+        def build_pair() -> Build:
+            constants = {n: v for n, v in held.constants.items() if n != "GROUPED"} | sizes
+            options = {"num_warps": 4, "launch_pdl": True}
+            return Build(constants=constants, options=options, views=held.views)
+
+        args = (desc, *fixed, s, y, part, count, m, n, rows, groups)
+        launch(mixed_pair, key, (blocks * split, 1), args, device, build_pair)
+        return
 
     def build_ring() -> Build:
         sizes = {"BM": c.bm, "NW": c.warps, "ST": c.stages, "SPLIT": split, "GN": 8}
         options = {"num_warps": c.warps, "launch_pdl": True}
         return Build(constants=held.constants | sizes, options=options, views=held.views)
 
-    desc = _descriptor(p, q, c.bm, is_compiled(key, device))
     args = (desc, *fixed, s, y, part, count, *lists, m, n, rows, groups)
     launch(mixed_ring, key, (blocks * split, 1), args, device, build_ring)
 
@@ -151,7 +165,7 @@ def run_mixed(
     p: MixedPlan,
     x: Tensor,
     tensors: Sequence[Tensor],
-    c: MixedRing | MixedWide | None = None,
+    c: MixedPair | MixedRing | MixedWide | None = None,
     experts: _Schedule | None = None,
 ) -> Tensor:
     """y [M, N] of x [M, K], with the block sizes of ``config`` or ``c``.
@@ -174,7 +188,7 @@ def run_mixed_grouped(
     x: Tensor,
     index: Tensor,
     tensors: Sequence[Tensor],
-    c: MixedRing | MixedWide | None = None,
+    c: MixedPair | MixedRing | MixedWide | None = None,
 ) -> Tensor:
     """y [T, N]: row t through expert ``index[t]``; zeros where that is no expert."""
     t, count = x.shape[0], p.recipe.experts

@@ -71,7 +71,7 @@ class Scaled(Rows):
 
 
 class ScaledRing(Rows):
-    """The same for few rows on Hopper, weights by TMA; see ``scaled_ring``."""
+    """The same on Hopper, weights by TMA: few rows of fp8, any of int8; see ``scaled_ring``."""
 
     name = "gluon_scaled"
 
@@ -82,8 +82,6 @@ class ScaledRing(Rows):
             have = op.device[1] or "unknown"
             return Rejected(axis="compute capability", have=have, need="9.0 (Hopper)")
         plan = describe_scaled(op)
-        if isinstance(plan, ScaledPlan) and plan.kind == "int8":
-            return Rejected(axis="element", have="int8", need="fp8_e4m3")
         if isinstance(plan, ScaledPlan) and (missing := gluon_missing()):
             return Rejected(axis="triton", have=missing, need="Triton 3.6 or newer")
         return plan
@@ -93,7 +91,7 @@ class ScaledRing(Rows):
         if isinstance(p, Rejected):
             return p
         rows = [m for m in BUCKETS if m <= MOST[p.kind]]
-        table = tuple((m, round(ring_us(p, m), 1)) for m in rows)
+        table = tuple((m, round(ring_us(p, min(m, 8192)), 1)) for m in rows)
         return Accepted(costs=table, cost=table[0][1], note="activations quantized in one kernel")
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:

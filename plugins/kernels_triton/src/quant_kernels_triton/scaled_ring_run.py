@@ -16,7 +16,8 @@ from quant_kernels_triton.gluon_run import _Desc
 from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
 from quant_kernels_triton.scaled_plan import ScaledPlan
 from quant_kernels_triton.scaled_ring import scaled_ring
-from quant_kernels_triton.scaled_ring_plan import RingSizes, ring_sizes
+from quant_kernels_triton.scaled_ring_plan import RingSizes, WideSizes, ring_sizes
+from quant_kernels_triton.scaled_ws import scaled_specialized
 
 __all__ = ["run_ring"]
 
@@ -30,8 +31,27 @@ def _descriptor(t: Tensor, rows: int, integer: bool, known: bool) -> Any:
     return TensorDescriptor(held, shape, strides, box, layout)
 
 
+def _wide(
+    p: ScaledPlan, c: WideSizes, q: Tensor, s: Tensor, codes: Tensor, held: dict[str, Tensor],
+    y: Tensor,
+) -> None:  # fmt: skip
+    m, device = y.shape[0], y.device.index
+    key = ("scaled wide", p, c, y.dtype)
+
+    def build() -> Build:
+        fixed = {"BT": c.bm, "ST": c.stages, "GN": c.together, "PDL": True}
+        fixed |= {"SINGLE": p.single, "HAS_BIAS": p.bias}
+        return Build(constants=fixed, options={"num_warps": 4, "launch_pdl": True})
+
+    known = is_compiled(key, device)
+    wd, xd = _descriptor(codes, 128, True, known), _descriptor(q, c.bm, True, known)
+    args = (wd, xd, held["scales_0"], s, held.get("bias", s), y, m, p.n, -(-p.k // 128))
+    grid = (-(-m // c.bm) * -(-p.n // 128), 1)
+    launch(scaled_specialized, key, grid, args, device, build)
+
+
 def run_ring(
-    p: ScaledPlan, x: Tensor, tensors: Sequence[Tensor], c: RingSizes | None = None
+    p: ScaledPlan, x: Tensor, tensors: Sequence[Tensor], c: RingSizes | WideSizes | None = None
 ) -> Tensor:
     """y [M, N] of x [M, K], with the block sizes of ``ring_sizes`` or ``c``."""
     m, device = x.shape[0], x.device.index
@@ -42,6 +62,9 @@ def run_ring(
     q, s = hopper_codes(scaled_rule(p), aligned(x), held.get("input_scale"))
     c = c or ring_sizes(p, m)
     codes, integer = held["codes"].view(p.n, p.k), p.kind == "int8"
+    if isinstance(c, WideSizes):
+        _wide(p, c, q, s, codes, held, y)
+        return y
     bn = 16 * c.warps
     tiles = -(-m // c.bm) * -(-p.n // bn)
     split, count, part = c.split, s, s

@@ -16,7 +16,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from quant_kernels_triton.codes_gluon import group_codes, token_codes
 from quant_kernels_triton.scaled_plan import ScaledPlan
 from quant_kernels_triton.scaled_ring import scaled_ring
-from quant_kernels_triton.scaled_ring_plan import ring_sizes
+from quant_kernels_triton.scaled_ring_plan import WideSizes, ring_sizes
+from quant_kernels_triton.scaled_ws import scaled_specialized
 
 
 def _compile(fn: Any, types: dict[str, str], held: dict[str, Any], warps: int) -> str:
@@ -48,14 +49,20 @@ def compile_ring(kind: str, rows: int) -> None:
     )  # fmt: skip
     c, integer = ring_sizes(p, rows), kind == "int8"
     dtype, name = (gl.int8, "i8") if integer else (gl.float8e4nv, "fp8e4nv")
+    wide = isinstance(c, WideSizes)
     types = {"Y": "*bf16", "COUNT": "*i32"} | dict.fromkeys("MNG", "i32")
     types |= dict.fromkeys(("SW", "SX", "BIAS", "PART"), "*fp32")
-    for at, size in (("wd", 16 * c.warps), ("xd", c.bm)):
+    for at, size in (("wd", 128 if wide else 16 * c.warps), ("xd", c.bm)):
         layout = gl.NVMMASharedLayout.get_default_for([size, 128], dtype)
         types[at] = f"tensordesc<{name}[{size},128],{layout!r}>"
-    held = {"BM": c.bm, "NW": c.warps, "KS": c.groups, "ST": c.stages, "SPLIT": c.split, "GN": 8}
-    held |= {"PDL": True, "INT": integer, "BLOCKED": kind == "block", "SINGLE": False}
-    ptx = _compile(scaled_ring, types, held | {"HAS_BIAS": True}, c.warps)
+    held = {"PDL": True, "SINGLE": False, "HAS_BIAS": True, "ST": c.stages}
+    if isinstance(c, WideSizes):
+        held |= {"BT": c.bm, "GN": c.together}
+        ptx = _compile(scaled_specialized, types, held, 4)
+    else:
+        held |= {"BM": c.bm, "NW": c.warps, "KS": c.groups, "SPLIT": c.split, "GN": 8}
+        held |= {"INT": integer, "BLOCKED": kind == "block"}
+        ptx = _compile(scaled_ring, types, held, c.warps)
     assert re.search(r"wgmma.mma_async.*(e4m3.e4m3|s8.s8)", ptx)
     print("ok")
 

@@ -12,8 +12,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from quant_core.spec_json import op_from_text
+from quant_kernels_triton.mixed_pair import mixed_pair
 from quant_kernels_triton.mixed_parts import ASM, POWER
 from quant_kernels_triton.mixed_plan import (
+    MixedPair,
     MixedPlan,
     MixedRing,
     MixedWide,
@@ -26,10 +28,10 @@ from quant_kernels_triton.mixed_ws import mixed_specialized
 _STORED = {0: "*fp32", 1: "*bf16", 2: "*fp16"}  # by element of a factor; others are bytes
 
 
-def _compile(p: MixedPlan, c: MixedRing | MixedWide) -> None:
-    wide = isinstance(c, MixedWide)
-    fn = mixed_specialized if wide else mixed_ring
-    tokens, warps = (c.bt, 4) if isinstance(c, MixedWide) else (c.bm, c.warps)
+def _compile(p: MixedPlan, c: MixedPair | MixedRing | MixedWide) -> None:
+    fn = {MixedPair: mixed_pair, MixedRing: mixed_ring, MixedWide: mixed_specialized}[type(c)]
+    tokens = c.bt if isinstance(c, MixedWide) else c.bm
+    warps = c.warps if isinstance(c, MixedRing) else 4
     box, name = [tokens, 128], "i8" if p.integer else "fp8e4nv"
     layout = gl.NVMMASharedLayout.get_default_for(box, gl.int8 if p.integer else gl.float8e4nv)
     act = "bf16" if p.recipe.act_dtype == "bfloat16" else "fp16"
@@ -45,6 +47,8 @@ def _compile(p: MixedPlan, c: MixedRing | MixedWide) -> None:
     held |= {"ASM": ASM[p.operand], "POWER": POWER[p.operand]}
     if isinstance(c, MixedWide):
         held |= {"BT": c.bt, "NH": c.halves, "WST": 4, "PARTIAL": c.partial}
+    elif isinstance(c, MixedPair):
+        held |= {"BT": c.bm, "WST": 4, "SPLIT": c.split}
     else:
         held |= {"BM": c.bm, "NW": c.warps, "SPLIT": c.split}
     names = fn.arg_names
@@ -59,7 +63,8 @@ def _compile(p: MixedPlan, c: MixedRing | MixedWide) -> None:
     assert re.search(r"wgmma.mma_async.*(e4m3.e4m3|s8.s8)", ptx)
     # codes pass from their stage to the operand without being taken apart
     assert ptx.count("prmt") in ((0,), (16, 32, 64))[p.bytes], ptx.count("prmt")
-    assert ptx.count("st.shared") <= 8, ptx.count("st.shared")
+    most = 72 if isinstance(c, MixedPair) else 8  # a pair's second sums pass through there
+    assert ptx.count("st.shared") <= most, ptx.count("st.shared")
     path = Path(made.metadata_group[next(iter(made.metadata_group))]).parent / "again.ptx"
     path.write_text(ptx)
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -72,9 +77,9 @@ def _compile(p: MixedPlan, c: MixedRing | MixedWide) -> None:
 
 
 def compile_mixed(text: str) -> None:
-    """Compile both kernels as 64, 4096 and 4200 tokens of an operation would, and say so."""
+    """Compile the kernels as 16, 64, 4096 and 4200 tokens of an operation would, and say so."""
     p = describe_mixed(op_from_text(text))
     assert isinstance(p, MixedPlan), p
-    for rows in (64, 4096, 4200):
+    for rows in (16, 64, 4096, 4200):
         _compile(p, config(p, rows))
         print("ok")
