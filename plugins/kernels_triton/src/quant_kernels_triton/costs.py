@@ -23,6 +23,7 @@ from typing import Any
 
 from quant_core.kernels.base import ANY_ROWS, Rejected
 from quant_kernels_triton.gluon_plan import Specialized, config, plan, specialized
+from quant_kernels_triton.gluon_stack import stack_us
 from quant_kernels_triton.recipe import GROUP, Recipe
 
 __all__ = ["BUCKETS", "class_of", "costs"]
@@ -115,12 +116,16 @@ def _estimate(kernel: str, recipe: Recipe) -> tuple[tuple[int, float], ...]:
 
 
 def _of_stack(kernel: str, recipe: Recipe, capability: str) -> tuple[tuple[int, float], ...]:
-    """The costs of a stack whose rows go evenly to its experts.
+    """The costs of a stack whose rows go to its experts at random.
 
-    The experts met are one matrix as high as all of them: they run in one launch and share the
-    card. Some get twice the rows of others, and every one fills its last block; sorting takes about
-    15 microseconds once.
+    ``gluon_stack`` has a model of its kernel. Of plain Triton the experts met are one matrix as
+    high as all of them: they run in one launch and share the card. Some get twice the rows of
+    others, and every one fills its last block; sorting takes about 15 microseconds once.
     """
+    p = plan(recipe)
+    if kernel == "gluon_wna16" and not isinstance(p, Rejected):
+        most = 2 * BUCKETS[-2]
+        return tuple((b, round(stack_us(p, recipe, min(b, most)), 2)) for b in BUCKETS)
     out = []
     for bound in BUCKETS:
         rows = min(bound, 2 * BUCKETS[-2])
@@ -152,7 +157,7 @@ def costs(
     """(largest rows, microseconds) per bucket, and whether a measured table says so."""
     measured = _measured(kernel, recipe, device[1])
     table = _estimate(kernel, recipe) if measured is None else measured
-    if recipe.experts:  # blocks of experts are not shared: the measured table
+    if recipe.experts:
         table = _of_stack(kernel, recipe, device[1])
     elif measured is not None and kernel == "gluon_wna16":
         table = _modelled(recipe, table)

@@ -44,9 +44,10 @@ _MAP_TYPES = {
     "fp32": 7,
     "u8": 0,
     "i8": 0,
+    "i32": 3,
     "fp8e4nv": 0,
 }  # CUtensorMapDataType
-_MAP_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1, "i8": 1, "fp8e4nv": 1}
+_MAP_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "u8": 1, "i8": 1, "fp8e4nv": 1}
 _PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton encodes
 _KEPT = 256  # tensor maps of one kernel: as many addresses and sizes of x
 _DESCRIPTOR = re.compile(r"tensordesc<([a-z0-9]+)\[([0-9, ]+)\]")

@@ -67,9 +67,13 @@ def _grouped_linear(
     r = recipe_from_text(recipe)
     x = _emulated(x, r)
     if way == "gluon":
-        from quant_kernels_triton.gluon_run import run_grouped_gluon
+        if r.bits in (2, 3):
+            from quant_kernels_triton.gluon_run import run_grouped_gluon
 
-        return run_grouped_gluon(r, x, experts, tensors)
+            return run_grouped_gluon(r, x, experts, tensors)
+        from quant_kernels_triton.gluon_experts_run import run_stack
+
+        return run_stack(r, x, experts, tensors)
     return run_grouped(r, x, experts, tensors)
 
 

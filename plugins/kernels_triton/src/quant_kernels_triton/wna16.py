@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from quant_core.kernels.base import Accepted, Rejected
@@ -165,3 +165,13 @@ class GluonTiles(TilesKernel):
         recipe = self._bound(op)
         bound = ops.bound_grouped if op.op == "grouped_linear" else ops.bound_linear
         return functools.partial(bound, recipe.text(), "gluon", recipe.k_in)
+
+    def bind_experts(self, ops: Sequence[OpSpec]) -> Callable[..., Tensor | None] | None:
+        """Routed experts as one call; ``quant_core.kernels.routed``."""
+        recipes = [self._recipe(op) for op in ops]
+        if any(isinstance(r, Rejected) or r.input or r.bits in (2, 3) for r in recipes):
+            return None
+        from quant_kernels_triton.gluon_experts_run import bound_experts
+
+        texts = tuple(r.text() for r in recipes if isinstance(r, Recipe))
+        return functools.partial(bound_experts, texts)

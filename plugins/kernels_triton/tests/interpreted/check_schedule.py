@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from quant_kernels_triton.plain_run import expert_blocks
-from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
+from quant_kernels_triton.schedule_run import (
+    clear_rows,
+    combined,
+    each_alone,
+    gathered_rows,
+    routed,
+    sorted_blocks,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +60,36 @@ def test_one_expert_for_all_rows_and_none_for_any():
     for value, blocks in ((2, 4), (9, 0)):
         _, owner, _ = sorted_blocks(torch.full((60,), value), 5, 16)
         assert int((owner >= 0).sum()) == blocks
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "bm"), [(1, 5, 16), (130, 8, 64), (1500, 128, 32), (9000, 5, 64)]
+)
+def test_routing_counts_rows_and_blocks(rows, experts, bm):
+    index = torch.randint(-1, experts + 1, (rows,))
+    r = routed(index, experts, bm)
+    known = torch.where((index >= 0) & (index < experts), index, experts)
+    counts = torch.bincount(known, minlength=experts + 1)
+    assert torch.equal(r.counts.long(), counts)
+    assert int(r.blocks) == int((-(-counts[:experts] // bm)).sum()) == int((r.expert >= 0).sum())
+    assert all(t.data_ptr() % 16 == 0 for t in (r.order, r.expert, r.bounds, r.counts, r.blocks))
+
+
+@pytest.mark.parametrize(("top", "k"), [(1, 40), (3, 96)])
+def test_rows_are_gathered_by_expert_each_so_often_as_it_is_routed(top, k):
+    index = torch.randint(-1, 6, (50, top))
+    x = torch.randn(50, k)
+    r = routed(index.reshape(-1), 5, 16)
+    held = 50 * top - int(r.counts[5])
+    want = x.repeat_interleave(top, dim=0)[r.order[:held].long()]
+    assert torch.equal(gathered_rows(x, r, top)[:held], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_token_are_weighted_and_added(dtype):
+    y, weights = torch.randn(7 * 3, 520).to(dtype), torch.rand(7, 3)
+    want = (y.double().view(7, 3, 520) * weights.double()[..., None]).sum(1)
+    got = combined(y, weights).double()
+    # products and sums of float32, one rounding to the dtype
+    assert (got - want).abs().max() <= torch.finfo(dtype).eps * want.abs().max()
+    assert combined(y[:0], weights[:0]).shape == (0, 520)

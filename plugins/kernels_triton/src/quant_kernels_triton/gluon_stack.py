@@ -1,0 +1,124 @@
+"""With which block sizes ``gluon_experts`` runs, and what that costs; plain data, no torch.
+
+Rows go to experts at random, so an expert has more or fewer than the mean, and its last block is
+not full. The model counts the blocks that are to be expected, shares them out to the processors,
+and compares that with the time of reading the weights of the experts that are met.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from quant_kernels_triton.gluon_plan import SMS, GluonPlan
+from quant_kernels_triton.recipe import Recipe
+
+__all__ = ["WAYS", "Stack", "expected_blocks", "stack_config", "stack_us"]
+
+# registers of a thread, by consumers and whether rows are gathered: of a consumer, of those that
+# fetch
+_REGISTERS = {
+    (2, False): (240, 24),
+    (3, False): (160, 24),
+    (4, False): (112, 24),
+    (3, True): (152, 56),
+    (4, True): (104, 56),
+}
+_SHARED = 196 * 1024  # bytes of stages
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Block sizes: two tiles of rows, consumers (64 outputs each), whether sums are scaled, whether
+    rows of x are gathered while they are fetched (or copied by expert before), stages of 64
+    columns."""
+
+    b1: int
+    b2: int
+    consumers: int
+    acc: bool
+    gather: bool = False
+    stages: int = 0
+
+    @property
+    def bm(self) -> int:
+        """Rows of a block."""
+        return self.b1 + self.b2
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of a consumer, and of one that fetches."""
+        return _REGISTERS[self.consumers, self.gather]
+
+    def fitted(self, p: GluonPlan) -> Stack:
+        """With as many stages as shared memory holds."""
+        stage = self.bm * 128 + self.consumers * (4096 if p.bytes else 2048)
+        return replace(self, stages=min(16, _SHARED // stage))
+
+
+# microseconds of a program for a group of 128 columns (int4, groups of 128), measured on an H100
+WAYS = (
+    (Stack(16, 0, 4, True), 0.90),
+    (Stack(16, 0, 4, True, True), 0.92),
+    (Stack(32, 0, 4, True), 0.95),
+    (Stack(32, 0, 4, True, True), 0.99),
+    (Stack(64, 0, 4, False), 1.07),
+    (Stack(64, 32, 3, False), 1.12),
+    (Stack(64, 32, 3, False, True), 1.26),
+    (Stack(128, 0, 3, False), 1.22),
+    (Stack(256, 0, 2, False), 1.50),
+    (Stack(256, 32, 2, False), 1.86),
+)
+_READ = 2.4e6  # bytes a microsecond, of codes
+_START = 7.0  # microseconds of a launch, and of what the last tiles wait for
+_SORT, _SORT_ROWS = 3.0, 3000.0  # microseconds of sorting, and rows that take one more
+_COPY, _COPY_BYTES = 2.0, 2.8e6  # the same of copying rows by expert: bytes read and written
+
+
+@functools.lru_cache(maxsize=1024)
+def expected_blocks(rows: int, experts: int, bm: int) -> tuple[float, float]:
+    """(blocks, experts met) that are to be expected of rows spread at random: a Poisson sum."""
+    mean = rows / experts
+    wide = 6.0 * math.sqrt(mean) + 6.0
+    total = met = 0.0
+    for count in range(max(1, int(mean - wide)), int(mean + wide) + 1):
+        share = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+        total += share * -(-count // bm)
+        met += share
+    return experts * total, experts * met
+
+
+def _slower(p: GluonPlan, c: Stack) -> float:
+    """What dequantizing other than int4 with one scale for 128 columns costs."""
+    more = 0.3 if p.spg >= 8 or p.mode == 3 else 0.13 if p.spg > 1 else 0.0
+    more += 0.1 if p.bytes else 0.0
+    return 1.0 + more * (1.0 if c.bm < 256 else 0.3)
+
+
+def _us(p: GluonPlan, recipe: Recipe, c: Stack, unit: float, rows: int) -> float:
+    blocks, met = expected_blocks(rows, recipe.experts, c.bm)
+    groups = blocks * -(-recipe.rows // (64 * c.consumers)) * recipe.groups
+    work = max(groups / SMS, 1.0) * unit * _slower(p, c)
+    copy = 0.0 if c.gather else _COPY + rows * recipe.k * 4 / _COPY_BYTES
+    return copy + max(work, met * recipe.weight_bytes / _READ)
+
+
+@functools.lru_cache(maxsize=4096)
+def _quickest(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[float, Stack]:
+    sums = p.spg == 1 and p.mode in (1, 2)
+    held = []
+    for way, unit in WAYS:
+        c = way if sums or not way.acc else replace(way, acc=False)
+        held.append((_us(p, recipe, c, unit, rows), c.fitted(p)))
+    return min(held, key=lambda h: h[0])
+
+
+def stack_config(p: GluonPlan, recipe: Recipe, rows: int) -> Stack:
+    """Block sizes for ``rows`` rows spread over the experts of a stack."""
+    return _quickest(p, recipe, rows)[1]
+
+
+def stack_us(p: GluonPlan, recipe: Recipe, rows: int) -> float:
+    """Microseconds of ``rows`` rows, sorting and copying included."""
+    return _START + _SORT + rows / _SORT_ROWS + _quickest(p, recipe, rows)[0]
