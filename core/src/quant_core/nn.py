@@ -18,6 +18,7 @@ from quant_core.gradients import grouped_with_grad, linear_with_grad, wants_grad
 from quant_core.kernels.base import Kernel
 from quant_core.kernels.choose import Choice, Decision
 from quant_core.kernels.device import device_key
+from quant_core.kernels.routed import ExpertsRun
 from quant_core.packing import repack
 from quant_core.shared import MOST_TOKENS, SharedGroup, Siblings, together, weights_changed
 from quant_core.spec import OpSpec, Packing
@@ -372,6 +373,7 @@ class QuantExperts(nn.Module):
         self.activation = activation
         self.gating = gating
         self.num_experts = num_experts
+        self._one: ExpertsRun | None = None
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.gating is not None:
@@ -379,7 +381,27 @@ class QuantExperts(nn.Module):
         assert self.activation is not None, "Builder.experts sees to it"
         return self.activation(gate) * up
 
+    def _as_one(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+        """All of it as one call of the stacks' kernel; None where they have to run one by one."""
+        stacks = (self.gate, self.up, self.down)
+        if wants_grad(x) or any(
+            type(s) is not QuantGrouped or s._forward_hooks or s._forward_pre_hooks for s in stacks
+        ):
+            return None
+        kernels = [s.kernel for s in stacks]  # type: ignore[union-attr]
+        ops = [s.op for s in stacks]  # type: ignore[union-attr]
+        if self._one is None or not self._one.of(kernels, ops):  # type: ignore[arg-type]
+            self._one = ExpertsRun(kernels, ops)  # type: ignore[arg-type]
+        values = [s._values() for s in stacks]  # type: ignore[union-attr, operator]
+        return self._one(values, self._gated, x, index, weights)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made again."""
+        return self.__dict__ | {"_one": None}
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if (y := self._as_one(hidden_states, top_k_index, top_k_weights)) is not None:
+            return y
         tokens, top_k = top_k_index.shape
         experts = top_k_index.reshape(-1)
         x = hidden_states.repeat_interleave(top_k, dim=0)

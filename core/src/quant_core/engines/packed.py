@@ -25,7 +25,9 @@ from quant_core.engines.parallel import cut
 from quant_core.engines.sharing import Piece
 from quant_core.errors import LayoutError
 from quant_core.fuse import Composite, fuse
+from quant_core.kernels.base import Kernel
 from quant_core.kernels.choose import choose
+from quant_core.kernels.routed import ExpertsRun
 from quant_core.load import read_matrix, read_parameter
 from quant_core.nn import with_packing
 from quant_core.plan import Member
@@ -57,6 +59,7 @@ class Bound:
         rows: output features.
         op: what runs; None for a float matrix.
         run_linear: of an embedding: the same table as the weight of a linear layer.
+        stack: of a stack of experts: its kernel.
     """
 
     run: Run
@@ -65,6 +68,7 @@ class Bound:
     op: OpSpec | None
     kernel: str
     run_linear: Run | None = None
+    stack: Kernel | None = None
 
 
 @contextmanager
@@ -224,6 +228,7 @@ def bind_stack(builder: Builder, name: str, piece: Piece, experts: Sequence[int]
         rows=first.weight.shape[0],
         op=choice.op,
         kernel=choice.kernel.name,
+        stack=choice.kernel,
     )
 
 
@@ -245,6 +250,7 @@ class Packed:
         layer = self._layer()
         assert layer is not None, "a module outlives its loading"
         self.parts, self.names = list(parts), list[list[str]]()
+        self.one: ExpertsRun | None = None  # of a gate: with up and down
         self.rows = sum(part.rows for part in parts)
         for i, part in enumerate(parts):
             names = [f"{self._prefix}{i}_{name}" for name in part.tensors]
@@ -365,6 +371,21 @@ torch.library.register_fake(
 # --------------------------------------------------------------------------------- experts
 
 
+def _as_one(
+    stacks: Sequence[Packed], gating: Callable[[Tensor, Tensor], Tensor], x: Tensor, index: Tensor,
+    weights: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """One call of the stacks' kernel; None where they have to run one by one."""
+    gate, parts = stacks[0], [stack.parts[0] for stack in stacks]
+    bound = [(p.stack, p.op) for p in parts if p.stack is not None and p.op is not None]
+    if len(bound) != len(parts):
+        return None
+    kernels, ops = zip(*bound, strict=True)
+    if gate.one is None or not gate.one.of(kernels, ops):
+        gate.one = ExpertsRun(kernels, ops)
+    return gate.one([s.values(0) for s in stacks], gating, x, index.long(), weights)
+
+
 def run_experts(
     gate: Packed,
     up: Packed,
@@ -378,6 +399,8 @@ def run_experts(
 
     Shapes: x (T, H), index (T, k) integer, weights (T, k) -> (T, H) of x's dtype.
     """
+    if (y := _as_one((gate, up, down), gating, x, index, weights)) is not None:
+        return y
     tokens, top_k = index.shape
     slots = index.reshape(-1).long()
     rows = x.repeat_interleave(top_k, dim=0)

@@ -71,7 +71,7 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """See the module's docstring. Six attributes are optional:
+    """See the module's docstring. Seven attributes are optional:
 
     TRANSFORMS  True: the kernel applies transforms; core asks no other for an operation with any.
     layout      name of the storage order of its buffers; kernels with an equal one must agree on
@@ -88,6 +88,10 @@ class Kernel(Protocol):
                 layer of gate's outputs and up's behind them, or before, by a third argument True.
     bind_block  bind_block(block) -> run | None: a decoder layer as one call for one new token a
                 sequence, ``kernels.between.Block``.
+    bind_experts  bind_experts(ops of gate, up, down) -> run | None: routed experts as one call,
+                run([[buffers of gate], [of up], [of down]], gating, x [T, H], index [T, k],
+                weights [T, k]) -> [T, H], or None for an x that it does not take; ``gating`` of
+                rows of both sides, in any order, is [rows, K of down]. ``kernels.routed``.
     """
 
     name: str

@@ -284,6 +284,11 @@ class Family:
         whole = Family(self.layout, self.members, op)
         return JoinedRun(whole, op, [self.bind(o) for o in ops], [o.size("n") for o in ops])
 
+    def member(self, rows: int) -> Kernel | None:
+        """Who runs ``rows`` rows; None for the reference kernel."""
+        name = next(b.kernel for b in self.table if rows <= b.rows)
+        return next((k for k in self.members if k.name == name), None)
+
     def bind_gated(
         self, ops: Sequence[OpSpec], activation: str, up_first: bool = False
     ) -> GatedRun | None:
