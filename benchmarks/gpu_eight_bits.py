@@ -12,7 +12,7 @@ from quant_core.spec import CHANNEL, Element, QuantSpec, Scale
 from quant_kernels_triton import scaled_run
 from quant_kernels_triton.codes_run import Rule, hopper_codes, scaled_rule
 from quant_kernels_triton.scaled_plan import ScaledPlan
-from quant_kernels_triton.scaled_ring_plan import RingSizes
+from quant_kernels_triton.scaled_ring_plan import RingSizes, WideSizes
 from quant_kernels_triton.scaled_ring_run import run_ring
 
 __all__ = ["check_codes", "check_ring", "eight_bit_layer", "eight_bit_plan"]
@@ -26,6 +26,8 @@ SIZES = [
     for groups in (1, 2)
     for split in (1, 2, 4)
 ]
+
+WIDE = [WideSizes(256, 4, 8), WideSizes(128, 6, 16)]
 
 
 def eight_bit_plan(kind: str, n: int, k: int) -> ScaledPlan:
@@ -117,7 +119,7 @@ def check_ring(kind: str) -> dict:
         for m in (1, 5, 16, 33, 64, 100, 129, 300):
             x = torch.randn(m, k, device="cuda").bfloat16()
             want = fake_quantize(x.float(), acts(kind)).double() @ w.t()
-            for c in (None, *SIZES[m % 3 :: 3]):
+            for c in (None, *SIZES[m % 3 :: 3], *(WIDE if kind == "int8" else ())):
                 try:
                     y = run_ring(p, x, held, c)
                     e = float((y.double() - want).norm() / want.norm())

@@ -36,7 +36,13 @@ from quant_core.kernels.base import Rejected  # noqa: E402
 from quant_core.spec import CHANNEL, TENSOR, Element, OpSpec, QuantSpec, Scale, Zero, group  # noqa: E402
 from quant_kernels_triton.gluon_plan import Ring, Specialized  # noqa: E402
 from quant_kernels_triton.mixed_kernel import Mixed, MixedStored  # noqa: E402
-from quant_kernels_triton.mixed_plan import MixedRing, MixedWide, config, from_text  # noqa: E402
+from quant_kernels_triton.mixed_plan import (  # noqa: E402
+    MixedPair,
+    MixedRing,
+    MixedWide,
+    config,
+    from_text,
+)
 from quant_kernels_triton.recipe import describe  # noqa: E402
 from triton_made import SPECS, make_layer, make_op  # noqa: E402
 
@@ -79,7 +85,7 @@ CHECKS = [
 TIMED = [*CHECKS[11:13], CHECKS[10], CHECKS[8], *CHECKS[1:4]]
 ROWS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
 SIZES: list = [None, Ring(64, 4, 4, 1, False), Ring(128, 4, 3, 1, False)]
-SIZES += [Specialized(128, 0, 2, 8, False, 0), Specialized(256, 0, 2, 5, False, 0)]
+SIZES += [Specialized(128, 0, 2, 1, False, 4), Specialized(256, 0, 2, 1, False, 2)]
 WIDE: list = [None, MixedRing(64, 4, 4, 1), MixedRing(128, 4, 4, 1), MixedWide(128, 2, 5, 8)]
 
 
@@ -154,6 +160,7 @@ def check_blocks(name: str, kind: str) -> dict:
 
     every = [MixedRing(b, nw, 4, s) for b in (16, 64) for nw in (4, 8) for s in (1, 2)]
     every += [MixedRing(128, 4, 4, 1), MixedWide(128, 1, 4, 8)]
+    every += [MixedPair(b, 4, s) for b in (64, 128) for s in (1, 2)]
     every += [MixedWide(128, 2, 4, 8)] if p.sub == 1 else []
     for c in every:
         try:
@@ -236,7 +243,7 @@ def check_job(job: str) -> dict:
         return {"job": job, "bad": repr(err)[:500]}
 
 
-def check(out: Path, workers: int) -> list[dict]:
+def check(out: Path, workers: int, timing: bool, seconds: float) -> list[dict]:
     jobs = [("blocks", s, a, "", False) for s, a in (CHECKS[0], *TIMED)]
     jobs += [("codes", "", "", "", False)]
     jobs += [("ring", "", kind, "", False) for kind in ("fp8", "block", "int8")]
@@ -244,10 +251,11 @@ def check(out: Path, workers: int) -> list[dict]:
     jobs += [("linear", s, a, "float16", False) for s, a in (CHECKS[0], CHECKS[10])]
     jobs += [("linear", s, a, "bfloat16", True) for s, a in (CHECKS[4], CHECKS[8])]
     jobs += [("experts", s, a, "", False) for s, a in (CHECKS[0], CHECKS[10])]
-    jobs += [("warm", s, a, "", i) for s, a in (CHECKS[0], *TIMED) for i in range(4)]
-    jobs += [("warm", "", "", "", -i) for i in (1, 2, 3)]
+    if timing:
+        jobs += [("warm", s, a, "", i) for s, a in (CHECKS[0], *TIMED) for i in range(4)]
+        jobs += [("warm", "", "", "", -i) for i in (1, 2, 3)]
     texts, running, rows = [json.dumps(j) for j in jobs], [], []
-    end = time.time() + 90
+    end = time.time() + seconds
     for i in range(workers):
         path = out / f"part{i}.json"
         command = [sys.executable, __file__, "--jobs", json.dumps(texts[i::workers])]
@@ -377,6 +385,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--out", type=Path, default=Path("out"))
     ap.add_argument("--only", default="", help="steps whose names contain this")
+    ap.add_argument("--seconds", type=float, default=90.0, help="of the check")
     ap.add_argument("--jobs", default="")
     a = ap.parse_args()
     torch.manual_seed(0)
@@ -389,7 +398,7 @@ def main() -> None:
     a.out.mkdir(parents=True, exist_ok=True)
     made: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     steps = {
-        "check": lambda: check(a.out, min(14, os.cpu_count() or 1)),
+        "check": lambda: check(a.out, min(14, os.cpu_count() or 1), a.only != "check", a.seconds),
         "speed": speed,
         "experts 8": lambda: experts_of(8, 4096, 14336, 2, (512, 4096, 64)),
         "experts 128": lambda: experts_of(128, 2048, 1536, 8, (512, 4096)),
