@@ -6,12 +6,12 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_cases import SPECS, make_layer, make_op
 from quant_kernels_cuda import ops
-from quant_kernels_cuda.schedule import WARPS, candidates, schedule
+from quant_kernels_cuda.schedule import candidates, schedule
 from quant_kernels_cuda.variant import Variant, describe
 
 CLUSTERS = (66, 42, 31, 24, 19, 15, 14)  # of 2, 3, ... 8 blocks that run at once
@@ -31,7 +31,7 @@ def resident_parts_of(v, s):
     out = []
     for walker in range(s.walkers):
         tiles = s.tiles // s.walkers + (walker < s.tiles % s.walkers)
-        for rank, warp in itertools.product(range(s.cluster), range(WARPS)):
+        for rank, warp in itertools.product(range(s.cluster), range(s.warps)):
             g0 = rank * s.slice
             g1 = min(v.groups, g0 + s.slice)
             team, slot = divmod(warp, s.slots)
@@ -57,7 +57,7 @@ def parts_of(v, s):
             g1 = min(v.groups, g0 + s.slice)
             phases = -(-(g1 - g0) // s.span) if s.span < s.slice else 1
             sizes = [min(s.span, g1 - g0 - p * s.span) for p in range(phases)]
-            for warp in range(WARPS):
+            for warp in range(s.warps):
                 phase, tile, run, slots = 0, 0, warp, {}
                 while True:
                     while phase < phases:
@@ -71,14 +71,15 @@ def parts_of(v, s):
                     if phase == phases:
                         break
                     slots.setdefault((phase, tile), run)
-                    assert slots[phase, tile] < min(s.slots, WARPS), "a warp's place in the sums"
+                    assert slots[phase, tile] < min(s.slots, s.warps), "a warp's place in the sums"
                     for chunk in range(run << s.run, min((run + 1) << s.run, chunks)):
                         first = g0 + phase * s.span + chunk * s.gpc
                         out.append((walker + tile * s.walkers, first, min(s.gpc, g1 - first)))
-                    run += WARPS
+                    run += s.warps
     return out
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(["int4_g128", "int8_channel", "int4_two_level", "fp4_e4m3_g16"]),
     n=st.integers(1, 700),
@@ -94,6 +95,8 @@ def test_every_cut_covers_every_group_of_every_tile_once(name, n, k, m, pick, li
         return
     s = found[pick % len(found)][1]
     assert s.shared <= limits[1]
+    assert s.warps <= 32
+    assert s.kernel == "decode" or s.slots * s.sets <= s.warps
     assert s.tiles * 16 * s.rt <= n + -n % 64, "reads no tile beyond the buffer"
     seen = sorted((tile, group + i) for tile, group, count in parts_of(v, s) for i in range(count))
     assert seen == [(t, g) for t in range(s.tiles) for g in range(v.groups)]
@@ -146,3 +149,11 @@ def test_buckets_run_all_code_that_any_number_of_rows_runs(n, k, monkeypatch):
 def test_a_row_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="does not fit 1000 bytes"):
         schedule(variant("int4_g128", 64, 128), 1, 132, 1000, ())
+
+
+@given(divisor=st.integers(1, 1 << 16), data=st.data())
+def test_division_by_multiplication_is_exact(divisor, data):
+    x = data.draw(st.integers(0, ((1 << 32) - 1) // divisor))
+    inverse = ops._inverse(divisor)
+    assert 0 <= inverse < 1 << 32
+    assert (x * inverse >> 32 if inverse else x) == x // divisor

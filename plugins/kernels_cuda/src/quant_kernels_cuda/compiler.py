@@ -28,7 +28,7 @@ __all__ = ["Compiler", "compile_cached", "compiler", "sources", "unavailable"]
 
 log = logging.getLogger("quant_core")
 
-_OLDEST = (12, 0)
+_OLDEST = (12, 1)  # st.async
 _SUM = 32  # bytes of SHA-256
 
 
@@ -62,7 +62,7 @@ class Compiler:
             text = self._rtc.nvrtcGetErrorString(result).decode()
             raise KernelError(
                 f"{what} of {self.name} gave {text}, expected success. Set QUANT_NVRTC to the "
-                "libnvrtc of a CUDA 12 or 13 installation.",
+                "libnvrtc of a CUDA 12.1 or newer installation.",
                 code="Q-KERNEL-COMPILE",
                 actual=text,
             )
@@ -128,7 +128,7 @@ def _find() -> Compiler | str:
             return found
         tried.append(f"{name}: version {found.version}")
     log.debug("no usable NVRTC:\n  %s", "\n  ".join(tried))
-    return "install nvidia-cuda-nvrtc, or set QUANT_NVRTC to libnvrtc.so of CUDA 12 or 13"
+    return "install nvidia-cuda-nvrtc, or set QUANT_NVRTC to libnvrtc.so of CUDA 12.1 or newer"
 
 
 def unavailable() -> str:

@@ -47,7 +47,7 @@ class Decode(Tiles16):
         if reason := driver.unavailable():
             return Rejected(axis="driver", have=f"none ({reason})", need="libcuda.so.1")
         if reason := compiler.unavailable():
-            return Rejected(axis="library", have=f"no NVRTC ({reason})", need="NVRTC 12 or newer")
+            return Rejected(axis="library", have=f"no NVRTC ({reason})", need="NVRTC 12.1 or newer")
         arch = op.device[1].replace(".", "")
         if int(arch) not in compiler.compiler().architectures():
             return Rejected(

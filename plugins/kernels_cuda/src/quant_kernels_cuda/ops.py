@@ -22,21 +22,15 @@ from torch import Tensor
 
 from quant_core.kernels.calls import check_input, unobserved
 from quant_kernels_cuda.compiler import compile_cached
+from quant_kernels_cuda.cut import Schedule, with_rows
 from quant_kernels_cuda.driver import Launch, device_limits, load_function
-from quant_kernels_cuda.schedule import (
-    BUCKETS,
-    MAX_ROWS,
-    THREADS,
-    Schedule,
-    schedule,
-    with_rows,
-)
+from quant_kernels_cuda.schedule import BUCKETS, MAX_ROWS, schedule
 from quant_kernels_cuda.variant import BIAS_TYPES, Variant, variant_from_text
 
 __all__ = ["buffer_names", "prepare", "run_grouped", "run_linear"]
 
 _POINTERS = struct.Struct("<15Q")  # x codes high s0 s1 z o0 o1 row*3 bias gather experts y
-_ARGS = struct.Struct("<15Q13Q32i")  # Args of csrc/group.cuh
+_ARGS = struct.Struct("<15Q13Q33i4I4x")  # Args of csrc/group.cuh
 _MAX_GRID_Y = 65535
 _lock = threading.Lock()
 
@@ -88,7 +82,7 @@ def _function(kernel: str, defines: tuple[tuple[str, str], ...], device: int) ->
 
 def _defines(v: Variant, s: Schedule) -> tuple[tuple[str, str], ...]:
     return (*v.defines, ("NT", str(s.nt)), ("RT", str(s.rt)), ("GPC", str(s.gpc)),
-            ("ST", str(s.stages)))  # fmt: skip
+            ("ST", str(s.stages)), ("WARPS", str(s.warps)))  # fmt: skip
 
 
 def _schedule(v: Variant, rows: int, device: int) -> Schedule:
@@ -98,6 +92,11 @@ def _schedule(v: Variant, rows: int, device: int) -> Schedule:
     # the cut of the bucket: what runs is then compiled once ``BUCKETS`` have run
     s = schedule(v, next(b for b in BUCKETS if rows <= b), sms, shared, clusters)
     return with_rows(v, s, rows) if rows < s.m else s
+
+
+def _inverse(divisor: int) -> int:
+    """2^32 / divisor, rounded up; 0 stands for 2^32: ``divided`` of csrc/primitives.cuh."""
+    return -(-(1 << 32) // divisor) % (1 << 32)
 
 
 class _Plan:
@@ -128,12 +127,12 @@ class _Plan:
             -(-v.groups // coarse), coarse.bit_length() - 1,
             block[0] // 16, block[1] // 128, -(-v.k // block[1]), s.span * 256 + 16,
             *values[0], *values[1], *values[2], BIAS_TYPES.get(v.bias, 0), v.experts, s.buffers,
-            s.sets,
+            s.sets, s.walkers, *(_inverse(d) for d in (s.slots, s.sets, s.cluster, s.batch)),
         )  # fmt: skip
         grid = (s.walkers * s.cluster, rows if grouped else 1)
         self.rows = rows if grouped else s.m
         function = _function(s.kernel, _defines(v, s), device)
-        self.launch = Launch(function, grid, THREADS, s.shared, args, s.cluster,
+        self.launch = Launch(function, grid, 32 * s.warps, s.shared, args, s.cluster,
                              dependent=bool(device_limits(device)[2]))  # fmt: skip
 
 

@@ -25,9 +25,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 decode_kernel(const __grid_constant__ Args A) {
   extern __shared__ __align__(128) char smem[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
-  const int rank = A.cluster > 1 ? blockIdx.x % A.cluster : 0;
-  const int first_tile = A.cluster > 1 ? blockIdx.x / A.cluster : blockIdx.x;
-  const int stride = A.cluster > 1 ? gridDim.x / A.cluster : gridDim.x;
+  const int first_tile = divided(blockIdx.x, A.by_cluster), stride = A.walkers;
+  const int rank = blockIdx.x - first_tile * A.cluster;
   const int tiles = A.each + (first_tile < A.extra);
   const int g0 = rank * A.slice, g1 = min(A.groups, g0 + A.slice);
   const int phases = A.span < A.slice ? (g1 - g0 + A.span - 1) / A.span : 1;

@@ -5,13 +5,13 @@
 // that are no integers need sum(x) of their columns (XSUMS).
 //
 // Compile-time: F16 NT (8 rows of x each) RT (tiles of 16 output rows that a warp takes together)
-//   GPC (groups of 128 in a stage) ST (stages) CODE_BITS FLOAT_CODES SIGNED_FLIP ZERO
+//   GPC (groups of 128 in a stage) ST (stages) WARPS (of a block)
+//   CODE_BITS FLOAT_CODES SIGNED_FLIP ZERO
 //   S0_* S1_* Z_* O0_* O1_* (TYPE, GRAIN, SUBS)  IN_WEIGHT WEIGHT_MUL WEIGHT_EXP WEIGHT_CONST
 //   OUT_EXP FLUSH (scales per 128 columns on the sums, 0: none)
 #pragma once
 #include "dequant.cuh"
 
-#define WARPS 16
 #define THREADS (WARPS * 32)
 #define ROW_FACTORS 3
 
@@ -58,6 +58,8 @@ struct Args {
   int expert_count;
   int buffers;  // decode.cu: for sums; 1 if all tiles make one batch, else 2
   int sets;     // resident.cu: teams of ``slots`` warps that take turns with tiles
+  int walkers;  // blocks (clusters) that share the tiles
+  u32 by_slots, by_sets, by_cluster, by_batch;  // for ``divided``
 };
 
 

@@ -10,6 +10,17 @@ typedef unsigned long long u64;
 #define DEVICE static __device__ __forceinline__
 #define MEMBER static __device__ __forceinline__  // of a struct
 
+// A value that stays in its register: the compiler does not see what it is made of.
+DEVICE u32 keep(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+DEVICE const char* keep(const char* v) {
+  asm volatile("" : "+l"(v));
+  return v;
+}
+// x / d for x < 2^32 / d; ``inverse`` is 2^32 / d rounded up, 0 if d is 1.
+DEVICE u32 divided(u32 x, u32 inverse) { return inverse ? __umulhi(x, inverse) : x; }
 DEVICE u32 dup16(u32 v) { return v * 0x10001u; }
 DEVICE u32 prmt(u32 a, u32 b, u32 sel) {
   u32 r;
@@ -126,6 +137,11 @@ DEVICE void wait_then_release_dependents() {
 #endif
 }
 
+DEVICE void cluster_arrive_relaxed() {  // for who asks only whether the others run
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
 DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -139,15 +155,6 @@ DEVICE void cluster_wait() {
 DEVICE void cluster_sync() {
   cluster_arrive();
   cluster_wait();
-}
-DEVICE void cluster_write(u32 address, u32 rank, float4 v) {  // to another block's shared memory
-#if __CUDA_ARCH__ >= 900
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(there) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0],{%1,%2,%3,%4};" ::"r"(there), "f"(v.x), "f"(v.y),
-               "f"(v.z), "f"(v.w)
-               : "memory");
-#endif
 }
 DEVICE float cluster_read(u32 address, u32 rank) {  // of another block's shared memory
   float v = 0.f;
@@ -175,4 +182,38 @@ DEVICE void barrier_wait(u32 at, u32 parity) {
         : "=r"(done)
         : "r"(at), "r"(parity)
         : "memory");
+}
+
+// Values sent to another block of the cluster: they count as bytes at a barrier of that block,
+// which waits until all that it expects have come. No fence, and nobody else waits.
+DEVICE void barrier_expect(u32 at, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n\t.reg .b64 t;\n\tmbarrier.arrive.expect_tx.shared.b64 t,[%0],%1;\n\t"
+               "fence.mbarrier_init.release.cluster;\n\t}" ::"r"(at), "r"(bytes)
+               : "memory");
+#endif
+}
+DEVICE void cluster_send(u32 address, u32 barrier, u32 rank, float4 v) {
+#if __CUDA_ARCH__ >= 900
+  u32 there, count;
+  asm volatile("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(there) : "r"(address), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0,%1,%2;" : "=r"(count) : "r"(barrier), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0],{%1,%2,%3,%4},[%5];"
+      ::"r"(there), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(count)
+      : "memory");
+#endif
+}
+DEVICE void barrier_wait_received(u32 at) {
+#if __CUDA_ARCH__ >= 900
+  u32 done = 0;
+  while (!done)
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p,[%1],0;\n\t"
+        "selp.u32 %0,1,0,p;\n\t}"
+        : "=r"(done)
+        : "r"(at)
+        : "memory");
+#endif
 }

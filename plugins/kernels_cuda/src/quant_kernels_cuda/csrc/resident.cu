@@ -11,8 +11,8 @@
 //   * only ``run`` stages are asked for before x: the first of them must not keep x waiting.
 //   * warps leave their sums of a tile in shared memory and go on. After a batch of tiles they
 //     arrive at a barrier; a batch later, when all have long arrived, they add the sums up, in a
-//     fixed order. Sums of a cluster are written to the block that owns the tile (its number modulo
-//     the blocks) and added at the end.
+//     fixed order. Sums of a cluster are sent to the block that owns the tile (its number modulo
+//     the blocks), counted by a barrier there, and added at the end.
 //
 //   sums of a tile   [16 rows][8 NT rows of x], 16-byte pieces exchanged so that neither writing
 //                    by mma's layout nor reading by row meets a bank twice (``piece``)
@@ -30,43 +30,56 @@ DEVICE int piece(int row, int chunk) {  // where 4 sums of a row are kept
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 resident_kernel(const __grid_constant__ Args A) {
   extern __shared__ __align__(128) char smem[];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
-  const int rank = A.cluster > 1 ? blockIdx.x % A.cluster : 0;
-  const int first_tile = A.cluster > 1 ? blockIdx.x / A.cluster : blockIdx.x;
-  const int stride = A.cluster > 1 ? gridDim.x / A.cluster : gridDim.x;
+  const int warp = threadIdx.x >> 5, lane = keep(threadIdx.x & 31);
+  const int row = lane >> 2, quad = lane & 3;
+  const int first_tile = divided(blockIdx.x, A.by_cluster), stride = A.walkers;
+  const int rank = blockIdx.x - first_tile * A.cluster;
   const int tiles = A.each + (first_tile < A.extra);
   const int g0 = rank * A.slice, g1 = min(A.groups, g0 + A.slice);
   const int slots = min(A.slots, (g1 - g0 + GPC - 1) / GPC);
-  const int set = warp / A.slots, slot = warp % A.slots;
+  const int set = divided(warp, A.by_slots), slot = warp - set * A.slots;
   const int group = g0 + slot * GPC, valid = g1 - group;
-  const int mine = set < A.sets && slot < slots && set < tiles ? (tiles - set - 1) / A.sets + 1 : 0;
+  const bool works = set < A.sets && slot < slots && set < tiles;
+  const int mine = works ? divided(tiles - set - 1, A.by_sets) + 1 : 0;
 
   // shared memory: barriers | rings | sums of x per warp | sums, twice | those of the cluster
-  const u32 barriers = (u32)__cvta_generic_to_shared(smem);
-  char* const ring = smem + 128 + warp * ST * STAGE;
-  const u32 ring_at = (u32)__cvta_generic_to_shared(ring);
-  float* const all_xsums = (float*)(smem + 128 + WARPS * ST * STAGE);
+  const u32 barriers = (u32)__cvta_generic_to_shared(smem), received = barriers + 16;
+  const u32 ring = keep(128 + warp * ST * STAGE);
+  const u32 ring_at = (u32)__cvta_generic_to_shared(smem) + ring + lane * 16;
+  const int working = A.slots * A.sets;  // warps with columns; others only add up
+  float* const all_xsums = (float*)(smem + 128 + working * ST * STAGE);
   float* const xsums = all_xsums + warp * GPC * PARTS * MC;
-  float* const sums = all_xsums + (XSUMS ? WARPS * GPC * PARTS * MC : 0);
+  float* const sums = all_xsums + (XSUMS ? working * GPC * PARTS * MC : 0);
   const int sums_size = A.batch * A.slots * SUMS;
   float* const gathered = sums + 2 * sums_size;
 
-  if (A.cluster > 1) cluster_arrive();
+  const int owned = divided(tiles - rank + A.cluster - 1, A.by_cluster);  // of a cluster's tiles
   if (threadIdx.x < 2) barrier_init(barriers + threadIdx.x * 8, WARPS);
-  const Sources from = sources(A, 0, lane);
+  if (A.cluster > 1) {
+    if (threadIdx.x == 2) {
+      barrier_init(received, 1);
+      barrier_expect(received, owned * A.cluster * 16 * ((A.m + 3) / 4) * 16);
+    }
+    cluster_arrive_relaxed();
+  }
+  Sources from = sources(A, 0, lane);
+  from.codes = keep(from.codes);
   auto tile_of = [&](int i) { return first_tile + (set + i * A.sets) * stride; };
-  auto issue = [&](int i, int stage) {
-    if (i < mine) {
-      const u32 tile = (u32)tile_of(i);
-      const Place place = {tile, tile * A.groups + group, (u32)A.coarse, (u32)group, valid, A.shift,
-                           lane};
-      copy_chunk(ring_at + stage * STAGE + lane * 16, from, place);
+  // what is asked for next, and how much is left to ask for
+  u32 tile_next = tile_of(0), index_next = tile_next * A.groups + group;
+  const u32 tile_step = A.sets * stride, index_step = tile_step * A.groups;
+  int ask = mine;
+  auto issue = [&](u32 stage) {
+    if (ask > 0) {
+      const Place place = {tile_next, index_next, (u32)A.coarse, (u32)group, valid, A.shift, lane};
+      copy_chunk(ring_at + stage, from, place);
+      tile_next += tile_step, index_next += index_step, ask--;
     }
     copies_commit();
   };
   // what is asked for first comes first: x waits for every copy before it
 #pragma unroll 1
-  for (int s = 0; s < A.run; s++) issue(s, s);
+  for (int s = 0; s < A.run; s++) issue(s * STAGE);
   float scale_next[GPC] = {};
   auto block_scales = [&](int i) {
 #pragma unroll
@@ -95,7 +108,7 @@ resident_kernel(const __grid_constant__ Args A) {
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
       }
 #pragma unroll 1
-    for (int s = A.run; s < ST - 1; s++) issue(s, s);
+    for (int s = A.run; s < ST - 1; s++) issue(s * STAGE);
     if (set < A.sets) {
       // columns 32 p.. of the 64 in the place of buffer p: 4 pieces of 16 bytes a row, exchanged
       char* const own = (char*)(sums + (set * A.slots + slot) * SUMS);
@@ -121,7 +134,7 @@ resident_kernel(const __grid_constant__ Args A) {
       }
     }
   }
-  if (XSUMS) {
+  if (XSUMS && set < A.sets) {
 #pragma unroll
     for (int p = 0; p < GPC * PARTS; p++)
 #pragma unroll
@@ -155,12 +168,17 @@ resident_kernel(const __grid_constant__ Args A) {
   auto add_up = [&](int batch) {  // a unit: a row of a tile and 4 rows of x
     const int t0 = batch * A.batch, units = min(A.batch, tiles - t0) * 4 * MC;
     // other threads than for the batch before
-    int unit = (threadIdx.x - batch * A.batch * 4 * MC) & (THREADS - 1);
+    int unit = threadIdx.x - (u32)(batch * A.batch * 4 * MC) % THREADS;
+    if (unit < 0) unit += THREADS;
+    const u32 barrier = barriers + (batch & 1) * 8, parity = batch >> 1 & 1;
+    if (unit >= units) {  // the warp has none, but its next sums go where others were read
+      barrier_wait(barrier, parity);
+      return;
+    }
     int t = t0 + unit / (4 * MC);
     float2 fb = make_float2(1.f, 0.f);
-    if (A.cluster == 1 && unit < units && row_of(t, unit) < A.n)
-      fb = factor_and_bias(A, 0, row_of(t, unit));
-    barrier_wait(barriers + (batch & 1) * 8, batch >> 1 & 1);
+    if (A.cluster == 1 && row_of(t, unit) < A.n) fb = factor_and_bias(A, 0, row_of(t, unit));
+    barrier_wait(barrier, parity);
 #pragma unroll 1
     for (; unit < units; unit += THREADS) {
       const int again = t0 + unit / (4 * MC), chunk = unit / 16 % (MC / 4);
@@ -179,33 +197,39 @@ resident_kernel(const __grid_constant__ Args A) {
       if (A.cluster == 1) {
         write(row_of(t, unit), chunk, v, fb);
       } else {
-        float* const to = gathered + (t / A.cluster * A.cluster + rank) * SUMS + at;
-        cluster_write((u32)__cvta_generic_to_shared(to), t % A.cluster, v);
+        const int first = divided(t, A.by_cluster) * A.cluster;
+        float* const to = gathered + (first + rank) * SUMS + at;
+        cluster_send((u32)__cvta_generic_to_shared(to), received, t - first, v);
       }
     }
   };
 
-  const int per = A.batch / A.sets;  // tiles of a set in a batch
-  const int batches = (tiles + A.batch - 1) / A.batch;
-  int stage = 0, batch = 0, left = per;
+  const int per = divided(A.batch, A.by_sets);  // tiles of a set in a batch
+  const int batches = divided(tiles + A.batch - 1, A.by_batch);
+  // where the sums of this warp's next tile go: of the lane's row and columns; of its other 8 columns
+  // 8 floats beside (an exchanged bit), of row + 8 8 MC beyond
+  const u32 lane_sums = (set * A.slots + slot) * SUMS + piece(row, quad >> 1) + (quad & 1) * 2;
+  const u32 sums_step = A.sets * A.slots * SUMS;
+  u32 put = keep(lane_sums), stage = 0;
+  int batch = 0, left = per, todo = mine;
 #pragma unroll 1
-  for (int i = 0;; i++) {
+  for (;; todo--) {
     float acc[NT][4] = {};
-    if (i < mine) {
+    if (todo > 0) {
       copies_wait<ST - 2>();
       __syncwarp();  // factors were copied by other lanes
-      const char* const at = ring + stage * STAGE;
+      const char* const at = smem + ring + stage;
       uint4 w[PIECES];
       uint2 h[HIGH ? HIGH : 1];
 #pragma unroll
       for (int p = 0; p < PIECES; p++) w[p] = *(const uint4*)(at + p * 512 + lane * 16);
 #pragma unroll
       for (int p = 0; p < HIGH; p++) h[p] = *(const uint2*)(at + AT_HIGH + p * 256 + lane * 8);
-      issue(i + ST - 1, stage ? stage - 1 : ST - 1);
+      issue(stage ? stage - STAGE : (ST - 1) * STAGE);
       float scale_now[GPC];
 #pragma unroll
       for (int q = 0; q < GPC; q++) scale_now[q] = scale_next[q];
-      if (S0_GRAIN == G_BLOCK) block_scales(i + 1);
+      if (S0_GRAIN == G_BLOCK) block_scales(mine - todo + 1);
 #pragma unroll
       for (int q = 0; q < GPC; q++) {
         float part[NT][4] = {};
@@ -225,34 +249,33 @@ resident_kernel(const __grid_constant__ Args A) {
                          xsums + (q * PARTS + step / STEPS) * MC + quad * 2, acc, part);
         }
       }
-      stage = stage + 1 == ST ? 0 : stage + 1;
+      stage = stage == (ST - 1) * STAGE ? 0 : stage + STAGE;
     }
     if (left == per && batch) add_up(batch - 1);
     if (batch == batches) break;
-    if (i < mine) {
-      float* const to = sums + (batch & 1) * sums_size +
-                        (((per - left) * A.sets + set) * A.slots + slot) * SUMS + (quad & 1) * 2;
+    if (todo > 0) {
 #pragma unroll
       for (int n = 0; n < NT; n++) {
-        const int chunk = n * 2 + (quad >> 1);
-        *(float2*)(to + piece(row, chunk)) = make_float2(acc[n][0], acc[n][1]);
-        *(float2*)(to + piece(row + 8, chunk)) = make_float2(acc[n][2], acc[n][3]);
+        float* const to = sums + (put ^ n * 8);
+        *(float2*)to = make_float2(acc[n][0], acc[n][1]);
+        *(float2*)(to + 8 * MC) = make_float2(acc[n][2], acc[n][3]);
       }
+      put += sums_step;
     }
     if (--left == 0) {
       __syncwarp();
       if (lane == 0) barrier_arrive(barriers + (batch & 1) * 8);
       batch++, left = per;
+      put = lane_sums + (batch & 1) * sums_size;
     }
   }
 
   if (A.cluster > 1) {
-    const int owned = (tiles - rank + A.cluster - 1) / A.cluster;
     auto out_of = [&](int unit) { return row_of(unit / (4 * MC) * A.cluster + rank, unit); };
     float2 fb = make_float2(1.f, 0.f);
     if (threadIdx.x < owned * 4 * MC && out_of(threadIdx.x) < A.n)
       fb = factor_and_bias(A, 0, out_of(threadIdx.x));
-    cluster_sync();
+    barrier_wait_received(received);  // after that nobody writes here: blocks may leave
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < owned * 4 * MC; unit += THREADS) {
       const int t = unit / (4 * MC), chunk = unit / 16 % (MC / 4), out = out_of(unit);
