@@ -91,9 +91,10 @@ def decode(model, tokens, cache):
     return torch.stack(out)
 
 
-def test_transformers_layers_in_one_call_give_the_same_tokens():
+def test_transformers_layers_in_one_call_give_the_same_tokens(monkeypatch):
     transformers = pytest.importorskip("transformers")
     from quant_core.engines.transformers_attention import attach_attention
+    from quant_core.engines.transformers_block import LayerPart
     from quant_core.engines.transformers_layers import attach_blocks
     from quant_core.engines.transformers_parts import attach_norms_and_mlps
     from quant_core.registry import registry
@@ -117,8 +118,19 @@ def test_transformers_layers_in_one_call_give_the_same_tokens():
     attach_blocks(model, parts)
     layers = [n for n, run in parts.swapped.items() if run.startswith("decoder layer")]
     assert len(layers) == 2, parts.table
+    in_one_call, step = [], LayerPart.step
+
+    def counted(self, module, x, kwargs, **more):
+        y = step(self, module, x, kwargs, **more)
+        if not more.get("proving"):
+            in_one_call.append(y is not None)
+        return y
+
+    monkeypatch.setattr(LayerPart, "step", counted)
     for cache, expected in zip(caches(), want, strict=True):
+        in_one_call.clear()
         # single roundings to bfloat16 (2^-9) that tip, through two layers
         assert error(decode(model, tokens, cache), expected) < 2e-2
+        assert in_one_call == [False] * 2 + [True] * 10, "two layers: a prompt, then five tokens"
     other = decode(model, tokens.roll(1, 0), transformers.DynamicCache())
     assert error(other, want[0]) > 0.1  # control: other tokens
