@@ -27,6 +27,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,12 @@ def cells(parts: list[str], kernels: tuple[str, ...]) -> list[Cell]:
     return [replace(c, kernels=kernels) for c in every] if kernels else every
 
 
+def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last of the rows about one kernel and layer."""
+    keys = ("part", "kernel", "weight", "inputs", "act", "gather")
+    return list({(*(r.get(k) for k in keys), str(r.get("sizes"))): r for r in rows}.values())
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Per kernel and type of x: cases, worst errors, how many are over the bound, what is wrong."""
     held: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -123,11 +130,13 @@ def main() -> int:
     parser.add_argument("--silent", type=float, default=90, help="seconds after which one hangs")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--but", type=Path, nargs="*", default=[], help="results to go on from")
-    parser.add_argument("--show", type=Path, nargs="*", default=[], help="results to print only")
+    parser.add_argument(
+        "--show", type=Path, nargs="*", default=[], help="results to print, the last count"
+    )
     parser.add_argument("--inline", action="store_true", help="in this process, for sanitizers")
     a = parser.parse_args()
     if a.show:
-        held = [r for path in a.show for r in json.loads(path.read_text())]
+        held = latest(r for path in a.show for r in json.loads(path.read_text()))
         print("\n".join(table(held)))
         for r in held:
             if r.get("bad"):
