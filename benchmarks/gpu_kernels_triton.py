@@ -42,6 +42,7 @@ from quant_kernels_triton.gluon_plan import (  # noqa: E402
     Specialized,
     config,
     plan,
+    stages,
 )
 from quant_kernels_triton.recipe import describe  # noqa: E402
 from quant_kernels_triton.wna16 import Dense, GluonTiles, PlainTriton  # noqa: E402
@@ -205,6 +206,7 @@ def candidates(p: object, recipe: object, m: int) -> list[Ring | Specialized]:
         more += [Ring(64, 8, 4, 1, True), Ring(32, 4, 4, 4, True)] if sums and bm == 64 else []
     else:
         more = [c for c, _ in WAYS if (sums or not c.acc) and -m % c.bm <= m // 3]
+        more = [replace(c, stages=stages(p, c)) for c in more]
         more += [replace(c, programs=SMS) for c in more]
         more += [Ring(64, 4, 4, 2, False), Ring(64, 4, 4, 1, False)] if m <= 128 else []
     return [first, *(c for c in more if c != first)]

@@ -26,10 +26,24 @@ def plain(programs: int, program: int) -> dict[str, Any]:
         where=lambda c, a, b: a if c else b,
     )
     scope: dict[str, Any] = {"gl": words}
-    for name in ("_rounds", "share_start", "segments", "segment"):
+    for name in (
+        "_rounds",
+        "_holder",
+        "share_start",
+        "beginner",
+        "groups_of",
+        "segments",
+        "segment",
+    ):
         made = getattr(gluon_share, name).fn
         scope[name] = types.FunctionType(made.__code__, scope)
     return scope
+
+
+def beginners(tiles: int, groups: int, programs: int) -> list[int]:
+    """``beginner`` of all shares."""
+    made = (plain(programs, programs - 1 - r) for r in range(programs))
+    return [f["beginner"](tiles, groups) for f in made]
 
 
 def shares(nm: int, nn: int, groups: int, programs: int) -> list[list[tuple[int, ...]]]:
@@ -49,6 +63,7 @@ def shares(nm: int, nn: int, groups: int, programs: int) -> list[list[tuple[int,
 )  # fmt: skip
 def test_every_group_is_computed_once_and_owners_know_who_is_behind(nm, nn, groups, programs):
     held = shares(nm, nn, groups, programs)
+    begins = beginners(nm * nn, groups, programs)
     seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     owners = {}
     for r, parts in enumerate(held):
@@ -59,8 +74,6 @@ def test_every_group_is_computed_once_and_owners_know_who_is_behind(nm, nn, grou
             seen.setdefault((pn, pm), []).append((k0, k1, r))
             if k0 == 0:
                 owners[pn, pm] = (r, other)
-            else:
-                assert other >= 0
     assert len(seen) == nm * nn
     for tile, parts in seen.items():
         ordered = sorted(parts)
@@ -68,6 +81,7 @@ def test_every_group_is_computed_once_and_owners_know_who_is_behind(nm, nn, grou
         assert ordered[-1][1] == groups
         r, behind = owners[tile]
         assert [q for _, _, q in ordered] == list(range(r, r + behind + 1))
+        assert all(begins[q] == r for k0, _, q in ordered if k0 > 0)
     assert cut(nm * nn, groups, programs) == any(len(parts) > 1 for parts in seen.values())
 
 
@@ -75,6 +89,11 @@ def test_work_is_even():
     held = shares(1, 224, 32, 132)
     sizes = [sum(k1 - k0 for _, _, k0, k1, _ in parts) for parts in held]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_groups_of_a_share_are_those_of_its_segments():
+    for r, parts in enumerate(shares(3, 11, 7, 20)):
+        assert plain(20, 19 - r)["groups_of"](33, 7) == sum(k1 - k0 for _, _, k0, k1, _ in parts)
 
 
 def test_as_many_programs_as_tiles_get_one_each():

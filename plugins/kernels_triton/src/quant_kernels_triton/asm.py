@@ -8,6 +8,7 @@ equal halves: ``z0 s0 l0 r0 z1 s1 l1 r1``, and each given twice, once for either
     uint4, bf16   nibble | 0x4300 is the number 128 + code; subtracting 128 + zero is exact
     uint4, fp16   nibble | 0x6400 is 1024 + code
     uint8         the byte's low 7 bits, less its top bit, after flipping the top bit: code - 128
+    uint2, uint3  the same with fields of two bits, and the third bit from its own plane
     e2m1          sign and magnitude moved into place, times a power of two: exact
     e4m3, e5m2    the conversion instruction to fp16 (exact); bf16 through float32
 
@@ -25,8 +26,10 @@ _PARAMS = 8
 
 
 def constraints(outputs: int) -> str:
-    """Register constraints: ``outputs`` results, the word, the eight parameters."""
-    return ",".join(["=&r"] * outputs + ["r"] * (1 + 2 * _PARAMS))
+    """Register constraints: ``outputs`` results, the word, the eight parameters, and with eight
+    results the word of third bits."""
+    high = 2 if outputs == 8 else 0
+    return ",".join(["=&r"] * outputs + ["r"] * (1 + 2 * _PARAMS + high))
 
 
 def _scaled(at: int, row: int, outputs: int, act: str, mode: int) -> str:
@@ -54,6 +57,12 @@ def _uint_field(bits: int, at: int, act: str, zero: str) -> list[str]:
         f"lop3.b32 $OUT, u, {mask * 0x10001:#010x}, {magic * 0x10001:#010x}, 0xEA;",
         f"sub.{act} $OUT, $OUT, {zero};",
     ]
+
+
+def _third(i: int) -> list[str]:
+    """Bit ``i`` of the word of third bits, in the place of bit 2 of ``$OUT``."""
+    move = f"shl.b32 u, $25, {2 - i};" if i < 2 else f"shr.u32 u, $25, {i - 2};"
+    return [move, "lop3.b32 $OUT, u, 0x00040004, $OUT, 0xEA;"]
 
 
 def _fp4(at: int, act: str) -> list[str]:
@@ -105,22 +114,26 @@ def dequant(element: str, act: str, mode: int, zero: int | None) -> str:
     """The assembly of one word.
 
     Args:
-        element: "uint4", "uint8", "int8", "e2m1", "e4m3" or "e5m2".
+        element: "uint2", "uint3", "uint4", "uint8", "int8", "e2m1", "e4m3" or "e5m2".
         act: "bf16" or "fp16", the type of the pairs.
         mode: how the scale is applied, see the module's docstring.
         zero: a constant zero of an integer element; None: from the parameter registers.
     """
     pair = {"bf16": "bf16x2", "fp16": "f16x2"}[act]
-    count = 4 if element in ("uint4", "e2m1") else 2
+    few = element in ("uint2", "uint3")
+    count = 8 if few else 4 if element in ("uint4", "e2m1") else 2
     lines = ["{ .reg .b32 w, u, t, z; .reg .b16 ha, hb; .reg .f32 fa, fb;", f"mov.b32 w, ${count};"]
     for i in range(count):
         row = i & 1
         held = f"${count + 1 + 8 * row}"
-        if element == "uint4":
+        if element in ("uint2", "uint3", "uint4"):
             base = 0x4300 if act == "bf16" else 0x6400
             if zero is not None:
                 lines.append(f"mov.b32 z, {(base | zero) * 0x10001:#010x};")
-            part = _uint_field(4, 4 * i, pair, held if zero is None else "z")
+            width = 2 if few else 4
+            part = _uint_field(width, width * i, pair, held if zero is None else "z")
+            if element == "uint3":
+                part[2:2] = _third(i)
         elif element == "e2m1":
             part = _fp4(4 * i, pair)
         elif element in ("uint8", "int8"):

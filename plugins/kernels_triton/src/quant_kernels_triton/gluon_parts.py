@@ -16,25 +16,64 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 __all__ = [
+    "all_staged",
     "barrier",
     "dequantize",
+    "dequantize_few",
     "gdc_launch_dependents",
     "gdc_wait",
+    "issued",
     "outer_factors",
     "parameters",
+    "per_half",
     "raw_factor",
     "row_factor",
     "row_values",
     "shifted",
+    "staged",
 ]
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.8, 3.6
+
+
+@gluon.constexpr_function
+def staged(c, spg):
+    """Whether the factor of ``Factor.constant`` c goes through shared memory: one by group."""
+    c, spg = int(c), int(spg)
+    cols = (c >> 20) * 16
+    per = 128 // cols if 0 < cols < 128 else 1
+    return c & 7 == 2 and per in (1, spg)
+
+
+@gluon.constexpr_function
+def per_half(c, spg):
+    """Scales of a row in 64 columns."""
+    c, spg = int(c), int(spg)
+    cols = (c >> 20) * 16
+    return 64 // cols if 0 < cols < 64 else 1
+
+
+@gluon.constexpr_function
+def all_staged(spg, *factors):
+    """Whether all ``factors`` there are go through shared memory."""
+    return all(int(c) == 7 or staged(c, spg) for c in factors)
 
 
 @gluon.jit
 def gdc_wait():
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def issued():
+    """What comes before is issued before anything is read from shared memory behind.
+
+    ptxas would put the arithmetic on codes between the instructions of a product, which then waits.
+    """
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
@@ -54,7 +93,10 @@ def raw_factor(P, tile, sub, lane, group, G, K, HALF: gl.constexpr, SPG: gl.cons
     ``tile``, ``sub`` and ``lane`` broadcast to the parameter's shape; ``sub`` counts the groups of
     128 / SPG columns from the first of half HALF.
     """
-    col = group * 128 + (sub + HALF * (SPG // 2)) * (128 // SPG)
+    if HALF < 0:  # ``group`` counts halves
+        col = group * 64 + sub * (128 // SPG)
+    else:
+        col = group * 128 + (sub + HALF * (SPG // 2)) * (128 // SPG)
     ROWS: gl.constexpr = ((F >> 8) & 0xFFF) * 16
     COLS: gl.constexpr = (F >> 20) * 16
     if (F & 7) == 2:
@@ -148,25 +190,28 @@ def _twice(v, BF16: gl.constexpr):
 
 
 @gluon.jit
-def _small_pair(b, ELEMENT: gl.constexpr, BF16: gl.constexpr):
-    """A small float scale (its byte) straight to a pair of equal 16-bit floats, exactly.
+def _small_pairs(raw, ELEMENT: gl.constexpr, BF16: gl.constexpr):
+    """Small float scales of both rows (two bytes) straight to pairs of equal 16-bit floats, exact.
 
     e8m0: the exponent moves into place. e4m3: all bits move into place, which divides by 2^120,
     and a product makes up for it.
     """
     if ELEMENT == 3:
-        return b * 0x00800080
+        return (raw & 255) * 0x00800080, ((raw >> 8) & 255) * 0x00800080
     elif BF16:
-        ASM: gl.constexpr = """{ .reg .b32 u, v;
-mul.lo.u32 u, $1, 0x00100010; and.b32 u, u, 0x07F007F0;
-mul.lo.u32 v, $1, 0x01000100; lop3.b32 u, v, 0x80008000, u, 0xEA;
-mov.b32 v, 0x7B807B80; mul.bf16x2 $0, u, v; }"""
-        return gl.inline_asm_elementwise(ASM, "=r,r", [b], dtype=gl.int32, is_pure=True, pack=1)
+        ASM: gl.constexpr = """{ .reg .b32 u, v; prmt.b32 v, $2, 0, 0x1404;
+shr.u32 u, v, 4; and.b32 u, u, 0x07F007F0; lop3.b32 u, v, 0x80008000, u, 0xEA;
+mov.b32 v, 0x7B807B80; mul.bf16x2 u, u, v;
+prmt.b32 $0, u, u, 0x1010; prmt.b32 $1, u, u, 0x3232; }"""
+        return gl.inline_asm_elementwise(
+            ASM, "=&r,=&r,r", [raw], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
     else:
-        ASM2: gl.constexpr = """{ .reg .b32 u; .reg .b16 l, h;
-mul.lo.u32 u, $1, 0x0101; mov.b32 {l, h}, u;
-cvt.rn.f16x2.e4m3x2 $0, l; }"""
-        return gl.inline_asm_elementwise(ASM2, "=r,r", [b], dtype=gl.int32, is_pure=True, pack=1)
+        ASM2: gl.constexpr = """{ .reg .b32 u; .reg .b16 l, h; mov.b32 {l, h}, $2;
+cvt.rn.f16x2.e4m3x2 u, l; prmt.b32 $0, u, u, 0x1010; prmt.b32 $1, u, u, 0x3232; }"""
+        return gl.inline_asm_elementwise(
+            ASM2, "=&r,=&r,r", [raw], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
 
 
 @gluon.jit
@@ -234,8 +279,7 @@ def parameters(f0, f1, z, o0, o1, F0: gl.constexpr, F1: gl.constexpr, O0: gl.con
         (SMALL == 3 and BF16) or SMALL == 4) and ((F0 >> 6) & 1) == 0  # fmt: skip
     if FAST:
         raw = f0.to(gl.int32)
-        sa = _small_pair(raw & 255, SMALL, BF16)
-        sb = _small_pair((raw >> 8) & 255, SMALL, BF16)
+        sa, sb = _small_pairs(raw, SMALL, BF16)
         return sa, sa, sa, sa, sb, sb, sb, sb
     if F0 != 7:
         s0, s1 = row_values(f0, f1, F0, F1)
@@ -293,6 +337,29 @@ def dequantize(w, p, NT: gl.constexpr, H: gl.constexpr, BYTES: gl.constexpr, BF1
         v = v.reshape([NT, H, 8, 4, 4, 2, 2, 2]).permute([0, 6, 2, 1, 4, 7, 3, 5])  # g t s p h kh
     v = v.reshape([NT * 16, 64 * H])
     return gl.convert_layout(v, AL, assert_trivial=True)
+
+
+@gluon.jit
+def dequantize_few(w, high, p, BF16: gl.constexpr, ASM: gl.constexpr, REGS: gl.constexpr,
+                   HAS_P: gl.constexpr, AL: gl.constexpr, W6: gl.constexpr):  # fmt: skip
+    """Words [4, 32, 4] of 2-bit fields, third bits [4, 1, 1, 32, 2] and the parameters to the A
+    operand [64, 64] in the layout AL."""
+    ACT: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
+    w = gl.convert_layout(w.reshape([4, 1, 1, 32, 2, 2]), W6, assert_trivial=True)
+    if HAS_P:
+        q = (_like(p[0], w), _like(p[1], w), _like(p[2], w), _like(p[3], w), _like(p[4], w),
+             _like(p[5], w), _like(p[6], w), _like(p[7], w))  # fmt: skip
+    else:
+        z = w.to(gl.int32)  # not read
+        q = (z, z, z, z, z, z, z, z)
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+        ASM, REGS, [w, q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], _like(high, w)],
+        dtype=(ACT.value, ACT.value, ACT.value, ACT.value, ACT.value, ACT.value, ACT.value,
+               ACT.value), is_pure=True, pack=2,
+    )  # fmt: skip
+    v = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    v = v.reshape([4, 1, 8, 4, 2, 2, 2, 2, 2]).permute([0, 6, 2, 1, 4, 8, 7, 3, 5])
+    return gl.convert_layout(v.reshape([64, 64]), AL, assert_trivial=True)
 
 
 @gluon.jit

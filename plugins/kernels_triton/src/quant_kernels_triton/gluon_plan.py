@@ -1,7 +1,7 @@
 """Which recipes the Gluon kernels run, and with which block sizes; plain data, no torch.
 
-ring    up to 64 rows, or 128 of small layers: gluon_ring
-ws      more: gluon_ws, by a model of what its ways cost
+ring    up to 16 rows, 32 of very wide layers, 128 of small ones: gluon_ring
+ws      more, and 2- and 3-bit codes always: gluon_ws, by a model of what its ways cost
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ __all__ = [
     "grouped_config",
     "plan",
     "specialized",
+    "stages",
 ]
 
 _AS = {
+    "uint2": "uint2",
+    "uint3": "uint3",
     "uint4": "uint4",
     "uint5": "uint8",
     "uint6": "uint8",
@@ -68,7 +71,17 @@ class GluonPlan:
     @property
     def bytes(self) -> bool:
         """Whether a code takes a byte."""
-        return self.element not in ("uint4", "e2m1")
+        return self.bits == 8
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored code."""
+        return {"uint2": 2, "uint3": 3, "uint4": 4, "e2m1": 4}.get(self.element, 8)
+
+    @property
+    def sums(self) -> bool:
+        """Whether scales may multiply the sums of 128 columns."""
+        return self.spg == 1 and self.mode in (1, 2)
 
 
 def _mode(grouped: list[Factor], recipe: Recipe) -> int:
@@ -82,6 +95,8 @@ def _mode(grouped: list[Factor], recipe: Recipe) -> int:
 
 
 def _problem(recipe: Recipe) -> Rejected | None:
+    if recipe.experts and recipe.bits < 4:
+        return Rejected(axis="element", have=recipe.element, need="4 or 8 bits for experts")
     if recipe.element not in _AS:
         return Rejected(axis="element", have=recipe.element, need=" or ".join(_AS))
     if recipe.act_dtype not in ("bfloat16", "float16"):
@@ -98,6 +113,9 @@ def _problem(recipe: Recipe) -> Rejected | None:
         return Rejected(axis="zero", have="zeros per row or rectangle", need="zeros per group")
     if recipe.bits == 4 and recipe.zero_bits > 7:
         return Rejected(axis="zero", have=f"codes of {recipe.zero_bits} bits", need="at most 7")
+    if recipe.bits < 4 and any(f.kind == GROUP and f.cols < 32 for f in (*scales, *offsets)):
+        have = f"groups of {min(f.cols for f in scales)} columns"
+        return Rejected(axis="scales", have=have, need="groups of 32 or more for 2 and 3 bits")
     if recipe.zero == ZERO_OFFSET and (outer or any(f.kind != GROUP for f in (*scales, *offsets))):
         have = "an offset with factors of rows"
         return Rejected(axis="offset", have=have, need="factors per group only")
@@ -125,7 +143,7 @@ def plan(recipe: Recipe) -> GluonPlan | Rejected:
     rows = filled(outer, 2)
     cols = [f.cols for _, f in (*grouped, *coded, *shifts) if f.kind != BLOCK]
     element = _AS[recipe.element]
-    integer = element in ("uint4", "uint8", "int8")
+    integer = "int" in element
     return GluonPlan(
         element=element,
         mode=_mode([f for _, f in grouped], recipe),
@@ -152,24 +170,30 @@ class Ring:
 
 @dataclass(frozen=True, slots=True)
 class Specialized:
-    """Block sizes of gluon_ws: two tiles of rows, consumers (64 outputs each), stages of 64
-    columns, whether sums are scaled, and how many programs share the work (0: one a tile)."""
+    """Block sizes of gluon_ws: two tiles of rows, consumers, tiles of 64 outputs of each, whether
+    sums are scaled, stages of 128 columns, and how many programs share the work (0: one a tile)."""
 
     b1: int
     b2: int
     consumers: int
-    stages: int
+    wide: int
     acc: bool
-    programs: int
+    stages: int = 2
+    programs: int = 0
 
     @property
     def bm(self) -> int:
         """Rows of a block."""
         return self.b1 + self.b2
 
+    @property
+    def outputs(self) -> int:
+        """Outputs of a block."""
+        return 64 * self.consumers * self.wide
+
     def tiles(self, rows: int, outputs: int) -> int:
         """Tiles of a product."""
-        return -(-rows // self.bm) * -(-outputs // (64 * self.consumers))
+        return -(-rows // self.bm) * -(-outputs // self.outputs)
 
 
 def cut(tiles: int, groups: int, programs: int) -> bool:
@@ -186,41 +210,65 @@ def _split(blocks: int, groups: int, want: int) -> int:
     return split
 
 
-# gluon_ws, its ways: microseconds of a program for a group of 128 columns (int4, groups of 128),
+# gluon_ws, its ways: microseconds of a program for 128 columns (int4, groups of 128),
 # measured on an H100
 WAYS = (
-    (Specialized(64, 0, 2, 8, True, 0), 0.72),
-    (Specialized(64, 32, 2, 8, True, 0), 0.86),
-    (Specialized(64, 32, 3, 8, False, 0), 1.01),
-    (Specialized(128, 0, 2, 8, True, 0), 0.92),
-    (Specialized(128, 0, 2, 8, False, 0), 0.86),
-    (Specialized(128, 0, 3, 8, False, 0), 1.12),
-    (Specialized(128, 32, 2, 8, True, 0), 1.10),
-    (Specialized(128, 32, 2, 8, False, 0), 1.03),
-    (Specialized(128, 64, 2, 7, False, 0), 1.07),
-    (Specialized(256, 0, 2, 5, False, 0), 1.31),
+    (Specialized(32, 0, 2, 1, True), 0.468),
+    (Specialized(32, 0, 2, 1, False), 0.468),
+    (Specialized(32, 0, 3, 1, True), 0.635),
+    (Specialized(32, 0, 2, 2, True), 0.867),
+    (Specialized(64, 0, 2, 1, True), 0.565),
+    (Specialized(64, 0, 2, 1, False), 0.56),
+    (Specialized(64, 0, 3, 1, True), 0.785),
+    (Specialized(64, 0, 3, 1, False), 0.78),
+    (Specialized(64, 0, 2, 2, True), 1.044),
+    (Specialized(64, 0, 2, 2, False), 1.03),
+    (Specialized(64, 32, 2, 1, True), 0.713),
+    (Specialized(64, 32, 2, 1, False), 0.70),
+    (Specialized(64, 32, 3, 1, False), 1.036),
+    (Specialized(128, 0, 2, 1, True), 0.839),
+    (Specialized(128, 0, 2, 1, False), 0.793),
+    (Specialized(128, 0, 3, 1, False), 1.156),
+    (Specialized(128, 0, 2, 2, False), 1.557),
+    (Specialized(128, 64, 2, 1, False), 1.081),
+    (Specialized(256, 0, 2, 1, False), 1.379),
 )
-# microseconds: of a launch; of splitting tiles, and for each part of 128 rows; of shares that run
-# over the ends of tiles
-_START, _SPLIT, _PART, _CROSS = 3.0, 2.5, 0.6, 3.0
-_READ = 2.8e6  # bytes a microsecond
-_EXACT = 1.1  # how much slower it may be to scale sums, which rounds less, than weights
+# microseconds: of a launch; of splitting tiles, and for each part of 128 x 128 sums; of shares that
+# run over the ends of tiles
+_START, _SPLIT, _PART, _CROSS = 3.8, 1.2, 0.9, 2.3
+_READ = 2.6e6  # bytes a microsecond
+_EXACT = 1.05  # how much slower it may be to scale sums, which rounds less, than weights
+_SHARED = 232448 - 6500  # bytes of a block, less what the epilogue takes
 
 
-def _slower(p: GluonPlan, c: Specialized) -> float:
-    """What dequantizing other than int4 with one scale for 128 columns costs."""
-    if p.bytes:
-        weights = 0.2 if p.mode == 2 and not c.acc else 0.0
-        return (1.07 if c.acc or c.bm >= 256 else 1.3) + weights * (1.0 if c.bm < 256 else 0.5)
-    more = 0.3 if p.spg >= 8 or p.mode == 3 else 0.13 if p.spg > 1 else 0.0
-    return 1.0 + more * (2.0 if c.bm < 128 else 1.0 if c.bm < 256 else 0.3)
+def stages(p: GluonPlan, c: Specialized) -> int:
+    """Stages of 128 columns that shared memory holds."""
+    factors = 0
+    for f in (f for f in p.factors if f & 7 == GROUP):
+        pair = {0: 8, 1: 4, 2: 4}.get(f >> 3 & 7, 2)  # bytes, by element
+        factors += c.outputs // 2 * max(128 // ((f >> 20) * 16), 2) * pair
+    return min(8, _SHARED // (c.bm * 256 + c.outputs * 16 * p.bits + factors))
+
+
+def _more(p: GluonPlan) -> float:
+    """Microseconds that 64 outputs by 128 columns take above int4 with one scale, per consumer."""
+    more = 0.03 if p.bytes else {2: 0.03, 3: 0.06}.get(p.bits, 0.0)
+    if p.element == "e2m1":
+        more += 0.065 if p.spg <= 4 else 0.11
+    elif p.mode == 3 or p.spg >= 8:
+        more += 0.1
+    elif p.spg > 1 or (p.mode == 2 and not p.sums):
+        more += 0.04
+    return more
 
 
 def _fits(p: GluonPlan, c: Specialized) -> bool:
     """Whether registers hold the parameters of weights beside the sums (ptxas: spilled bytes)."""
-    if p.spg >= 8 and p.mode >= 2:
-        return c.consumers == 2 and c.bm < 256
-    return p.mode < 3 or c.consumers == 2
+    if p.mode == 3 or (p.spg >= 8 and p.mode == 2):
+        return c.consumers == 2 and c.bm * c.wide <= 192
+    if p.bits == 3:
+        return c.consumers == 2 and c.wide == 1
+    return c.consumers < 4
 
 
 def _programs(tiles: int, groups: int) -> list[int]:
@@ -234,14 +282,12 @@ def _us(p: GluonPlan, recipe: Recipe, c: Specialized, unit: float, tiles: int) -
     """Microseconds of ``gluon_ws``: the groups that one processor computes, cuts, reads."""
     groups, programs = recipe.groups, c.programs or tiles
     share = -(-tiles * groups // programs) * -(-programs // SMS)
-    us = share * unit * _slower(p, c)
+    hidden = 1.0 if c.bm <= 96 else 0.8 if c.bm <= 128 else 0.4  # behind products
+    us = share * (unit + hidden * _more(p) * c.consumers * c.wide)
     if cut(tiles, groups, programs):
         crossing = tiles * groups % programs or groups % share
-        if crossing:  # no processor rests, and all of them draw power
-            us *= 1.12 if c.bm >= 192 else 1.04
-        us += _SPLIT + _PART * -(-groups // share) * c.bm / 128 + (_CROSS if crossing else 0.0)
-    elif c.programs == 0 and tiles > SMS:
-        us *= 1.0 + 0.15 * min(max(us - 90.0, 0.0) / 100.0, 1.0)
+        sums = -(-groups // share) * c.bm * c.outputs / 16384
+        us += _SPLIT + _PART * sums + (_CROSS if crossing else 0.0)
     us *= 1.0 + 0.1 * min(max(us - 300.0, 0.0) / 300.0, 1.0)  # the longer, the warmer, the slower
     return _START + max(us, recipe.weight_bytes / _READ)
 
@@ -250,15 +296,14 @@ def specialized(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[Specialized, f
     """The quickest way for ``rows`` rows and its microseconds by a model of tiles and rounds.
 
     One that scales sums, which rounds less, goes before one that scales weights where it takes
-    less than a tenth more.
+    less than a twentieth more.
     """
-    sums, groups = p.spg == 1 and p.mode in (1, 2), recipe.groups
-    held = []
+    groups, held = recipe.groups, []
     for way, unit in WAYS:
-        if (sums or not way.acc) and _fits(p, way):
+        if (p.sums or not way.acc) and _fits(p, way):
             tiles = way.tiles(rows, recipe.rows)
             for programs in _programs(tiles, groups):
-                c = replace(way, programs=programs)
+                c = replace(way, stages=stages(p, way), programs=programs)
                 held.append((_us(p, recipe, c, unit, tiles), c))
     least = min(us for us, _ in held)
     near = [h for h in held if h[0] <= least * (_EXACT if h[1].acc else 1.0)]
@@ -269,36 +314,30 @@ def specialized(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[Specialized, f
 def _ring(p: GluonPlan, recipe: Recipe, rows: int) -> Ring:
     """Block sizes of ``gluon_ring``."""
     groups, n = recipe.groups, recipe.rows
-    sums = p.spg == 1 and p.mode in (1, 2)
     wide = n // 64 >= 2 * SMS and rows > 32
     bm = 16 if rows <= 16 else 32 if rows <= 32 else 64
     warps = 8 if wide else 4
     stages = 3 if p.bytes and bm == 64 else 4
     blocks = -(-rows // bm) * (n // (16 * warps))
-    return Ring(bm, warps, stages, _split(blocks, groups, 2 * SMS), sums and not wide)
+    return Ring(bm, warps, stages, _split(blocks, groups, 2 * SMS), p.sums and not wide)
 
 
 def config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
     """Block sizes for ``rows`` rows; measured on an H100, see docs/kernels/triton.md."""
-    if rows > 64 and (rows > 128 or recipe.rows >= 2048):
-        return specialized(p, recipe, rows)[0]
-    sums = p.spg == 1 and p.mode in (1, 2)
-    if sums and 32 < rows <= 64 and recipe.rows >= 2048:
-        c, us = specialized(p, recipe, rows)
-        # what gluon_ring took there
-        if us < 8.8 + 0.1475 * recipe.groups * recipe.rows / 4096 and recipe.rows // 64 < 2 * SMS:
-            return c
-    return _ring(p, recipe, rows)
+    few = 128 if recipe.rows < 2048 else 32 if recipe.rows // 64 >= 3 * SMS else 16
+    if rows <= few and p.bits >= 4:
+        return _ring(p, recipe, rows)
+    return specialized(p, recipe, rows)[0]
 
 
 def grouped_config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
     """Block sizes for ``rows`` rows spread over the experts of a stack."""
     each = -(-rows // max(recipe.experts, 1))
     if each > 96:  # one block for most experts, though half empty
-        return Specialized(256, 0, 2, 5, False, 0)
-    acc = p.spg == 1 and p.mode in (1, 2)
+        c = Specialized(256, 0, 2, 1, False)
+        return replace(c, stages=stages(p, c))
     if each <= 16:
-        return Ring(16, 4, 4, 1, acc)
+        return Ring(16, 4, 4, 1, p.sums)
     if each <= 32:
-        return Ring(32, 4, 4, 1, acc)
+        return Ring(32, 4, 4, 1, p.sums)
     return Ring(64, 4, 3 if p.bytes else 4, 1, False) if each <= 64 else Ring(128, 4, 3, 1, False)

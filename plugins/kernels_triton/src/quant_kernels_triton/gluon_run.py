@@ -62,7 +62,7 @@ class _Layer:
             "ZERO": p.zero,
             "MODE": p.mode,
             "SPG": p.spg,
-            "REGS": constraints(2 if p.bytes else 4),
+            "REGS": constraints({4: 4, 8: 2}.get(p.bits, 8)),
             "PDL": True,
         }
         names = ["codes", *p.names, *p.row_names, "bias"]
@@ -210,13 +210,13 @@ def _run_specialized(
             programs = tiles
         else:
             count = counter
-            sums = programs * c.consumers * 64 * c.bm
+            sums = programs * c.consumers * 64 * c.wide * c.bm
             part = torch.empty(sums, dtype=torch.float32, device=x.device)
-    key = ("ws", r, c.b1, c.b2, c.consumers, c.stages, c.acc, grouped)
+    key = ("ws", r, c.b1, c.b2, c.consumers, c.wide, c.stages, c.acc, grouped)
 
     def build() -> Build:
-        more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "GN": 8, "ACC": c.acc}
-        more["GROUPED"] = grouped
+        more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "R": c.wide, "ST": c.stages}
+        more |= {"GN": 32, "ACC": c.acc, "GROUPED": grouped, "BITS": held.plan.bits}
         b = held.build(x, 4, 0 if c.acc else held.plan.mode, more, first=2)
         at = 3 + len(held.buffers)
         return replace(b, views=b.views | {at: torch.float32, at + 1: torch.int32})
@@ -224,8 +224,10 @@ def _run_specialized(
     known = is_compiled(key, device)
     desc = _descriptor(x, c.b1, 64, known)
     rest = _descriptor(x, c.b2, 64, known) if c.b2 else desc
+    high = tensors[r.buffers.index("codes_high" if held.plan.bits == 3 else "codes")]
     sizes = (m, *held.sizes)
-    args = (desc, rest, *held.arguments(tensors), y, part, count, *(experts or (y, y, y)), *sizes)
+    blocks = (*(experts or (y, y, y)), high)
+    args = (desc, rest, *held.arguments(tensors), y, part, count, *blocks, *sizes)
     launch(specialized, key, (programs, 1), args, device, build)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["segment", "segments", "share_start"]
+__all__ = ["beginner", "groups_of", "segment", "segments", "share_start"]
 
 
 @gluon.jit
@@ -28,12 +28,35 @@ def share_start(r, tiles, G):
 
 
 @gluon.jit
+def _holder(group, line, programs):
+    """The share that holds a group of the line: the first ones are one group larger."""
+    size, rest = line // programs, line % programs
+    big = rest * (size + 1)
+    return gl.where(group < big, group // (size + 1), rest + (group - big) // gl.maximum(size, 1))
+
+
+@gluon.jit
 def segments(tiles, G):
     """How many tiles, whole or in part, this program computes."""
     r = gl.num_programs(0) - 1 - gl.program_id(0)
     u0 = share_start(r, tiles, G)
     u1 = share_start(r + 1, tiles, G)
     return _rounds(tiles) + gl.where(u1 > u0, gl.cdiv(u1, G) - u0 // G, 0)
+
+
+@gluon.jit
+def groups_of(tiles, G):
+    """How many groups of columns this program computes."""
+    r = gl.num_programs(0) - 1 - gl.program_id(0)
+    return _rounds(tiles) * G + share_start(r + 1, tiles, G) - share_start(r, tiles, G)
+
+
+@gluon.jit
+def beginner(tiles, G):
+    """The share with the first group of the tile in which this program's share begins."""
+    programs = gl.num_programs(0)
+    u0 = share_start(programs - 1 - gl.program_id(0), tiles, G)
+    return _holder(u0 // G * G, (tiles - _rounds(tiles) * programs) * G, programs)
 
 
 @gluon.jit
@@ -55,12 +78,7 @@ def segment(s, nm, nn, G, GN: gl.constexpr):
     tile = gl.where(whole, s * programs + r, rounds * programs + at)
     k0 = gl.where(whole, 0, gl.maximum(u0 - at * G, 0))
     k1 = gl.where(whole, G, gl.minimum(u1 - at * G, G))
-    # the share that holds the tile's last group: the first ones are one group larger
-    last = (at + 1) * G - 1
-    line = (tiles - rounds * programs) * G
-    size, rest = line // programs, line % programs
-    big = rest * (size + 1)
-    holder = gl.where(last < big, last // (size + 1), rest + (last - big) // gl.maximum(size, 1))
+    holder = _holder((at + 1) * G - 1, (tiles - rounds * programs) * G, programs)
     other = gl.where(whole, 0, gl.maximum(holder - r, 0))
     first = tile // (GN * nm) * GN  # GN blocks of outputs share x in the cache
     wide = gl.minimum(nn - first, GN)

@@ -36,6 +36,7 @@ def _compile(
     types |= dict.fromkeys(("ROW0", "ROW1", "BIAS", "PART"), "*fp32")
     types |= dict.fromkeys(("COUNT", "ORDER", "EXPERT", "BOUNDS"), "*i32")
     types |= dict.fromkeys(("M", "N", "NP", "K", "G"), "i32")
+    types["HIGH"] = "*i16"
     constants = {
         **{f"C{i}": c for i, c in enumerate(p.factors)},
         **{f"R{i}": c for i, c in enumerate(p.rows)},
@@ -49,7 +50,7 @@ def _compile(
         "GROUPED": True,
         "GN": 8,
         "ASM": dequant(p.element, act, mode, p.zero_value),
-        "REGS": constraints(2 if p.bytes else 4),
+        "REGS": constraints({4: 4, 8: 2}.get(p.bits, 8)),
         **more,
     }
     names = fn.arg_names
@@ -96,8 +97,8 @@ def compile_specialized(name: str, act: str, rows: int) -> None:
     r, p = _held(name, act)
     c = config(p, r, rows)
     assert isinstance(c, Specialized)
-    more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "ACC": c.acc}
-    more["GROUPED"] = c.consumers == 2  # stacks take no more
+    more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "R": c.wide, "ST": c.stages, "ACC": c.acc}
+    more |= {"BITS": p.bits, "GROUPED": c.consumers == 2 and p.bits > 3}  # else no stacks
     boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
     _compile(specialized, boxes, p, r, 4, 0 if c.acc else p.mode, more)
     print("specialized ok")
