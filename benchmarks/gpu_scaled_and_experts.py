@@ -1,4 +1,5 @@
-"""8-bit activations and stacks of experts on a GPU: are they right, how fast are they.
+"""8-bit activations and stacks of experts on a GPU: are they right, how fast are they, and where
+the time of experts goes.
 
     python benchmarks/gpu_scaled_and_experts.py --out DIR
 
@@ -13,15 +14,18 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "plugins/kernels_torch/src"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import gpu_kernels_triton as base  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from gpu_kernels_triton import DEVICE, error, graph_us  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -38,9 +42,14 @@ from quant_core.spec import (  # noqa: E402
     group,
 )
 from quant_kernels_torch.kernels import BlockFp8, Fp8, Int8  # noqa: E402
+from quant_kernels_triton.gluon_experts_run import multiply  # noqa: E402
+from quant_kernels_triton.gluon_plan import plan  # noqa: E402
+from quant_kernels_triton.gluon_stack import stack_config  # noqa: E402
+from quant_kernels_triton.recipe import describe, recipe_from_text  # noqa: E402
 from quant_kernels_triton.scaled_kernel import Scaled  # noqa: E402
 from quant_kernels_triton.scaled_plan import scaled_from_text  # noqa: E402
 from quant_kernels_triton.scaled_run import run_scaled  # noqa: E402
+from quant_kernels_triton.schedule_run import gathered_rows, routed  # noqa: E402
 from quant_kernels_triton.wna16 import GluonTiles, PlainTriton  # noqa: E402
 from triton_made import SPECS, make_layer, make_op  # noqa: E402
 
@@ -51,6 +60,9 @@ KINDS = {
     "int8 token": (INT8, CHANNEL, CHANNEL, Int8),
     "fp8 block": (FP8, block(128, 128), group(128), BlockFp8),
 }
+
+
+TOKENS = (1, 16, 64, 256, 1024, 4096)
 
 
 def operation(kind: str, n: int, k: int, act: str, bias: bool) -> tuple[object, QuantSpec]:
@@ -95,6 +107,35 @@ def check_scaled() -> list[dict]:
     return out
 
 
+ROUTINGS = ((0, "any"), (1, "any"), (7, "any"), (64, "one"), (64, "any"), (1000, "some"),
+            (1000, "any"), (33, "none"))  # fmt: skip
+
+
+def _routing(t: int, e: int, how: str) -> Tensor:
+    """Experts of ``t`` rows: any, and none; all rows to one; some without rows; none for any."""
+    index = torch.randint(-1, e + 1, (t,), device="cuda")
+    if how == "one":
+        return torch.full_like(index, e - 2)
+    return index % 2 if how == "some" else torch.full_like(index, -1) if how == "none" else index
+
+
+def _replayed(run: Callable[..., Tensor], held: list[Tensor], k: int, e: int) -> bool:
+    """Whether a graph replayed with other routings gives what eager calls give."""
+    x, index = torch.randn(300, k, device="cuda").bfloat16(), _routing(300, e, "any")
+    run(held, x, index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(held, x, index)
+    same = True
+    for how in ("any", "one", "some", "none"):
+        index.copy_(_routing(300, e, how))
+        y.fill_(float("nan"))
+        graph.replay()
+        same = same and torch.equal(y, run(held, x, index))
+    return same
+
+
 def check_experts() -> list[dict]:
     out = []
     n, k, e = 200, 544, 5
@@ -119,27 +160,23 @@ def check_experts() -> list[dict]:
                 out.append({"spec": name, "kernel": kernel.name, "rejected": str(answer)})
                 continue
             run, held, worst, bad = kernel.bind(op), list(buffers.values()), 0.0, []
-            for t in (0, 1, 7, 60, 300, 1500):
+            for t, how in ROUTINGS:
                 try:
                     x = torch.randn(t, k, device="cuda").bfloat16()
-                    index = torch.randint(-1, e + 1, (t,), device="cuda")
+                    index = _routing(t, e, how)
                     here = (index >= 0) & (index < e)
-                    at = index.clamp(0, e - 1)
-                    want = (
-                        torch.einsum("tk,tnk->tn", x.double(), w[at]) + b[at] if t < 400 else None
-                    )
-                    if want is None:
-                        want = torch.cat(
-                            [x[i : i + 1].double() @ w[at[i]].t() + b[at[i]] for i in range(t)]
-                        )
-                    want = torch.where(here[:, None], want, 0)
+                    want = torch.zeros(t, n, device="cuda", dtype=torch.float64)
+                    for i in range(e):
+                        want[index == i] = x[index == i].double() @ w[i].t() + b[i]
                     y = run(held, x, index)
                     err = error(y, want) if t and here.any() else 0.0
                     worst = max(worst, err)
                     if not (err <= 2.8e-3 and not y[~here].any()):
-                        bad.append((t, f"{err:.2e}"))
+                        bad.append((t, how, f"{err:.2e}"))
                 except Exception as err:
-                    bad.append((t, repr(err)[:300]))
+                    bad.append((t, how, repr(err)[:300]))
+            if not _replayed(run, held, k, e):
+                bad.append("a graph's replay differs")
             out.append({"spec": name, "kernel": kernel.name, "worst": worst, "bad": bad})
     return out
 
@@ -184,45 +221,103 @@ def speed_scaled(k: int, n: int) -> list[dict]:
     return rows
 
 
+def _stack(spec: str, e: int, k: int, n: int) -> tuple[Any, list[Tensor]]:
+    """The operation and random buffers of a stack."""
+    op = make_op(SPECS[spec], n, k, op="grouped_linear", act="bfloat16", experts=e, device=DEVICE)
+    buffers = tiles.allocate(op, "cuda")
+    for t in buffers.values():
+        if t.is_floating_point():
+            t.copy_(torch.rand(t.shape, device="cuda") * 0.01)
+        else:
+            t.view(torch.uint8).random_(0, 120)  # scales of one byte stay small
+    return op, list(buffers.values())
+
+
+def _picks(tokens: int, e: int, top: int, count: int = 6) -> list[Tensor]:
+    rolls = torch.rand(count, tokens, e, device="cuda")
+    return list(rolls.topk(top, dim=2).indices)
+
+
+def _grouped_bf16(dense: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    ids, order = index.sort()
+    experts = torch.arange(dense.shape[0], device="cuda")
+    ends = torch.searchsorted(ids, experts, right=True)
+    return torch._grouped_mm(x[order], dense, offs=ends.int())
+
+
+def _timed(row: dict, calls: dict[str, list[Callable[[], Any]]]) -> dict:
+    for label, made in calls.items():
+        try:
+            row[label] = round(graph_us(made, 3), 1)
+        except Exception as err:
+            row[label] = repr(err)[:160]
+    return row
+
+
+def _times(
+    op: Any, held: list[Tensor], dense: Tensor, x: Tensor, picks: list[Tensor], row: dict
+) -> dict:
+    """Sorting, copying rows, the product alone, all of it; plain Triton and torch's bf16."""
+    r = recipe_from_text(describe(op, ops=("grouped_linear",)).text())
+    c, e = stack_config(plan(r), r, x.shape[0]), dense.shape[0]
+    y = torch.empty(x.shape[0], r.n, device="cuda", dtype=x.dtype)
+    found = [routed(i, e, c.bm) for i in picks]
+    gluon, plain = GluonTiles().bind(op), PlainTriton().bind(op)
+    calls: dict[str, list[Callable[[], Any]]] = {
+        "all": [partial(gluon, held, x, i) for i in picks],
+        "sorting": [partial(routed, i, e, c.bm) for i in picks],
+        "copying": [partial(gathered_rows, x, q) for q in found],
+        "product": [partial(multiply, r, x, held, y, q, c) for q in found],
+        "bf16 grouped_mm": [partial(_grouped_bf16, dense, x, i) for i in picks],
+    }
+    if x.shape[0] <= 512:
+        calls["plain"] = [partial(plain, held, x, i) for i in picks]
+    return _timed(row | {"way": str(c)}, calls)
+
+
 def speed_experts(e: int, k: int, n: int, top: int, tokens: tuple[int, ...]) -> list[dict]:
     rows = []
     for name in ("uint4 g128 bf16", "mxfp4"):
-        one = make_op(SPECS[name], n, k, act="bfloat16", device=DEVICE)
-        op = make_op(
-            SPECS[name], n, k, op="grouped_linear", act="bfloat16", experts=e, device=DEVICE
-        )
-        _, copies, w = base.layer(name, n, k, 1)
-        del one
-        held = [t.unsqueeze(0).expand(e, *t.shape).contiguous() for t in copies[0]]
-        dense = w.unsqueeze(0).expand(e, n, k).contiguous().transpose(1, 2)
-        gluon, plain = GluonTiles().bind(op), PlainTriton().bind(op)
+        op, held = _stack(name, e, k, n)
+        dense = torch.randn(e, n, k, device="cuda").mul_(0.02).bfloat16().transpose(1, 2)
         for t in tokens:
             x = torch.randn(t * top, k, device="cuda").bfloat16()
-            picks = [
-                torch.rand(t, e, device="cuda").topk(top, dim=1).indices.reshape(-1)
-                for _ in range(4)
-            ]
+            picks = [i.reshape(-1) for i in _picks(t, e, top)]
             row = {"spec": name, "e": e, "k": k, "n": n, "tokens": t, "top": top}
+            rows.append(_times(op, held, dense, x, picks, row))
+            print("EXPERTS", rows[-1], flush=True)
+    return rows
 
-            def bf16(i: Tensor, x: Tensor = x, dense: Tensor = dense) -> Tensor:
-                ids, order = i.sort()
-                ends = torch.searchsorted(ids, torch.arange(e, device="cuda"), right=True)
-                return torch._grouped_mm(x[order], dense, offs=ends.int())
 
-            calls = {
-                "gluon": lambda i, x=x, run=gluon, v=held: run(v, x, i),
-                "plain": lambda i, x=x, run=plain, v=held: run(v, x, i),
-            }
-            calls["bf16 grouped_mm"] = bf16
-            for label, call in calls.items():
-                if label == "plain" and t > 512:
-                    continue
-                try:
-                    row[label] = round(graph_us([lambda i=i, c=call: c(i) for i in picks], 3), 1)
-                except Exception as err:
-                    row[label] = repr(err)[:160]
-            rows.append(row)
-            print("EXPERTS", row, flush=True)
+def _silu_gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _one_by_one(
+    runs: list[Callable[..., Tensor]], held: list[list[Tensor]], x: Tensor, index: Tensor, w: Tensor
+) -> Tensor:
+    """As ``nn.QuantExperts`` does where no kernel runs all of it."""
+    flat, rows = index.reshape(-1), x.repeat_interleave(index.shape[1], dim=0)
+    sides = [run(values, rows, flat) for run, values in zip(runs[:2], held[:2], strict=True)]
+    y = runs[2](held[2], _silu_gated(*sides), flat) * w.reshape(-1, 1)
+    return y.view(*index.shape, -1).sum(1).to(x.dtype)
+
+
+def speed_layers(tokens: tuple[int, ...]) -> list[dict]:
+    """Gate, up, gating, down and the sum over a token's experts: three stacks, and one call."""
+    e, top, hidden, inner = 128, 8, 2048, 768
+    sizes = ((hidden, inner), (hidden, inner), (inner, hidden))
+    stacks = [_stack("uint4 g128 bf16", e, *size) for size in sizes]
+    ops, held = [op for op, _ in stacks], [values for _, values in stacks]
+    runs, whole, rows = [GluonTiles().bind(op) for op in ops], GluonTiles().bind_experts(ops), []
+    for t in tokens:
+        x, w = torch.randn(t, hidden, device="cuda").bfloat16(), torch.rand(t, top, device="cuda")
+        stacked = [partial(_one_by_one, runs, held, x, i, w) for i in _picks(t, e, top, 4)]
+        called = [partial(whole, held, _silu_gated, x, c.args[3], w) for c in stacked]
+        one, other = stacked[0]().double(), called[0]().double()
+        row = {"tokens": t, "difference": float((one - other).norm() / one.norm())}
+        rows.append(_timed(row, {"stacks": stacked, "one call": called}))
+        print("LAYER", rows[-1], flush=True)
     return rows
 
 
@@ -238,8 +333,9 @@ def main() -> None:
         "check_scaled": check_scaled,
         "check_experts": check_experts,
         "scaled": lambda: speed_scaled(4096, 28672) + speed_scaled(4096, 4096),
-        "experts 8": lambda: speed_experts(8, 4096, 14336, 2, (1, 16, 64, 512, 4096)),
-        "experts 128": lambda: speed_experts(128, 2048, 1536, 8, (1, 16, 64, 512, 4096)),
+        "experts 8": lambda: speed_experts(8, 4096, 14336, 2, TOKENS),
+        "experts 128": lambda: speed_experts(128, 2048, 1536, 8, TOKENS),
+        "layers": lambda: speed_layers(TOKENS),
     }
     for name, step in steps.items():
         if a.only not in name:

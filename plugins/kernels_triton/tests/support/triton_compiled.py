@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from quant_kernels_triton.asm import constraints, dequant
+from quant_kernels_triton.gluon_experts import grouped
 from quant_kernels_triton.gluon_plan import GluonPlan, Ring, Specialized, config, plan
 from quant_kernels_triton.gluon_ring import ring
+from quant_kernels_triton.gluon_stack import Stack, stack_config
 from quant_kernels_triton.gluon_ws import specialized
 from quant_kernels_triton.recipe import GROUP, Recipe, describe
 from triton_made import SPECS, make_op
@@ -27,16 +30,20 @@ def _compile(
 ) -> None:
     bf16 = r.act_dtype == "bfloat16"
     act = "bf16" if bf16 else "fp16"
-    types = {"W": "*i16", "Y": f"*{act}"}
+    types = {"W": "*i16", "X": f"*{act}", "Y": f"*{act}"}
     for name, box in boxes.items():
         layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16 if bf16 else gl.float16)
         types[name] = f"tensordesc<{act}[{box[0]},{box[1]}],{layout!r}>"
     for name, c in zip(("S0", "S1", "Z", "O0", "O1"), p.factors):
         types[name] = _PAIRS.get(c >> 3 & 7, "*i16") if c & 7 == GROUP else "*fp32"
     types |= dict.fromkeys(("ROW0", "ROW1", "BIAS", "PART"), "*fp32")
-    types |= dict.fromkeys(("COUNT", "ORDER", "EXPERT", "BOUNDS"), "*i32")
-    types |= dict.fromkeys(("M", "N", "NP", "K", "G"), "i32")
+    tables = ("COUNT", "ORDER", "COUNTS", "BLOCKS", "EXPERT", "BOUNDS")
+    types |= dict.fromkeys(tables, "*i32")
+    types |= dict.fromkeys(("M", "T", "N", "NP", "K", "G", "E", "KX", "TOP"), "i32")
     types["HIGH"] = "*i16"
+    words = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    codes = [4 if more.get("NC") == 3 else 4 * more.get("NC", 1), 256 if p.bytes else 128]
+    types["wd"] = f"tensordesc<i32[{codes[0]},{codes[1]}],{words!r}>"
     constants = {
         **{f"C{i}": c for i, c in enumerate(p.factors)},
         **{f"R{i}": c for i, c in enumerate(p.rows)},
@@ -57,7 +64,7 @@ def _compile(
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     held = {(i,): constants[n] for i, n in enumerate(names) if n in constants}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names)
-               if signature[n].startswith("*") or n in ("N", "NP", "K")}  # fmt: skip
+               if signature[n].startswith("*") or n in ("N", "NP", "K", "KX")}  # fmt: skip
     source = GluonASTSource(fn=fn, signature=signature, constexprs=held, attrs=aligned)
     target = GPUTarget("cuda", 90, 32)
     made = triton.compile(source, target=target, options={"num_warps": warps, "launch_pdl": True})
@@ -102,3 +109,16 @@ def compile_specialized(name: str, act: str, rows: int) -> None:
     boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
     _compile(specialized, boxes, p, r, 4, 0 if c.acc else p.mode, more)
     print("specialized ok")
+
+
+def compile_stack(name: str, act: str, rows: int) -> None:
+    """Compile ``grouped`` as ``rows`` rows of 16 experts would, and say so."""
+    r, p = _held(name, act)
+    c = stack_config(p, replace(r, experts=16), rows)
+    assert isinstance(c, Stack)
+    more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "ACC": c.acc, "GN": 64}
+    more |= {"GATHER": c.gather, "SORTED": False}
+    more |= dict(zip(("KEEP", "FETCH"), c.registers, strict=True))
+    boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
+    _compile(grouped, boxes, p, r, 4, 0 if c.acc else p.mode, more)
+    print("stack ok")
