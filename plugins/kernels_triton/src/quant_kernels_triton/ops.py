@@ -67,10 +67,6 @@ def _grouped_linear(
     r = recipe_from_text(recipe)
     x = _emulated(x, r)
     if way == "gluon":
-        if r.bits in (2, 3):
-            from quant_kernels_triton.gluon_run import run_grouped_gluon
-
-            return run_grouped_gluon(r, x, experts, tensors)
         from quant_kernels_triton.gluon_experts_run import run_stack
 
         return run_stack(r, x, experts, tensors)

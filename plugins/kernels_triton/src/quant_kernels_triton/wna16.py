@@ -169,7 +169,7 @@ class GluonTiles(TilesKernel):
     def bind_experts(self, ops: Sequence[OpSpec]) -> Callable[..., Tensor | None] | None:
         """Routed experts as one call; ``quant_core.kernels.routed``."""
         recipes = [self._recipe(op) for op in ops]
-        if any(isinstance(r, Rejected) or r.input or r.bits in (2, 3) for r in recipes):
+        if any(isinstance(r, Rejected) or r.input for r in recipes):
             return None
         from quant_kernels_triton.gluon_experts_run import bound_experts
 
