@@ -41,7 +41,7 @@ from quant_core.nn import QuantModule
 BASE = "transformers bf16"
 COMPILE = {
     # No check on every call that no module was edited since: 3 of 10 ms where every module is in
-    # the graph. Weights that are loaded or moved are still seen.
+    # the graph, else half of one. Weights that are loaded or moved are still seen.
     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
 }
 
