@@ -39,6 +39,16 @@ from quant_kernels_triton.gluon_tile import multiply, operand, raws, store, sums
 
 __all__ = ["grouped"]
 
+# 16 registers through; the mask of the barrier, all ones, is only known once they are
+_THROUGH = gl.constexpr(
+    "{ .reg .b32 m; xor.b32 m, $16, $17; "
+    + " ".join(f"xor.b32 m, m, ${i};" for i in range(18, 32))
+    + " max.u32 m, m, 0xffffffff; bar.warp.sync m; "
+    + " ".join(f"mov.b32 ${i}, ${i + 16};" for i in range(16))
+    + " }"
+)
+_SIXTEEN = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 16))
+
 
 @gluon.jit
 def _addresses(X, ORDER, m0, m1, KX, TOP, B: gl.constexpr, GL: gl.constexpr):
@@ -166,6 +176,15 @@ def _filled(full, st, ph, GATHER: gl.constexpr):
 
 
 @gluon.jit
+def _ready(a):
+    """``a``, which is computed before anything behind is issued.
+
+    ptxas would wait for a product as soon as it can, and dequantize while the tensor cores rest.
+    """
+    return gl.inline_asm_elementwise(_THROUGH, _SIXTEEN, [a], dtype=a.dtype, is_pure=False, pack=32)
+
+
+@gluon.jit
 def _next(st, ph, ST: gl.constexpr):
     """The stage after ``st`` and its phase."""
     last = st + 1 == ST
@@ -250,6 +269,8 @@ def _consumer(xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, O
             _filled(full, here, gl.where(g + 1 < k1, ph, pp), GATHER)
             a = operand(words.index(here * NC + ROW).load(WL), ta, BYTES, BF16, C0, C1, C3, C4, DM,
                          ZERO, ASM, REGS, AL, W6, SB)  # fmt: skip
+            if NC == 2:  # others are quicker without: enough warpgroups take turns
+                a = _ready(a)
             d, e = _wait_for(0, d, e, B2)
             if ACC:
                 f = row_factor(sa[0], sa[1], C0, C1, 4, gl.SliceLayout(1, mma))

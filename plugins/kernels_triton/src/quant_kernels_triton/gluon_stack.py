@@ -67,12 +67,12 @@ WAYS = (
     (Stack(64, 32, 3, False), 1.12),
     (Stack(64, 32, 3, False, True), 1.26),
     (Stack(128, 0, 3, False), 1.22),
-    (Stack(256, 0, 2, False), 1.50),
-    (Stack(256, 32, 2, False), 1.86),
+    (Stack(256, 0, 2, False), 1.48),
+    (Stack(256, 32, 2, False), 1.72),
 )
-_READ = 2.4e6  # bytes a microsecond, of codes
+_READ = 2.3e6  # bytes a microsecond, of codes
 _START = 7.0  # microseconds of a launch, and of what the last tiles wait for
-_SORT, _SORT_ROWS = 3.0, 3000.0  # microseconds of sorting, and rows that take one more
+_SORT, _SORT_ROWS = 3.0, 1100.0  # microseconds of sorting, and rows that take one more
 _COPY, _COPY_BYTES = 2.0, 2.8e6  # the same of copying rows by expert: bytes read and written
 
 
