@@ -53,14 +53,14 @@ def test_stack_costs_grow_with_the_experts_in_use():
 @pytest.mark.parametrize(
     ("experts", "k", "n", "measured"),
     [
-        (8, 4096, 14336, {2: 50.4, 32: 104, 128: 145, 512: 256, 2048: 512, 8192: 1679}),
-        (128, 2048, 1536, {8: 28.3, 32: 43.4, 512: 98.5, 2048: 138, 8192: 266}),
+        (8, 4096, 14336, {32: 106, 128: 113, 512: 175, 2048: 387, 8192: 1536}),
+        (128, 2048, 1536, {128: 68.2, 512: 99.4, 2048: 110, 8192: 172}),
     ],
 )
 def test_stack_costs_about_what_was_measured(experts, k, n, measured):
-    """Microseconds of benchmarks/gpu.py on an H100, by rows; within 1.5 times."""
+    """Microseconds on an H100, by rows; within 1.2 times."""
     made = recipe(n=n, k=k, op="grouped_linear", experts=experts)
     table = costs("gluon_wna16", made, HOPPER)[0]
     for rows, us in measured.items():
         cost = next(c for bound, c in table if rows <= bound)
-        assert us / 1.5 < cost < us * 1.5, (rows, cost, us)
+        assert us / 1.2 < cost < us * 1.2, (rows, cost, us)
