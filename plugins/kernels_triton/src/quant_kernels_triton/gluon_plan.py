@@ -324,6 +324,7 @@ def _ring(p: GluonPlan, recipe: Recipe, rows: int) -> Ring:
 
 def config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
     """Block sizes for ``rows`` rows; measured on an H100, see docs/kernels/triton.md."""
+    rows = max(rows, 1)  # of no rows nothing is launched
     few = 128 if recipe.rows < 2048 else 32 if recipe.rows // 64 >= 3 * SMS else 16
     if rows <= few and p.bits >= 4:
         return _ring(p, recipe, rows)
