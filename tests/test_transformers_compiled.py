@@ -244,6 +244,16 @@ def test_a_module_that_is_replaced_later_is_seen(llama):
     assert not torch.equal(got, before)
 
 
+def test_a_model_that_ran_in_graphs_only_is_proved_behind_the_first(llama):
+    model = load_model(llama, dtype=torch.bfloat16)
+    run, seen = recorded(model)
+    got = decode(model, run, static(model), prefill=run)
+    assert seen.layers == [0, 2]
+    want = dict(parts_of(load(llama)).swapped)
+    assert dict(parts_of(model).swapped) == want
+    assert near(got, decode(model, model, DynamicCache(config=model.config)))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_changed_weights_are_seen_without_a_new_graph(llama, assign):
     model = load(llama)

@@ -115,11 +115,15 @@ class LayerPart:
         if not self.proved and not proving and not self.prove(module, x):
             return None
         room = room_of(layer)
-        mask = kwargs.get("attention_mask")
+        mask: Tensor | None = kwargs.get("attention_mask")
         eps = [n[name] for n, name in zip(norms, self.eps)]
-        inputs = (weights, x, *angles, *room.next, mask, held["scaling"], eps)
-        if torch.compiler.is_compiling():  # the proof of a layer that is being traced
-            last = torch.tensor(room.next[0].shape[2] - 1, device=x.device)
+        inputs: tuple[Any, ...] = (weights, x, *angles, *room.next, mask, held["scaling"], eps)
+        if torch.compiler.is_compiling():  # the proof of a layer while or after a graph is traced
+            length = room.next[0].shape[2]
+            last = torch.tensor(length - 1, device=x.device)
+            if mask is None:
+                mask = torch.ones((x.shape[0], 1, 1, length), dtype=torch.bool, device=x.device)
+            inputs = (weights, x, *angles, *room.next, mask, held["scaling"], eps)
             y = self.run.traced(self.table.tensor, *inputs, last)  # type: ignore[attr-defined]
         else:
             more = () if room.at is None else (room.at,)

@@ -6,7 +6,9 @@ marks the candidates. The first of them that is called without gradients, or cop
 all of the model proved, once. Elsewhere that is done while loading: a first step may be recorded as
 a graph.
 
-Until then a marked module runs its own code, as it does under gradients and ``torch.compile``.
+Until then a marked module runs its own code, as it does under gradients. A graph that is traced
+before holds that code too, and has the model proved as soon as it is done: torch's guards, which
+look at classes, see that, and the next call is traced again.
 While somebody listens to a module (hooks, a ``forward`` of its own) nothing is proved: random input
 is none of their business. ``parts_of(model)`` proves first and then tells.
 """
@@ -14,6 +16,7 @@ is none of their business. ``parts_of(model)`` proves first and then tells.
 from __future__ import annotations
 
 import copyreg
+import functools
 import os
 import threading
 import time
@@ -135,6 +138,29 @@ class _Later:
             return True
 
 
+_asked: list[_Later] = []
+"""Who is to prove once the graph that is being traced is done."""
+
+
+@torch._dynamo.assume_constant_result
+def _ask(later: _Later) -> bool:
+    """A module must not change its class while it is traced: its model is proved right after."""
+    if later not in _asked:
+        _follow_compiler()
+        _asked.append(later)
+    return True
+
+
+@functools.cache
+def _follow_compiler() -> None:
+    torch._dynamo.callback.on_compile_end(_prove_asked)
+
+
+def _prove_asked(*_: object) -> None:
+    while _asked:
+        _asked.pop().prove()
+
+
 class _Marked(Swapped):
     _quant_later: _Later
 
@@ -142,7 +168,10 @@ class _Marked(Swapped):
         later = self.__dict__.get("_quant_later")
         if later is None:  # a bound method that somebody kept since before
             return type(self).forward(self, *args, **kwargs)
-        if not graph_wanted() and not self.training and later.prove():  # type: ignore[attr-defined]
+        if torch.compiler.is_dynamo_compiling():
+            if not torch.is_grad_enabled() and not self.training:  # type: ignore[attr-defined]
+                _ask(later)
+        elif not graph_wanted() and not self.training and later.prove():  # type: ignore[attr-defined]
             return self.forward(*args, **kwargs)  # of its class as it is now
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
