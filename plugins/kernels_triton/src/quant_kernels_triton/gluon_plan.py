@@ -252,7 +252,7 @@ def stages(p: GluonPlan, c: Specialized) -> int:
 
 def _more(p: GluonPlan) -> float:
     """Microseconds that 64 outputs by 128 columns take above int4 with one scale, per consumer."""
-    more = 0.03 if p.bytes else {2: 0.03, 3: 0.06}.get(p.bits, 0.0)
+    more = 0.085 if p.bytes else {2: 0.03, 3: 0.06}.get(p.bits, 0.0)
     if p.element == "e2m1":
         more += 0.065 if p.spg <= 4 else 0.11
     elif p.mode == 3 or p.spg >= 8:
