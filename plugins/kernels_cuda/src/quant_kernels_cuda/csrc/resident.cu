@@ -22,6 +22,13 @@
 
 constexpr int MC = 8 * NT, SUMS = 16 * MC;  // floats of a tile's sums
 
+// Kept in a register where one is left: with 256 columns of 16 rows in registers and several scales
+// per 128 columns they are needed for scales that are read ahead.
+template <class T>
+DEVICE T spare(T v) {
+  return FLUSH > 1 && !XSUMS && NT * GPC >= 4 ? v : keep(v);
+}
+
 DEVICE int piece(int row, int chunk) {  // where 4 sums of a row are kept
   const int turn = NT == 2 ? (row & 2) | (row >> 2 & 1) : row >> 2 & 1;
   return row * MC + ((chunk ^ turn) * 4);
@@ -30,7 +37,7 @@ DEVICE int piece(int row, int chunk) {  // where 4 sums of a row are kept
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 resident_kernel(const __grid_constant__ Args A) {
   extern __shared__ __align__(128) char smem[];
-  const int warp = threadIdx.x >> 5, lane = keep(threadIdx.x & 31);
+  const int warp = threadIdx.x >> 5, lane = spare((u32)threadIdx.x & 31);
   const int row = lane >> 2, quad = lane & 3;
   const int first_tile = divided(blockIdx.x, A.by_cluster), stride = A.walkers;
   const int rank = blockIdx.x - first_tile * A.cluster;
@@ -44,7 +51,7 @@ resident_kernel(const __grid_constant__ Args A) {
 
   // shared memory: barriers | rings | sums of x per warp | sums, twice | those of the cluster
   const u32 barriers = (u32)__cvta_generic_to_shared(smem), received = barriers + 16;
-  const u32 ring = keep(128 + warp * ST * STAGE);
+  const u32 ring = spare(128 + warp * ST * STAGE);
   const u32 ring_at = (u32)__cvta_generic_to_shared(smem) + ring + lane * 16;
   const int working = A.slots * A.sets;  // warps with columns; others only add up
   float* const all_xsums = (float*)(smem + 128 + working * ST * STAGE);
@@ -63,7 +70,7 @@ resident_kernel(const __grid_constant__ Args A) {
     cluster_arrive_relaxed();
   }
   Sources from = sources(A, 0, lane);
-  from.codes = keep(from.codes);
+  from.codes = spare(from.codes);
   auto tile_of = [&](int i) { return first_tile + (set + i * A.sets) * stride; };
   // what is asked for next, and how much is left to ask for
   u32 tile_next = tile_of(0), index_next = tile_next * A.groups + group;
@@ -210,7 +217,7 @@ resident_kernel(const __grid_constant__ Args A) {
   // 8 floats beside (an exchanged bit), of row + 8 8 MC beyond
   const u32 lane_sums = (set * A.slots + slot) * SUMS + piece(row, quad >> 1) + (quad & 1) * 2;
   const u32 sums_step = A.sets * A.slots * SUMS;
-  u32 put = keep(lane_sums), stage = 0;
+  u32 put = spare(lane_sums), stage = 0;
   int batch = 0, left = per, todo = mine;
 #pragma unroll 1
   for (;; todo--) {
