@@ -301,7 +301,7 @@ def specialized(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[Specialized, f
     groups, held = recipe.groups, []
     for way, unit in WAYS:
         if (p.sums or not way.acc) and _fits(p, way):
-            tiles = way.tiles(rows, recipe.rows)
+            tiles = way.tiles(max(rows, 1), recipe.rows)
             for programs in _programs(tiles, groups):
                 c = replace(way, stages=stages(p, way), programs=programs)
                 held.append((_us(p, recipe, c, unit, tiles), c))
