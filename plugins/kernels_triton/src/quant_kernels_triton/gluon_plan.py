@@ -79,6 +79,11 @@ class GluonPlan:
         return {"uint2": 2, "uint3": 3, "uint4": 4, "e2m1": 4}.get(self.element, 8)
 
     @property
+    def early(self) -> bool:
+        """Whether codes are read ahead of a product: where they take long to become weights."""
+        return self.element == "e2m1"
+
+    @property
     def sums(self) -> bool:
         """Whether scales may multiply the sums of 128 columns."""
         return self.spg == 1 and self.mode in (1, 2)
@@ -282,13 +287,13 @@ def _us(p: GluonPlan, recipe: Recipe, c: Specialized, unit: float, tiles: int) -
     """Microseconds of ``gluon_ws``: the groups that one processor computes, cuts, reads."""
     groups, programs = recipe.groups, c.programs or tiles
     share = -(-tiles * groups // programs) * -(-programs // SMS)
-    hidden = 1.0 if c.bm <= 96 else 0.8 if c.bm <= 128 else 0.4  # behind products
+    hidden = 1.0 if c.bm <= 96 else 0.7 if c.bm <= 128 else 0.4  # behind products
     us = share * (unit + hidden * _more(p) * c.consumers * c.wide)
     if cut(tiles, groups, programs):
         crossing = tiles * groups % programs or groups % share
         sums = -(-groups // share) * c.bm * c.outputs / 16384
         us += _SPLIT + _PART * sums + (_CROSS if crossing else 0.0)
-    us *= 1.0 + 0.1 * min(max(us - 300.0, 0.0) / 300.0, 1.0)  # the longer, the warmer, the slower
+    us *= 1.0 + 0.03 * min(max(us - 300.0, 0.0) / 300.0, 1.0)  # the longer, the warmer, the slower
     return _START + max(us, recipe.weight_bytes / _READ)
 
 

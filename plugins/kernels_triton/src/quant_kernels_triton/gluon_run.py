@@ -217,6 +217,7 @@ def _run_specialized(
     def build() -> Build:
         more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "R": c.wide, "ST": c.stages}
         more |= {"GN": 32, "ACC": c.acc, "GROUPED": grouped, "BITS": held.plan.bits}
+        more["EARLY"] = held.plan.early and c.wide == 1
         b = held.build(x, 4, 0 if c.acc else held.plan.mode, more, first=2)
         at = 3 + len(held.buffers)
         return replace(b, views=b.views | {at: torch.float32, at + 1: torch.int32})

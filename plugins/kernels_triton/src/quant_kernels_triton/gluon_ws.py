@@ -151,7 +151,8 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
               C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr,
               C4: gl.constexpr, R0: gl.constexpr, R1: gl.constexpr, HAS_BIAS: gl.constexpr,
               ZERO: gl.constexpr, MODE: gl.constexpr, SPG: gl.constexpr, ASM: gl.constexpr,
-              REGS: gl.constexpr, GROUPED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+              REGS: gl.constexpr, GROUPED: gl.constexpr, PDL: gl.constexpr,
+              EARLY: gl.constexpr):  # fmt: skip
     BM: gl.constexpr = B1 + B2
     DM: gl.constexpr = 0 if ACC else MODE
     mma: gl.constexpr = gl.NVMMADistributedLayout(
@@ -180,6 +181,9 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
     t0 = (pn * NC + ROW) * R * 4
     w = fetch(ws, hs, ms, P, 0, 0, t0, last, k0 * 2, G, K, BITS, HAS_P, SPG, C0, C1, C2, C3, C4)
     a = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
+    if EARLY:
+        w = fetch(ws, hs, ms, P, 1, 0, t0, last, k0 * 2 + 1, G, K, BITS, HAS_P, SPG, C0, C1, C2, C3,
+                  C4)  # fmt: skip
     for s in range(count):
         # asked again, not carried: Triton 3.6 keeps a loop bound that is assigned under an ``if``
         pn, pm, k0, k1, other = segment(s, nm, nn, G, GN)
@@ -195,6 +199,9 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
             w = fetch(ws, hs, ms, P, st * 2, 0, t0, last, k0 * 2, G, K, BITS, HAS_P, SPG, C0, C1,
                       C2, C3, C4)  # fmt: skip
             a = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
+            if EARLY:
+                w = fetch(ws, hs, ms, P, st * 2 + 1, 0, t0, last, k0 * 2 + 1, G, K, BITS, HAS_P,
+                          SPG, C0, C1, C2, C3, C4)  # fmt: skip
         acc = gl.zeros([64, B1], gl.float32, mma)
         acc2 = acc
         if B2:
@@ -205,20 +212,23 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
             e = low
             e2 = low2
             d, d2 = _multiply(a, xs.index(st * 2), xt.index(st * 2), acc, acc2, ACC, B2, AL2)
-            issued()
+            if not EARLY:
+                issued()
             if R == 2:
                 w = fetch(ws, hs, ms, P, st * 2, 4, t0 + 4, last, g * 2, G, K, BITS, HAS_P, SPG, C0,
                           C1, C2, C3, C4)  # fmt: skip
                 a1 = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
                 e, e2 = _multiply(a1, xs.index(st * 2), xt.index(st * 2), low, low2, ACC, B2, AL2)
                 issued()
-            w = fetch(ws, hs, ms, P, st * 2 + 1, 0, t0, last, g * 2 + 1, G, K, BITS, HAS_P, SPG, C0,
-                      C1, C2, C3, C4)  # fmt: skip
+            if not EARLY:
+                w = fetch(ws, hs, ms, P, st * 2 + 1, 0, t0, last, g * 2 + 1, G, K, BITS, HAS_P, SPG,
+                          C0, C1, C2, C3, C4)  # fmt: skip
             if R == 2:
                 d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 1)
             a2 = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
             d, d2 = _multiply(a2, xs.index(st * 2 + 1), xt.index(st * 2 + 1), d, d2, False, B2, AL2)
-            issued()
+            if not EARLY:
+                issued()
             if R == 2:
                 w = fetch(ws, hs, ms, P, st * 2 + 1, 4, t0 + 4, last, g * 2 + 1, G, K, BITS, HAS_P,
                           SPG, C0, C1, C2, C3, C4)  # fmt: skip
@@ -250,6 +260,9 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
             else:
                 d, d2 = _wait(d, d2, B2, 1)
             a = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
+            if EARLY:
+                w = fetch(ws, hs, ms, P, st * 2 + 1, 0, t0, last, kn + 1, G, K, BITS, HAS_P, SPG,
+                          C0, C1, C2, C3, C4)  # fmt: skip
             if R == 2:
                 d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 0)
             else:
@@ -308,13 +321,12 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
 
 @gluon.jit(do_not_specialize=["M", "G"])
 def specialized(xd, xe, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER, EXPERT,
-                BOUNDS, HIGH, M, N, NP, K, G,
-                B1: gl.constexpr, B2: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr,
-                R: gl.constexpr, GN: gl.constexpr, ACC: gl.constexpr, GROUPED: gl.constexpr,
-                PDL: gl.constexpr, BYTES: gl.constexpr, BITS: gl.constexpr, BF16: gl.constexpr,
-                C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr,
-                C4: gl.constexpr, R0: gl.constexpr, R1: gl.constexpr, HAS_BIAS: gl.constexpr,
-                ZERO: gl.constexpr, MODE: gl.constexpr,
+                BOUNDS, HIGH, M, N, NP, K, G, B1: gl.constexpr, B2: gl.constexpr, ST: gl.constexpr,
+                NC: gl.constexpr, R: gl.constexpr, GN: gl.constexpr, ACC: gl.constexpr,
+                GROUPED: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr, BYTES: gl.constexpr,
+                BITS: gl.constexpr, BF16: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr,
+                C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr, R0: gl.constexpr,
+                R1: gl.constexpr, HAS_BIAS: gl.constexpr, ZERO: gl.constexpr, MODE: gl.constexpr,
                 SPG: gl.constexpr, ASM: gl.constexpr, REGS: gl.constexpr):  # fmt: skip
     ACT: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
     if BITS == 3:
@@ -370,11 +382,11 @@ def specialized(xd, xe, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
                 (_consumer, (xs, xt, w0, h0, f0, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 0, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (_consumer, (xs, xt, w1, h1, f1, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 1, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (producer, (xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G,
                             EXPERT, BOUNDS, B1, B2, ST, NC, NT, BITS, SPG, C0, C1, C2, C3, C4, GN,
                             GROUPED, PDL)),
@@ -388,15 +400,15 @@ def specialized(xd, xe, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
                 (_consumer, (xs, xt, w0, h0, f0, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 0, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (_consumer, (xs, xt, w1, h1, f1, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 1, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (_consumer, (xs, xt, w2, h2, f2, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 2, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (producer, (xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G,
                             EXPERT, BOUNDS, B1, B2, ST, NC, NT, BITS, SPG, C0, C1, C2, C3, C4, GN,
                             GROUPED, PDL)),
@@ -410,19 +422,19 @@ def specialized(xd, xe, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
                 (_consumer, (xs, xt, w0, h0, f0, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 0, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (_consumer, (xs, xt, w1, h1, f1, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 1, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (_consumer, (xs, xt, w2, h2, f2, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 2, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (_consumer, (xs, xt, w3, h3, f3, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, ORDER, EXPERT, BOUNDS, M, N, NP, K, G, 3, B1, B2, ST, NC, R, GN,
                              ACC, BITS, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO,
-                             MODE, SPG, ASM, REGS, GROUPED, PDL)),
+                             MODE, SPG, ASM, REGS, GROUPED, PDL, EARLY)),
                 (producer, (xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G,
                             EXPERT, BOUNDS, B1, B2, ST, NC, NT, BITS, SPG, C0, C1, C2, C3, C4, GN,
                             GROUPED, PDL)),

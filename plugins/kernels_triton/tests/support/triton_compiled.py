@@ -105,6 +105,7 @@ def compile_specialized(name: str, act: str, rows: int) -> None:
     c = config(p, r, rows)
     assert isinstance(c, Specialized)
     more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "R": c.wide, "ST": c.stages, "ACC": c.acc}
+    more["EARLY"] = p.early and c.wide == 1
     more |= {"BITS": p.bits, "GROUPED": c.consumers == 2 and p.bits > 3}  # else no stacks
     boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
     _compile(specialized, boxes, p, r, 4, 0 if c.acc else p.mode, more)
