@@ -25,6 +25,7 @@ from quant_core.engines.transformers_mlp import MlpPart
 from quant_core.engines.transformers_parts import Buffers, NormPart, Parts
 from quant_core.engines.transformers_swap import Guard, Swapped
 from quant_core.kernels.between import Block, gated_op, rotary_op
+from quant_core.kernels.family import binder
 from quant_core.nn import QuantLinear
 
 __all__ = ["attach_blocks"]
@@ -116,7 +117,7 @@ def _attach_block(name: str, module: nn.Module, parts: Parts) -> None:
     linears = [attention._modules[n] for n in found.linears]
     linears += [mlp._modules[n] for n in gated.names]
     ask = getattr(linears[0].kernel, "bind_block", None)
-    if ask is None or len({c.kernel.name for c in linears}) != 1:
+    if ask is None or len({binder(c.kernel) for c in linears}) != 1:
         return
     if gated.whole is None or not all(c.owns_buffers for c in linears):
         return

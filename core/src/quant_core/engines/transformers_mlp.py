@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quant_core.engines.transformers_parts import Buffers, Parts, nearly, random
 from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap
 from quant_core.kernels.between import gated_op
+from quant_core.kernels.family import binder
 from quant_core.nn import QuantLinear
 
 __all__ = ["MlpPart", "attach_mlp", "could_be_mlp"]
@@ -168,7 +169,7 @@ def _same(part: MlpPart, module: nn.Module, x: Tensor, want: Any) -> bool:
 def _whole(layers: Sequence[QuantLinear], act: str, up_first: bool) -> Callable[..., Any] | None:
     """The MLP as one call of the kernel that all layers have in common."""
     ask = getattr(layers[0].kernel, "bind_gated", None)
-    if ask is None or len({layer.kernel.name for layer in layers}) != 1:
+    if ask is None or len({binder(layer.kernel) for layer in layers}) != 1:
         return None
     if not all(layer.owns_buffers for layer in layers):
         return None

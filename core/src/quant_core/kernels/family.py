@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from quant_core.kernels.composed import BlockRun, GatedRun
     from quant_core.tensors import LayerTensors
 
-__all__ = ["Bucket", "Family", "RowsBound", "buckets", "layout_of", "uncovered"]
+__all__ = ["Bucket", "Family", "RowsBound", "binder", "buckets", "layout_of", "uncovered"]
 
 log = logging.getLogger("quant_core")
 
@@ -321,6 +321,14 @@ class Family:
         text = f"{self.layout}|{merged}|{to_text(op)}"
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
         return RowsBound(op, tuple((rows, runs[name]) for rows, name in merged), key)
+
+
+def binder(kernel: Kernel) -> object:
+    """Equal for kernels of which each can bind the operations of all: they are one kernel, or
+    families of one layout and the same members, whoever runs how many rows of which."""
+    if isinstance(kernel, Family):
+        return kernel.layout, tuple(m.name for m in kernel.members)
+    return kernel.name
 
 
 @functools.cache
