@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from quant_core.errors import ConfigError, KernelError
 from quant_core.kernels import family as family_module
 from quant_core.kernels.base import ANY_ROWS, Accepted, Rejected
 from quant_core.kernels.choose import choose
-from quant_core.kernels.family import Family, buckets, uncovered
+from quant_core.kernels.family import Family, binder, buckets, uncovered
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.nn import QuantEmbedding, QuantLinear
 
@@ -270,3 +271,23 @@ def test_family_of_an_unsupported_operation_names_the_rows():
     broken = type(op)(op="attention", operands=op.operands, sizes=op.sizes)
     with pytest.raises(KernelError, match="above 0 rows"):
         fam.bind(broken)
+
+
+class ForNarrow(Marked):
+    """Takes part in the table of narrow layers only."""
+
+    def accepts(self, op):
+        cheap = op.size("n") < 64
+        return Accepted(costs=((255, math.inf), (ANY_ROWS, 1.0 if cheap else 1e5)))
+
+
+def test_families_of_one_kind_of_buffers_bind_alike_whoever_their_tables_name():
+    members = (RING, ForNarrow("narrow", 0.0, 1.0))
+    _, op = _layer()
+    wide = replace(op, sizes=tuple((k, 64 if k == "n" else v) for k, v in op.sizes))
+    narrow = replace(op, sizes=tuple((k, 32 if k == "n" else v) for k, v in op.sizes))
+    one, other = Family("rows", members, wide), Family("rows", members, narrow)
+    assert one.name != other.name
+    assert binder(one) == binder(other)
+    assert binder(one) != binder(Family("rows", (RING,), wide))
+    assert binder(RING) == "ring" != binder(DENSE)
