@@ -248,3 +248,23 @@ def test_costs_are_near_what_was_measured(name, n, k, rows, measured):
     assert isinstance(v, Variant)
     # the estimate orders kernels: those of other packages lie 15 % apart where it matters
     assert dict(bucket_costs(v, "9.0"))[rows] == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "n", "rows", "measured"),
+    [  # int4 in groups of 128; two experts a token of 8, eight of 128
+        (8, 4096, 14336, 2, 24.8),
+        (8, 4096, 14336, 8, 69.3),
+        (8, 4096, 14336, 32, 207.3),
+        (128, 2048, 1536, 8, 8.2),
+        (128, 2048, 1536, 32, 21.2),
+        (128, 2048, 1536, 128, 56.1),
+    ],
+)
+def test_costs_of_experts_count_those_that_rows_meet(experts, k, n, rows, measured):
+    op = replace(op_of(SPECS["int4_g128"]), op="grouped_linear")
+    v = describe(replace(op, sizes=(("n", n), ("k", k), ("k_stored", k), ("experts", experts))))
+    assert isinstance(v, Variant)
+    held = dict(bucket_costs(v, "9.0"))
+    us = held[min(m for m in held if m >= rows)]
+    assert us == pytest.approx(measured, rel=0.16)
