@@ -244,8 +244,14 @@ def test_a_module_that_is_replaced_later_is_seen(llama):
     assert not torch.equal(got, before)
 
 
-def test_a_model_that_ran_in_graphs_only_is_proved_behind_the_first(llama):
+@pytest.mark.parametrize("again", [False, True], ids=["once", "after a reset of the compiler"])
+def test_a_model_that_ran_in_graphs_only_is_proved_behind_the_first(llama, again):
     model = load_model(llama, dtype=torch.bfloat16)
+    if again:
+        run, _ = recorded(model)
+        decode(model, run, static(model), prefill=run)
+        torch._dynamo.reset()
+        model = load_model(llama, dtype=torch.bfloat16)
     run, seen = recorded(model)
     got = decode(model, run, static(model), prefill=run)
     assert seen.layers == [0, 2]

@@ -16,7 +16,6 @@ is none of their business. ``parts_of(model)`` proves first and then tells.
 from __future__ import annotations
 
 import copyreg
-import functools
 import os
 import threading
 import time
@@ -146,14 +145,11 @@ _asked: list[_Later] = []
 def _ask(later: _Later) -> bool:
     """A module must not change its class while it is traced: its model is proved right after."""
     if later not in _asked:
-        _follow_compiler()
         _asked.append(later)
+    known = torch._dynamo.callback.callback_handler.end_callbacks
+    if _prove_asked not in known:  # torch._dynamo.reset() forgets it
+        known.append(_prove_asked)
     return True
-
-
-@functools.cache
-def _follow_compiler() -> None:
-    torch._dynamo.callback.on_compile_end(_prove_asked)
 
 
 def _prove_asked(*_: object) -> None:
