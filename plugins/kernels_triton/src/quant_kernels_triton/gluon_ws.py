@@ -23,7 +23,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -33,24 +32,13 @@ from quant_kernels_triton.gluon_parts import (
     gdc_launch_dependents,
     gdc_wait,
     issued,
-    outer_factors,
     shifted,
 )
 from quant_kernels_triton.gluon_share import beginner, groups_of, segment, segments
 from quant_kernels_triton.gluon_stages import buffers, fetch, make, producer, scales
+from quant_kernels_triton.gluon_tile import multiply, store
 
 __all__ = ["specialized"]
-
-
-@gluon.jit
-def _multiply(a, x1, x2, acc, acc2, FIRST: gl.constexpr, B2: gl.constexpr, AL2: gl.constexpr):
-    """acc += a x for both tiles of rows; with FIRST the sums start at zero. Not waited for."""
-    d = warpgroup_mma(a, x1.permute((1, 0)), acc, use_acc=not FIRST, is_async=True)
-    e = acc2
-    if B2:
-        a2 = gl.convert_layout(a, AL2, assert_trivial=True)
-        e = warpgroup_mma(a2, x2.permute((1, 0)), acc2, use_acc=not FIRST, is_async=True)
-    return d, e
 
 
 @gluon.jit
@@ -90,25 +78,6 @@ def _places(PART, v, B: gl.constexpr):
     four = gl.arange(0, B // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
     one = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
     return PART + (four[None, :, None] * 512 + thread[:, None, None] * 4 + one[None, None, :])
-
-
-@gluon.jit
-def _store(acc, ROW0, ROW1, BIAS, Y, ORDER, m0, m1, n0, N, B: gl.constexpr, BF16: gl.constexpr,
-           R0: gl.constexpr, R1: gl.constexpr, HAS_BIAS: gl.constexpr, GROUPED: gl.constexpr,
-           mma: gl.constexpr):  # fmt: skip
-    """Rows m0 .. m1 of y, 64 features from n0 on."""
-    ACT: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
-    rn = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-    acc = outer_factors(acc, ROW0, ROW1, BIAS, rn, N, R0, R1, HAS_BIAS)
-    OL: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    y = gl.convert_layout(acc.to(ACT), OL)
-    on = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
-    om = m0 + gl.arange(0, B, layout=gl.SliceLayout(0, OL))
-    to = om
-    if GROUPED:
-        to = gl.load(ORDER + om, mask=om < m1, other=0)
-    gl.store(Y + to[None, :].to(gl.int64) * N + on[:, None], y,
-             mask=(om < m1)[None, :] & (on < N)[:, None])  # fmt: skip
 
 
 @gluon.jit
@@ -211,14 +180,14 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
         for g in range(k0, k1):
             e = low
             e2 = low2
-            d, d2 = _multiply(a, xs.index(st * 2), xt.index(st * 2), acc, acc2, ACC, B2, AL2)
+            d, d2 = multiply(a, xs.index(st * 2), xt.index(st * 2), acc, acc2, ACC, B2, AL2)
             if not EARLY:
                 issued()
             if R == 2:
                 w = fetch(ws, hs, ms, P, st * 2, 4, t0 + 4, last, g * 2, G, K, BITS, HAS_P, SPG, C0,
                           C1, C2, C3, C4)  # fmt: skip
                 a1 = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
-                e, e2 = _multiply(a1, xs.index(st * 2), xt.index(st * 2), low, low2, ACC, B2, AL2)
+                e, e2 = multiply(a1, xs.index(st * 2), xt.index(st * 2), low, low2, ACC, B2, AL2)
                 issued()
             if not EARLY:
                 w = fetch(ws, hs, ms, P, st * 2 + 1, 0, t0, last, g * 2 + 1, G, K, BITS, HAS_P, SPG,
@@ -226,7 +195,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
             if R == 2:
                 d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 1)
             a2 = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
-            d, d2 = _multiply(a2, xs.index(st * 2 + 1), xt.index(st * 2 + 1), d, d2, False, B2, AL2)
+            d, d2 = multiply(a2, xs.index(st * 2 + 1), xt.index(st * 2 + 1), d, d2, False, B2, AL2)
             if not EARLY:
                 issued()
             if R == 2:
@@ -234,7 +203,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
                           SPG, C0, C1, C2, C3, C4)  # fmt: skip
                 d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 1)
                 a3 = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
-                e, e2 = _multiply(a3, xs.index(st * 2 + 1), xt.index(st * 2 + 1), e, e2, False, B2,
+                e, e2 = multiply(a3, xs.index(st * 2 + 1), xt.index(st * 2 + 1), e, e2, False, B2,
                                   AL2)  # fmt: skip
                 issued()
             f = d
@@ -306,16 +275,16 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
                 if R == 2:
                     low, low2 = _take(low, low2, PART + slot * (SIZE * R) + SIZE, B1, B2, mma, mmb)
             n0 = (pn * NC + ROW) * (64 * R)
-            _store(acc, ROW0, ROW1, BIAS, Y, ORDER, m0, m1, n0, N, B1, BF16, R0, R1, HAS_BIAS,
+            store(acc, ROW0, ROW1, BIAS, Y, ORDER, m0, m1, n0, N, B1, BF16, R0, R1, HAS_BIAS,
                    GROUPED, mma)  # fmt: skip
             if B2:
-                _store(acc2, ROW0, ROW1, BIAS, Y, ORDER, m0 + B1, m1, n0, N, B2, BF16, R0, R1,
+                store(acc2, ROW0, ROW1, BIAS, Y, ORDER, m0 + B1, m1, n0, N, B2, BF16, R0, R1,
                        HAS_BIAS, GROUPED, mmb)  # fmt: skip
             if R == 2:
-                _store(low, ROW0, ROW1, BIAS, Y, ORDER, m0, m1, n0 + 64, N, B1, BF16, R0, R1,
+                store(low, ROW0, ROW1, BIAS, Y, ORDER, m0, m1, n0 + 64, N, B1, BF16, R0, R1,
                        HAS_BIAS, GROUPED, mma)  # fmt: skip
                 if B2:
-                    _store(low2, ROW0, ROW1, BIAS, Y, ORDER, m0 + B1, m1, n0 + 64, N, B2, BF16, R0,
+                    store(low2, ROW0, ROW1, BIAS, Y, ORDER, m0 + B1, m1, n0 + 64, N, B2, BF16, R0,
                            R1, HAS_BIAS, GROUPED, mmb)  # fmt: skip
 
 
