@@ -23,6 +23,7 @@ The grids are the gguf package's own. Source of the fields: gguf 0.19.0, quants.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,7 @@ def _bytes(*parts: Array) -> Array:
     )
 
 
-class _Codes:
+class _Codes(ABC):
     """One block type; subclasses say where its fields lie. See ``kernels.expanded.BlockCodes``."""
 
     grid, group = "", 32
@@ -152,11 +153,13 @@ class _Codes:
         element = Element(name=type(self).__name__.lower().strip("_"), bits=4, kind="lut")
         self.spec = QuantSpec(element=element, scales=tuple(factors))
 
+    @abstractmethod
     def split(self, b: Array) -> _Fields:
-        raise NotImplementedError
+        """The fields of blocks [B, bytes]."""
 
+    @abstractmethod
     def join(self, f: _Fields) -> Array:
-        raise NotImplementedError
+        """Inverse of ``split``."""
 
     def _codes_of(self, entries: Array) -> Array:
         """Codes of the grid's entries, eight to a word: [B, 32]."""
