@@ -12,6 +12,9 @@ slows all of them alike. Times are whole steps: Python, attention, sampling by a
 Where other work shares the cores, ``best`` (the fastest single decode step of all rounds) and
 ``cpu ms`` (processor time of a step, all threads together, least of all rounds) say more than wall
 time. With ``--compiled`` torch.compile runs the decode steps too, over a static cache.
+
+Where ``llama-cpp-python`` is installed from its source (``pip install --no-binary :all:
+llama-cpp-python``, which compiles llama.cpp for this processor; ten minutes), that build runs too.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -162,6 +166,60 @@ def llama_step(path: Path, threads: int, context: int) -> Step | None:
     return step
 
 
+def serve_native(pipe: Any, path: str, threads: int, context: int) -> None:
+    """Answer (prompt, count) with a Round until None comes, by ``llama_cpp``'s C functions."""
+    import llama_cpp.llama_cpp as lc
+
+    silent = lc.llama_log_callback(lambda *_: None)  # named: the library keeps its address only
+    lc.llama_log_set(silent, None)
+    lc.llama_backend_init()
+    model = lc.llama_model_load_from_file(path.encode(), lc.llama_model_default_params())
+    params = lc.llama_context_default_params()
+    params.n_ctx, params.n_batch = context, context
+    params.n_threads = params.n_threads_batch = threads
+    ctx = lc.llama_init_from_model(model, params)
+    greedy = lc.llama_sampler_chain_init(lc.llama_sampler_chain_default_params())
+    lc.llama_sampler_chain_add(greedy, lc.llama_sampler_init_greedy())
+
+    def decode(tokens: list[int]) -> int:
+        ids = (lc.llama_token * len(tokens))(*tokens)
+        if lc.llama_decode(ctx, lc.llama_batch_get_one(ids, len(tokens))):
+            raise SystemExit("llama_decode failed")
+        return int(lc.llama_sampler_sample(greedy, ctx, -1))
+
+    while (asked := pipe.recv()) is not None:
+        prompt, count = asked
+        lc.llama_memory_clear(lc.llama_get_memory(ctx), True)
+        start = time.perf_counter()
+        token = decode(prompt)
+
+        def one(_: int) -> None:
+            nonlocal token
+            token = decode([token])
+
+        pipe.send(timed_steps(count, one, start))
+
+
+def native_llama_step(path: Path, threads: int, context: int) -> Step | None:
+    """The same through ``llama_cpp``; None when it is not installed.
+
+    In a process of its own: its libraries export the names that the wheel's extension holds too.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return None
+    processes = multiprocessing.get_context("spawn")
+    ours, theirs = processes.Pipe()
+    processes.Process(
+        target=serve_native, args=(theirs, str(path), threads, context), daemon=True
+    ).start()
+
+    def step(prompt: list[int], count: int) -> Round:
+        ours.send((prompt, count))
+        return ours.recv()
+
+    return step
+
+
 def candidates(path: Path, context: int, *, compiled: bool, reference: bool) -> dict[str, Step]:
     """Name -> step of everything that is installed."""
     found: dict[str, Step] = {}
@@ -183,6 +241,10 @@ def candidates(path: Path, context: int, *, compiled: bool, reference: bool) -> 
     if llama is not None:
         version = metadata.version("cyllama")
         found[f"llama.cpp (cyllama {version} wheel)"] = llama
+    native = native_llama_step(path, torch.get_num_threads(), context)
+    if native is not None:
+        version = metadata.version("llama-cpp-python")
+        found[f"llama.cpp (llama-cpp-python {version}, built here)"] = native
     return found
 
 
@@ -233,7 +295,7 @@ def main() -> None:
     )
     print(f"{platform.machine()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     print(
-        f"{'candidate':<40} {'prefill tok/s':>22} {'x bf16':>7} {'decode tok/s':>22} "
+        f"{'candidate':<48} {'prefill tok/s':>22} {'x bf16':>7} {'decode tok/s':>22} "
         f"{'x bf16':>7} {'best':>7} {'x bf16':>7} {'cpu ms':>7}"
     )
     for r in rows:
@@ -243,7 +305,7 @@ def main() -> None:
             cells.append(f"{r[f'{phase}_tok_s']:>8} ({low}-{high})".rjust(22))
             cells.append(f"{r[f'{phase}_vs_bf16']:>7}")
         cells += [f"{r[f'decode_{k}']:>7}" for k in ("best_tok_s", "best_vs_bf16", "cpu_ms")]
-        print(f"{r['candidate']:<40} " + " ".join(cells))
+        print(f"{r['candidate']:<48} " + " ".join(cells))
     if args.json:
         args.json.write_text(json.dumps({"versions": versions, "args": vars(args), "rows": rows},
                                         default=str, indent=1))  # fmt: skip
