@@ -7,14 +7,13 @@ Every set has a negative control: the same load without activation quantization 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from checkpoint_sets import checkpoint_dirs
+from producers import distances, expected, missed
 from quant_core import load_model
 from quant_core.nn import QuantModule
 
@@ -26,20 +25,8 @@ def _broken_limits(folder: Path) -> list[str]:
     model = load_model(folder, dtype=torch.float32, kernels="torch_ref")
     quantized = [m for m in model.modules() if isinstance(m, QuantModule)]
     assert any(m.op.operand("input") is not None for m in quantized)
-    expected = load_file(folder / "expected.safetensors")
-    with torch.no_grad():
-        got = model(expected["input_ids"][None], use_cache=False).logits[0]
-    want = expected["logits"]
-    bound = json.loads((folder / "expected.json").read_text())["bound"]
-    diff, within = (got - want).abs(), bound["positions"]
-    near = int((diff.amax(-1) <= within["within"]).sum())
-    limits = {
-        "max": diff.max() <= bound["max"],
-        "mean": diff.mean() <= bound["mean"],
-        "top1": int((got.argmax(-1) == want.argmax(-1)).sum()) >= bound["top1"],
-        "positions": near >= within["at_least"],
-    }
-    return [name for name, kept in limits.items() if not kept]
+    want = expected(folder)
+    return missed(distances(model, want), want)
 
 
 @pytest.mark.parametrize("folder", DIRS, ids=lambda d: d.name)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from checkpoint_sets import FIXTURES
+from producers import within
 from quant_core import load as load_functions
 from quant_core import load_model
 from quant_core.cli.main import main
@@ -63,18 +64,6 @@ def stored(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, bytes]]:
     return {n: (t.dtype, t.view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()}
 
 
-def within_bound(model: PreTrainedModel, path: Path) -> bool:
-    bound = json.loads((path / "expected.json").read_text())["bound"]
-    expected = load_file(path / "expected.safetensors")
-    with torch.no_grad():
-        got = model(expected["input_ids"][None], use_cache=False).logits[0].float()
-    diff = (got - expected["logits"]).abs()
-    same = int((got.argmax(-1) == expected["logits"].argmax(-1)).sum())
-    return bool(
-        diff.max() <= bound["max"] and diff.mean() <= bound["mean"] and same >= bound["top1"]
-    )
-
-
 def only_entry(cache: Path) -> Path:
     (found,) = folder.entries(cache)
     return found.path / folder.BUFFERS
@@ -96,7 +85,7 @@ def test_warm_model_is_the_cold_one_and_gives_the_producers_logits(
     sealed()
     warm = load(path, cache)
     assert stored(warm) == plain
-    assert within_bound(warm, path)
+    assert within(warm, path)
     assert [m for m in warnings(caplog) if "prepared" in m] == []
 
 
@@ -116,7 +105,7 @@ def test_warm_experts_and_members_of_several_widths(
     for path in (MIXED, EXPERTS):
         load(path, cache)
     sealed()
-    assert all(within_bound(load(path, cache), path) for path in (MIXED, EXPERTS))
+    assert all(within(load(path, cache), path) for path in (MIXED, EXPERTS))
     assert len(folder.entries(cache)) == 2
 
 
@@ -219,11 +208,11 @@ def test_truncated_entry_is_rebuilt(
     size = file.stat().st_size
     left = int(size * keep) if keep == 0.5 else int(keep) % size
     os.truncate(file, left)
-    assert within_bound(load(ONE, cache), ONE)
+    assert within(load(ONE, cache), ONE)
     assert sum("prepared weights are built again" in m for m in warnings(caplog)) == 1
     assert only_entry(cache).stat().st_size == size
     sealed()
-    assert within_bound(load(ONE, cache), ONE)
+    assert within(load(ONE, cache), ONE)
 
 
 def test_entry_cut_while_it_is_read_is_rebuilt(
@@ -237,7 +226,7 @@ def test_entry_cut_while_it_is_read_is_rebuilt(
         os.truncate(file, 100_000)
 
     monkeypatch.setattr(entry.Entry, "check", cut)
-    assert within_bound(load(ONE, cache), ONE)
+    assert within(load(ONE, cache), ONE)
     assert sum("ends early" in m for m in warnings(caplog)) == 1
 
 
@@ -264,7 +253,7 @@ def test_header_that_was_touched_is_not_believed(
         touched = touched[: end - 1] + touched[end:]
     raw[8 : 8 + length] = touched
     file.write_bytes(raw)
-    assert within_bound(load(FIXTURES / "gguf-llama-q4_k_m", cache),
+    assert within(load(FIXTURES / "gguf-llama-q4_k_m", cache),
                         FIXTURES / "gguf-llama-q4_k_m")  # fmt: skip
     assert sum("prepared weights are built again" in m for m in warnings(caplog)) == 1
 
@@ -285,7 +274,7 @@ def test_entry_under_another_name_is_not_used(
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write")
 def test_folder_that_cannot_be_written_only_warns(caplog: pytest.LogCaptureFixture) -> None:
-    assert within_bound(load(ONE, "/proc/self/prepared"), ONE)
+    assert within(load(ONE, "/proc/self/prepared"), ONE)
     assert sum("not kept" in m for m in warnings(caplog)) == 1
 
 
@@ -299,7 +288,7 @@ def test_cache_that_may_only_be_read_is_used(
 
     monkeypatch.setattr(entry.os, "utime", refuse)
     sealed()
-    assert within_bound(load(ONE, cache), ONE)
+    assert within(load(ONE, cache), ONE)
 
 
 def test_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
@@ -322,7 +311,7 @@ def test_second_writer_leaves_the_first_alone(
 
     file.unlink()
     monkeypatch.setattr(build, "write_entry", late)
-    assert within_bound(load(ONE, cache), ONE)
+    assert within(load(ONE, cache), ONE)
     assert file.read_bytes() == first
     assert warnings(caplog) == []
 
@@ -374,7 +363,7 @@ def test_entry_larger_than_the_limit_is_not_written(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("QUANT_PREPARED_BYTES", "1000")
-    assert within_bound(load(ONE, cache), ONE)
+    assert within(load(ONE, cache), ONE)
     assert folder.entries(cache) == []
     assert sum("not kept" in m for m in warnings(caplog)) == 1
 
@@ -408,7 +397,7 @@ def test_mapped_model_is_the_cold_one(
     sealed()
     model = load(path, cache)
     assert stored(model) == plain
-    assert within_bound(model, path)
+    assert within(model, path)
     assert any(pages)
 
 
@@ -419,7 +408,7 @@ def test_writing_into_a_mapped_buffer_changes_no_file(cache: Path) -> None:
     for value in model.buffers():
         value.zero_()
     assert only_entry(cache).read_bytes() == before
-    assert within_bound(load(ONE, cache), ONE)
+    assert within(load(ONE, cache), ONE)
 
 
 @pytest.mark.usefixtures("mapped")
@@ -428,7 +417,7 @@ def test_mapped_model_outlives_its_entry(cache: Path, capsys: pytest.CaptureFixt
     model = load(ONE, cache)
     run_cli(capsys, "clear", "--folder", str(cache))
     assert folder.entries(cache) == []
-    assert within_bound(model, ONE)
+    assert within(model, ONE)
 
 
 @pytest.mark.usefixtures("mapped")
@@ -446,7 +435,7 @@ def test_large_floats_are_pages_too(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert stored(warm) == stored(cold)
     assert warm.get_input_embeddings().weight.nbytes >= 1024
     assert not [n for n in read if "embed" in n]
-    assert within_bound(warm, ONE)
+    assert within(warm, ONE)
 
 
 # ---------------------------------------------------------------------------------- quant cache

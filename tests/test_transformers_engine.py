@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from checkpoint_sets import checkpoint_dirs
+from producers import within
 from quant_core import as_config, install, load_model
 from quant_core.engines.transformers import uninstall
 from quant_core.errors import CheckpointError, ConfigError, LayoutError, QuantError
@@ -38,16 +39,6 @@ def _logits(model: PreTrainedModel, folder: Path) -> tuple[torch.Tensor, torch.T
     return got, expected["logits"]
 
 
-def _within_bound(model: PreTrainedModel, folder: Path) -> bool:
-    bound = json.loads((folder / "expected.json").read_text())["bound"]
-    got, want = _logits(model, folder)
-    diff = (got.float() - want).abs()
-    same = int((got.argmax(-1) == want.argmax(-1)).sum())
-    return bool(
-        diff.max() <= bound["max"] and diff.mean() <= bound["mean"] and same >= bound["top1"]
-    )
-
-
 def _bytes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
     flat = {n: t.detach().contiguous().reshape(-1) for n, t in tensors.items()}
     return {n: (t.dtype, t.view(torch.uint8).numpy().tobytes()) for n, t in flat.items()}
@@ -62,7 +53,7 @@ def _packed(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, bytes]]:
 @pytest.mark.parametrize("folder", ALL, ids=lambda d: d.name)
 def test_logits_within_the_producers_bound(folder: Path, kernels: str | None) -> None:
     model = load_model(folder, dtype=torch.float32, kernels=kernels)
-    assert _within_bound(model, folder)
+    assert within(model, folder)
     assert _packed(model), "nothing stayed packed"
     assert not [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
 
@@ -70,7 +61,7 @@ def test_logits_within_the_producers_bound(folder: Path, kernels: str | None) ->
 def test_one_changed_scale_leaves_the_bound(checkpoints: Path) -> None:
     model = load_model(checkpoints / ACT_ORDER, dtype=torch.float32, kernels="torch_ref")
     model.model.layers[0].mlp.down_proj.scales_0.mul_(1.25)
-    assert not _within_bound(model, checkpoints / ACT_ORDER)
+    assert not within(model, checkpoints / ACT_ORDER)
 
 
 # ------------------------------------------------------------------------------------ one path
@@ -109,7 +100,7 @@ def test_as_config_routes_without_install(checkpoints: Path) -> None:
     folder = checkpoints / ACT_ORDER
     config = as_config(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    assert _within_bound(model, folder)
+    assert within(model, folder)
 
 
 def test_as_config_survives_json(checkpoints: Path) -> None:
@@ -182,7 +173,7 @@ def test_casts_and_moves_leave_packed_bytes_alone(name: str, checkpoints: Path) 
         model.half()  # transformers refuses it for every quantized model
     model.to("cpu", torch.float32)
     assert _packed(model) == before
-    assert _within_bound(model, checkpoints / name)
+    assert within(model, checkpoints / name)
 
 
 @pytest.mark.parametrize("name", [ACT_ORDER, "gguf-moe-q4_k_m"])
@@ -224,7 +215,7 @@ def test_saving_a_copy_in_shards_and_over_the_source_works(
     model = copy.deepcopy(load_model(folder, dtype=torch.float32))
     model.save_pretrained(folder, max_shard_size="300KB")
     assert not (folder / "model.safetensors").exists()
-    assert _within_bound(load_model(folder, dtype=torch.float32), checkpoints / ACT_ORDER)
+    assert within(load_model(folder, dtype=torch.float32), checkpoints / ACT_ORDER)
 
 
 def test_changed_float_parameter_is_saved_exactly(checkpoints: Path, tmp_path: Path) -> None:
@@ -282,7 +273,7 @@ def test_dropping_any_tensor_of_a_real_checkpoint_raises_and_names_it(
             load_model(folder)
         assert name.rpartition(".")[0] in str(err.value), (name, str(err.value))
     save_file(whole, folder / "model.safetensors")
-    assert _within_bound(load_model(folder, dtype=torch.float32), checkpoints / DYNAMIC)
+    assert within(load_model(folder, dtype=torch.float32), checkpoints / DYNAMIC)
 
 
 def test_strict_turns_warnings_into_an_error(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import made_autoround as made
+from producers import within
 from quant_core import load_model
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.errors import QuantError
@@ -76,16 +77,9 @@ def _weights_equal(plan: Plan, folder: Path) -> list[bool]:
 
 def _within_bound(folder: Path, like: Path) -> bool:
     """Whether the float32 model of ``folder`` gives the logits that ``like`` expects."""
-    bound = json.loads((like / "expected.json").read_text())["bound"]
-    expected = load_file(like / "expected.safetensors")
     model = load_model(folder, dtype=torch.float32)
     assert any(isinstance(m, QuantModule) for m in model.modules())
-    with torch.no_grad():
-        got = model(expected["input_ids"][None], use_cache=False).logits[0]
-    diff = (got - expected["logits"]).abs()
-    same = int((got.argmax(-1) == expected["logits"].argmax(-1)).sum())
-    inside = diff.max() <= bound["max"] and diff.mean() <= bound["mean"]
-    return bool(inside and same >= bound["top1"])
+    return within(model, like)
 
 
 def _edited(folder: Path, to: Path, **changes: object) -> Path:

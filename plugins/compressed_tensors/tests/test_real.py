@@ -3,12 +3,12 @@ of their reference. Their weights and bytes are checked with all other checkpoin
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from producers import distances, expected, missed
 from quant_core.build import Builder
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.engines.transformers import load_model
@@ -45,41 +45,12 @@ ACTIVATIONS = (
 )
 
 
-def _expected(folder):
-    tensors = open_checkpoint(folder / "expected.safetensors")
-    meta = json.loads((folder / "expected.json").read_text())
-    return tensors.read("input_ids"), tensors.read("logits"), meta
-
-
-def _distances(model, ids, want, meta):
-    with torch.inference_mode():
-        got = model(ids.view(1, -1)).logits[0]
-    d = (got - want).abs()
-    within = meta["bound"].get("positions", {}).get("within", 0)
-    return {
-        "max": d.max().item(),
-        "mean": d.mean().item(),
-        "top1": int((got.argmax(-1) == want.argmax(-1)).sum()),
-        "positions": int((d.amax(dim=-1) <= within).sum()),
-    }
-
-
-def _within(found, bound):
-    least = bound.get("positions", {}).get("at_least", 0)
-    return (
-        found["max"] <= bound["max"]
-        and found["mean"] <= bound["mean"]
-        and found["top1"] >= bound["top1"]
-        and found["positions"] >= least
-    )
-
-
 @pytest.mark.parametrize("name", WEIGHT_ONLY + ACTIVATIONS)
 def test_logits_are_within_the_bound(shared, name):
-    ids, want, meta = _expected(shared / name)
+    want = expected(shared / name)
     model = load_model(shared / name, dtype=torch.float32)
-    found = _distances(model, ids, want, meta)
-    assert _within(found, meta["bound"]), found
+    found = distances(model, want)
+    assert missed(found, want) == [], found
 
 
 def _without_activation_quantization(model):
@@ -92,20 +63,20 @@ def _without_activation_quantization(model):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_logits_miss_the_bound_without_activation_quantization(shared, name):
-    ids, want, meta = _expected(shared / name)
+    want = expected(shared / name)
     model = load_model(shared / name, dtype=torch.float32, kernels="torch_ref")
     _without_activation_quantization(model)
-    found = _distances(model, ids, want, meta)
-    assert not _within(found, meta["bound"])
+    found = distances(model, want)
+    assert missed(found, want)
     # as far off as the producer measured, to the digits it gave
-    assert found["mean"] == pytest.approx(meta["distance_without_act_quant"], rel=0.02)
+    assert found["mean"] == pytest.approx(want.meta["distance_without_act_quant"], rel=0.02)
 
 
 def test_run_time_scale_over_127_instead_of_half_the_range_is_farther_off(shared):
     name = "ct-w8a8-int8-dynamic-gptq"
-    ids, want, meta = _expected(shared / name)
+    want = expected(shared / name)
     model = load_model(shared / name, dtype=torch.float32, kernels="torch_ref")
-    right = _distances(model, ids, want, meta)
+    right = distances(model, want)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             changed = tuple(
@@ -115,7 +86,7 @@ def test_run_time_scale_over_127_instead_of_half_the_range_is_farther_off(shared
             )  # fmt: skip
             module.op = replace(module.op, operands=changed)
             module._bind()
-    wrong = _distances(model, ids, want, meta)
+    wrong = distances(model, want)
     assert wrong["mean"] > 2 * right["mean"]
 
 
@@ -124,33 +95,33 @@ CACHED = "ct-kvfp8-w4a16"
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_keys_and_values_are_rounded_as_by_the_producer(shared, attention):
-    ids, want, meta = _expected(shared / CACHED)
+    want = expected(shared / CACHED)
     model = load_model(
         shared / CACHED, dtype=torch.float32, attn_implementation=attention, strict=True
     )
-    found = _distances(model, ids, want, meta)
-    assert _within(found, meta["bound"])
+    found = distances(model, want)
+    assert missed(found, want) == []
     assert found["mean"] < 1e-5  # the same fp8 codes; float32 sums in another order
     # the cache of a step by step run gives the same keys and values
     with torch.inference_mode():
-        first = model(ids[:40].view(1, -1), use_cache=True)
-        rest = model(ids[40:].view(1, -1), past_key_values=first.past_key_values).logits[0]
-    assert (rest - want[40:]).abs().mean() < 1e-5
+        first = model(want.ids[:40].view(1, -1), use_cache=True)
+        rest = model(want.ids[40:].view(1, -1), past_key_values=first.past_key_values).logits[0]
+    assert (rest - want.logits[40:]).abs().mean() < 1e-5
 
 
 def test_logits_miss_the_bound_with_a_float_cache(shared):
-    ids, want, meta = _expected(shared / CACHED)
+    want = expected(shared / CACHED)
     model = load_model(shared / CACHED, dtype=torch.float32, kv_cache="float")
-    found = _distances(model, ids, want, meta)
-    assert not _within(found, meta["bound"])
+    found = distances(model, want)
+    assert missed(found, want)
     # everything but the cache is right: exactly as far off as the producer without it
-    assert found["mean"] == pytest.approx(meta["distance_without_kv_quant"], abs=1e-6)
+    assert found["mean"] == pytest.approx(want.meta["distance_without_kv_quant"], abs=1e-6)
 
 
 @pytest.mark.parametrize("change", ["dropped", "not divided"])
 def test_logits_miss_the_bound_without_the_rotation(shared, change):
     name = "ct-spinquant-r1r2r4-w4a16"
-    ids, want, meta = _expected(shared / name)
+    want = expected(shared / name)
     # the kernel that keeps the matrix as it is
     model = load_model(shared / name, dtype=torch.float32, kernels="torch_ref")
     rotated = [m for m in model.modules() if isinstance(m, QuantLinear) and m.op.transforms]
@@ -162,17 +133,17 @@ def test_logits_miss_the_bound_without_the_rotation(shared, change):
                 value.fill_(1.0)
             elif change == "dropped":
                 value.copy_(torch.eye(len(value)))
-    found = _distances(model, ids, want, meta)
-    assert not _within(found, meta["bound"])
-    assert found["mean"] > 100 * meta["bound"]["mean"]
+    found = distances(model, want)
+    assert missed(found, want)
+    assert found["mean"] > 100 * want.meta["bound"]["mean"]
 
 
 @pytest.mark.parametrize("rule", ["rceil", "floor"])
 def test_another_rule_of_the_block_exponent_is_farther_off(shared, rule):
     name = "ct-mxfp4"
-    ids, want, meta = _expected(shared / name)
+    want = expected(shared / name)
     model = load_model(shared / name, dtype=torch.float32)
-    right = _distances(model, ids, want, meta)
+    right = distances(model, want)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.op = replace(
@@ -184,7 +155,7 @@ def test_another_rule_of_the_block_exponent_is_farther_off(shared, rule):
                 ),
             )  # fmt: skip
             module._bind()
-    assert _distances(model, ids, want, meta)["mean"] > 100 * right["mean"]
+    assert distances(model, want)["mean"] > 100 * right["mean"]
 
 
 def test_unequal_global_scales_fuse_without_a_change(shared):
@@ -202,11 +173,11 @@ def test_unequal_global_scales_fuse_without_a_change(shared):
 def test_nvfp4_weights_miss_if_the_factor_multiplies_or_nibbles_swap(shared):
     folder = shared / "ct-nvfp4a16"
     planned = plan(open_checkpoint(folder))
-    expected = open_checkpoint(folder / "expected.safetensors")
-    key = next(k for k in expected.tensors if k.startswith("weight."))
+    made = open_checkpoint(folder / "expected.safetensors")
+    key = next(k for k in made.tensors if k.startswith("weight."))
     module = key.removeprefix("weight.").partition("#")[0].removesuffix(".weight")
     qt = read_matrix(planned, planned.members[module]).weight
-    want = expected.read(key)
+    want = made.read(key)
     assert torch.equal(qt.dequantize()[: want.shape[0]], want)
     fine, factor = qt.spec.scales
     multiplied = replace(qt.spec, scales=(fine, replace(factor, inverse=False)))
@@ -233,11 +204,11 @@ def test_members_fuse_only_if_their_static_scales_agree(shared):
 def test_three_bit_words_read_as_padded_miss_the_weights(shared):
     folder = shared / "ct-w3a16-gptq"
     planned = plan(open_checkpoint(folder))
-    expected = open_checkpoint(folder / "expected.safetensors")
-    key = next(k for k in expected.tensors if k.startswith("weight."))
+    made = open_checkpoint(folder / "expected.safetensors")
+    key = next(k for k in made.tensors if k.startswith("weight."))
     module = key.removeprefix("weight.").partition("#")[0].removesuffix(".weight")
     (lt,) = load_tensor(planned, module).matrices
-    want = expected.read(key)
+    want = made.read(key)
     assert torch.equal(lt.dequantize()[: want.shape[0]], want)
     qt = lt.weight
     padded = replace(qt.packing, straddle=False)

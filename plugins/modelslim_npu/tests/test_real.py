@@ -3,12 +3,11 @@ and bytes are checked with all other checkpoints in tests/."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch import nn
 
+from producers import distances, expected, missed
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.engines.transformers import load_model
 from quant_core.load import load_tensor, read_matrix
@@ -24,50 +23,25 @@ SETS = (
 
 @pytest.fixture(scope="module")
 def loaded(checkpoints):
-    """name -> (model, input ids, expected logits, expected.json); each made once."""
+    """name -> (model, what its producer computed); each made once."""
     cache = {}
 
     def get(name):
         if name not in cache:
             folder = checkpoints / f"msmodelslim-{name}"
-            tensors = open_checkpoint(folder / "expected.safetensors")
-            meta = json.loads((folder / "expected.json").read_text())
             # another order of sums flips roundings of activations
             model = load_model(folder, dtype=torch.float32, kernels="torch_ref")
-            cache[name] = model, tensors.read("input_ids"), tensors.read("logits"), meta
+            cache[name] = model, expected(folder)
         return cache[name]
 
     return get
 
 
-def _distances(model, ids, want, meta):
-    with torch.inference_mode():
-        got = model(ids.view(1, -1)).logits[0]
-    d = (got - want).abs()
-    within = meta["bound"].get("positions", {}).get("within", 0)
-    return {
-        "max": d.max().item(),
-        "mean": d.mean().item(),
-        "top1": int((got.argmax(-1) == want.argmax(-1)).sum()),
-        "positions": int((d.amax(dim=-1) <= within).sum()),
-    }
-
-
-def _within(found, bound):
-    least = bound.get("positions", {}).get("at_least", 0)
-    return (
-        found["max"] <= bound["max"]
-        and found["mean"] <= bound["mean"]
-        and found["top1"] >= bound["top1"]
-        and found["positions"] >= least
-    )
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_logits_are_within_the_bound(loaded, name):
-    model, ids, want, meta = loaded(name)
-    found = _distances(model, ids, want, meta)
-    assert _within(found, meta["bound"]), found
+    model, want = loaded(name)
+    found = distances(model, want)
+    assert missed(found, want) == [], found
 
 
 def _float_layer(module):
@@ -109,20 +83,18 @@ def _without_activation_quantization(model):
 @pytest.mark.parametrize("name", [s for s in SETS if s != "w8a16"])
 def test_logits_miss_the_bound_without_activation_quantization(checkpoints, name):
     folder = checkpoints / f"msmodelslim-{name}"
-    tensors = open_checkpoint(folder / "expected.safetensors")
-    meta = json.loads((folder / "expected.json").read_text())
-    model = load_model(folder, dtype=torch.float32)
+    want, model = expected(folder), load_model(folder, dtype=torch.float32)
     _without_activation_quantization(model)
-    found = _distances(model, tensors.read("input_ids"), tensors.read("logits"), meta)
-    assert not _within(found, meta["bound"]), found
+    found = distances(model, want)
+    assert missed(found, want), found
     # as far off as the producer measured
-    assert found["mean"] == pytest.approx(meta["distance_without_act_quant"], rel=0.02)
+    assert found["mean"] == pytest.approx(want.meta["distance_without_act_quant"], rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["mxfp8", "w4a8-mxfp", "w8a8", "mixed", "quarot-w8a8"])
 def test_rounding_follows_the_producers_rule_to_the_last_bit(loaded, name):
-    model, ids, want, meta = loaded(name)
-    assert _distances(model, ids, want, meta)["max"] < 1e-4
+    model, want = loaded(name)
+    assert distances(model, want)["max"] < 1e-4
 
 
 def test_scale_bias_is_the_sum_of_our_weights(checkpoints):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from producers import distances, expected, missed, within
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.engines.transformers import load_model
 from quant_core.load import load_tensor
@@ -25,42 +26,13 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
-def _expected(folder):
-    tensors = open_checkpoint(folder / "expected.safetensors")
-    meta = json.loads((folder / "expected.json").read_text())
-    return tensors.read("input_ids"), tensors.read("logits"), meta
-
-
-def _distances(model, ids, want, meta):
-    with torch.inference_mode():
-        got = model(ids.view(1, -1)).logits[0]
-    d = (got - want).abs()
-    within = meta["bound"].get("positions", {}).get("within", 0)
-    return {
-        "max": d.max().item(),
-        "mean": d.mean().item(),
-        "top1": int((got.argmax(-1) == want.argmax(-1)).sum()),
-        "positions": int((d.amax(dim=-1) <= within).sum()),
-    }
-
-
-def _within(found, bound):
-    least = bound.get("positions", {}).get("at_least", 0)
-    return (
-        found["max"] <= bound["max"]
-        and found["mean"] <= bound["mean"]
-        and found["top1"] >= bound["top1"]
-        and found["positions"] >= least
-    )
-
-
 @pytest.mark.parametrize("name", WEIGHT_ONLY + ACTIVATIONS)
 def test_logits_are_within_the_bound(checkpoints, name):
-    ids, want, meta = _expected(checkpoints / name)
-    assert meta["activation_quant"] is (name in ACTIVATIONS)
+    want = expected(checkpoints / name)
+    assert want.meta["activation_quant"] is (name in ACTIVATIONS)
     model = load_model(checkpoints / name, dtype=torch.float32)
-    found = _distances(model, ids, want, meta)
-    assert _within(found, meta["bound"]), found
+    found = distances(model, want)
+    assert missed(found, want) == [], found
 
 
 def _changed(model, change):
@@ -78,20 +50,20 @@ def _float_inputs(op):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_logits_miss_the_bound_without_activation_quantization(checkpoints, name):
-    ids, want, meta = _expected(checkpoints / name)
+    want = expected(checkpoints / name)
     model = load_model(checkpoints / name, dtype=torch.float32, kernels="torch_ref")
     model = _changed(model, _float_inputs)
-    found = _distances(model, ids, want, meta)
-    assert not _within(found, meta["bound"])
+    found = distances(model, want)
+    assert missed(found, want)
     # as far off as the producer measured, to the digits it gave
-    assert found["mean"] == pytest.approx(meta["distance_without_act_quant"], rel=0.001)
+    assert found["mean"] == pytest.approx(want.meta["distance_without_act_quant"], rel=0.001)
 
 
 @pytest.mark.parametrize(
     "name", ["modelopt-int4-awq", "modelopt-w4a8-awq", "modelopt-nvfp4-awq-lite"]
 )
 def test_logits_miss_the_bound_without_pre_quant_scale(checkpoints, name):
-    ids, want, meta = _expected(checkpoints / name)
+    want = expected(checkpoints / name)
     model = load_model(checkpoints / name, dtype=torch.float32)
     count = 0
     for module in model.modules():
@@ -100,15 +72,15 @@ def test_logits_miss_the_bound_without_pre_quant_scale(checkpoints, name):
                 value.fill_(1)
                 count += 1
     assert count >= 2
-    assert not _within(_distances(model, ids, want, meta), meta["bound"])
+    assert not within(model, want)
 
 
 def test_swapped_halves_of_a_byte_miss_the_weights(checkpoints):
     folder = checkpoints / "modelopt-w4a16-nvfp4"
     planned = plan(open_checkpoint(folder))
-    expected = open_checkpoint(folder / "expected.safetensors")
-    key = next(k for k in expected.tensors if k.startswith("weight."))
-    want = expected.read(key)
+    made = open_checkpoint(folder / "expected.safetensors")
+    key = next(k for k in made.tensors if k.startswith("weight."))
+    want = made.read(key)
     (lt,) = load_tensor(planned, key.removeprefix("weight.").partition("#")[0]).matrices
     assert torch.equal(lt.dequantize()[: want.shape[0]], want)
     codes = lt.weight.codes
@@ -133,16 +105,17 @@ def test_scales_of_the_cache_are_kept_when_saving(checkpoints, tmp_path):
 
 def test_scales_of_an_fp8_cache_are_applied_on_demand(checkpoints, caplog):
     folder = checkpoints / "modelopt-fp8-kvfp8"
-    ids, want, meta = _expected(folder)
+    want = expected(folder)
     assert not plan(open_checkpoint(folder)).warnings
     plain = load_model(folder, dtype=torch.float32)
     assert "kv_cache='checkpoint'" in caplog.text
-    assert _within(_distances(plain, ids, want, meta), meta["bound"])
+    assert within(plain, want)
     rounded = load_model(folder, dtype=torch.float32, kv_cache="checkpoint")
-    assert not _within(_distances(rounded, ids, want, meta), meta["bound"])
+    assert not within(rounded, want)
     # the producer's model before export, with its cache quantizers on (and other input scales)
-    memory = open_checkpoint(folder / "expected.safetensors").read("logits_fakequant_f32")
-    before, after = (_distances(m, ids, memory, meta)["mean"] for m in (plain, rounded))
+    made = open_checkpoint(folder / "expected.safetensors")
+    memory = want._replace(logits=made.read("logits_fakequant_f32"))
+    before, after = (distances(m, memory)["mean"] for m in (plain, rounded))
     assert after < 0.9 * before
 
 
@@ -162,6 +135,6 @@ def test_either_config_file_alone_is_enough(checkpoints, tmp_path, name):
         schemes.append({n: m.scheme for n, m in planned.quantized.items()})
     assert schemes[0] == schemes[1]
     assert schemes[0]
-    ids, want, meta = _expected(checkpoints / name)
+    want = expected(checkpoints / name)
     model = load_model(tmp_path / "quantization_config", dtype=torch.float32)
-    assert _within(_distances(model, ids, want, meta), meta["bound"])
+    assert within(model, want)
