@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from checkpoint_sets import FIXTURES, checkpoints_root, has_shared
+from checkpoint_sets import FIXTURES, SHARED, checkpoints_root, has_shared
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_core.checkpoint.base import Checkpoint
 
 
 @pytest.fixture(scope="session")
 def checkpoints() -> Path:
     """The folder of real checkpoints: the full set where present, else tests/fixtures."""
     return checkpoints_root()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The full set of checkpoints; tests that ask for it are skipped where it is absent."""
+    if not has_shared():
+        pytest.skip("needs the full set of checkpoints beside the repository")
+    return SHARED
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Checkpoint]:
+    """Write a checkpoint folder and open it.
+
+    ``write(tensors, config)``: one safetensors file, and a config.json of a Llama with ``config``
+    as its ``quantization_config`` (None = without one). ``files``: further JSON files by name;
+    ``metadata``: of the safetensors header; more keywords: further keys of config.json.
+    """
+    from safetensors.torch import save_file
+
+    from quant_core.checkpoint.open import open_checkpoint
+
+    def make(
+        tensors: Mapping[str, Tensor],
+        config: Any = None,
+        *,
+        files: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **keys: Any,
+    ) -> Checkpoint:
+        data = {name: t.clone().contiguous() for name, t in tensors.items()}
+        save_file(data, tmp_path / "model.safetensors", metadata=metadata and dict(metadata))
+        block = {} if config is None else {"quantization_config": config}
+        model = {"model_type": "llama", **block, **keys}
+        for name, content in {"config.json": model, **(files or {})}.items():
+            (tmp_path / name).write_text(json.dumps(content))
+        return open_checkpoint(tmp_path)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -6,19 +6,15 @@ tests need.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.checkpoint.open import open_checkpoint
 from quant_core.spec import LayerDesc
 
 torch.set_num_threads(1)
@@ -151,15 +147,6 @@ def ref() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real checkpoints beside the repository."""
-    folder = Path(__file__).resolve().parents[3].parent / "shared" / "checkpoints"
-    if not folder.is_dir():
-        pytest.skip("the full set of checkpoints is not beside the repository")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def linear() -> Callable[..., LayerDesc]:
     def make(stored: str = "model.layers.0.mlp.up_proj", **kw: Any) -> LayerDesc:
         return LayerDesc(kind=kw.pop("kind", "linear"), name=stored, stored=stored, **kw)
@@ -168,22 +155,15 @@ def linear() -> Callable[..., LayerDesc]:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Any]:
-    """Write a checkpoint folder and open it."""
+def write(write: Callable[..., Any]) -> Callable[..., Any]:
+    """``write(tensors, config, side)``: ``side`` holds further JSON files by name."""
 
     def make(
         tensors: Mapping[str, Tensor],
         config: Any = None,
         side: Mapping[str, Any] | None = None,
     ) -> Any:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "model.safetensors")
-        model: dict[str, Any] = {"model_type": "llama"}
-        if config is not None:
-            model["quantization_config"] = config
-        (tmp_path / "config.json").write_text(json.dumps(model))
-        for name, block in (side or {}).items():
-            (tmp_path / name).write_text(json.dumps(block))
-        return open_checkpoint(tmp_path)
+        return write(tensors, config, files=side)
 
     return make
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.checkpoint.open import open_checkpoint
 from quant_core.plan import plan
 from quant_core.registry import load_registry
 
@@ -92,19 +89,3 @@ def bnb() -> SimpleNamespace:
     return SimpleNamespace(
         NAME=NAME, FOUR=FOUR, EIGHT=EIGHT, four_bit=four_bit, int8=int8, named=named, plan=plan_of
     )
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Any]:
-    """Write a checkpoint folder and open it."""
-
-    def make(tensors: Mapping[str, Tensor], config: Any) -> Any:
-        data = {k: v.clone().contiguous() for k, v in tensors.items()}
-        save_file(data, tmp_path / "model.safetensors")
-        model = {"model_type": "llama"}
-        if config is not None:
-            model["quantization_config"] = config
-        (tmp_path / "config.json").write_text(json.dumps(model))
-        return open_checkpoint(tmp_path)
-
-    return make

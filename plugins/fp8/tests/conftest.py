@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-
-from quant_core.checkpoint.open import open_checkpoint
 
 torch.set_num_threads(1)
 
@@ -129,16 +123,3 @@ def model(family: str, layers: int = 2) -> dict[str, Tensor]:
 def made() -> SimpleNamespace:
     """``configs``, ``layer(family)`` and ``model(family)``."""
     return SimpleNamespace(configs=CONFIGS, layer=layer, model=model)
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Any]:
-    """Write a checkpoint folder and open it."""
-
-    def make(tensors: Mapping[str, Tensor], config: Any, **more: Any) -> Any:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "model.safetensors")
-        block = {"model_type": "llama", "quantization_config": config, **more}
-        (tmp_path / "config.json").write_text(json.dumps(block))
-        return open_checkpoint(tmp_path)
-
-    return make

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.checkpoint.open import open_checkpoint
 from quant_core.plan import plan
 from quant_core.registry import load_registry
 
@@ -124,8 +120,8 @@ def ms() -> SimpleNamespace:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Any]:
-    """Write a checkpoint folder and open it."""
+def write(write: Callable[..., Any]) -> Callable[..., Any]:
+    """``write(tensors, description)``: the description that stands beside the weights."""
 
     def make(
         tensors: Mapping[str, Tensor],
@@ -133,15 +129,8 @@ def write(tmp_path: Path) -> Callable[..., Any]:
         file: str = "quant_model_description.json",
         **keys: Any,
     ) -> Any:
-        save_file(
-            {k: v.clone().contiguous() for k, v in tensors.items()},
-            tmp_path / "model.safetensors",
-        )
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        if description is not None:
-            whole = {"version": "1.0.0", "model_quant_type": "W8A8", "group_size": 0,
-                     "metadata": {}, "optional": {}, **description, **keys}  # fmt: skip
-            (tmp_path / file).write_text(json.dumps(whole))
-        return open_checkpoint(tmp_path)
+        whole = {"version": "1.0.0", "model_quant_type": "W8A8", "group_size": 0,
+                 "metadata": {}, "optional": {}, **(description or {}), **keys}  # fmt: skip
+        return write(tensors, files={} if description is None else {file: whole})
 
     return make

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.checkpoint.open import open_checkpoint
 from quant_core.plan import plan
 from quant_core.registry import load_registry
 
@@ -87,25 +83,10 @@ def mx() -> SimpleNamespace:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Any]:
-    """Write a checkpoint folder and open it."""
+def write(write: Callable[..., Any]) -> Callable[..., Any]:
+    """A gpt-oss checkpoint of these tensors."""
 
     def make(tensors: Mapping[str, Tensor], config: Any = CONFIG) -> Any:
-        save_file(
-            {k: v.clone().contiguous() for k, v in tensors.items()}, tmp_path / "model.safetensors"
-        )
-        model = {"model_type": "gpt_oss"}
-        model |= {} if config is None else {"quantization_config": config}
-        (tmp_path / "config.json").write_text(json.dumps(model))
-        return open_checkpoint(tmp_path)
+        return write(tensors, config, model_type="gpt_oss")
 
     return make
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real checkpoints beside the repository."""
-    folder = Path(__file__).resolve().parents[3].parent / "shared" / "checkpoints"
-    if not folder.is_dir():
-        pytest.skip("the full set of checkpoints is not beside the repository")
-    return folder

@@ -131,12 +131,3 @@ def write(tmp_path: Path) -> Callable[..., Any]:
         return save(tmp_path, tensors, config)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """Real checkpoints beside the repository."""
-    folder = Path(__file__).resolve().parents[3].parent / "shared" / "checkpoints"
-    if not folder.is_dir():
-        pytest.skip("the full set of checkpoints is not beside the repository")
-    return folder

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.checkpoint.open import open_checkpoint
 from quant_core.plan import plan
 from quant_core.registry import load_registry
 
@@ -131,18 +127,10 @@ def mo() -> SimpleNamespace:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Any]:
-    """Write a checkpoint folder and open it."""
+def write(write: Callable[..., Any]) -> Callable[..., Any]:
+    """``write(tensors, config, hf)``: ``hf`` goes to hf_quant_config.json."""
 
     def make(tensors: Mapping[str, Tensor], config: Any = None, hf: Any = None) -> Any:
-        save_file(
-            {k: v.clone().contiguous() for k, v in tensors.items()}, tmp_path / "model.safetensors"
-        )
-        model = {"model_type": "llama"}
-        model |= {} if config is None else {"quantization_config": config}
-        (tmp_path / "config.json").write_text(json.dumps(model))
-        if hf is not None:
-            (tmp_path / "hf_quant_config.json").write_text(json.dumps(hf))
-        return open_checkpoint(tmp_path)
+        return write(tensors, config, files={} if hf is None else {"hf_quant_config.json": hf})
 
     return make

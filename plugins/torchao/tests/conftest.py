@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.checkpoint.open import open_checkpoint
 from quant_core.plan import plan
 from quant_core.registry import load_registry
 
@@ -81,16 +79,10 @@ def stored_case(request: pytest.FixtureRequest) -> SimpleNamespace:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Any]:
-    """Write a checkpoint folder and open it."""
+def write(write: Callable[..., Any]) -> Callable[..., Any]:
+    """``write(tensors, metadata, config)``: ``metadata`` is that of the safetensors header."""
 
     def make(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Any) -> Any:
-        data = {k: v.clone().contiguous() for k, v in tensors.items()}
-        save_file(data, tmp_path / "model.safetensors", metadata=dict(metadata))
-        model = {"model_type": "llama"}
-        if config is not None:
-            model["quantization_config"] = config
-        (tmp_path / "config.json").write_text(json.dumps(model))
-        return open_checkpoint(tmp_path)
+        return write(tensors, config, metadata=metadata)
 
     return make
