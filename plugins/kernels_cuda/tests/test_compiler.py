@@ -80,7 +80,7 @@ def test_folder_that_cannot_be_written_is_said_once(rtc, monkeypatch, tmp_path, 
         compile_cached("decode", (), "90")
         compile_cached("decode", (), "90")
     assert len(rtc.calls) == 2
-    assert caplog.text.count("are not kept") == 1
+    assert caplog.text.count("is not kept") == 1
 
 
 def test_no_library_is_a_clear_error(monkeypatch, tmp_path):

@@ -3,9 +3,8 @@
 No compiler of the system, no headers and no GPU are needed: NVRTC is a library that comes with
 torch's CUDA builds or with ``nvidia-cuda-nvrtc``. A compiled variant takes 0.3 to 0.7 s and 50 KB.
 
-The cache is a folder of files ``<key>.cubin``: the SHA-256 of the content, then the content. The
-key covers source, headers, options, architecture and the version of NVRTC. Files are written under
-another name and renamed, so processes may share the folder; a damaged file is compiled again.
+The cache is a folder of files ``<key>.cubin`` as ``quant_core.cache`` keeps them. The key covers
+source, headers, options, architecture and the version of NVRTC.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ import hashlib
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from quant_core.cache import cache_folder
+from quant_core.cache import cache_folder, keep, kept
 from quant_core.errors import KernelError
 
 __all__ = ["Compiler", "compile_cached", "compiler", "sources", "unavailable"]
@@ -29,7 +27,6 @@ __all__ = ["Compiler", "compile_cached", "compiler", "sources", "unavailable"]
 log = logging.getLogger("quant_core")
 
 _OLDEST = (12, 1)  # st.async
-_SUM = 32  # bytes of SHA-256
 
 
 def _candidates() -> Iterator[str]:
@@ -160,37 +157,6 @@ def sources(name: str = "decode") -> tuple[str, dict[str, str]]:
     return (folder / f"{name}.cu").read_text("utf-8"), headers
 
 
-def _read_cached(file: Path) -> bytes | None:
-    try:
-        held = file.read_bytes()
-    except OSError:
-        return None
-    if len(held) > _SUM and hashlib.sha256(held[_SUM:]).digest() == held[:_SUM]:
-        return held[_SUM:]
-    log.warning("%s is damaged; the kernel is compiled again", file)
-    return None
-
-
-def _write_cached(file: Path, cubin: bytes) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".new")
-        try:
-            with os.fdopen(handle, "wb") as f:
-                f.write(hashlib.sha256(cubin).digest() + cubin)
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as err:
-        _warn_once(str(file.parent), str(err))
-
-
-@functools.cache
-def _warn_once(folder: str, reason: str) -> None:
-    log.warning("compiled kernels are not kept: %s cannot be written (%s)", folder, reason)
-
-
 def compile_cached(name: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
     """The cubin of ``name``.cu under ``defines`` for ``arch`` ("90"), from the disk if it is there.
 
@@ -203,8 +169,8 @@ def compile_cached(name: str, defines: tuple[tuple[str, str], ...], arch: str) -
     rtc = compiler()
     text = "\0".join((source, *headers, *headers.values(), *options, str(rtc.version)))
     file = cache_folder("cuda") / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
-    held = _read_cached(file)
+    held = kept(file)
     if held is None:
         held = rtc.compile(f"{name}.cu", source, headers, options)
-        _write_cached(file, held)
+        keep(file, held)
     return held
