@@ -23,7 +23,7 @@ from quant_kernels_triton.gluon_plan import (
 )
 from quant_kernels_triton.gluon_stack import expected_blocks, stack_config, stack_us
 from quant_kernels_triton.recipe import Recipe, describe
-from quant_kernels_triton.wna16 import GluonTiles
+from quant_kernels_triton.wna16 import GluonTiles, gluon_missing
 from triton_made import SPECS, make_op
 
 PROGRAM = """
@@ -177,6 +177,35 @@ def test_refusals_name_the_axis():
     assert refused(spec=SPECS["fp6_e2m3 g32"]).axis == "element"
     assert refused(spec=SPECS["table of 16"]).axis == "element"
     assert refused(op="embedding").axis == "op"
+
+
+def test_what_gluon_lacks_is_read_from_its_files(monkeypatch, tmp_path):
+    """As the imported package says it, and of packages that lack something."""
+    language = pytest.importorskip("triton.experimental.gluon.language")
+    assert gluon_missing() == ""
+    assert all(hasattr(language, n) for n in ("warp_specialize", "inline_asm_elementwise", "join"))
+    package = tmp_path / "triton"
+    listed = package / "experimental/gluon/language/__init__.py"
+    listed.parent.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "triton")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def missing() -> str:
+        gluon_missing.cache_clear()
+        return gluon_missing()
+
+    assert missing() == "no triton.experimental.gluon"
+    listed.write_text("from ._core import (\n    join,\n    barrier,\n)\n")
+    assert missing() == "no triton.experimental.gluon"
+    (listed.parent / "nvidia/hopper").mkdir(parents=True)
+    assert missing() == "Gluon without warp_specialize, inline_asm_elementwise"
+    listed.write_text("from ._core import (\n    join,\n    warp_specialize,\n"
+                      "    inline_asm_elementwise,\n)\n")  # fmt: skip
+    assert missing() == "Gluon without barrier"
+    monkeypatch.undo()
+    gluon_missing.cache_clear()
 
 
 def test_accepted_costs_cover_all_rows():

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant_core.kernels.base import Accepted, Rejected
@@ -119,20 +121,22 @@ class Dense(TilesKernel):
 
 @functools.cache
 def gluon_missing() -> str:
-    """What the installed Triton lacks for the Gluon kernels; "" if nothing."""
+    """What the installed Triton lacks for the Gluon kernels; "" if nothing.
+
+    Read from its files: importing Triton takes longer than all the rest of a choice.
+    """
     from importlib.util import find_spec
 
-    try:
-        found = find_spec("triton.experimental.gluon.language.nvidia.hopper")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
+    found = find_spec("triton")
+    if found is None or not found.submodule_search_locations:
+        return "no Triton"
+    language = Path(found.submodule_search_locations[0]) / "experimental/gluon/language"
+    listed = language / "__init__.py"
+    if not listed.is_file() or not (language / "nvidia/hopper").exists():
         return "no triton.experimental.gluon"
-    from triton.experimental.gluon import language as gl
-
-    names = ("warp_specialize", "inline_asm_elementwise", "join")
-    lacks = [n for n in names if not hasattr(gl, n)]
-    if not (hasattr(gl, "barrier") or hasattr(gl, "thread_barrier")):
+    names = set(re.findall(r"^ +(\w+),$", listed.read_text("utf-8"), re.MULTILINE))
+    lacks = [n for n in ("warp_specialize", "inline_asm_elementwise", "join") if n not in names]
+    if not names & {"barrier", "thread_barrier"}:
         lacks.append("barrier")
     return f"Gluon without {', '.join(lacks)}" if lacks else ""
 
