@@ -3,9 +3,10 @@
     python benchmarks/gpu_accuracy.py --json out.json [--kernels NAME,...] [--parts float,rounded]
 
 float      every weight of ``gpu_accuracy_cases`` x bf16, fp16 x columns in order or reordered x
-           1 to 1000 rows, layers whose sizes are no multiples of any block; all kernels that accept
+           1 to 1000 rows x two sizes that are no multiples of any block; all kernels that accept
 rounded    weights with quantized activations, against activations emulated in float32
-experts    stacks, with tokens of no expert; embeddings, bit for bit
+experts    stacks, with tokens of no expert
+embedding  bit for bit
 weightless roundings (bit for bit), Hadamard transforms, attention, norms, rotations, gates
 opcheck    ``torch.library.opcheck`` of every registered operator that these calls reach
 
@@ -17,6 +18,9 @@ outputs the bound allows for the noise of the norm. Besides, for every kernel an
 second call and the replay of a CUDA graph give the same bits; and for every kernel and layer: NaN
 and infinity reach their row alone, weights at their zero point give the bias exactly, no rows give
 none, ``restore`` gives the canonical tensors bit for bit.
+
+Most of the time goes into compiling, so that is done ahead by processes that do nothing else
+(``gpu_accuracy_builds``), in front of a few that use the GPU (``gpu_accuracy_pool``).
 """
 
 from __future__ import annotations
@@ -25,68 +29,63 @@ import argparse
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpu_accuracy_checks import (
-    ACTS,
-    EIGHT_BIT,
-    EVEN,
-    LARGE,
-    NARROW,
-    PAIRS,
-    WEIGHTS,
-    WIDE,
-    WORK,
-    Cell,
-    work,
-)
-from gpu_watch import Broken, watched
+from gpu_accuracy_common import ACTS, EVEN, HERE, LARGE, MIDDLE, NARROW, SMALL, Cell
+from gpu_accuracy_pool import Broken, Late, Pool, Task
+
+# isort: split
+import gpu_accuracy_builds as builds
+from gpu_accuracy_cases import PAIRS, WEIGHTS, WIDE
+
+EIGHT_BIT = ("gluon_a8", "gluon_a8_stored", "gluon_scaled", "triton_scaled", "torch_scaled_mm",
+             "torch_scaled_mm_block", "torch_int_mm")  # fmt: skip
+PARTS = ("float", "rounded", "experts", "embedding", "weightless", "opcheck")
 
 
-def cells(parts: list[str], kernels: tuple[str, ...]) -> list[Cell]:
-    """All that is to be done, the most telling first."""
+def _products() -> list[Cell]:
+    both, even = (SMALL, LARGE), (EVEN, MIDDLE)
+    order = [*WIDE, *(w for w in WEIGHTS if w not in WIDE)]
+    out = []
+    for act in ACTS:
+        out += [Cell("float", w, act=act, sizes=both) for w in order]
+        out += [Cell("float", w, act=act, sizes=(NARROW,)) for w in WIDE]
+        out += [Cell("rounded", w, a, act, both) for w, a in PAIRS]
+        out += [Cell("rounded", w, a, act, even, kernels=EIGHT_BIT) for w, a in PAIRS]
+    return out
+
+
+def _others() -> list[Cell]:
     import gpu_rounding
 
-    first, then = [], []
+    even = (EVEN,)
     some = ("int4 g128 bf16", "uint4 g32 code", "mxfp4", "nvfp4", "int8 channel f32", "fp8 channel",
             "fp8 block", "uint3 g64 code", "int4 two levels")  # fmt: skip
-    first += [Cell("experts", w) for w in some]
-    first += [Cell("experts", w, a, sizes=EVEN) for w, a in (
+    out = [Cell("experts", w, act=act) for act in ACTS for w in some]
+    out += [Cell("experts", w, a, sizes=even) for w, a in (
         ("int4 g128 bf16", "fp8 token"), ("int4 g128 bf16", "int8 token"),
         ("fp8 channel", "fp8 token"), ("int8 channel f32", "int8 token"),
         ("fp8 block", "fp8 g128"), ("mxfp4", "mxfp8"), ("nvfp4", "nvfp4"))]  # fmt: skip
-    then += [Cell("experts", w, act="float16") for w in some[:4]]
-    then += [Cell("embedding", w) for w in WEIGHTS if "three" not in w]
-    first += [Cell("weightless", "steps", index=i) for i in range(8)]
-    first += [Cell("weightless", "triton_hadamard", index=i)
-              for i in range(len(gpu_rounding.ORDERS))]  # fmt: skip
-    then += [Cell("weightless", "triton_round", name, act, (0, k)) for name in gpu_rounding.SPECS
-             for act, k in (("bfloat16", 4096), ("float32", 200), ("float16", 200))]  # fmt: skip
-    first += [Cell("opcheck"), *(Cell("opcheck", w) for w in some[:3])]
-    first += [Cell("opcheck", w, index=3) for w in some[:1]]
-    first += [Cell("opcheck", w, a, sizes=EVEN) for w, a in PAIRS if w in (
+    out += [Cell("embedding", w, act=act) for act in ACTS for w in WEIGHTS]
+    out += [Cell("weightless", "steps", index=i) for i in range(8)]
+    out += [Cell("weightless", "triton_hadamard", index=i)
+            for i in range(len(gpu_rounding.ORDERS))]  # fmt: skip
+    out += [Cell("weightless", "triton_round", name, act, ((0, k),)) for name in gpu_rounding.SPECS
+            for act, k in (("bfloat16", 4096), ("float32", 200), ("float16", 200))]  # fmt: skip
+    out += [Cell("opcheck"), *(Cell("opcheck", w) for w in some[:3])]
+    out += [Cell("opcheck", w, index=3) for w in some[:1]]
+    out += [Cell("opcheck", w, a, sizes=even) for w, a in PAIRS if w in (
         "int4 g128 bf16", "fp8 channel", "int8 tensor", "fp8 block")]  # fmt: skip
-    for act in ACTS:
-        first += [Cell("float", w, act=act) for w in WIDE]
-        first += [Cell("float", w, act=act, sizes=LARGE, rows=(3, 16, 64, 100, 192, 300))
-                  for w in WIDE]  # fmt: skip
-    first += [Cell("float", w, sizes=NARROW) for w in WIDE]
-    rest = [w for w in WEIGHTS if w not in WIDE]
-    then += [Cell("float", w, rows=()) for w in rest]
-    then += [Cell("float", w, act="float16", rows=()) for w in rest[::3]]
-    for at, (w, a) in enumerate(PAIRS):
-        first.append(Cell("rounded", w, a))
-        first.append(Cell("rounded", w, a, sizes=EVEN, kernels=EIGHT_BIT))
-        if at % 4 == 0 or w.startswith("fp8"):
-            then.append(Cell("rounded", w, a, "float16", EVEN, kernels=EIGHT_BIT))
-    first += [Cell("rounded", w, a, sizes=(2176, 1280), rows=(16, 64, 100, 300), kernels=EIGHT_BIT)
-              for w, a in PAIRS if a in ("fp8 token", "int8 token", "fp8 g128")]  # fmt: skip
-    every = [c for c in (*first, *then) if c.part in parts]
+    return out
+
+
+def cells(parts: list[str], kernels: tuple[str, ...]) -> list[Cell]:
+    """All that is to be done."""
+    every = [c for c in (*_products(), *_others()) if c.part in parts]
     return [replace(c, kernels=kernels) for c in every] if kernels else every
 
 
@@ -102,91 +101,140 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for r in rows:
         if "kernel" in r:
             held.setdefault((r["part"], r["kernel"], r.get("act", "")), []).append(r)
-    lines = ["| part | kernel | x | kinds | cases | worst | with rounded weights | over | wrong |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| part | kernel | x | kinds | layers | cases | worst | with rounded weights | over "
+             "| wrong |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for (part, kernel, act), of in sorted(held.items()):
         cases, over = (sum(r.get(key, 0) for r in of) for key in ("cases", "over"))
         worst, likewise = (max(r.get(key, 0.0) for r in of) for key in ("worst", "likewise"))
         wrong = sum(bool(r["bad"]) for r in of)
-        lines.append(f"| {part} | {kernel} | {act} | {len(of)} | {cases} | {worst:.2e} | "
+        kinds = len({(r.get("weight"), r.get("inputs")) for r in of})
+        lines.append(f"| {part} | {kernel} | {act} | {kinds} | {len(of)} | {cases} | {worst:.2e} | "
                      f"{likewise:.2e} | {over} | {wrong} |")  # fmt: skip
     return lines
 
 
-def main() -> int:
-    """Deal the cells to workers; 1 if something was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--parts", default=",".join(WORK))
-    parser.add_argument("--kernels", default="", help="names, joined by commas; all that accept")
-    parser.add_argument(
-        "--only", default="", help="weights and inputs whose names hold one of these"
-    )
-    parser.add_argument("--acts", default=",".join(ACTS))
-    parser.add_argument("--rows", default="", help="numbers of rows in place of all")
-    parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
-    parser.add_argument("--share", default="0/1", help="i/n: every n-th cell, from cell i")
-    parser.add_argument("--seconds", type=float, default=1e6)
-    parser.add_argument("--silent", type=float, default=90, help="seconds after which one hangs")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--but", type=Path, nargs="*", default=[], help="results to go on from")
-    parser.add_argument(
-        "--show", type=Path, nargs="*", default=[], help="results to print, the last count"
-    )
-    parser.add_argument("--inline", action="store_true", help="in this process, for sanitizers")
-    a = parser.parse_args()
-    if a.show:
-        held = latest(r for path in a.show for r in json.loads(path.read_text()))
-        print("\n".join(table(held)))
-        for r in held:
-            if r.get("bad"):
-                where = {k: v for k, v in r.items() if k not in ("bad", "cases", "over")}
-                print("WRONG", where, r["bad"][:4])
-        return 0
-    end, began = time.monotonic() + a.seconds, time.time()
-    part, parts = map(int, a.share.split("/"))
-    every = cells(a.parts.split(","), tuple(filter(None, a.kernels.split(","))))[part::parts]
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table, and what is wrong."""
+    print("\n".join(table(rows)))
+    for r in rows:
+        if r.get("bad"):
+            told(r)
+
+
+def told(row: dict[str, Any]) -> None:
+    """Print a row that is wrong."""
+    where = {k: v for k, v in row.items() if k not in ("bad", "cases", "over", "rows", "refused")}
+    print("WRONG", where, row["bad"][:4], flush=True)
+
+
+def _tasks(every: list[Cell]) -> list[Task]:
+    """What is to be compiled for the cells: for each by family of kernels, so that it is shared."""
+    out: list[Task] = []
+    for at, cell in enumerate(every):
+        if cell.part in builds.PARTS:
+            out += [Task((cell, family), (at,)) for family in builds.FAMILIES]
+    return out
+
+
+def _found(of: Any, message: Any) -> dict[str, Any]:
+    """A row of what a process sent."""
+    if isinstance(of, Task):
+        row = message if isinstance(message, dict) else {"problem": message.why}
+        return {"compiled": f"{of.job[0].weight} {of.job[1]}"} | row
+    if isinstance(message, Late):
+        return {"part": of.part, "late": str(of)}
+    if isinstance(message, Broken):
+        return {"part": of.part, "kernel": "?", "weight": of.weight, "bad": [message.why],
+                "cell": str(of)}  # fmt: skip
+    return message  # type: ignore[no-any-return]
+
+
+def _start_tester() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if HERE.device == "cuda":
+        torch.zeros(1, device="cuda")
+
+
+def _pool(a: argparse.Namespace) -> Pool:
+    import gpu_accuracy_checks
+
+    return Pool(
+        compile=builds.task, test=gpu_accuracy_checks.work, start_compiler=builds.start,
+        start_tester=_start_tester, compilers=a.compilers, testers=a.testers, silent_s=a.silent,
+    )  # fmt: skip
+
+
+def _chosen(a: argparse.Namespace) -> list[Cell]:
+    every = cells(a.parts.split(","), tuple(filter(None, a.kernels.split(","))))
     every = [c for c in every if any(o in f"{c.weight} {c.inputs}" for o in a.only.split(","))]
     every = [c for c in every if c.act in (*a.acts.split(","), "float32")]
-    before = {r.get("done") for path in a.but for r in json.loads(path.read_text())}
-    every = [c for c in every if str(c) not in before]
     if a.rows:
         every = [replace(c, rows=tuple(map(int, a.rows.split(",")))) for c in every]
+    before = {r.get("done") for path in a.but for r in json.loads(path.read_text())}
+    return [c for c in every if str(c) not in before]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    cores = os.cpu_count() or 1
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--kernels", default="", help="names, joined by commas; all that accept")
+    parser.add_argument("--only", default="", help="kinds whose names hold one of these")
+    parser.add_argument("--acts", default=",".join(ACTS))
+    parser.add_argument("--rows", default="", help="numbers of rows in place of all")
+    parser.add_argument("--compilers", type=int, default=max(cores - 3, 1))
+    parser.add_argument("--testers", type=int, default=4, help="processes that use the GPU")
+    parser.add_argument("--seconds", type=float, default=1e6, help="after which nothing is begun")
+    parser.add_argument("--silent", type=float, default=60, help="seconds after which one hangs")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--but", type=Path, nargs="*", default=[], help="results to go on from")
+    parser.add_argument("--show", type=Path, nargs="*", default=[],
+                        help="results to print, the last count")  # fmt: skip
+    parser.add_argument("--inline", action="store_true", help="in this process, for sanitizers")
+    return parser.parse_args()
+
+
+def _inline(every: list[Cell]) -> Iterable[tuple[Cell, Any]]:
+    from gpu_accuracy_checks import work
+
+    for cell in every:
+        rows: list[Any] = []
+        work(cell, rows.append)
+        yield from ((cell, row) for row in rows)
+
+
+def main() -> int:
+    """Deal the cells to processes; 1 if something was wrong or not begun."""
+    a = _arguments()
+    HERE.device = a.device
+    if a.show:
+        show(latest(r for path in a.show for r in json.loads(path.read_text())))
+        return 0
+    end, began = time.monotonic() + a.seconds, time.time()
+    every = _chosen(a)
     rows: list[dict[str, Any]] = []
-    lock = threading.Lock()
-
-    def told(cell: Cell, row: Any) -> None:
-        if isinstance(row, Broken):
-            row = {"part": cell.part, "kernel": "?", "weight": cell.weight, "bad": [row.why],
-                   "cell": str(cell)}  # fmt: skip
-        with lock:
-            rows.append(row)
-            if row.get("bad"):
-                where = {k: v for k, v in row.items() if k not in ("bad", "cases", "over")}
-                print("WRONG", where, row["bad"][:4], flush=True)
-            if a.json and len(rows) % 50 == 0:
-                a.json.write_text(json.dumps(rows))
-
-    def serve(mine: list[Cell]) -> None:
-        for cell, row in watched(work, mine, end, a.device, silent_s=a.silent):
-            told(cell, row)
-
-    if a.inline:
-        for cell in every:
-            work(cell, lambda row, cell=cell: told(cell, row), end, a.device)
-    else:
-        threads = [threading.Thread(target=serve, args=(every[i :: a.workers],))
-                   for i in range(min(a.workers, len(every)))]  # fmt: skip
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    if a.json:
-        a.json.write_text(json.dumps(rows))
+    tasks = [] if a.device != "cuda" or not a.compilers else _tasks(every)
+    if tasks:
+        builds.prepare()
+    found = _inline(every) if a.inline else _pool(a).run(every, tasks, end)
+    try:
+        for of, message in found:
+            rows.append(_found(of, message))
+            if rows[-1].get("bad"):
+                told(rows[-1])
+    finally:
+        if a.json:
+            a.json.write_text(json.dumps(rows))
     late = sum("late" in r for r in rows)
-    print("\n".join(table(rows)))
+    show(latest(rows))
+    for r in rows:
+        if r.get("problem"):
+            print("NOT COMPILED AHEAD", r)
     print(f"{len(every)} cells, {late} not begun in time, {time.time() - began:.0f} s")
-    return int(any(r.get("bad") for r in rows))
+    return int(late > 0 or any(r.get("bad") for r in rows))
 
 
 if __name__ == "__main__":
