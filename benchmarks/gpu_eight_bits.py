@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -81,11 +82,11 @@ def _same(q: Tensor, s: Tensor, q0: Tensor, s0: Tensor, per: int) -> bool:
     )
 
 
-def check_codes() -> dict:
+def check_codes(widths: Sequence[int] = (512, 544, 4096, 14336)) -> dict:
     """Codes and scales of both quantizers equal, bit for bit, those of the portable kernels."""
     bad, rows = [], 37
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for k in (512, 544, 4096, 14336):
+        for k in widths:
             for i, x in enumerate(_inputs(rows, k, dtype)):
                 for kind in ("fp8", "int8"):
                     p = eight_bit_plan(kind, 512, k)
@@ -110,16 +111,29 @@ def check_codes() -> dict:
     return {"spec": "codes", "bad": bad}
 
 
-def check_ring(kind: str) -> dict:
-    """Every block size on sizes that are no multiples of it, against float64."""
+SHAPES, ROWS = ((512, 1024), (328, 3600), (200, 544)), (1, 5, 16, 33, 64, 100, 129, 300)
+
+
+def check_ring(
+    kind: str,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    rows: Sequence[int] = ROWS,
+    only: Sequence[RingSizes | WideSizes] = (),
+) -> dict:
+    """Every block size on sizes that are no multiples of it, against float64.
+
+    Args:
+        only: these block sizes instead, for all numbers of rows.
+    """
     bad, worst = [], 0.0
-    for n, k in ((512, 1024), (328, 3600), (200, 544)):
+    for n, k in shapes:
         p = eight_bit_plan(kind, n, k)
         held, w = eight_bit_layer(kind, n, k)
-        for m in (1, 5, 16, 33, 64, 100, 129, 300):
+        for m in rows:
             x = torch.randn(m, k, device="cuda").bfloat16()
             want = fake_quantize(x.float(), acts(kind)).double() @ w.t()
-            for c in (None, *SIZES[m % 3 :: 3], *(WIDE if kind == "int8" else ())):
+            some = (None, *SIZES[m % 3 :: 3], *(WIDE if kind == "int8" else ()))
+            for c in only or some:
                 try:
                     y = run_ring(p, x, held, c)
                     e = float((y.double() - want).norm() / want.norm())

@@ -102,21 +102,25 @@ def wanted_code(parts: list[str], names: list[str]) -> set:
     """What the parts will run, as far as it is known."""
     out = set()
 
-    def add(name: str, act: str, n: int, k: int, m: int, every: bool = False) -> None:
-        v = variant_of(name, n, k, act)
-        cuts = [s for _, s in candidates(v, min(m, 16), *H100[:3])] if every else []
+    def add(name: str, act: str, n: int, k: int, m: int, sms: int = 0) -> None:
+        v = variant_of(name, n, k, act)  # ``sms``: every cut for so many multiprocessors
+        cuts = [s for _, s in candidates(v, min(m, 16), sms, *H100[1:3])] if sms else []
         for s in cuts or [plain_schedule(v, m, *H100[:3])]:
             out.add((s.kernel, ops._defines(v, s)))
 
     if "correct" in parts:
         for name, act, (n, k), m in itertools.product(names, ACTS, SHAPES, ROWS):
             add(name, act, n, k, m)
+    if "check" in parts:
+        for name, act, (n, k), m in itertools.product(CHECKED, ACTS, CHECK_SHAPES, (1, 9)):
+            add(name, act, n, k, m)
+            add("int4_g128", "bfloat16", 168, 6144, m, sms=3)
     if "types" in parts:
         for name, (n, k), m in itertools.product(TYPES, SPEED, TYPE_ROWS):
             add(name, "bfloat16", n, k, m)
     if "sweep" in parts:
         for (n, k), m in itertools.product(SWEEP, SWEEP_ROWS):
-            add("int4_g128", "bfloat16", n, k, m, every=True)
+            add("int4_g128", "bfloat16", n, k, m, sms=H100[0])
     return out
 
 
@@ -139,10 +143,10 @@ def reference(lt, x: torch.Tensor, k_in: int) -> torch.Tensor:
     return ref if lt.bias is None else ref + lt.bias.to(x.device).double()
 
 
-# ------------------------------------------------------------------------------------ correctness
-
 SHAPES = [(80, 416), (208, 4096), (72, 14336)]
 ROWS = (1, 2, 7, 16, 33)
+CHECKED = ["int4_g128", "int4_g128_gather", "int3_g64_zeros", "fp4_e4m3_g16", "fp8_block"]
+CHECK_SHAPES = [(80, 416), (168, 2048)]
 
 
 def correct(names: list[str], shapes=SHAPES, rows=ROWS) -> None:
@@ -248,9 +252,6 @@ def experts(name: str) -> None:
     for i, one in matrices(back, 4):
         if not torch.equal(one.weight.codes.cpu(), each[i].weight.codes):
             bad(f"experts {name}: restore")
-
-
-# ------------------------------------------------------------------------------------------ speed
 
 
 def graph_us(calls: list, rounds: int = 9) -> float:
@@ -431,8 +432,7 @@ def host() -> None:
 
 def check() -> None:
     """For compute-sanitizer: tails, gather, experts, and one cut of every kind."""
-    correct(["int4_g128", "int4_g128_gather", "int3_g64_zeros", "fp4_e4m3_g16", "fp8_block"],
-            [(80, 416), (168, 2048)], (1, 9))  # fmt: skip
+    correct(CHECKED, CHECK_SHAPES, (1, 9))
     experts("int4_g128")
     every_cut("int4_g128", 168, 6144, (1, 9))
 

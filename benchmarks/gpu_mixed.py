@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_kernels_triton as base  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from gpu_eight_bits import check_codes, check_ring  # noqa: E402
+from gpu_eight_bits import SHAPES, check_codes, check_ring  # noqa: E402
 from gpu_kernels_triton import DEVICE, error, graph_us  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -34,7 +34,9 @@ from quant_core.kernels import tiles  # noqa: E402
 from quant_core.kernels.activations import fake_quantize  # noqa: E402
 from quant_core.kernels.base import Rejected  # noqa: E402
 from quant_core.spec import CHANNEL, TENSOR, Element, OpSpec, QuantSpec, Scale, Zero, group  # noqa: E402
-from quant_kernels_triton.gluon_plan import Ring, Specialized  # noqa: E402
+from quant_kernels_triton.gluon_experts_run import run_stack  # noqa: E402
+from quant_kernels_triton.gluon_plan import plan  # noqa: E402
+from quant_kernels_triton.gluon_stack import Stack  # noqa: E402
 from quant_kernels_triton.mixed_kernel import Mixed, MixedStored  # noqa: E402
 from quant_kernels_triton.mixed_plan import (  # noqa: E402
     MixedPair,
@@ -84,8 +86,7 @@ CHECKS = [
 ]
 TIMED = [*CHECKS[11:13], CHECKS[10], CHECKS[8], *CHECKS[1:4]]
 ROWS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
-SIZES: list = [None, Ring(64, 4, 4, 1, False), Ring(128, 4, 3, 1, False)]
-SIZES += [Specialized(128, 0, 2, 1, False, 4), Specialized(256, 0, 2, 1, False, 2)]
+SIZES: list = [None, *(Stack(b, 0, c, False) for b, c in ((64, 4), (128, 3), (256, 2)))]
 WIDE: list = [None, MixedRing(64, 4, 4, 1), MixedRing(128, 4, 4, 1), MixedWide(128, 2, 5, 8)]
 
 
@@ -148,9 +149,26 @@ def check_linear(name: str, kind: str, act: str, static: bool) -> dict:
     return {"spec": name, "kind": kind, "act": act, "static": static, "worst": worst, "bad": bad}
 
 
-def check_blocks(name: str, kind: str) -> dict:
-    """Every block size on one layer whose sizes are no multiples of it."""
-    n, k, bad, worst = 328, 1056, [], 0.0
+def block_sizes(sub: int, only: str = "") -> list[MixedRing | MixedWide | MixedPair]:
+    """Every block size of a plan with ``sub`` pieces a group, or those of one class."""
+    every: list[MixedRing | MixedWide | MixedPair] = []
+    every += [MixedRing(b, nw, 4, s) for b in (16, 64) for nw in (4, 8) for s in (1, 2)]
+    every += [MixedRing(128, 4, 4, 1), MixedWide(128, 1, 4, 8)]
+    every += [MixedPair(b, 4, s) for b in (64, 128) for s in (1, 2)]
+    every += [MixedWide(128, 2, 4, 8)] if sub == 1 else []
+    return [c for c in every if not only or type(c).__name__ == only]
+
+
+def check_blocks(
+    name: str, kind: str, part: int = 0, parts: int = 1, *, rows: int = 300,
+    sizes: tuple[int, int] = (328, 1056), only: str = "",
+) -> dict:  # fmt: skip
+    """Every block size, or those of one class, on a layer whose sizes are no multiples of it.
+
+    Args:
+        part, parts: only every ``parts``-th, from number ``part`` on.
+    """
+    (n, k), bad, worst = sizes, [], 0.0
     op = operation(name, kind, n, k)
     lt = make_layer(KNOWN[name], n, k)
     buffers = Mixed().allocate(op, "cuda")
@@ -158,13 +176,10 @@ def check_blocks(name: str, kind: str) -> dict:
     p, w = from_text(Mixed().bind(op).args[0]), lt.dequantize().double().cuda()
     from quant_kernels_triton.mixed_run import run_mixed
 
-    every = [MixedRing(b, nw, 4, s) for b in (16, 64) for nw in (4, 8) for s in (1, 2)]
-    every += [MixedRing(128, 4, 4, 1), MixedWide(128, 1, 4, 8)]
-    every += [MixedPair(b, 4, s) for b in (64, 128) for s in (1, 2)]
-    every += [MixedWide(128, 2, 4, 8)] if p.sub == 1 else []
+    every = block_sizes(p.sub, only)[part::parts]
     for c in every:
         try:
-            x = torch.randn(300, k, device="cuda").bfloat16()
+            x = torch.randn(rows, k, device="cuda").bfloat16()
             want = fake_quantize(x.float(), op.operand("input")).double() @ w.t()
             e = error(run_mixed(p, x, list(buffers.values()), c), want)
             worst = max(worst, e)
@@ -175,7 +190,7 @@ def check_blocks(name: str, kind: str) -> dict:
     return {"spec": name, "kind": kind, "blocks": len(every), "worst": worst, "bad": bad}
 
 
-def check_experts(name: str, kind: str) -> dict:
+def check_experts(name: str, kind: str, rows: tuple[int, ...] = (0, 1, 7, 60, 300, 1500)) -> dict:
     n, k, e, bad, worst = 200, 544, 5, [], 0.0
     op = operation(name, kind, n, k, bias=True, experts=e)
     parts = [make_layer(KNOWN[name], n, k, seed=i, bias=True) for i in range(e)]
@@ -185,7 +200,7 @@ def check_experts(name: str, kind: str) -> dict:
     w = torch.stack([p.dequantize() for p in parts]).double().cuda()
     b = torch.stack([p.bias for p in parts]).double().cuda()
     run, acts = Mixed().bind(op), op.operand("input")
-    for t in (0, 1, 7, 60, 300, 1500):
+    for t in rows:
         try:
             x = torch.randn(t, k, device="cuda").bfloat16()
             index = torch.randint(-1, e + 1, (t,), device="cuda")
@@ -205,7 +220,6 @@ def check_experts(name: str, kind: str) -> dict:
 
 def warm(name: str, kind: str, part: int) -> dict:
     """Compile what the timings need, on a small layer of the same kind."""
-    from quant_kernels_triton.gluon_run import run_grouped_gluon
     from quant_kernels_triton.mixed_run import run_mixed, run_mixed_grouped
 
     if part < 0:
@@ -213,7 +227,7 @@ def warm(name: str, kind: str, part: int) -> dict:
         x = torch.randn(512, 2048, device="cuda").bfloat16()
         index = torch.randint(0, 8, (512,), device="cuda")
         for c in SIZES[-part - 1 :: 3]:
-            run_grouped_gluon(r, x, index, held, c)
+            run_stack(r, x, index, held, c and c.fitted(plan(r)))
         for c in WIDE[-part - 1 :: 3]:
             run_mixed_grouped(p, x, index, held, c)
         return {"warm": part, "bad": []}
@@ -227,49 +241,59 @@ def warm(name: str, kind: str, part: int) -> dict:
     return {"warm": name, "bad": []}
 
 
-def check_job(job: str) -> dict:
-    what, name, kind, act, static = json.loads(job)
+Job = tuple[str, str, str, str, bool, int, int]
+"""What, weights, activations, type of x, scale stored; part and number of parts."""
+
+
+def check_job(job: Job) -> dict:
+    what, name, kind, act, static, part, parts = job
+    start = time.time()
+    torch.manual_seed(0)
     try:
         if what == "warm":
-            return warm(name, kind, static)
-        if what == "codes":
-            return check_codes()
-        if what == "ring":
-            return check_ring(kind)
-        if what == "linear":
-            return check_linear(name, kind, act, static)
-        return check_blocks(name, kind) if what == "blocks" else check_experts(name, kind)
+            row = warm(name, kind, part)
+        elif what == "codes":
+            row = check_codes()
+        elif what == "ring":
+            row = check_ring(kind, SHAPES[part : part + 1])
+        elif what == "linear":
+            row = check_linear(name, kind, act, static)
+        elif what == "blocks":
+            row = check_blocks(name, kind, part, parts)
+        else:
+            row = check_experts(name, kind)
     except Exception as err:
-        return {"job": job, "bad": repr(err)[:500]}
+        row = {"bad": repr(err)[:500]}
+    return {"job": job, **row, "seconds": round(time.time() - start, 1)}
 
 
 def check(out: Path, workers: int, timing: bool, seconds: float) -> list[dict]:
-    jobs = [("blocks", s, a, "", False) for s, a in (CHECKS[0], *TIMED)]
-    jobs += [("codes", "", "", "", False)]
-    jobs += [("ring", "", kind, "", False) for kind in ("fp8", "block", "int8")]
-    jobs += [("linear", s, a, "bfloat16", False) for s, a in CHECKS]
-    jobs += [("linear", s, a, "float16", False) for s, a in (CHECKS[0], CHECKS[10])]
-    jobs += [("linear", s, a, "bfloat16", True) for s, a in (CHECKS[4], CHECKS[8])]
-    jobs += [("experts", s, a, "", False) for s, a in (CHECKS[0], CHECKS[10])]
+    """All checks, dealt to processes as these become free; what is not done in time says so."""
+    jobs: list[Job] = [("linear", s, a, "bfloat16", False, 0, 1) for s, a in CHECKS]
+    jobs += [("ring", "", kind, "", False, i, 3) for kind in ("fp8", "block", "int8")
+             for i in range(len(SHAPES))]  # fmt: skip
+    jobs += [("linear", s, a, "float16", False, 0, 1) for s, a in (CHECKS[0], CHECKS[10])]
+    jobs += [("linear", s, a, "bfloat16", True, 0, 1) for s, a in (CHECKS[4], CHECKS[8])]
+    jobs += [("experts", s, a, "", False, 0, 1) for s, a in (CHECKS[0], CHECKS[10])]
+    jobs += [("blocks", s, a, "", False, i, 3) for s, a in (CHECKS[0], *TIMED) for i in range(3)]
+    jobs += [("codes", "", "", "", False, 0, 1)]
     if timing:
-        jobs += [("warm", s, a, "", i) for s, a in (CHECKS[0], *TIMED) for i in range(4)]
-        jobs += [("warm", "", "", "", -i) for i in (1, 2, 3)]
-    texts, running, rows = [json.dumps(j) for j in jobs], [], []
-    end = time.time() + seconds
-    for i in range(workers):
-        path = out / f"part{i}.json"
-        command = [sys.executable, __file__, "--jobs", json.dumps(texts[i::workers])]
-        running.append((subprocess.Popen([*command, "--out", str(path)]), path))
-    for process, path in running:
-        try:
-            process.wait(timeout=max(1.0, end - time.time()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            print("KILLED", path.name)
-        rows += json.loads(path.read_text()) if path.is_file() else [{"bad": str(path)}]
-        path.unlink(missing_ok=True)
-    for r in rows:
-        print("CHECK", {**r, "worst": f"{r.get('worst', 0):.2e}"}, flush=True)
+        jobs += [("warm", s, a, "", False, i, 4) for s, a in (CHECKS[0], *TIMED) for i in range(4)]
+        jobs += [("warm", "", "", "", False, -i, 3) for i in (1, 2, 3)]
+    end, rows = time.time() + seconds, []
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        waiting = [(job, pool.apply_async(check_job, (job,))) for job in jobs]
+        for job, result in waiting:
+            try:
+                rows.append(result.get(timeout=max(0.1, end - time.time())))
+            except multiprocessing.TimeoutError:
+                rows.append({"job": job, "bad": f"not done in {seconds:.0f} s"})
+            r = rows[-1]
+            print("CHECK", {**r, "worst": f"{r.get('worst', 0):.2e}"}, flush=True)
+            (out / "check.json").write_text(json.dumps(rows))
+        pool.terminate()
+    wrong = sum(bool(r["bad"]) for r in rows if "rejected" not in r)
+    print(f"{len(rows)} checks, {wrong} wrong or not done", flush=True)
     return rows
 
 
@@ -349,10 +373,10 @@ def experts_layer(e: int, k: int, n: int) -> tuple:
 
 def experts_of(e: int, k: int, n: int, top: int, tokens: tuple[int, ...]) -> list[dict]:
     """int4 experts: Gluon's block sizes, fp8 activations, torch's 16-bit grouped product."""
-    from quant_kernels_triton.gluon_run import run_grouped_gluon
     from quant_kernels_triton.mixed_run import run_mixed_grouped
 
     _, r, p, held, w = experts_layer(e, k, n)
+    sizes = [c and c.fitted(plan(r)) for c in SIZES]
     dense, rows = w.unsqueeze(0).expand(e, n, k).contiguous().transpose(1, 2), []
     for t in tokens:
         x = torch.randn(t * top, k, device="cuda").bfloat16()
@@ -364,9 +388,7 @@ def experts_of(e: int, k: int, n: int, top: int, tokens: tuple[int, ...]) -> lis
             ends = torch.searchsorted(ids, torch.arange(e, device="cuda"), right=True)
             return F.grouped_mm(x[order], dense, offs=ends.int())
 
-        calls = {
-            f"w4a16 {c}": lambda i, c=c, x=x: run_grouped_gluon(r, x, i, held, c) for c in SIZES
-        }
+        calls = {f"w4a16 {c}": lambda i, c=c, x=x: run_stack(r, x, i, held, c) for c in sizes}
         calls |= {
             f"w4a8 {c}": lambda i, c=c, x=x: run_mixed_grouped(p, x, i, held, c) for c in WIDE
         }
@@ -386,19 +408,12 @@ def main() -> None:
     ap.add_argument("--out", type=Path, default=Path("out"))
     ap.add_argument("--only", default="", help="steps whose names contain this")
     ap.add_argument("--seconds", type=float, default=90.0, help="of the check")
-    ap.add_argument("--jobs", default="")
     a = ap.parse_args()
     torch.manual_seed(0)
-    if a.jobs:
-        rows = []
-        for job in json.loads(a.jobs):
-            rows.append(check_job(job))
-            a.out.write_text(json.dumps(rows))
-        return
     a.out.mkdir(parents=True, exist_ok=True)
     made: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     steps = {
-        "check": lambda: check(a.out, min(14, os.cpu_count() or 1), a.only != "check", a.seconds),
+        "check": lambda: check(a.out, min(16, os.cpu_count() or 1), a.only != "check", a.seconds),
         "speed": speed,
         "experts 8": lambda: experts_of(8, 4096, 14336, 2, (512, 4096, 64)),
         "experts 128": lambda: experts_of(128, 2048, 1536, 8, (512, 4096)),

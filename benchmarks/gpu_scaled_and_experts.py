@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -73,38 +75,30 @@ def operation(kind: str, n: int, k: int, act: str, bias: bool) -> tuple[object, 
     return replace(op, operands=(("weight", weight), ("input", acts))), acts
 
 
-def check_scaled() -> list[dict]:
-    out = []
-    for kind in KINDS:
-        for act in ("bfloat16", "float16"):
-            for n, k in ((200, 544), (512, 1024)):
-                op, acts = operation(kind, n, k, act, True)
-                kernel = Scaled()
-                if isinstance(answer := kernel.accepts(op), Rejected):
-                    out.append({"kind": kind, "rejected": str(answer)})
-                    continue
-                lt = make_layer(op.weight, n, k, bias=True)
-                buffers = kernel.allocate(op, "cuda")
-                kernel.load_(buffers, op, lt, {"row": 0})
-                run, w = kernel.bind(op), lt.dequantize().double().cuda()
-                worst, bad = 0.0, []
-                for m in (1, 2, 7, 16, 17, 33, 64, 65, 100, 256, 1000):
-                    try:
-                        x = torch.randn(m, k, device="cuda").to(getattr(torch, act))
-                        held = list(buffers.values())
-                        want = (
-                            fake_quantize(x.float(), acts).double() @ w.t()
-                            + lt.bias.double().cuda()
-                        )
-                        y = run(held, x)
-                        e, same = error(y, want), torch.equal(y, run(held, x))
-                        worst = max(worst, e)
-                        if not (e <= 5e-3 and same):
-                            bad.append((m, f"{e:.2e}", same))
-                    except Exception as err:
-                        bad.append((m, repr(err)[:300]))
-                out.append({"kind": kind, "act": act, "nk": (n, k), "worst": worst, "bad": bad})
-    return out
+def check_scaled(kind: str, act: str, n: int, k: int) -> dict:
+    """One kind of layer, for all numbers of rows."""
+    op, acts = operation(kind, n, k, act, True)
+    kernel = Scaled()
+    if isinstance(answer := kernel.accepts(op), Rejected):
+        return {"kind": kind, "rejected": str(answer)}
+    lt = make_layer(op.weight, n, k, bias=True)
+    buffers = kernel.allocate(op, "cuda")
+    kernel.load_(buffers, op, lt, {"row": 0})
+    run, w = kernel.bind(op), lt.dequantize().double().cuda()
+    worst, bad = 0.0, []
+    for m in (1, 2, 7, 16, 17, 33, 64, 65, 100, 256, 1000):
+        try:
+            x = torch.randn(m, k, device="cuda").to(getattr(torch, act))
+            held = list(buffers.values())
+            want = fake_quantize(x.float(), acts).double() @ w.t() + lt.bias.double().cuda()
+            y = run(held, x)
+            e, same = error(y, want), torch.equal(y, run(held, x))
+            worst = max(worst, e)
+            if not (e <= 5e-3 and same):
+                bad.append((m, f"{e:.2e}", same))
+        except Exception as err:
+            bad.append((m, repr(err)[:300]))
+    return {"kind": kind, "act": act, "nk": (n, k), "worst": worst, "bad": bad}
 
 
 ROUTINGS = ((0, "any"), (1, "any"), (7, "any"), (64, "one"), (64, "any"), (1000, "some"),
@@ -136,49 +130,64 @@ def _replayed(run: Callable[..., Tensor], held: list[Tensor], k: int, e: int) ->
     return same
 
 
-def check_experts() -> list[dict]:
-    out = []
+STACKS = ("uint4 g128 f16", "uint4 g32 bf16 code", "mxfp4", "int8 channel", "fp8 block", "nvfp4")
+
+
+def check_experts(name: str, kernel: str) -> dict:
+    """A stack of one kind in one kernel, for all routings."""
     n, k, e = 200, 544, 5
-    for name in (
-        "uint4 g128 f16",
-        "uint4 g32 bf16 code",
-        "mxfp4",
-        "int8 channel",
-        "fp8 block",
-        "nvfp4",
-    ):
-        op = make_op(SPECS[name], n, k, op="grouped_linear", act="bfloat16", experts=e, bias=True)
-        op = replace(op, device=DEVICE)
-        parts = [make_layer(SPECS[name], n, k, seed=i, bias=True) for i in range(e)]
-        buffers = tiles.allocate(op, "cuda")
-        for i, part in enumerate(parts):
-            tiles.load_(buffers, op, part, {"row": 0, "expert": i})
-        w = torch.stack([p.dequantize() for p in parts]).double().cuda()
-        b = torch.stack([p.bias for p in parts]).double().cuda()
-        for kernel in (GluonTiles(), PlainTriton()):
-            if isinstance(answer := kernel.accepts(op), Rejected):
-                out.append({"spec": name, "kernel": kernel.name, "rejected": str(answer)})
-                continue
-            run, held, worst, bad = kernel.bind(op), list(buffers.values()), 0.0, []
-            for t, how in ROUTINGS:
-                try:
-                    x = torch.randn(t, k, device="cuda").bfloat16()
-                    index = _routing(t, e, how)
-                    here = (index >= 0) & (index < e)
-                    want = torch.zeros(t, n, device="cuda", dtype=torch.float64)
-                    for i in range(e):
-                        want[index == i] = x[index == i].double() @ w[i].t() + b[i]
-                    y = run(held, x, index)
-                    err = error(y, want) if t and here.any() else 0.0
-                    worst = max(worst, err)
-                    if not (err <= 2.8e-3 and not y[~here].any()):
-                        bad.append((t, how, f"{err:.2e}"))
-                except Exception as err:
-                    bad.append((t, how, repr(err)[:300]))
-            if not _replayed(run, held, k, e):
-                bad.append("a graph's replay differs")
-            out.append({"spec": name, "kernel": kernel.name, "worst": worst, "bad": bad})
-    return out
+    op = make_op(SPECS[name], n, k, op="grouped_linear", act="bfloat16", experts=e, bias=True)
+    op = replace(op, device=DEVICE)
+    parts = [make_layer(SPECS[name], n, k, seed=i, bias=True) for i in range(e)]
+    buffers = tiles.allocate(op, "cuda")
+    for i, part in enumerate(parts):
+        tiles.load_(buffers, op, part, {"row": 0, "expert": i})
+    w = torch.stack([p.dequantize() for p in parts]).double().cuda()
+    b = torch.stack([p.bias for p in parts]).double().cuda()
+    runs = {c.name: c for c in (GluonTiles(), PlainTriton())}[kernel]
+    if isinstance(answer := runs.accepts(op), Rejected):
+        return {"spec": name, "kernel": kernel, "rejected": str(answer)}
+    run, held, worst, bad = runs.bind(op), list(buffers.values()), 0.0, []
+    for t, how in ROUTINGS:
+        try:
+            x = torch.randn(t, k, device="cuda").bfloat16()
+            index = _routing(t, e, how)
+            here = (index >= 0) & (index < e)
+            want = torch.zeros(t, n, device="cuda", dtype=torch.float64)
+            for i in range(e):
+                want[index == i] = x[index == i].double() @ w[i].t() + b[i]
+            y = run(held, x, index)
+            err = error(y, want) if t and here.any() else 0.0
+            worst = max(worst, err)
+            if not (err <= 2.8e-3 and not y[~here].any()):
+                bad.append((t, how, f"{err:.2e}"))
+        except Exception as err:
+            bad.append((t, how, repr(err)[:300]))
+    if not _replayed(run, held, k, e):
+        bad.append("a graph's replay differs")
+    return {"spec": name, "kernel": kernel, "worst": worst, "bad": bad}
+
+
+def _job(job: tuple[Any, ...]) -> dict:
+    torch.manual_seed(0)
+    try:
+        return {"check_scaled": check_scaled, "check_experts": check_experts}[job[0]](*job[1:])
+    except Exception as err:  # a benchmark goes on and reports it
+        return {"job": job, "bad": repr(err)[:500]}
+
+
+def checks(jobs: list[tuple[Any, ...]], seconds: float = 120.0) -> list[dict]:
+    """Checks dealt to processes as these become free: most of their time is compiling."""
+    end, rows = time.time() + seconds, []
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+        for job, result in [(job, pool.apply_async(_job, (job,))) for job in jobs]:
+            try:
+                rows.append(result.get(timeout=max(0.1, end - time.time())))
+            except multiprocessing.TimeoutError:
+                rows.append({"job": job, "bad": f"not done in {seconds:.0f} s"})
+            print("CHECK", {**rows[-1], "worst": f"{rows[-1].get('worst', 0):.2e}"}, flush=True)
+        pool.terminate()
+    return rows
 
 
 def speed_scaled(k: int, n: int) -> list[dict]:
@@ -330,8 +339,21 @@ def main() -> None:
     torch.manual_seed(0)
     made: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     steps = {
-        "check_scaled": check_scaled,
-        "check_experts": check_experts,
+        "check_scaled": lambda: checks(
+            [
+                ("check_scaled", kind, act, n, k)
+                for kind in KINDS
+                for act in ("bfloat16", "float16")
+                for n, k in ((200, 544), (512, 1024))
+            ]
+        ),
+        "check_experts": lambda: checks(
+            [
+                ("check_experts", name, kernel)
+                for kernel in ("gluon_wna16", "triton_wna16")
+                for name in STACKS
+            ]
+        ),
         "scaled": lambda: speed_scaled(4096, 28672) + speed_scaled(4096, 4096),
         "experts 8": lambda: speed_experts(8, 4096, 14336, 2, TOKENS),
         "experts 128": lambda: speed_experts(128, 2048, 1536, 8, TOKENS),
@@ -346,9 +368,6 @@ def main() -> None:
         except Exception as err:
             made[name] = repr(err)[:500]
             print("FAIL", name, repr(err)[:500])
-        if name.startswith("check"):
-            for r in made[name]:
-                print("CHECK", {**r, "worst": f"{r.get('worst', 0):.2e}"})
         print(f"{name}: {time.time() - start:.0f} s", flush=True)
         (a.out / "scaled_and_experts.json").write_text(json.dumps(made))
 

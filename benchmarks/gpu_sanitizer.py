@@ -1,0 +1,205 @@
+"""compute-sanitizer's memcheck and racecheck of every kernel family on one GPU.
+
+    python benchmarks/gpu_sanitizer.py --out DIR [--tools memcheck,racecheck] [--only NAME,...]
+
+Each case (``gpu_sanitizer_cases``) runs in a process of its own, first without a tool: its results
+must be right, and its kernels are compiled from then on. Then under each tool; the logs are kept in
+DIR. Controls, of which the tools must say something, or nothing, run too.
+
+racecheck names the shared memory by which Triton tells groups of warps what to run: reads of a
+kernel's first line against writes there and at ``warp_specialize``, in code that is not ours. Such
+reports are counted apart ("dispatch"), by the lines that they name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from source_tree import REPO, use
+
+use()
+sys.path[:0] = [str(REPO / "benchmarks"), str(REPO / "plugins/kernels_triton/tests/support")]
+
+_PLACE = re.compile(r"(Read|Write) access at (\S+)\+0x[0-9a-f]+(?: in (\S+):(\d+))?")
+_SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
+_OTHER = re.compile(r"=+ ((?:Invalid|Misaligned|Program hit|Warning|Error|Internal)[^\n]*)")
+_lock = threading.Lock()
+
+
+def run_case(name: str) -> int:
+    """The process that a tool watches."""
+    import torch
+    from gpu_sanitizer_cases import CASES
+
+    torch.manual_seed(0)
+    wrong = CASES[name].run()
+    torch.cuda.synchronize()
+    print("WRONG " + "; ".join(wrong)[:2000] if wrong else "RIGHT", flush=True)
+    return int(bool(wrong))
+
+
+def _line(file: str, number: int) -> str:
+    """A line of a source of this repository, by the name of its file alone."""
+    found = sorted((*REPO.glob(f"plugins/*/src/*/{file}"), *REPO.glob(f"benchmarks/{file}")))
+    lines = found[0].read_text("utf-8").splitlines() if found else []
+    return lines[number - 1] if 0 < number <= len(lines) else ""
+
+
+def _dispatch(places: list[tuple[str, str, str, str]]) -> bool:
+    """Whether all places of a report are those of Triton's dispatch of warp groups."""
+    texts = [_line(file, int(number)) if file else "" for _, _, file, number in places]
+    return bool(texts) and all(
+        t.startswith(("@gluon.jit", "def ")) or "gl.warp_specialize(" in t for t in texts
+    )
+
+
+def read_log(text: str) -> dict[str, Any]:
+    """Reports of a log, those of Triton's dispatch apart; ``ended``: whether the tool summed up."""
+    named: Counter[str] = Counter()
+    dispatch = 0
+    for report in re.split(r"=+ \n", text):
+        places = _PLACE.findall(report)
+        if places:
+            if _dispatch(places):
+                dispatch += 1
+            else:
+                named[" / ".join(f"{a} {k} {f}:{n}" for a, k, f, n in places[:2])] += 1
+        elif found := _OTHER.search(report):
+            at = re.search(r"at (\S+)\+0x[0-9a-f]+(?: in (\S+))?", report)
+            named[f"{found[1]} {' '.join(filter(None, at.groups())) if at else ''}".strip()] += 1
+    summary = _SUMMARY.findall(text)
+    return {"ended": bool(summary), "total": sum(map(int, summary)), "dispatch": dispatch,
+            "named": dict(named)}  # fmt: skip
+
+
+def _started(command: list[str], log: Path, seconds: float, env: dict[str, str]) -> int | None:
+    """Exit status; None if it did not end in time."""
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env,
+                                   start_new_session=True)  # fmt: skip
+        try:
+            return process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            return None
+
+
+class Runner:
+    """Cases in processes, several at a time, until ``end``."""
+
+    def __init__(self, a: argparse.Namespace, end: float) -> None:
+        self.a, self.end, self.rows = a, end, list[dict[str, Any]]()
+        self.env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+
+    def told(self, **row: Any) -> None:
+        with _lock:
+            self.rows.append(row)
+            print(json.dumps(row), flush=True)
+            (self.a.out / "sanitizer.json").write_text(json.dumps(self.rows, indent=1))
+
+    def one(self, name: str) -> None:
+        from gpu_sanitizer_cases import CASES
+
+        case, stem = CASES[name], re.sub(r"\W+", "_", name)
+        command = [sys.executable, __file__, "--case", name]
+        for tool in ("", *(t for t in self.a.tools if t in case.tools)):
+            began, log = time.time(), self.a.out / f"{stem}.{tool or 'plain'}.log"
+            left = min(self.a.limit, self.end - time.monotonic())
+            if left < 5:
+                self.told(case=name, tool=tool, result="no time", seconds=0)
+                return
+            said = self.a.out / f"{stem}.{tool}.txt"
+            watch = [self.a.sanitizer, "--tool", tool, "--report-api-errors", "no",
+                     "--print-limit", "1000", "--log-file", str(said), *self.a.more]  # fmt: skip
+            rc = _started([*(watch if tool else []), *command], log, left, self.env)
+            row = {"case": name, "tool": tool, "seconds": round(time.time() - began, 1)}
+            output = log.read_text("utf-8", "replace")
+            right = "RIGHT" in output
+            if rc is None:
+                row["result"] = "out of time"
+            elif not right and not (case.control and tool):
+                row |= {"result": "wrong", "output": output[-1500:]}
+            elif tool:
+                held = read_log(said.read_text("utf-8", "replace")) if said.exists() else None
+                row |= self.judged(held, case.control)
+            else:
+                row["result"] = "right"
+            self.told(**row)
+            if row["result"] in ("wrong", "out of time") and not tool:
+                return
+
+    @staticmethod
+    def judged(held: dict[str, Any] | None, control: str) -> dict[str, Any]:
+        if held is None or not held["ended"]:
+            return {"result": "no summary", "report": held}
+        clean = not held["named"] and held["total"] == held["dispatch"]
+        if control:
+            return {"result": "named, as it should" if not clean else "MISSED", "report": held}
+        result = "NAMED" if not clean else "dispatch only" if held["total"] else "clean"
+        return {"result": result, "report": held}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Case, what each tool said, seconds."""
+    tools = ("", "memcheck", "racecheck")
+    lines = ["| case | results | memcheck | racecheck |", "|---|---|---|---|"]
+    names = dict.fromkeys(r["case"] for r in rows)
+    for name in sorted(names):
+        cells = []
+        for tool in tools:
+            of = [r for r in rows if r["case"] == name and r["tool"] == tool]
+            cells.append(f"{of[-1]['result']} ({of[-1]['seconds']:.0f} s)" if of else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """1 if a tool named something it should not, missed a control, or a case did not end."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("sanitizer"))
+    parser.add_argument("--tools", default="memcheck,racecheck")
+    parser.add_argument("--only", default="", help="cases whose names hold one of these")
+    parser.add_argument("--but", default="", help="cases to leave out, likewise")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of one process")
+    parser.add_argument("--seconds", type=float, default=1e6, help="of all")
+    parser.add_argument("--sanitizer", default="compute-sanitizer", help="which to run")
+    parser.add_argument("--more", type=shlex.split, default=[], help="more options of the tool")
+    parser.add_argument("--case", default="", help="run this one, without a tool")
+    parser.add_argument("--list", action="store_true")
+    a = parser.parse_args()
+    if a.case:
+        return run_case(a.case)
+    from gpu_sanitizer_cases import CASES
+
+    some = [n for n in CASES if any(o in n for o in a.only.split(","))]
+    some = [n for n in some if not any(o and o in n for o in a.but.split(","))]
+    if a.list:
+        print("\n".join(f"{n}: {', '.join(CASES[n].tools)}" for n in some))
+        return 0
+    a.tools, a.out = a.tools.split(","), a.out.resolve()
+    a.out.mkdir(parents=True, exist_ok=True)
+    runner = Runner(a, time.monotonic() + a.seconds)
+    with ThreadPoolExecutor(a.jobs) as pool:
+        for done in [pool.submit(runner.one, name) for name in some]:
+            done.result()
+    print(table(runner.rows))
+    fine = ("right", "clean", "dispatch only", "named, as it should")
+    return int(any(r["result"] not in fine for r in runner.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
