@@ -26,6 +26,7 @@ from quant_core.tensors import LayerTensors, QuantizedTensor
 from quant_kernels_humming import kernel as module
 from quant_kernels_humming.kernel import Humming
 from quant_kernels_humming.layout import configs, tensors_of
+from quant_kernels_humming.ops import blocks_of
 
 BF = Scale(element="bf16", grain=group(128))
 FP4 = Element(name="fp4_e2m1", bits=4, kind="float")
@@ -263,3 +264,65 @@ def test_library_layer_is_made_once_and_again_after_a_reload(library):
         assert (y.double() - want).norm() / want.norm() < 4e-3  # bfloat16 result
         assert len(made) == seed + 1
     assert made[0]["weight_config"] == {"dtype": "uint8", "group_size": 0}
+
+
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_blocks_hold_each_experts_rows_and_nothing_else(rows, size):
+    experts = 6
+    torch.manual_seed(rows)
+    index = torch.randint(-1, experts + 1, (rows,))
+    ids, owners, count = blocks_of(index, experts, size)
+    assert ids.shape[0] == owners.shape[0] * size >= int(count)
+    want = []
+    for e in range(experts):
+        mine = torch.where(index == e)[0].tolist()
+        want += mine + [rows] * (-len(mine) % size)
+    assert ids[: int(count)].tolist() == want
+    assert (ids[int(count) :] == rows).all()
+    for b in range(int(count) // size):
+        assert int(index[ids[b * size]]) == int(owners[b])
+
+
+def test_experts_run_by_the_librarys_indexed_product(library, monkeypatch):
+    made, _ = library
+    experts, blocks = 3, []
+
+    class Layer(sys.modules["humming.layer"].HummingLayer):
+        def load_from_tensors(self, tensors):
+            words = tensors["weight"].contiguous().view(torch.uint8).view(experts, N, K)
+            self.w = (words.float() - 128) * tensors["weight_scale"].float()
+
+        def forward(self, x, *, outputs, sorted_ids, expert_ids, num_tokens_padded,
+                    compute_config, tuning_config):  # fmt: skip
+            blocks.append((compute_config["gemm_type"], tuning_config))
+            size = sorted_ids.shape[0] // expert_ids.shape[0]
+            for b in range(int(num_tokens_padded) // size):
+                rows = sorted_ids[b * size : (b + 1) * size].long()
+                rows = rows[rows < x.shape[0]]
+                outputs[rows] = (x[rows].float() @ self.w[expert_ids[b]].t()).to(x.dtype)
+
+    class Method:
+        @staticmethod
+        def get_default_tuning_configs(layer, gemm_type):
+            assert gemm_type == "indexed"
+            return [[0, 16, {"block_shape": [8, 64]}], [16, 1 << 30, {"block_shape": [16, 64]}]]
+
+    monkeypatch.setattr(sys.modules["humming.layer"], "HummingLayer", Layer)
+    monkeypatch.setattr(sys.modules["humming.layer"], "HummingLayerMethod", Method)
+    sizes = (("n", N), ("k", K), ("k_stored", K), ("experts", experts))
+    op, kernel = op_of(INT8, op="grouped_linear", sizes=sizes), Humming()
+    buffers = kernel.allocate(op)
+    parts = [part(e) for e in range(experts)]
+    for e, lt in enumerate(parts):
+        kernel.load_(buffers, op, lt, {"row": 0, "expert": e})
+    run, x = kernel.bind(op), torch.randn(40, K).bfloat16()
+    for index in (torch.randint(-1, experts + 1, (40,)), torch.randint(experts, (9,))):
+        y = run(list(buffers.values()), x[: index.shape[0]], index)
+        want = torch.zeros(index.shape[0], N, dtype=torch.float64)
+        for e, lt in enumerate(parts):
+            mine = index == e
+            want[mine] = x[: index.shape[0]][mine].double() @ lt.dequantize().double().t()
+        assert (y.double() - want).norm() / want.norm() < 4e-3  # bfloat16 result
+    assert [kind for kind, _ in blocks] == ["indexed"] * 2
+    assert made[0]["num_experts"] == experts

@@ -1,4 +1,4 @@
-"""``humming``: a linear layer run by humming-kernels, over the reference kernel's buffers.
+"""``humming``: layers and experts run by humming-kernels, over the reference kernel's buffers.
 
 The canonical tensors stay as they are, so nothing is lost on saving. The library's own copy is made
 when the layer first runs, and again after its weights were written anew (the version counter of the
@@ -49,6 +49,7 @@ class Humming(Rows):
         if isinstance(made, Rejected):
             return made
         nbytes = op.size("n") * op.size("k") * op.weight.element.bits // 8
+        nbytes *= max(op.size("experts", 0), 1)
         note = "compiles for seconds when it first runs, keeps a second copy of the weights; "
         return Accepted(
             cost=_BEHIND + nbytes / 2.4e6,
@@ -57,9 +58,10 @@ class Humming(Rows):
         )
 
     def bind(self, op: OpSpec) -> Callable[..., Any]:
-        from quant_kernels_humming.ops import run_linear
+        from quant_kernels_humming.ops import run_grouped, run_linear
 
-        return functools.partial(run_linear, to_text(op))
+        run = run_grouped if op.op == "grouped_linear" else run_linear
+        return functools.partial(run, to_text(op))
 
 
 KERNELS: tuple[Kernel, ...] = (Humming(),)

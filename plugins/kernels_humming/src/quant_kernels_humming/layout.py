@@ -104,9 +104,9 @@ def _input(op: OpSpec, weight: dict[str, Any]) -> dict[str, Any] | Rejected | No
 
 
 def configs(op: OpSpec) -> tuple[dict[str, Any], dict[str, Any] | None] | Rejected:
-    """(weight_config, input_config) of ``HummingLayer`` for a linear layer, or why not."""
-    if op.op != "linear":  # others have other sizes
-        return _reject("op", op.op, "linear")
+    """(weight_config, input_config) of ``HummingLayer`` for a layer or a stack, or why not."""
+    if op.op not in ("linear", "grouped_linear"):  # others have other sizes
+        return _reject("op", op.op, "linear or grouped_linear")
     n, k = op.size("n"), op.size("k")
     if op.act_dtype not in _WIDE:
         return _reject("act_dtype", op.act_dtype, " or ".join(_WIDE))
