@@ -8,7 +8,6 @@ rounded    weights with quantized activations, against activations emulated in f
 experts    stacks, with tokens of no expert
 embedding  bit for bit
 weightless roundings (bit for bit), Hadamard transforms, attention, norms, rotations, gates
-opcheck    ``torch.library.opcheck`` of every registered operator that these calls reach
 
 An error is the relative Frobenius norm, and y itself is rounded, which is 1.66e-3 in bf16. Kernels
 that round weights to the type of x have 2.2e-3 to 2.45e-3 against the exact weights (two
@@ -44,7 +43,7 @@ from gpu_accuracy_cases import PAIRS, WEIGHTS, WIDE
 
 EIGHT_BIT = ("gluon_a8", "gluon_a8_stored", "gluon_scaled", "triton_scaled", "torch_scaled_mm",
              "torch_scaled_mm_block", "torch_int_mm")  # fmt: skip
-PARTS = ("float", "rounded", "experts", "embedding", "weightless", "opcheck")
+PARTS = ("float", "rounded", "experts", "embedding", "weightless")
 
 
 def _products() -> list[Cell]:
@@ -76,10 +75,9 @@ def _others() -> list[Cell]:
             for i in range(len(gpu_rounding.ORDERS))]  # fmt: skip
     out += [Cell("weightless", "triton_round", name, act, ((0, k),)) for name in gpu_rounding.SPECS
             for act, k in (("bfloat16", 4096), ("float32", 200), ("float16", 200))]  # fmt: skip
-    out += [Cell("opcheck"), *(Cell("opcheck", w) for w in some[:3])]
-    out += [Cell("opcheck", w, index=3) for w in some[:1]]
-    out += [Cell("opcheck", w, a, sizes=even) for w, a in PAIRS if w in (
-        "int4 g128 bf16", "fp8 channel", "int8 tensor", "fp8 block")]  # fmt: skip
+    out += [Cell("float", w, act=act, sizes=(MIDDLE,), kernels=("humming",))
+            for act in ACTS for w in WEIGHTS]  # fmt: skip
+    out += [Cell("rounded", w, a, sizes=(MIDDLE,), kernels=("humming",)) for w, a in PAIRS]
     return out
 
 
@@ -95,21 +93,29 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({(*(r.get(k) for k in keys), str(r.get("sizes"))): r for r in rows}.values())
 
 
+def _ran(rows: list[dict[str, Any]]) -> str:
+    """Which numbers of rows of x ran; in brackets those that some layers lack."""
+    every = sorted({m for r in rows for m in r.get("rows", ())})
+    some = {m for m in every if any(m not in r.get("rows", ()) for r in rows)}
+    held = [f"({m})" if m in some else str(m) for m in every]
+    return f"{held[0]} to {held[-1]}" if len(held) > 2 and not some else " ".join(held)
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Per kernel and type of x: cases, worst errors, how many are over the bound, what is wrong."""
     held: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in rows:
         if "kernel" in r:
             held.setdefault((r["part"], r["kernel"], r.get("act", "")), []).append(r)
-    lines = ["| part | kernel | x | kinds | layers | cases | worst | with rounded weights | over "
-             "| wrong |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| part | kernel | x | kinds | layers | rows | cases | worst | with rounded weights "
+             "| over | wrong |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for (part, kernel, act), of in sorted(held.items()):
         cases, over = (sum(r.get(key, 0) for r in of) for key in ("cases", "over"))
         worst, likewise = (max(r.get(key, 0.0) for r in of) for key in ("worst", "likewise"))
         wrong = sum(bool(r["bad"]) for r in of)
         kinds = len({(r.get("weight"), r.get("inputs")) for r in of})
-        lines.append(f"| {part} | {kernel} | {act} | {kinds} | {len(of)} | {cases} | {worst:.2e} | "
-                     f"{likewise:.2e} | {over} | {wrong} |")  # fmt: skip
+        lines.append(f"| {part} | {kernel} | {act} | {kinds} | {len(of)} | {_ran(of)} | {cases} | "
+                     f"{worst:.2e} | {likewise:.2e} | {over} | {wrong} |")  # fmt: skip
     return lines
 
 

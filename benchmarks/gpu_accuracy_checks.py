@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 import torch
 from gpu_accuracy_cases import INPUTS, WEIGHTS, make_layer, make_op
@@ -29,12 +28,8 @@ from gpu_accuracy_common import (
     same,
 )
 from gpu_accuracy_products import Layer, products
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core.kernels.activations import fake_quantize
-from quant_core.kernels.choose import accepting, choose
-from quant_core.registry import registry
 
 __all__ = ["WORK", "work"]
 
@@ -156,72 +151,8 @@ def weightless(cell: Cell, send: Send) -> None:
             send(one)
 
 
-class Calls(TorchDispatchMode):
-    """The registered operators of this project that calls reach, with what they were given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if name.startswith("quant_") and name not in self.held:
-            copies = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs or {}))
-            self.held[name] = (func, *copies)
-        return func(*args, **(kwargs or {}))
-
-
-def opcheck(cell: Cell, send: Send) -> None:
-    """torch's own checks of what one layer's kernels, or the operations between layers, call."""
-    calls = Calls()
-    if cell.weight:
-        kind = "grouped_linear" if cell.index else "linear"
-        inputs = INPUTS[cell.inputs] if cell.inputs else None
-        op = make_op(WEIGHTS[cell.weight], *cell.sizes[0], kind=kind, act=cell.act, inputs=inputs,
-                     device=device(), experts=cell.index)  # fmt: skip
-        picked = choose(op, registry())  # several kernels as one, which has operators of its own
-        both = [*accepting(op, registry()), (picked.kernel, picked.op, picked.kernel.accepts(op))]
-        layer = Layer(op)
-        for kernel, as_run, answer in both:
-            m = next((r for r in (7, 100, 1) if math.isfinite(answer.cost_at(r))), 256)
-            x = torch.randn(m, op.size("k"), device=HERE.device).to(ACTS[cell.act])
-            with calls:
-                if cell.index:
-                    buffers = kernel.allocate(as_run, HERE.device)
-                    for i in range(cell.index):
-                        kernel.load_(buffers, as_run, make_layer(as_run), {"row": 0, "expert": i})
-                    index = torch.arange(m, device=HERE.device) % cell.index
-                    kernel.bind(as_run)(list(buffers.values()), x, index)
-                else:
-                    layer.bound(kernel, as_run)(x)
-        plain = make_op(WEIGHTS[cell.weight], *cell.sizes[0], kind="embedding", device=device())
-        for kernel, as_run, _ in accepting(plain, registry()) if not cell.inputs else ():
-            with calls:
-                Layer(plain).bound(kernel, as_run)(torch.arange(5, device=HERE.device))
-    else:
-        import gpu_rounding
-        import gpu_step
-
-        seen = set()
-        for name, (run, _) in gpu_step.cases().items():
-            if name.split()[0] not in seen or "bool" in name:
-                seen.add(name.split()[0])
-                with calls:
-                    run()
-        with calls:
-            gpu_rounding.check_hadamard(gpu_rounding.ORDERS[0])
-    for name, (func, args, kwargs) in calls.held.items():
-        row = {"part": "opcheck", "kernel": name, "weight": cell.weight, "cases": 1, "worst": 0.0,
-               "likewise": 0.0, "over": 0, "bad": []}  # fmt: skip
-        try:
-            torch.library.opcheck(func, args, kwargs)
-        except Exception as err:
-            row["bad"].append(f"{type(err).__name__}: {str(err)[:600]}")
-        send(row)
-
-
 WORK = {"float": products, "rounded": products, "experts": experts, "embedding": embedding,
-        "weightless": weightless, "opcheck": opcheck}  # fmt: skip
+        "weightless": weightless}  # fmt: skip
 
 
 def work(cell: Cell, send: Send) -> None:
