@@ -174,7 +174,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("sanitizer"))
     parser.add_argument("--tools", default="memcheck,racecheck")
-    parser.add_argument("--only", default="", help="cases whose names hold one of these")
+    parser.add_argument(
+        "--only", default="", help="cases whose names hold one of these, in their order"
+    )
     parser.add_argument("--but", default="", help="cases to leave out, likewise")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of one process")
@@ -188,7 +190,7 @@ def main() -> int:
         return run_case(a.case)
     from gpu_sanitizer_cases import CASES
 
-    some = [n for n in CASES if any(o in n for o in a.only.split(","))]
+    some = list(dict.fromkeys(n for o in a.only.split(",") for n in CASES if o in n))
     some = [n for n in some if not any(o and o in n for o in a.but.split(","))]
     if a.list:
         print("\n".join(f"{n}: {', '.join(CASES[n].tools)}" for n in some))
