@@ -256,6 +256,7 @@ CASES: dict[str, Sequence[Callable[[], None]]] = {
     "quant_torch::tiles_embedding": [Layer("torch_dequant", _INT4, **_TABLE)],
     "quant_torch::int4_cpu": [Layer("torch_int4_cpu", _INT4, rows=3, device=("cpu", ""))],
     "quant_humming::linear": [Layer("humming", _INT4)],
+    "quant_humming::grouped_linear": [Layer("humming", _INT4, **_STACK)],
     "quant_triton::linear": [
         Layer("triton_wna16", _INT4), Layer("triton_dense", _INT4, rows=100),
         Layer("gluon_wna16", _INT4, rows=33), Layer("gluon_wna16", "uint4 g32 code", rows=256),
