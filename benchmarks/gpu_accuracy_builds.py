@@ -63,12 +63,16 @@ def _compile(
     b = build()
     typed = [a.view(-1).view(b.views[i]) if i in b.views and a.dtype != b.views[i] else a
              for i, a in enumerate(args)]  # fmt: skip
+    _made(fn, typed, b.constants, b.options, grid)
+
+
+def _made(fn: Any, args: list[Any], constants: Any, options: Any, grid: tuple[int, int]) -> None:
     if find_spec("quant_kernels_triton.compiler") is not None:
         from quant_kernels_triton.compiler import code_of
 
-        if code_of(fn, typed, b.constants, b.options, 90) is not None:
+        if code_of(fn, args, constants, options, 90) is not None:
             return
-    fn.warmup(*typed, grid=grid, **b.constants, **b.options)
+    fn.warmup(*args, grid=grid, **constants, **options)
 
 
 def _pretend_triton() -> None:
