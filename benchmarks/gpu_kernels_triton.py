@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +34,7 @@ from torch import Tensor  # noqa: E402
 from quant_core.dequantize import dense_weight, dequantize  # noqa: E402
 from quant_core.kernels import tiles  # noqa: E402
 from quant_core.kernels.base import Rejected  # noqa: E402
+from quant_core.spec import OpSpec  # noqa: E402
 from quant_kernels_triton.costs import class_of  # noqa: E402
 from quant_kernels_triton.gluon_plan import (  # noqa: E402
     SMS,
@@ -64,34 +65,46 @@ def error(y: Tensor, want: Tensor) -> float:
 # ----------------------------------------------------------------------------------- are they right
 
 
-def check_spec(name: str, act: str) -> list[dict[str, object]]:
-    """All kernels on one spec: errors, graph replay, repeatability."""
-    out: list[dict[str, object]] = []
-    n, k = 200, 544  # tails of rows, of columns and of groups
+def _loaded(name: str, act: str) -> tuple[OpSpec, list[Tensor], Tensor, Tensor]:
+    """Operation, buffers, float64 weights and bias of a layer with tails everywhere."""
+    n, k = 200, 544
     lt = make_layer(SPECS[name], n, k, bias=True)
     op = make_op(SPECS[name], n, k, act=act, bias=True, device=DEVICE)
     buffers = tiles.allocate(op, "cuda")
     tiles.load_(buffers, op, lt, {"row": 0})
     w = dense_weight(lt.weight, k).double().cuda()
-    values = list(buffers.values())
+    return op, list(buffers.values()), w, lt.bias.double().cuda()
+
+
+def check_kernels(name: str, act: str) -> list[dict[str, object]]:
+    """All kernels on one spec: errors, graph replay, repeatability."""
+    out: list[dict[str, object]] = []
+    op, values, w, bias = _loaded(name, act)
     for kernel in (GluonTiles(), PlainTriton(), Dense()):
         answer = kernel.accepts(op)
         if isinstance(answer, Rejected):
             out.append({"kernel": kernel.name, "spec": name, "act": act, "rejected": str(answer)})
             continue
-        found = _compare(kernel.bind(op), values, w, lt.bias.double().cuda(), act, ROWS)
+        found = _compare(kernel.bind(op), values, w, bias, act, ROWS)
         out.append({"kernel": kernel.name, "spec": name, "act": act} | found)
-    recipe = describe(op, ops=("linear",))
-    p = plan(recipe)
-    if not isinstance(p, Rejected):  # shares that run over the ends of tiles
-        from quant_kernels_triton.gluon_run import run_config
+    return out
 
-        for way, _ in WAYS:
-            if (p.spg == 1 and p.mode in (1, 2)) or not way.acc:
-                c = replace(way, programs=7)
-                run = lambda v, x, c=c: run_config(recipe, x, v, c)  # noqa: E731
-                found = _compare(run, values, w, lt.bias.double().cuda(), act, (33, 300))
-                out.append({"kernel": "gluon_ws", "spec": name, "act": act, "way": str(c)} | found)
+
+def check_ways(name: str, act: str, part: int, parts: int) -> list[dict[str, object]]:
+    """Block sizes of ``gluon_ws``, in shares that run over the ends of tiles."""
+    from quant_kernels_triton.gluon_run import run_config
+
+    op, values, w, bias = _loaded(name, act)
+    recipe, out = describe(op, ops=("linear",)), list[dict[str, object]]()
+    p = plan(recipe)
+    if isinstance(p, Rejected):
+        return out
+    some = [way for way, _ in WAYS if (p.spg == 1 and p.mode in (1, 2)) or not way.acc]
+    for way in some[part::parts]:
+        c = replace(way, programs=7)
+        run = lambda v, x, c=c: run_config(recipe, x, v, c)  # noqa: E731
+        found = _compare(run, values, w, bias, act, (33, 300))
+        out.append({"kernel": "gluon_ws", "spec": name, "act": act, "way": str(c)} | found)
     return out
 
 
@@ -123,27 +136,44 @@ def _compare(
     return {"worst": worst, "bad": bad}
 
 
-def check(out: Path, workers: int) -> None:
-    """``check_spec`` of all specs in ``workers`` processes, and a table of what is not right."""
-    todo = [f"{name}|{act}" for name in SPECS for act in BOUND]
-    running = []
-    for i in range(workers):
-        part, path = todo[i::workers], out / f"check{i}.json"
-        command = [sys.executable, __file__, "--worker", json.dumps(part), "--out", str(path)]
-        running.append((subprocess.Popen(command), path))
-    rows = []
-    for process, path in running:
-        process.wait()
-        rows += json.loads(path.read_text()) if path.is_file() else [{"worker": str(path)}]
-        path.unlink(missing_ok=True)
-    (out / "check.json").write_text(json.dumps(rows))
-    wrong = [r for r in rows if r.get("bad") or "worker" in r]
+Job = tuple[str, str, int]
+"""Spec, type of x, part of the block sizes of gluon_ws; -1: the kernels as they are picked."""
+
+
+def _check(job: Job) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    try:
+        name, act, part = job
+        return check_kernels(name, act) if part < 0 else check_ways(name, act, part, _PARTS)
+    except Exception as err:  # all are run
+        return [{"job": job, "bad": repr(err)[:400]}]
+
+
+_PARTS = 3
+
+
+def check(out: Path, workers: int, specs: list[str], seconds: float) -> None:
+    """All specs, dealt to processes as these become free, and a table of what is not right."""
+    parts = (-1, *range(_PARTS))
+    jobs: list[Job] = [(n, a, i) for a in BOUND for n in specs for i in parts]
+    end, rows = time.time() + seconds, []
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for job, result in [(job, pool.apply_async(_check, (job,))) for job in jobs]:
+            try:
+                rows += result.get(timeout=max(0.1, end - time.time()))
+            except multiprocessing.TimeoutError:
+                rows.append({"job": job, "late": True})
+            (out / "check.json").write_text(json.dumps(rows))
+        pool.terminate()
+    late = [r["job"] for r in rows if "late" in r]
     for name in ("gluon_wna16", "gluon_ws", "triton_wna16", "triton_dense"):
         ran = [r for r in rows if r.get("kernel") == name and "worst" in r]
         worst = {a: max([r["worst"] for r in ran if r["act"] == a], default=0) for a in BOUND}
-        print(f"CHECK {name}: {len(ran)} specs, worst {worst}")
-    for r in wrong:
-        print("WRONG", r)
+        print(f"CHECK {name}: {len(ran)} specs and block sizes, worst {worst}")
+    for r in rows:
+        if r.get("bad"):
+            print("WRONG", r)
+    print(f"{len(jobs)} jobs, not done in {seconds:.0f} s: {len(late)} {late[:4]}")
     refused = {(r["kernel"], r["spec"]): r["rejected"] for r in rows if "rejected" in r}
     for key, why in refused.items():
         print("REFUSED", *key, why)
@@ -342,25 +372,16 @@ def main() -> None:
     ap.add_argument("--speed", action="store_true")
     ap.add_argument("--table", action="store_true")
     ap.add_argument("--seconds", type=float, default=90)
-    ap.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
-    ap.add_argument("--worker", default="")
+    ap.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    ap.add_argument("--specs", default="", help="of the check: those whose names hold one of these")
     ap.add_argument("--out", type=Path, default=Path("out"))
     a = ap.parse_args()
     torch.manual_seed(0)
-    if a.worker:
-        rows = []
-        for item in json.loads(a.worker):
-            name, _, act = item.partition("|")
-            try:
-                rows += check_spec(name, act)
-            except Exception as err:
-                rows.append({"spec": name, "act": act, "bad": repr(err)[:400]})
-            a.out.write_text(json.dumps(rows))
-        return
     a.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     if a.check:
-        check(a.out, a.workers)
+        specs = [n for n in SPECS if any(o in n for o in a.specs.split(","))]
+        check(a.out, a.workers, specs, a.seconds)
         print(f"check took {time.time() - start:.0f} s", flush=True)
     if a.speed:
         speed(a.out, a.seconds)
