@@ -14,6 +14,7 @@ reports are counted apart ("dispatch"), by the lines that they name.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -103,6 +104,7 @@ class Runner:
 
     def __init__(self, a: argparse.Namespace, end: float) -> None:
         self.a, self.end, self.rows = a, end, list[dict[str, Any]]()
+        self.ports = itertools.count(50000, 16)  # ten from there on: more would not find a free one
         self.env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
 
     def told(self, **row: Any) -> None:
@@ -126,7 +128,8 @@ class Runner:
             watch = [self.a.sanitizer, "--tool", tool, "--report-api-errors", "no",
                      "--print-limit", "1000", "--log-file", str(said),
                      *(["--racecheck-num-workers", "2"] if tool == "racecheck" else []),
-                     "--kernel-name-exclude", _THEIRS, *self.a.more]  # fmt: skip
+                     "--port", str(next(self.ports)), "--kernel-name-exclude", _THEIRS,
+                     *self.a.more]  # fmt: skip
             rc = _started([*(watch if tool else []), *command], log, left, self.env)
             row = {"case": name, "tool": tool, "seconds": round(time.time() - began, 1)}
             output = log.read_text("utf-8", "replace")
