@@ -188,9 +188,18 @@ def main() -> int:
     parser.add_argument("--more", type=shlex.split, default=[], help="more options of the tool")
     parser.add_argument("--case", default="", help="run this one, without a tool")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--show", type=Path, nargs="*", default=[],
+                        help="results to print in place of a run, the last of a case count")  # fmt: skip
     a = parser.parse_args()
     if a.case:
         return run_case(a.case)
+    if a.show:
+        rows = [r for path in a.show for r in json.loads(path.read_text("utf-8"))]
+        print(table(rows))
+        for r in rows:
+            for what, count in (r.get("report") or {}).get("named", {}).items():
+                print(f"- {r['case']}, {r['tool']}: {what}, {count} reports")
+        return 0
     from gpu_sanitizer_cases import CASES
 
     some = list(dict.fromkeys(n for o in a.only.split(",") for n in CASES if o in n))
