@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--case", default="", help="run this one, without a tool")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--show", type=Path, nargs="*", default=[],
-                        help="results to print in place of a run, the last of a case count")  # fmt: skip
+                        help="results to print, the last of a case count")  # fmt: skip
     a = parser.parse_args()
     if a.case:
         return run_case(a.case)
