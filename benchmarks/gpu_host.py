@@ -33,8 +33,18 @@ KERNELS = (
     ("int4", "gluon_wna16", (1, 32, 300)),
     ("int4", "tiles16", (1, 32)),
     ("compressed_tensors:fp8", "triton_scaled", (1,)),
+    ("compressed_tensors:fp8", "gluon_scaled", (1, 64)),
+    ("compressed_tensors:fp8", "gluon_a8", (1, 64)),
     ("compressed_tensors:fp8", "cuda_decode@rounded", (1,)),
+    ("compressed_tensors:fp8", "gluon_wna16@rounded", (1, 64)),
+    ("compressed_tensors:fp8", "", (1, 64)),
+    ("int8", "gluon_scaled", (1, 64)),
+    ("int8", "gluon_a8", (1, 64)),
+    ("w4a8", "gluon_a8", (1, 64)),
+    ("w4a8-int8", "gluon_a8", (1, 64)),
+    ("nvfp4", "", (1, 64)),
 )
+NAMED = {"w4a8": ("int4", {"activations": "fp8"}), "w4a8-int8": ("int4", {"activations": "int8"})}
 
 
 def host_us(call: Callable[[], Any], calls: int = 100) -> float:
@@ -68,7 +78,8 @@ def _error(y: Tensor, want: Tensor) -> float:
 def kernel_rows(scheme: str, kernels: str, rows: tuple[int, ...], weight: Tensor) -> list[Any]:
     """Figures of one kernel, checked against a float64 product of the restored weights."""
     out = []
-    layer = linear_of(scheme, weight, kernels=kernels)
+    online, options = NAMED.get(scheme, (scheme, {}))
+    layer = linear_of(online, weight, kernels=kernels or None, options=options)
     restored = layer.restore().weight
     dense = dense_weight(restored, K).double().to(weight.device)
     for m in rows:
