@@ -224,7 +224,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     tasks = [] if a.device != "cuda" or not a.compilers else _tasks(every)
     if tasks:
-        builds.prepare()
+        print(builds.prepare(), flush=True)
     found = _inline(every) if a.inline else _pool(a).run(every, tasks, end)
     try:
         for of, message in found:

@@ -174,20 +174,27 @@ _limits: list[Limits] = []
 def _ask(to: Any) -> None:
     from quant_kernels_cuda.driver import device_limits
 
-    to.send(device_limits(0))
+    to.send((device_limits(0), torch.cuda.get_device_name(0)))
 
 
-def prepare() -> None:
-    """Ask the device for its limits, in a process of its own; import what all processes need."""
+def prepare() -> str:
+    """Ask the device for its limits, in a process of its own; import what all processes need.
+
+    Returns:
+        The names of the device and of what runs on it.
+    """
     here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_ask, args=(there,))
     process.start()
     there.close()
+    import triton
     from triton.runtime.cache import triton_key
 
     triton_key()  # reads Triton's library of 400 MB
-    _limits.append(here.recv())
+    limits, name = here.recv()
     process.join()
+    _limits.append(limits)
+    return f"{name}, torch {torch.__version__}, Triton {triton.__version__}"
 
 
 def start() -> None:
