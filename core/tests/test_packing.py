@@ -24,7 +24,7 @@ from quant_core.packing import (
     word_slice,
 )
 from quant_core.packing_words import has_fast_path, view_as
-from quant_core.spec import CANONICAL, Packing
+from quant_core.spec import CANONICAL, Field, Packing
 
 torch.set_num_threads(1)
 
@@ -35,6 +35,20 @@ AWQ = Packing(word="int32", axis="out", k_major=True, order=(0, 4, 1, 5, 2, 6, 3
 AWQ8 = Packing(word="int32", axis="out", k_major=True, order=(0, 2, 1, 3))
 ALONG_N = Packing(word="int32", axis="out", k_major=True)
 ZEROS_N = Packing(word="int32", axis="out")
+FIELDS = {  # ggml's blocks: Q2_K, Q3_K, Q4_1, NVFP4, Q5_0, Q5_K, Q6_K, Q8_0
+    2: [Packing(fields=(Field(16, 64, 2, 32),), block=84)],
+    3: [Packing(fields=(Field(32, 64, 2, 32), Field(0, 32, 1, 32)), block=110)],
+    4: [
+        Packing(fields=(Field(4, 16, 4, 16),), block=20),
+        Packing(fields=(Field(4, 32, 4, 8),), block=36),
+    ],
+    5: [
+        Packing(fields=(Field(6, 16, 4, 16), Field(2, 4, 1, 1)), block=22),
+        Packing(fields=(Field(48, 128, 4, 32), Field(16, 32, 1, 32)), block=176),
+    ],
+    6: [Packing(fields=(Field(0, 128, 4, 64), Field(128, 64, 2, 32)), block=210)],
+    8: [Packing(fields=(Field(2, 32, 8, 1),), block=34)],
+}
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 
 
@@ -52,6 +66,7 @@ def packings(bits: int) -> list[Packing]:
     ]
     kinds += [AWQ, AWQ8, Packing(word="int16", order=(3, 1, 0, 2)), planar(bits)]
     kinds += [Packing(word="uint8", planes=PLANES.get(bits, (bits,)), axis="out", order=(1, 0))]
+    kinds += FIELDS.get(bits, [])
     return kinds + [Packing(order=halves(run)) for run in (16, 32, 64)]
 
 
@@ -181,6 +196,18 @@ def test_padded_words_hold_ten_three_bit_codes() -> None:
 # ------------------------------------------------------------------------ all kinds, all sizes
 
 
+def slow_field_code(value: list[int], at: int, packing: Packing) -> int:
+    """Code ``at`` of a row of bytes, from the definition of ``Field``."""
+    per = packing.fields[0].nbytes * 8 // packing.fields[0].width
+    block, code, shift = value[at // per * packing.block :], 0, 0
+    for f in packing.fields:
+        run, v = divmod(at % per, f.stride * 8 // f.width)
+        byte = block[f.at + run * f.stride + v % f.stride]
+        code |= (byte >> f.width * (v // f.stride) & ((1 << f.width) - 1)) << shift
+        shift += f.width
+    return code
+
+
 def slow_unpack_bit(words: torch.Tensor, bits: int, row: int, col: int, packing: Packing) -> int:
     """One code, bit by bit, straight from the definition of ``Packing``."""
     at, line = (col, row) if packing.axis == "in" else (row, col)
@@ -192,6 +219,8 @@ def slow_unpack_bit(words: torch.Tensor, bits: int, row: int, col: int, packing:
     if packing.order is not None:
         run = len(packing.order)
         slot = at // run * run + packing.order[at % run]
+    if packing.fields:
+        return slow_field_code(value, at, packing)
     stream = sum(w << (size * i) for i, w in enumerate(value))
     if packing.planes:
         start, code, shift = slot // 32 * 32 * bits, 0, 0
@@ -312,12 +341,13 @@ def test_non_contiguous_inputs_are_read_right(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_word_slice_at_pack_units_holds_the_rows_codes(bits: int) -> None:
-    codes = random_codes(192, 192, bits)
     for packing in packings(bits):
+        codes = random_codes(192, 768 if packing.fields else 192, bits)
         unit = pack_unit(bits, packing)
         words = pack(codes, bits, packing)
-        assert 192 % unit == 0 or packing.straddle is False
-        start, stop = unit, min(192, 3 * unit)
+        assert codes.shape[1] % unit == 0 or packing.straddle is False
+        size = codes.shape[packing.axis == "in"]
+        start, stop = unit, min(size, 3 * unit)
         if start >= stop:
             continue
         n, k = (slice(None), slice(start, stop))[:: 1 if packing.axis == "in" else -1]

@@ -26,6 +26,7 @@ from quant_core.tensors import LayerTensors, QuantizedTensor
 __all__ = ["check_matrix", "odd_codes"]
 
 _PIECE = 1 << 19  # bytes, so that the copy of a piece stays in the cache
+_ROWS = 1 << 10  # of scales: likewise
 _LEAST = {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}  # without the sign; what is not below is no number
 _NEGATIVE_ZERO = ("fp8_e4m3_fnuz", "fp8_e5m2_fnuz")
 
@@ -75,9 +76,28 @@ def _check_codes(where: str, qt: QuantizedTensor, stored: Mapping[str, Tensor]) 
     raise _error(f"{where}.{leaf}" if leaf else where, bad, "weights", "Q-VALUE-WEIGHT")
 
 
+_EXPONENT = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+"""Integers of a float's size, and the bits of its exponent: all set in what is no finite number."""
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether no float is infinite or NaN, by their bits: no float32 copy is made."""
+    kind, exponent = _EXPONENT.get(values.dtype, (None, 0))
+    if kind is None or values.numel() == 0:
+        return False
+    bits = values.view(kind)
+    return all(int((p & exponent).amax()) < exponent for p in bits.split(_ROWS) if p.numel())
+
+
 def _check_level(
     where: str, name: str, values: Tensor, scale: Scale, codebook: tuple[Tensor, ...]
 ) -> None:
+    if values.is_floating_point() and _all_finite(values):
+        return
     decoded = level_values(values, scale, codebook)
     if decoded.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(decoded))).all()):
         return  # a NaN anywhere makes both ends NaN

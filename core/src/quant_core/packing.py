@@ -40,6 +40,8 @@ _BLOCK_BYTES = 64 << 20  # bytes of unpacked codes held at once while repacking
 
 def pack_unit(bits: int, packing: Packing) -> int:
     """Codes along the packed axis that fill whole words and whole runs: where words may be cut."""
+    if packing.fields:
+        return packing.fields[0].count
     word = WORD_BITS[packing.word]
     run = len(packing.order) if packing.order is not None else 1
     if packing.planes:
@@ -50,6 +52,8 @@ def pack_unit(bits: int, packing: Packing) -> int:
 
 def packed_count(count: int, bits: int, packing: Packing) -> int:
     """Words that hold ``count`` codes along the packed axis; a last short run is filled up."""
+    if packing.fields:
+        return -(-count // packing.fields[0].count) * packing.block
     word = WORD_BITS[packing.word]
     if packing.order is not None:
         count += -count % len(packing.order)
@@ -90,13 +94,15 @@ def _check(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -
 
 
 def _check_planes(bits: int, packing: Packing) -> None:
-    if packing.planes and sum(packing.planes) != bits:
+    held = packing.planes or tuple(f.width for f in packing.fields)
+    if held and sum(held) != bits:
+        what = "bit planes" if packing.planes else "fields"
         raise LayoutError(
-            f"bit planes {packing.planes} hold {sum(packing.planes)} bits, expected {bits}. "
-            "Give the planes of this bit width.",
+            f"{what} {held} hold {sum(held)} bits, expected {bits}. "
+            f"Give the {what} of this bit width.",
             code="Q-LAYOUT-ELEMENT",
             expected=bits,
-            actual=packing.planes,
+            actual=held,
         )
 
 
@@ -126,11 +132,11 @@ def unpack(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -
 
     Raises:
         LayoutError: ``Q-LAYOUT-SHAPE`` if shape or dtype of ``words`` disagree,
-            ``Q-LAYOUT-ELEMENT`` if the packing's bit planes are not ``bits``.
+            ``Q-LAYOUT-ELEMENT`` if the packing's planes or fields are not of ``bits``.
     """
     _check_planes(bits, packing)
     _check(words, bits, shape, packing)
-    if has_fast_path(bits, shape, packing):
+    if has_fast_path(bits, shape, packing) and not packing.fields:
         return unpack_stream(to_stream(words, bits, shape, packing), bits, shape[1])
     return _unpack_generic(words, bits, shape, packing)
 

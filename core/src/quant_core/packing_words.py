@@ -13,6 +13,7 @@ first, along K):
 
     halves   byte i of a run of 4-bit codes holds code i and code run / 2 + i: both halves are
              squeezed into bytes of neighbours, 16 bits at a time
+    field    such runs, or whole bytes, in blocks that hold other things beside
 
 An order inside the word only renames the rows of the transposed block. Everything here is held to
 the generic algorithm of ``quant_core.packing`` by tests.
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from quant_core.intspec import halves
+from quant_core.packing_fields import whole_bytes
 from quant_core.spec import Packing
 
 __all__ = ["WORD_BITS", "WORD_DTYPES", "from_stream", "has_fast_path", "to_stream", "view_as"]
@@ -35,7 +37,8 @@ _CHUNK_WORDS = 1 << 16  # 256 KiB of int32: the swap steps stay in the cache of 
 
 def _is_stream(bits: int, packing: Packing) -> bool:
     whole = packing.straddle or WORD_BITS[packing.word] % bits == 0
-    return packing.axis == "in" and packing.order is None and not packing.planes and whole
+    plain = packing.order is None and not packing.planes and not packing.fields
+    return packing.axis == "in" and plain and whole
 
 
 def _is_block(bits: int, shape: tuple[int, int], packing: Packing) -> bool:
@@ -55,12 +58,21 @@ def _is_halves(bits: int, shape: tuple[int, int], packing: Packing) -> bool:
     return plain and order == halves(run) and shape[1] % run == 0
 
 
+def _is_field(bits: int, shape: tuple[int, int], packing: Packing) -> bool:
+    if len(packing.fields) != 1 or packing.axis != "in" or packing.k_major:
+        return False
+    field = packing.fields[0]
+    known = bits == 8 or (bits == 4 and field.stride % 4 == 0)
+    return field.width == bits and known and shape[1] % field.count == 0
+
+
 def has_fast_path(bits: int, shape: tuple[int, int], packing: Packing) -> bool:
     """Whether ``to_stream`` and ``from_stream`` know this packing at this size."""
     return (
         _is_stream(bits, packing)
         or _is_block(bits, shape, packing)
         or _is_halves(bits, shape, packing)
+        or _is_field(bits, shape, packing)
     )
 
 
@@ -159,6 +171,9 @@ def to_stream(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing
     """
     if _is_block(bits, shape, packing):
         return _block_to_stream(words, bits, shape, packing)
+    if packing.fields:
+        held = whole_bytes(words.contiguous(), packing).reshape(shape[0], -1)
+        return held if bits == 8 else _halves_to_stream(held, 2 * packing.fields[0].stride)
     if packing.order is not None:
         return _halves_to_stream(words, len(packing.order))
     k = shape[1]
@@ -174,6 +189,13 @@ def from_stream(data: Tensor, bits: int, shape: tuple[int, int], packing: Packin
     """Inverse of ``to_stream``: canonical bytes to words of ``packing``."""
     if _is_block(bits, shape, packing):
         return _stream_to_block(data, bits, shape, packing)
+    if packing.fields:
+        field = packing.fields[0]
+        blocks = shape[1] // field.count
+        out = torch.zeros(shape[0], blocks * packing.block, dtype=torch.uint8, device=data.device)
+        held = data if bits == 8 else _stream_to_halves(data, 2 * field.stride)
+        whole_bytes(out, packing).copy_(held.view(shape[0], blocks, field.nbytes))
+        return out
     if packing.order is not None:
         return _stream_to_halves(data, len(packing.order))
     pad = -data.shape[1] % (WORD_BITS[packing.word] // 8)

@@ -12,7 +12,6 @@ small, so that they cross process borders in engines that start workers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -26,6 +25,7 @@ __all__ = [
     "Axis",
     "BlockType",
     "Element",
+    "Field",
     "FormatMatch",
     "Grain",
     "LayerDesc",
@@ -178,6 +178,25 @@ class QuantSpec:
         return " ".join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Some bits of each code of a block of bytes: ``nbytes`` bytes from byte ``at`` of it on.
+
+    They are runs of ``stride`` bytes; value v of a run has its ``width`` bits in byte v % stride,
+    from bit width * (v // stride) on. Stride 1 is a plain bit stream.
+    """
+
+    at: int
+    nbytes: int
+    width: int
+    stride: int
+
+    @property
+    def count(self) -> int:
+        """Values held."""
+        return self.nbytes * 8 // self.width
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
     """Physical order of codes, as data; several formats share one.
@@ -192,6 +211,9 @@ class Packing:
     - ``planes=(2, 1)``: runs of 32 codes, b words each; first the low 2 bits of all 32, then the
       next bit of all 32, ...
 
+    ``fields`` (words are uint8): rows are blocks of ``block`` bytes that may hold other things
+    beside; a code is its fields' bits put together, low field first.
+
     ``k_major=False`` stores [N, K...] with the packed axis in place; ``k_major=True`` stores
     [K..., N]. The packed axis is always the one named by ``axis``.
     """
@@ -202,6 +224,8 @@ class Packing:
     straddle: bool = True
     planes: tuple[int, ...] = ()
     k_major: bool = False
+    fields: tuple[Field, ...] = ()
+    block: int = 0
 
 
 CANONICAL = Packing()
@@ -474,14 +498,3 @@ class OpSpec:
         if spec is None:
             raise KeyError("weight")
         return spec
-
-
-def freeze_json(value: Any) -> Any:
-    """``value`` (parsed JSON) with dicts made read-only and lists made tuples, recursively."""
-    from types import MappingProxyType
-
-    if isinstance(value, Mapping):
-        return MappingProxyType({k: freeze_json(v) for k, v in value.items()})
-    if isinstance(value, list | tuple):
-        return tuple(freeze_json(v) for v in value)
-    return value

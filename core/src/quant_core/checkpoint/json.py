@@ -13,10 +13,10 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quant_core.errors import CheckpointError, ConfigError, LimitError, printable
-from quant_core.spec import freeze_json
 
 __all__ = ["LIMIT_BYTES", "MAX_DEPTH", "MAX_DIGITS", "parse_json_object", "read_json_object"]
 
@@ -160,7 +160,7 @@ def _parse(text: str, where: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         found = f"holds {_json_type(value)} at the top"
         raise _error(where, found, "an object", fix, "Q-CFG-TYPE")
-    frozen: Mapping[str, Any] = freeze_json(value)
+    frozen: Mapping[str, Any] = _frozen(value)
     return frozen
 
 
@@ -195,3 +195,12 @@ def _error(
         expected=expected,
         actual=found,
     )
+
+
+def _frozen(value: Any) -> Any:
+    """``value`` (parsed JSON) with dicts made read-only and lists made tuples, recursively."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({k: _frozen(v) for k, v in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v) for v in value)
+    return value

@@ -322,7 +322,7 @@ class ReferenceKernel:
             return Rejected(axis="element", have=spec.element.name, need="a scalar element")
         if op.packing.k_major or op.packing.axis != "in":
             return Rejected(axis="packing", have="k-major or along N", need="row-major along K")
-        if op.packing.order is not None:  # would be put in order on every call
+        if op.packing.order is not None or op.packing.fields:  # would be put in order on every call
             return Rejected(axis="packing", have="reordered codes", need="codes in order")
         if op.op == "embedding" and spec.gather:
             return Rejected(axis="gather", have="reordered columns", need="columns in order")
