@@ -39,6 +39,7 @@ _NEEDED = {
 }
 _OPTIONAL = {
     "AVX512": ("kernel_avx512", _AVX512),
+    "LOAD_AVX512": ("load_avx512", _AVX512),
     "AVX512_FLOAT8": ("kernel_avx512_float8", _AVX512),
     "STEP_AVX512": ("step_avx512", [*_AVX512, "-mprefer-vector-width=512"]),
     "ROUND_AVX512": (
@@ -50,7 +51,7 @@ _OPTIONAL = {
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 12  # of the C interface; library.py checks it
+_VERSION = 15  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:
@@ -90,7 +91,7 @@ def build_library(target: Path) -> str:
         for name, (unit, flags) in _OPTIONAL.items():
             if not compile_unit(unit, flags):
                 defines.append(f"-DQK_HAVE_{name}")
-        for unit in ("cpu", "between", "dispatch", "dispatch_layer"):
+        for unit in ("cpu", "load_calls", "between", "dispatch", "dispatch_layer"):
             if error := compile_unit(unit, [*defines, "-fexceptions"]):
                 raise RuntimeError(f"{unit}.c does not compile with {cc[0]}:\n{error}")
         fresh = Path(folder) / "kernels.so"  # moved into place whole: a loaded one stays intact

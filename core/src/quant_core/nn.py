@@ -168,8 +168,19 @@ def moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     return there.view(value.dtype)
 
 
+def _dense(lt: LayerTensors) -> LayerTensors:
+    """``lt`` with scales, zeros and offsets whose values follow each other in memory."""
+    qt = lt.weight
+    tensors = qt.tensors()
+    if all(t.is_contiguous() for t in tensors.values()):
+        return lt
+    made = qt.with_tensors({name: t.contiguous() for name, t in tensors.items()})
+    return replace(lt, operands={**lt.operands, "weight": made})
+
+
 def with_packing(lt: LayerTensors, packing: Packing) -> LayerTensors:
-    """``lt`` with its codes in another physical order; bit-exact."""
+    """``lt`` with its codes in another physical order, and all tensors contiguous; bit-exact."""
+    lt = _dense(lt)
     qt = lt.weight
     if qt.spec.blocks or qt.packing == packing:
         return lt
@@ -187,6 +198,8 @@ def load_part_(
     reads = getattr(choice.kernel, "reads", None)
     if reads is None or not reads(choice.op, part.weight.packing):
         part = with_packing(part, choice.op.packing)
+    elif not getattr(choice.kernel, "strided", False):
+        part = _dense(part)
     choice.kernel.load_(buffers, choice.op, part, at)
     weights_changed()
 

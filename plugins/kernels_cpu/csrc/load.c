@@ -3,17 +3,16 @@
  *     QK_BY_ROW    [N][words of K]    a row is one stream of codes, lowest first
  *     QK_BY_WORD   [words of K][N]    the same words, transposed
  *     QK_ACROSS    [K][N / 8]         a word holds one column of 8 rows; `slot` says in which nibble
- *     QK_HALVES    [N][words of K]    in a run of 2 h codes byte i holds codes i and h + i (low
- *                                     nibble first); `run` is 2 h: 16, 32 or 64 codes
+ *     QK_FIELDS    [N][blocks of K]   bytes that hold codes beside other things, their bits in one
+ *                                     field or two (load.h)
  *
  * Memory-bound: every source line is used whole while it is in a register, since the 32 rows of a
  * block often lie a power of two apart and would push each other out of the first-level cache. */
 #include <immintrin.h>
 #include <omp.h>
+#include <string.h>
 
-#include "load.h"
-
-typedef __m256i vi8; /* 8 words */
+#include "load_fields.h"
 
 static inline vi8 join(vi8 v, int by, int mask) {
     return _mm256_and_si256(_mm256_or_si256(v, _mm256_srli_epi32(v, by)), _mm256_set1_epi32(mask));
@@ -74,33 +73,19 @@ static inline vi8 word_of_bytes(vi8 first, vi8 second) {
     return _mm256_or_si256(kept, _mm256_or_si256(up, down)); /* E0 O0 E1 O1 -> E0 E1 O0 O1 */
 }
 
-/* v: 8 words of 8 rows, transposed; as words of a block. */
-static inline void finish8(vi8 v[8], const qk_source *s) {
-    if (s->order != QK_HALVES) {
-        for (int j = 0; j < 8; j++) v[j] = finish(v[j], s);
-        return;
-    }
+/* v: 8 words of 8 rows, transposed, of runs of 2 * stride codes: as words of a block. */
+static inline void finish_halves(vi8 v[8], int64_t stride) {
     vi8 low[4], high[4];
     for (int j = 0; j < 4; j++) {
         low[j] = word_of_bytes(v[2 * j], v[2 * j + 1]);
         high[j] = word_of_bytes(_mm256_srli_epi32(v[2 * j], 4), _mm256_srli_epi32(v[2 * j + 1], 4));
     }
-    const int half = (int)s->run / 16; /* words of half a run: 1, 2 or 4 */
+    const int half = (int)stride / 8; /* words of half a run: 1, 2 or 4 */
     for (int j = 0; j < 4; j++) {
         const int at = j / half * 2 * half + j % half;
         v[at] = low[j];
         v[at + half] = high[j];
     }
-}
-
-/* One word of a block from a row of stored words. */
-static uint32_t one_word(const uint32_t *row, int64_t i, const qk_source *s) {
-    if (s->order != QK_HALVES) return finish_word(row[i], s);
-    const int64_t half = s->run / 2, run = i * 8 / s->run, at = i * 8 % s->run;
-    const uint8_t *bytes = (const uint8_t *)row + run * half + at % half;
-    uint32_t word = 0;
-    for (int j = 0; j < 8; j++) word |= (uint32_t)(at < half ? bytes[j] & 15 : bytes[j] >> 4) << 4 * j;
-    return finish_word(word, s);
 }
 
 #define AHEAD 64 /* words of a row: four lines */
@@ -117,13 +102,94 @@ static void from_rows(uint32_t *block, const uint32_t *rows, int64_t words, int6
                 vi8 v[8];
                 for (int j = 0; j < 8; j++) v[j] = load(row + j * words + i);
                 transpose8(v);
-                finish8(v, s);
-                for (int j = 0; j < 8; j++) store(block + (i + j) * QK_ROWS + r, v[j]);
+                for (int j = 0; j < 8; j++) store(block + (i + j) * QK_ROWS + r, finish(v[j], s));
             }
         }
     for (int64_t r = low; r < high; r++)
         for (int64_t i = r < whole ? aligned : 0; i < words; i++)
-            block[i * QK_ROWS + r] = one_word(rows + (r - low) * words, i, s);
+            block[i * QK_ROWS + r] = finish_word(rows[(r - low) * words + i], s);
+}
+
+/* ------------------------------------------------------------------------- blocks of fields */
+
+/* Rows [low, high), high - low a multiple of 8, whose codes lie in the halves of one field's bytes:
+ * 16 bytes of them in a block, or whole pieces of 32. K is a multiple of 64. */
+static void from_halves(uint32_t *block, const uint8_t *rows, int64_t row_bytes, int64_t low,
+                        int64_t high, const qk_source *s) {
+    const qk_field f = s->field[0];
+    const int64_t step = f.bytes < 32 ? 2 * s->block : s->block;
+    const int64_t pieces = f.bytes < 32 ? 1 : f.bytes / 32, second = f.bytes < 32 ? s->block : 16;
+    for (int64_t k = 0, at = f.at; k < s->k; at += step)
+        for (int64_t p = 0; p < pieces; p++, k += 64)
+            for (int64_t r = low; r < high; r += 8) {
+                const uint8_t *row = rows + (r - low) * row_bytes + at + 32 * p;
+                vi8 v[8];
+                for (int j = 0; j < 8; j++) {
+                    _mm_prefetch(row + j * row_bytes + 4 * AHEAD, _MM_HINT_T0);
+                    v[j] = load_two(row + j * row_bytes, row + j * row_bytes + second);
+                }
+                transpose8(v);
+                finish_halves(v, f.stride);
+                for (int j = 0; j < 8; j++) store(block + (k / 8 + j) * QK_ROWS + r, v[j]);
+            }
+}
+
+/* Word i of a block's row from codes of a byte each. */
+static uint32_t word_of_codes(const uint8_t *codes, int64_t i, const qk_source *s) {
+    uint32_t word = 0;
+    if (s->width == 8) memcpy(&word, codes + 4 * i, sizeof word);
+    else
+        for (int j = 0; j < 8; j++) word |= (uint32_t)codes[8 * i + j] << 4 * j;
+    return finish_word(word, s);
+}
+
+/* Rows [low, high) of a block, by way of a byte for each code. */
+static void from_fields(uint32_t *block, const uint8_t *rows, int64_t row_bytes, int64_t low,
+                        int64_t high, const qk_source *s) {
+    const int64_t per = block_codes(s), some = QK_CHUNK / per, step = s->width == 8 ? 4 : 8;
+    uint8_t codes[8][QK_CHUNK + 32];
+    for (int64_t k = 0; k < s->k; k += QK_CHUNK) {
+        const int64_t stop = qk_min(QK_CHUNK, s->k - k), count = qk_min(some, stop / per);
+        for (int64_t r = low; r < high; r += 8) {
+            const int64_t here = qk_min(8, high - r);
+            for (int64_t j = 0; j < here; j++) {
+                const uint8_t *at = rows + (r - low + j) * row_bytes + k / per * s->block;
+                for (int64_t line = 0; line < some * s->block; line += 64)
+                    _mm_prefetch(at + some * s->block + line, _MM_HINT_T0);
+                spread_blocks(codes[j], at, count, s);
+            }
+            uint32_t *out = block + k / step * QK_ROWS + r;
+            if (here < 8) {
+                for (int64_t j = 0; j < here; j++)
+                    for (int64_t i = 0; i < stop / step; i++)
+                        out[i * QK_ROWS + j] = word_of_codes(codes[j], i, s);
+                continue;
+            }
+            for (int64_t c = 0; c < stop; c += 32, out += 32 / step * QK_ROWS) {
+                vi8 v[8];
+                for (int j = 0; j < 8; j++) v[j] = load((const uint32_t *)(codes[j] + c));
+                transpose8(v);
+                if (s->width == 8)
+                    for (int j = 0; j < 8; j++) store(out + j * QK_ROWS, finish(v[j], s));
+                else
+                    for (int j = 0; j < 4; j++)
+                        store(out + j * QK_ROWS, word_of_bytes(v[2 * j], v[2 * j + 1]));
+            }
+        }
+    }
+}
+
+/* Rows [low, high) of a block; row `low` begins at `rows`. */
+static void from_blocks(uint32_t *block, const uint8_t *rows, int64_t low, int64_t high,
+                        const qk_source *s) {
+    const int64_t row_bytes = s->k / block_codes(s) * s->block, bytes = s->field[0].bytes;
+    const int halves = s->fields == 1 && s->field[0].width == 4 && s->k % 64 == 0;
+    int64_t whole = low;
+    if (halves && (bytes == 16 || bytes % 32 == 0)) {
+        whole += (high - low) / 8 * 8;
+        from_halves(block, rows, row_bytes, low, whole, s);
+    }
+    from_fields(block, rows + (whole - low) * row_bytes, row_bytes, whole, high, s);
 }
 
 /* A tile of blocks [b, stop) from words that lie [words][n]: rows of the part are contiguous. */
@@ -188,18 +254,23 @@ static void from_columns(uint32_t *blocks, const uint32_t *in, int64_t words, in
 #define TILE 16 /* blocks of rows written side by side: their streams stay few */
 
 /* Rows [first, first + n) of K columns. QK_ACROSS needs first and n multiples of 8, K too. */
-void qk_load(void *blocks, const void *stored, int64_t first, int64_t n, const qk_source *s) {
+void qk_load_by(void *blocks, const void *stored, int64_t first, int64_t n, const qk_source *s,
+                const qk_wide *wide) {
     const int64_t words = s->k * s->width / 32, start = first / QK_ROWS;
     const int64_t stop = qk_div_up(first + n, QK_ROWS);
     uint32_t *out = blocks;
-    if (s->order == QK_BY_ROW || s->order == QK_HALVES) {
+    if (s->order == QK_BY_ROW || s->order == QK_FIELDS) {
+        const int fields = s->order == QK_FIELDS;
+        const int64_t row_bytes = fields ? s->k / block_codes(s) * s->block : words * 4;
 #pragma omp parallel for schedule(static)
         for (int64_t b = start; b < stop; b++) {
             const int64_t low = b * QK_ROWS < first ? first - b * QK_ROWS : 0;
             const int64_t high = qk_min(QK_ROWS, first + n - b * QK_ROWS);
-            const uint32_t *rows = (const uint32_t *)stored + (b * QK_ROWS + low - first) * words;
+            const uint8_t *rows = (const uint8_t *)stored + (b * QK_ROWS + low - first) * row_bytes;
             uint32_t *block = out + b * words * QK_ROWS;
-            from_rows(block, rows, words, low, high, s);
+            if (wide && high - low == QK_ROWS && wide->block(block, rows, row_bytes, s)) continue;
+            if (fields) from_blocks(block, rows, low, high, s);
+            else from_rows(block, (const uint32_t *)rows, words, low, high, s);
         }
         return;
     }
@@ -212,7 +283,31 @@ void qk_load(void *blocks, const void *stored, int64_t first, int64_t n, const q
         }
         const int64_t from = b * QK_ROWS < first ? first : b * QK_ROWS;
         const int64_t to = qk_min(first + n, end * QK_ROWS);
-        for (int64_t i = 0; i < words; i++)
-            from_columns(out, stored, words, n / 8, first, i, (from - first) / 8, (to - first) / 8, s);
+        for (int64_t i = 0; i < words; i++) {
+            int64_t w = (from - first) / 8;
+            if (wide && first % QK_ROWS == 0)
+                w = wide->columns(out, stored, words, n / 8, first, i, w, (to - first) / 8, s);
+            from_columns(out, stored, words, n / 8, first, i, w, (to - first) / 8, s);
+        }
+    }
+}
+
+#define GRID(type)                                                                       \
+    for (int64_t g = 0; g < s->groups; g++)                                              \
+        for (int64_t r = low; r < high; r++)                                             \
+            ((type *)block)[g * QK_ROWS + r] =                                           \
+                *(const type *)(rows + (r - low) * s->row + g * s->column)
+
+void qk_load_grid(void *blocks, const void *values, int64_t first, int64_t n, const qk_grid *s) {
+    const int64_t start = first / QK_ROWS, stop = qk_div_up(first + n, QK_ROWS);
+#pragma omp parallel for schedule(static) if (n * s->groups > 1 << 16)
+    for (int64_t b = start; b < stop; b++) {
+        const int64_t low = b * QK_ROWS < first ? first - b * QK_ROWS : 0;
+        const int64_t high = qk_min(QK_ROWS, first + n - b * QK_ROWS);
+        const uint8_t *rows = (const uint8_t *)values + (b * QK_ROWS + low - first) * s->row;
+        uint8_t *block = (uint8_t *)blocks + b * s->groups * QK_ROWS * s->size;
+        if (s->size == 1) GRID(uint8_t);
+        else if (s->size == 2) GRID(uint16_t);
+        else GRID(uint32_t);
     }
 }

@@ -17,8 +17,9 @@ from quant_core.intspec import INTERLEAVE, halves
 from quant_core.kernels.choose import Choice
 from quant_core.nn import load_part_
 from quant_core.packing import WORD_DTYPES, pack, packed_shape, unpack
-from quant_core.spec import CANONICAL, OpSpec, Packing
+from quant_core.spec import CANONICAL, Field, OpSpec, Packing
 from quant_core.tensors import LayerTensors
+from quant_kernels_cpu.blocks import write_grid_
 from quant_kernels_cpu.kernel import WnA16
 from quant_kernels_cpu.library import unavailable
 from quant_kernels_cpu.loading import source_of
@@ -35,8 +36,33 @@ ORDERS = {
     "halves of 32": Packing(order=halves(32)),
     "halves of 64": Packing(order=halves(64)),
 }
+FIELDS = {  # as in ggml's blocks: element bits -> orders
+    2: {"q2_k": Packing(fields=(Field(16, 64, 2, 32),), block=84)},
+    3: {"q3_k": Packing(fields=(Field(32, 64, 2, 32), Field(0, 32, 1, 32)), block=110)},
+    4: {
+        "q4_0": Packing(fields=(Field(2, 16, 4, 16),), block=18),
+        "q4_k": Packing(fields=(Field(16, 128, 4, 32),), block=144),
+        "iq4_xs": Packing(fields=(Field(8, 128, 4, 16),), block=136),
+        "nvfp4": Packing(fields=(Field(4, 32, 4, 8),), block=36),
+    },
+    5: {
+        "q5_0": Packing(fields=(Field(6, 16, 4, 16), Field(2, 4, 1, 1)), block=22),
+        "q5_k": Packing(fields=(Field(48, 128, 4, 32), Field(16, 32, 1, 32)), block=176),
+    },
+    6: {"q6_k": Packing(fields=(Field(0, 128, 4, 64), Field(128, 64, 2, 32)), block=210)},
+    8: {"q8_0": Packing(fields=(Field(2, 32, 8, 1),), block=34)},
+}
+FIELD_CASES = [(bits, name) for bits, orders in FIELDS.items() for name in orders]
+OF_BITS = {
+    2: "uint2 g16 code",
+    3: "uint3 g32 const",
+    4: "uint4 g32 f16 code",
+    5: "uint5 g32 offset",
+    6: "uint6 two-level const",
+    8: "int8 g32 f16",
+}
 FOUR = "uint4 g32 f16 code"
-SIZES = [(32, 64), (33, 128), (64, 192), (72, 320), (200, 64), (8, 1088)]
+SIZES = [(32, 64), (33, 128), (64, 192), (72, 320), (200, 64), (8, 1088), (288, 128)]
 
 
 def stored(lt: LayerTensors, packing: Packing) -> LayerTensors:
@@ -61,7 +87,9 @@ def case(spec: str, n: int, k: int) -> tuple[LayerTensors, OpSpec]:
 
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_order_is_loaded_as_the_canonical_codes_are(name: str, size: tuple[int, int]) -> None:
+def test_order_is_loaded_as_the_canonical_codes_are(
+    name: str, size: tuple[int, int], isa: str
+) -> None:
     lt, op = case(FOUR, *size)
     if ORDERS[name].axis == "out" and size[0] % 8:
         pytest.skip("words across rows hold whole eights of them")
@@ -75,17 +103,60 @@ def test_order_is_loaded_as_the_canonical_codes_are(name: str, size: tuple[int, 
 @pytest.mark.parametrize("spec", ["uint8 g32 code", "uint8 channel const", "int8 g32 f16"])
 @pytest.mark.parametrize("packing", [WORDS, Packing(word="int32"), CANONICAL], ids=str)
 @pytest.mark.parametrize("size", [(33, 48), (64, 128), (5, 80)], ids=str)
-def test_eight_bit_order_is_loaded(spec: str, packing: Packing, size: tuple[int, int]) -> None:
+def test_eight_bit_order_is_loaded(
+    spec: str, packing: Packing, size: tuple[int, int], isa: str
+) -> None:
     lt, op = case(spec, *size)
     got = loaded(stored(lt, packing), op)
     assert torch.equal(got["codes"], loaded(lt, op)["codes"])
     assert torch.equal(WnA16().restore(got, op).weight.codes, lt.weight.codes)
 
 
+@pytest.mark.parametrize(("bits", "name"), FIELD_CASES)
+@pytest.mark.parametrize("size", [(32, 256), (75, 512), (7, 768), (64, 96)], ids=str)
+def test_codes_in_fields_are_loaded_as_the_canonical_ones_are(
+    bits: int, name: str, size: tuple[int, int], isa: str
+) -> None:
+    packing = FIELDS[bits][name]
+    lt, op = case(OF_BITS[bits], *size)
+    part = stored(lt, packing)
+    whole = size[1] % packing.fields[0].count == 0
+    assert WnA16().reads(op, packing) is whole  # else core puts them in order
+    noise = torch.randint(0, 256, part.weight.codes.shape, dtype=torch.uint8)
+    held = pack(torch.full(size, (1 << bits) - 1, dtype=torch.uint8), bits, packing)
+    part.weight.codes |= noise & ~held  # what lies beside the codes is not read
+    assert torch.equal(loaded(part, op)["codes"], loaded(lt, op)["codes"])
+
+
+@pytest.mark.parametrize(("bits", "name"), FIELD_CASES)
+def test_a_bit_of_each_field_is_noticed(bits: int, name: str, isa: str) -> None:
+    packing = FIELDS[bits][name]
+    lt, op = case(OF_BITS[bits], 32, 256)
+    want = loaded(lt, op)["codes"]
+    for field in packing.fields:
+        part = stored(lt, packing)
+        part.weight.codes[17, field.at + field.nbytes - 1] ^= 0x80
+        assert not torch.equal(loaded(part, op)["codes"], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
+@pytest.mark.parametrize("row", [0, 3, 40])
+def test_grid_of_any_strides_lands_in_blocks(dtype: torch.dtype, row: int) -> None:
+    wide = torch.randint(0, 100, (70, 2, 9)).to(dtype)
+    for values in (wide[:, 0], wide[:, 1, ::2], wide.view(70, 18).t()[:9, :].t(), wide[::3, 1]):
+        n, groups = values.shape
+        target = torch.zeros(4, groups, 32, dtype=dtype)
+        write_grid_(target, row, values)
+        rows = target.transpose(1, 2).reshape(128, groups)
+        assert torch.equal(rows[row : row + n], values)
+        assert not rows[:row].any()
+        assert not rows[row + n :].any()
+
+
 @pytest.mark.parametrize("name", ORDERS)
 @pytest.mark.parametrize("cut", [8, 24, 32, 40, 7])
-def test_part_after_another_lands_behind_it(name: str, cut: int) -> None:
-    packing, (n, k) = ORDERS[name], (96, 128)
+def test_part_after_another_lands_behind_it(name: str, cut: int, isa: str) -> None:
+    packing, (n, k) = ORDERS[name], (320, 128)
     if packing.axis == "out" and cut == 7:
         pytest.skip("words across rows hold whole eights of them")
     lt, op = case(FOUR, n, k)
@@ -115,6 +186,7 @@ def test_swapped_nibbles_are_noticed() -> None:
         Packing(order=(1, 0)),
         Packing(order=tuple(reversed(range(32)))),
         Packing(word="int16", k_major=True),
+        Packing(fields=(Field(0, 16, 2, 16), Field(16, 16, 2, 16)), block=32),
     ],
     ids=str,
 )

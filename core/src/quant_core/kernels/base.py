@@ -71,13 +71,15 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """See the module's docstring. Seven attributes are optional:
+    """See the module's docstring. Eight attributes are optional:
 
     TRANSFORMS  True: the kernel applies transforms; core asks no other for an operation with any.
     layout      name of the storage order of its buffers; kernels with an equal one must agree on
                 ``allocate``, ``load_`` and ``restore``, bit for bit.
     reads       reads(op, packing) -> bool: ``load_`` takes parts whose codes lie in ``packing``;
                 without it core repacks every part to ``op.packing`` first.
+    strided     True: ``load_`` takes scales, zeros and offsets with any strides; else core makes
+                them contiguous first.
     bind_shared bind_shared(ops) -> run | None: linear layers of one input as one call,
                 run([[buffers of a layer...], ...], x) -> [y, ...], each y as ``bind`` gives it (up
                 to the order of float32 sums); layers that quantize x alike share that. None: not

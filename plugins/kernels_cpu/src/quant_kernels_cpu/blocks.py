@@ -24,7 +24,7 @@ from quant_core.packing import pack, repack, unpack
 from quant_core.spec import CANONICAL, Packing
 from quant_core.tensors import QuantizedTensor
 from quant_kernels_cpu.library import library
-from quant_kernels_cpu.loading import source_of
+from quant_kernels_cpu.loading import Grid, source_for, source_of
 from quant_kernels_cpu.support import ROWS, ZERO_CODE, ZERO_FLOAT, Layout
 from quant_kernels_cpu.support_int8 import Int8Layout
 
@@ -122,28 +122,12 @@ def clear_padding_(name: str, buffer: Tensor, layout: Layout | Int8Layout) -> No
         buffer[..., -1, :, used:] = 0
 
 
-def _pieces(row: int, rows: int) -> list[tuple[int, int, int, int]]:
-    """(block, first lane, first row of the part, rows) of whole and partly filled blocks."""
-    out, at = [], 0
-    while at < rows:
-        lane = (row + at) % ROWS
-        count = rows - at if lane == 0 else min(ROWS - lane, rows - at)
-        if lane == 0 and count > ROWS:
-            count -= count % ROWS
-        out.append(((row + at) // ROWS, lane, at, count))
-        at += count
-    return out
-
-
 def write_grid_(target: Tensor, row: int, values: Tensor) -> None:
-    """values (rows, G) into target [blocks, G, 32] from output row ``row`` on."""
-    for block, lane, at, count in _pieces(row, values.shape[0]):
-        part = values[at : at + count]
-        if count % ROWS == 0:
-            whole = part.view(count // ROWS, ROWS, -1).transpose(1, 2)
-            target[block : block + count // ROWS].copy_(whole)
-        else:
-            target[block, :, lane : lane + count].copy_(part.t())
+    """values (rows, G), of any strides, into target [blocks, G, 32] from output row ``row`` on."""
+    size, (rows, groups) = values.element_size(), values.shape
+    steps = (stride * size for stride in values.stride())
+    grid = Grid(groups, size, *steps)
+    library().c.qk_load_grid(target.data_ptr(), values.data_ptr(), row, rows, ctypes.byref(grid))
 
 
 def read_grid(source: Tensor, n: int) -> Tensor:
@@ -160,7 +144,7 @@ def write_codes_(
     Shapes:  codes packed_shape((rows, K), bits, packing)
     """
     rows, bits = _row_count(codes, packing, layout), layout.bits
-    source = source_of(packing, bits=bits, width=layout.width, k=layout.k, bias=layout.bias)
+    source = source_for(packing, layout)
     if source is None or (packing.axis == "out" and (row % 8 or rows % 8 or layout.k % 8)):
         codes = repack(codes, bits, (rows, layout.k), packing, CANONICAL)
         if bits != layout.width:

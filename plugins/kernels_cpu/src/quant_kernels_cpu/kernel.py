@@ -16,7 +16,7 @@ from quant_core.kernels.base import Accepted, Kernel, Rejected
 from quant_core.kernels.storage import misused
 from quant_core.spec import OpSpec, Packing
 from quant_kernels_cpu.library import ISAS, library, unavailable
-from quant_kernels_cpu.loading import source_of
+from quant_kernels_cpu.loading import source_for
 from quant_kernels_cpu.support import ZERO_FLOAT, Layout, describe
 from quant_kernels_cpu.w8a8 import W8A8, check_range
 
@@ -38,6 +38,7 @@ class WnA16:
     name = "cpu_wna16"
     OPS: tuple[str, ...] = ("linear", "grouped_linear", "embedding")
     int8 = False  # activations rounded
+    strided = True
 
     def _layout(self, op: OpSpec) -> Layout | Rejected:
         if op.device[0] != "cpu":  # says more than a missing library does
@@ -78,10 +79,7 @@ class WnA16:
     def reads(self, op: OpSpec, packing: Packing) -> bool:
         """Whether ``load_`` takes codes in ``packing`` as they are stored."""
         layout = self._bound(op)
-        found = source_of(
-            packing, bits=layout.bits, width=layout.width, k=layout.k, bias=layout.bias
-        )
-        return found is not None
+        return source_for(packing, layout) is not None
 
     def load_(
         self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
