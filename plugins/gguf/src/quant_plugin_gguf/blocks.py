@@ -1,12 +1,10 @@
 """Block bytes to canonical tensors and back, bit for bit, by the tables of ``layouts``.
 
-    rows uint8 [N, row_bytes] -> codes: [N, K * bits / 8], as ``BlockLayout.packing`` says
+    rows uint8 [N, row_bytes] -> codes: the same rows, as ``BlockLayout.packing`` says
                                  scales: finest first, [N, K / weights per scale]
                                  offset: float16 minima (negated for K-quants), and their codes
 
-4-bit codes stay in their bytes, whose split-half order is a ``Packing``; codes spread over several
-fields become the canonical stream. Rows are taken in blocks that fit the cache; one byte per code
-never exists for a whole layer. Scales are moved as raw bits: NaN payloads survive.
+Codes stay where they are. Scales are moved as raw bits: NaN payloads survive.
 """
 
 from __future__ import annotations
@@ -15,74 +13,32 @@ import torch
 from torch import Tensor
 
 from quant_core.errors import LayoutError
-from quant_core.memory import empty
-from quant_core.packing import pack, packed_shape, repack, unpack
-from quant_core.spec import CANONICAL
+from quant_core.packing import repack
+from quant_core.packing_fields import put_, take
+from quant_core.packing_words import view_as
 from quant_core.tensors import QuantizedTensor
-from quant_plugin_gguf.layouts import LAYOUTS, BlockLayout, Field, spec_of
+from quant_plugin_gguf.layouts import LAYOUTS, BlockLayout, spec_of
 from quant_plugin_gguf.types import BY_NAME
 
 __all__ = ["check_scales", "dequantize_rows", "join_rows", "split_rows"]
 
 _LARGEST_UE4M3 = 0x7E  # 448; 0x7F is NaN
-_CHUNK_CODES = 1 << 20  # codes held unpacked at once: 1 MiB stays in the cache
-
-
-# ---------------------------------------------------------------------------------- one field
-
-
-def _shifts(field: Field, like: Tensor) -> Tensor:
-    steps = torch.arange(0, 8, field.width, dtype=torch.uint8, device=like.device)
-    return steps.view(1, 1, -1, 1)
-
-
-def _take(blocks: Tensor, field: Field) -> Tensor:
-    """Values of one field: uint8 [B, block bytes] -> uint8 [B, count]."""
-    data = blocks[:, field.at : field.at + field.nbytes]
-    if field.width == 8:
-        return data
-    runs = data.reshape(len(blocks), -1, 1, field.stride)
-    return ((runs >> _shifts(field, blocks)) & ((1 << field.width) - 1)).flatten(1)
-
-
-def _put_(blocks: Tensor, field: Field, values: Tensor) -> None:
-    """Write values of one field into ``blocks``; bits above ``width`` are dropped."""
-    if field.width < 8:
-        per = 8 // field.width
-        runs = values.reshape(len(blocks), -1, per, field.stride) & ((1 << field.width) - 1)
-        values = (runs << _shifts(field, blocks)).sum(2, dtype=torch.uint8).flatten(1)
-    blocks[:, field.at : field.at + field.nbytes] = values
-
-
-def _take_all(blocks: Tensor, fields: tuple[Field, ...]) -> Tensor:
-    """Values whose bits are spread over several fields, low field first."""
-    values, width = _take(blocks, fields[0]), fields[0].width
-    for field in fields[1:]:
-        values = values | (_take(blocks, field) << width)
-        width += field.width
-    return values
-
-
-def _put_all_(blocks: Tensor, fields: tuple[Field, ...], values: Tensor) -> None:
-    shift = 0
-    for field in fields:
-        _put_(blocks, field, values >> shift)
-        shift += field.width
+_SIX, _FOUR, _TOP = 0x3F3F3F3F, 0x0F0F0F0F, 0x30303030  # bits of four bytes
 
 
 # --------------------------------------------------------------------------------- sub-scales
 
 
-def _take_kquant(data: Tensor) -> Tensor:
-    """The 12 bytes a[4] b[4] c[4] of Q4_K: 8 scales, then 8 minima, of 6 bits.
+def _take_kquant(data: Tensor) -> tuple[Tensor, Tensor]:
+    """The 12 bytes a[4] b[4] c[4] of Q4_K: 8 scales and 8 minima of 6 bits, four at a time.
 
     Scale j < 4 is a[j] & 63; scale j >= 4 has its low bits in c & 15 and its top two in a >> 6.
     Minima likewise with b and c >> 4.
     """
-    a, b, c = data[:, :4], data[:, 4:8], data[:, 8:]
-    scales = torch.cat([a & 63, (c & 15) | ((a >> 6) << 4)], dim=1)
-    minima = torch.cat([b & 63, (c >> 4) | ((b >> 6) << 4)], dim=1)
-    return torch.cat([scales, minima], dim=1)
+    a, b, c = view_as(data, torch.int32).t()
+    scales = torch.stack([a & _SIX, (c & _FOUR) | ((a >> 2) & _TOP)], dim=1)
+    minima = torch.stack([b & _SIX, ((c >> 4) & _FOUR) | ((b >> 2) & _TOP)], dim=1)
+    return view_as(scales, torch.uint8), view_as(minima, torch.uint8)
 
 
 def _put_kquant(values: Tensor) -> Tensor:
@@ -93,11 +49,13 @@ def _put_kquant(values: Tensor) -> Tensor:
     return torch.cat([a, b, c], dim=1)
 
 
-def _take_sub(blocks: Tensor, layout: BlockLayout) -> Tensor:
+def _take_sub(blocks: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    """Finer scales of blocks [B, bytes], and their minima (of no columns where there are none)."""
     at = layout.kquant_scales
     if at is not None:
         return _take_kquant(blocks[:, at : at + 12])
-    return _take_all(blocks, layout.sub) - layout.sub_bias  # wraps: two's complement
+    values = take(blocks, layout.sub) - layout.sub_bias  # wraps: two's complement
+    return values[:, : layout.subs], values[:, layout.subs :]
 
 
 def _put_sub_(blocks: Tensor, layout: BlockLayout, values: Tensor) -> None:
@@ -105,25 +63,36 @@ def _put_sub_(blocks: Tensor, layout: BlockLayout, values: Tensor) -> None:
     if at is not None:
         blocks[:, at : at + 12] = _put_kquant(values)
     else:
-        _put_all_(blocks, layout.sub, values + layout.sub_bias)
+        put_(blocks, layout.sub, values + layout.sub_bias)
 
 
 # --------------------------------------------------------------------------------------- rows
 
 
-def _half(blocks: Tensor, at: int, *, negate: bool) -> Tensor:
-    """float16 at byte ``at`` of each block, raw bits, the sign bit flipped if ``negate``."""
-    bits = blocks[..., at : at + 2].contiguous().view(torch.int16)[..., 0]
-    return _flip_sign(bits, negate).contiguous().view(torch.float16)
+def _halves(blocks: Tensor, layout: BlockLayout) -> tuple[Tensor | None, Tensor | None]:
+    """float16 scale and minimum of each block [N, blocks, bytes], raw bits, minima of K-quants
+    with their sign bit flipped. Two that lie side by side are copied at once: reading them takes
+    every line of a matrix.
+    """
+    d, m = layout.d, layout.m
+    if d is None:
+        return None, None
+    if m is None:
+        return _words(blocks, d, torch.int16).view(torch.float16), None
+    both = view_as(_words(blocks, d, torch.int32).unsqueeze(-1), torch.int16)
+    minima = both[..., m // 2 - d // 2]
+    if layout.sub_mins:
+        minima = minima ^ -0x8000
+    return both[..., 0].view(torch.float16), minima.view(torch.float16)
 
 
-def _flip_sign(bits: Tensor, flip: bool) -> Tensor:
-    return bits ^ -0x8000 if flip else bits
-
-
-def _chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    step = max(1, _CHUNK_CODES // columns)
-    return [(i, min(i + step, rows)) for i in range(0, rows, step)]
+def _words(blocks: Tensor, at: int, dtype: torch.dtype) -> Tensor:
+    """What lies at byte ``at`` of each block as ``dtype``: [N, blocks]."""
+    size = dtype.itemsize
+    part = blocks[..., at : at + size]
+    if blocks.shape[-1] % size or part.storage_offset() % size:
+        part = part.contiguous()
+    return part.view(dtype)[..., 0].contiguous()
 
 
 def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
@@ -143,35 +112,23 @@ def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
         return QuantizedTensor(spec=spec, shape=shape, codes=rows)
     layout = LAYOUTS[name]
     blocks = rows.view(n, per_row, ggml.bytes)
-    bits = spec.element.bits
-    codes = empty(packed_shape(shape, bits, layout.packing), torch.uint8, str(rows.device))
-    first = layout.codes[0]
-    if len(layout.codes) == 1 and bits in (4, 8):  # whole bytes, one after another
-        stored = blocks[..., first.at : first.at + first.nbytes]
-        codes.view(n, per_row, first.nbytes).copy_(stored)
-    else:
-        for start, stop in _chunks(n, shape[1]):
-            part = blocks[start:stop].flatten(0, 1)
-            unpacked = _take_all(part, layout.codes).reshape(stop - start, shape[1])
-            codes[start:stop] = pack(unpacked, bits, CANONICAL)
     scales: list[Tensor] = []
     offset: list[Tensor] = []
     if layout.has_sub:
-        sub = _take_sub(blocks.flatten(0, 1), layout).view(n, per_row, -1)
-        scales.append(sub[..., : layout.subs].reshape(n, -1))
+        fine, minima = _take_sub(blocks.flatten(0, 1), layout)
+        scales.append(fine.reshape(n, -1))
         if layout.sub_mins:
-            offset.append(sub[..., layout.subs :].reshape(n, -1))
-    if layout.d is not None:
-        scales.append(_half(blocks, layout.d, negate=False))
-    if layout.m is not None:
-        offset.append(_half(blocks, layout.m, negate=layout.sub_mins))
+            offset.append(minima.reshape(n, -1))
+    coarse, minimum = _halves(blocks, layout)
+    scales += [] if coarse is None else [coarse]
+    offset += [] if minimum is None else [minimum]
     codebook: tuple[Tensor, ...] = ()
     if layout.codebook:
         codebook = (torch.tensor(layout.codebook, dtype=torch.float32, device=rows.device),)
     return QuantizedTensor(
         spec=spec,
         shape=shape,
-        codes=codes,
+        codes=rows,
         packing=layout.packing,
         scales=tuple(scales),
         offset=tuple(offset),
@@ -186,12 +143,11 @@ def join_rows(qt: QuantizedTensor, name: str) -> Tensor:
         return qt.codes
     layout, (n, k) = LAYOUTS[name], qt.shape
     per_row, bits = k // ggml.weights, qt.spec.element.bits
-    words = repack(qt.codes, bits, (n, k), qt.packing, CANONICAL)
-    out = torch.zeros(n, per_row, ggml.bytes, dtype=torch.uint8, device=words.device)
-    for start, stop in _chunks(n, k):
-        codes = unpack(words[start:stop], bits, (stop - start, k), CANONICAL)
-        part = out[start:stop].view(-1, ggml.bytes)
-        _put_all_(part, layout.codes, codes.reshape(-1, ggml.weights))
+    if qt.packing == layout.packing:
+        words = qt.codes.clone()
+    else:
+        words = repack(qt.codes, bits, (n, k), qt.packing, layout.packing)
+    out = words.view(n, per_row, ggml.bytes)
     if layout.has_sub:
         sub = qt.scales[0].reshape(n * per_row, -1)
         if layout.sub_mins:
@@ -202,7 +158,8 @@ def join_rows(qt: QuantizedTensor, name: str) -> Tensor:
         (layout.m, qt.offset[-1] if qt.offset else None, layout.sub_mins),
     ):
         if at is not None and values is not None:
-            bits16 = _flip_sign(values.contiguous().view(torch.int16), flip)
+            bits16 = values.contiguous().view(torch.int16)
+            bits16 = bits16 ^ -0x8000 if flip else bits16
             out[..., at : at + 2] = bits16.unsqueeze(-1).contiguous().view(torch.uint8)
     return out.view(n, -1)
 

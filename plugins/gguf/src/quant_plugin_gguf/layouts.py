@@ -1,13 +1,9 @@
 """Block types as data: where codes and scales lie in a block. Imports no torch.
 
-All code and sub-scale fields of all types follow one rule. A ``Field`` holds values of ``width``
-bits in runs of ``stride`` bytes; value v of a run lies
-
-    in byte v % stride of the run, at bit width * (v // stride)
-
-so stride 16 and width 4 is the split-half nibble order of Q4_0, stride 1 is a plain bit stream,
-and a code is its fields' bits put together, low field first. Only the 6-bit pairs of Q4_K and
-Q5_K have a rule of their own (``kquant_scales``).
+All code and sub-scale fields of all types follow the rule of ``quant_core.spec.Field``: stride 16
+and width 4 is the split-half nibble order of Q4_0, stride 1 is a plain bit stream, and a code is
+its fields' bits put together, low field first. Only the 6-bit pairs of Q4_K and Q5_K have a rule of
+their own (``kquant_scales``).
 
     Q4_0  18 B   d:f16 | 16 B nibbles                          W = d (q - 8)
     Q4_K 144 B   d:f16 m:f16 | 12 B 6-bit pairs | 128 B        W = (d a) q + (-m b)
@@ -21,24 +17,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quant_core.intspec import halves
-from quant_core.spec import CANONICAL, Element, Packing, QuantSpec, Scale, Zero
+from quant_core.spec import Element, Field, Packing, QuantSpec, Scale, Zero
 from quant_plugin_gguf.types import BY_NAME
 
-__all__ = ["LAYOUTS", "BlockLayout", "Field", "spec_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    at: int
-    nbytes: int
-    width: int
-    stride: int
-
-    @property
-    def count(self) -> int:
-        """Values held."""
-        return self.nbytes * 8 // self.width
+__all__ = ["LAYOUTS", "BlockLayout", "spec_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +67,8 @@ class BlockLayout:
 
     @property
     def packing(self) -> Packing:
-        """Order of the canonical codes: 4-bit codes of one field stay in their bytes."""
-        field = self.codes[0]
-        if len(self.codes) > 1 or field.width != 4:
-            return CANONICAL
-        return Packing(order=halves(2 * field.stride))
+        """Order of the canonical codes: they stay in their blocks."""
+        return Packing(fields=self.codes, block=self.nbytes)
 
     def spec(self) -> QuantSpec:
         """What the canonical numbers mean."""
