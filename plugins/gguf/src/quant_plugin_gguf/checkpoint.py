@@ -57,6 +57,7 @@ class GgufCheckpoint(Checkpoint):
         headers = [read_header(p) for p in parts]
         check_split(parts, headers)
         self.metadata = MappingProxyType(dict(headers[0].metadata))
+        self.spans = headers[0].spans
         self.version = headers[0].version
         self.config: Mapping[str, Any] = self.side_file("config.json") or {}
         self._states = {p.name: h.state for p, h in zip(parts, headers, strict=True)}

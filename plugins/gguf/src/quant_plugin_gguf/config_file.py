@@ -5,8 +5,9 @@ every token, merge and score of the vocabulary: seconds, where the file's other 
 milliseconds. The config needs no more of the vocabulary than its size, and no more of the tensors
 than their names (is there an output layer, are there biases).
 
-    every pair but the arrays of the tokenizer | tokens: one string as long as the vocabulary
-    every tensor's name, one float each
+    every pair but the arrays of the tokenizer | where no key states the size of the vocabulary,
+                                                 tokens: one string as long as that
+    the names of tensors outside layers and of the first layer, one float each
 
 Source: transformers 5.23 ``modeling_gguf_pytorch_utils.py`` (load_gguf_checkpoint): an array of one
 value is taken for the value, and the vocabulary size is ``len(tokens)`` where no key states it.
@@ -14,6 +15,7 @@ value is taken for the value, and the vocabulary size is ``len(tokens)`` where n
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["write_config_file"]
 
 _TOKENS = "tokenizer.ggml.tokens"
+_LATER_LAYER = re.compile(r"(.*\.)?blk\.[1-9]")
 _VERSION, _ALIGNMENT, _FLOAT32 = 3, 32, 0
 
 
@@ -38,11 +41,13 @@ def write_config_file(checkpoint: GgufCheckpoint, path: Path) -> None:
         if key.startswith("tokenizer.") and isinstance(value, LazyArray | list | tuple)
     }
     dropped = {*arrays, "general.alignment"}
-    pairs = [pair for key, pair in copied_pairs(checkpoint.file) if key not in dropped]
-    if _TOKENS in arrays:
+    kept = {key: span for key, span in checkpoint.spans.items() if key not in dropped}
+    pairs = [pair for _, pair in copied_pairs(checkpoint.file, kept)]
+    stated = f"{checkpoint.metadata.get('general.architecture')}.vocab_size"
+    if _TOKENS in arrays and stated not in kept:
         size = len(checkpoint.metadata[_TOKENS])
         pairs.append(encode(_TOKENS, "[string]", ["x" * size])[1])
-    names = list(checkpoint.tensors)
+    names = [name for name in checkpoint.tensors if not _LATER_LAYER.match(name)]
     head = b"GGUF" + struct.pack("<IQQ", _VERSION, len(names), len(pairs)) + b"".join(pairs)
     for i, name in enumerate(names):
         head += string(name) + struct.pack("<IQIQ", 1, 1, _FLOAT32, i * _ALIGNMENT)

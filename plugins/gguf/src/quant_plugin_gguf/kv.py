@@ -6,12 +6,11 @@ string key, u32 type, value         string = u64 length + UTF-8; array = u32 typ
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quant_core.checkpoint.files import OpenFile
-from quant_plugin_gguf.cursor import Cursor
 
 __all__ = ["Pairs", "copied_pairs", "encode", "string"]
 
@@ -25,7 +24,6 @@ _FIXED = {
     "bool": (7, "<?"),
 }
 _STRING, _ARRAY = 8, 9
-_MAX_KEY = (1 << 16) - 1
 
 
 def string(text: str) -> bytes:
@@ -53,20 +51,15 @@ def _array(item: str, values: Sequence[Any]) -> bytes:
     return struct.pack("<IQ", number, len(values)) + b"".join(struct.pack(form, v) for v in values)
 
 
-def copied_pairs(path: Path) -> Pairs:
-    """All pairs of a file that was read before, byte for byte, but for those of a split set."""
+def copied_pairs(path: Path, spans: Mapping[str, tuple[int, int]]) -> Pairs:
+    """Pairs of a file whose header was read, byte for byte, but for those of a split set.
+
+    Args:
+        spans: of each key the first byte of its pair and the one behind it.
+    """
     file = OpenFile(path)
     try:
-        cursor = Cursor(file)
-        cursor.take(8)  # magic, version
-        cursor.u64()  # tensors
-        out: Pairs = []
-        for _ in range(cursor.u64()):
-            start = cursor.at
-            key = cursor.string(_MAX_KEY)
-            cursor.value(cursor.u32())
-            if not key.startswith("split."):
-                out.append((key, file.read(cursor.at - start, start)))
-        return out
+        kept = [(k, span) for k, span in spans.items() if not k.startswith("split.")]
+        return [(key, file.read(stop - start, start)) for key, (start, stop) in kept]
     finally:
         file.close()

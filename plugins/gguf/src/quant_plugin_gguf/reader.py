@@ -56,6 +56,7 @@ class Header:
     tensors: Mapping[str, StoredTensor]
     state: FileState  # of the file as it was read
     trailing: int  # bytes after the last tensor's padding
+    spans: Mapping[str, tuple[int, int]]  # of each key: first byte of its pair, and behind it
 
 
 def read_header(path: Path) -> Header:
@@ -88,7 +89,7 @@ def _parse(c: Cursor, state: FileState) -> Header:
             expected=c.left,
             actual=smallest,
         )
-    metadata = _read_metadata(c, kv_count)
+    metadata, spans = _read_metadata(c, kv_count)
     alignment = metadata.get("general.alignment", 32)
     entries = [_read_tensor(c) for _ in range(tensor_count)]
     _check_names(c, entries)
@@ -98,7 +99,7 @@ def _parse(c: Cursor, state: FileState) -> Header:
         e.name: StoredTensor(e.name, e.type, e.shape, e.offset + data_start, e.nbytes)
         for e in entries
     }
-    return Header(version, metadata, tensors, state, max(0, c.size - end))
+    return Header(version, metadata, tensors, state, max(0, c.size - end), spans)
 
 
 def _check_magic(c: Cursor) -> int:
@@ -150,10 +151,12 @@ def _check_magic(c: Cursor) -> int:
 # ------------------------------------------------------------------------------------ metadata
 
 
-def _read_metadata(c: Cursor, count: int) -> dict[str, Any]:
+def _read_metadata(c: Cursor, count: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """Values by key, and where each pair lies in the file."""
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for index in range(count):
-        c.what = f"key {index}"
+        c.what, start = f"key {index}", c.at
         key = c.string(_MAX_KEY_BYTES)
         if not key or key in metadata:
             found = f"the key {printable(key)!r} twice" if key else "an empty key"
@@ -161,9 +164,10 @@ def _read_metadata(c: Cursor, count: int) -> dict[str, Any]:
         c.what = f"key {printable(key)!r}"
         kind = c.u32()
         metadata[key] = c.value(kind)
+        spans[key] = start, c.at
         if key == "general.alignment":
             _check_alignment(c, kind, metadata[key])
-    return metadata
+    return metadata, spans
 
 
 def _check_alignment(c: Cursor, kind: int, value: Any) -> None:

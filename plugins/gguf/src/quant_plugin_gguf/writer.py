@@ -60,7 +60,10 @@ def write(target: Target, folder: Path) -> list[Path]:
     """
     source = target.source.checkpoint
     if isinstance(source, GgufCheckpoint):
-        pairs, alignment = copied_pairs(source.file), source.metadata.get("general.alignment", 32)
+        pairs, alignment = (
+            copied_pairs(source.file, source.spans),
+            source.metadata.get("general.alignment", 32),
+        )
         layout = _Layout(target, source.architecture, source.permuted_heads)
         entries = layout.entries() + _carried(source, layout)
         place = {name: i for i, name in enumerate(source.tensors)}
