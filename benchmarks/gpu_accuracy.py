@@ -40,13 +40,21 @@ from gpu_accuracy_pool import Broken, Late, Pool, Task
 # isort: split
 import gpu_accuracy_builds as builds
 from gpu_accuracy_cases import PAIRS, WEIGHTS, WIDE
+from gpu_accuracy_tables import latest, show, told
 
 EIGHT_BIT = ("gluon_a8", "gluon_a8_stored", "gluon_scaled", "triton_scaled", "torch_scaled_mm",
              "torch_scaled_mm_block", "torch_int_mm")  # fmt: skip
 PARTS = ("float", "rounded", "experts", "embedding", "weightless")
 
 
-def _products() -> list[Cell]:
+SOME = ("int4 g128 bf16", "uint4 g32 code", "mxfp4", "nvfp4", "int8 channel f32", "fp8 channel",
+        "fp8 block", "uint3 g64 code", "int4 two levels")  # fmt: skip
+STACKS = (("int4 g128 bf16", "fp8 token"), ("int4 g128 bf16", "int8 token"),
+          ("fp8 channel", "fp8 token"), ("int8 channel f32", "int8 token"),
+          ("fp8 block", "fp8 g128"), ("mxfp4", "mxfp8"), ("nvfp4", "nvfp4"))  # fmt: skip
+
+
+def _with_weights() -> list[Cell]:
     both, even = (SMALL, LARGE), (EVEN, MIDDLE)
     order = [*WIDE, *(w for w in WEIGHTS if w not in WIDE)]
     out = []
@@ -55,90 +63,40 @@ def _products() -> list[Cell]:
         out += [Cell("float", w, act=act, sizes=(NARROW,)) for w in WIDE]
         out += [Cell("rounded", w, a, act, both) for w, a in PAIRS]
         out += [Cell("rounded", w, a, act, even, kernels=EIGHT_BIT) for w, a in PAIRS]
+        out += [Cell("experts", w, act=act) for w in SOME]
+        out += [Cell("experts", w, a, act, (EVEN,)) for w, a in STACKS]
+        out += [Cell("embedding", w, act=act) for w in WEIGHTS]
     return out
 
 
 def _others() -> list[Cell]:
     import gpu_rounding
 
-    even = (EVEN,)
-    some = ("int4 g128 bf16", "uint4 g32 code", "mxfp4", "nvfp4", "int8 channel f32", "fp8 channel",
-            "fp8 block", "uint3 g64 code", "int4 two levels")  # fmt: skip
-    out = [Cell("experts", w, act=act) for act in ACTS for w in some]
-    out += [Cell("experts", w, a, sizes=even) for w, a in (
-        ("int4 g128 bf16", "fp8 token"), ("int4 g128 bf16", "int8 token"),
-        ("fp8 channel", "fp8 token"), ("int8 channel f32", "int8 token"),
-        ("fp8 block", "fp8 g128"), ("mxfp4", "mxfp8"), ("nvfp4", "nvfp4"))]  # fmt: skip
-    out += [Cell("embedding", w, act=act) for act in ACTS for w in WEIGHTS]
-    out += [Cell("weightless", "steps", index=i) for i in range(8)]
+    out = [Cell("weightless", "steps", index=i) for i in range(8)]
     out += [Cell("weightless", "triton_hadamard", index=i)
             for i in range(len(gpu_rounding.ORDERS))]  # fmt: skip
     out += [Cell("weightless", "triton_round", name, act, ((0, k),)) for name in gpu_rounding.SPECS
             for act, k in (("bfloat16", 4096), ("float32", 200), ("float16", 200))]  # fmt: skip
-    out += [Cell("float", w, act=act, sizes=(MIDDLE,), kernels=("humming",))
-            for act in ACTS for w in WEIGHTS]  # fmt: skip
-    out += [Cell("rounded", w, a, sizes=(MIDDLE,), kernels=("humming",)) for w, a in PAIRS]
+    humming: dict[str, Any] = {"sizes": (MIDDLE,), "rows": (1, 17, 256), "kernels": ("humming",)}
+    out += [Cell("float", w, act=act, **humming) for act in ACTS for w in WEIGHTS]
+    out += [Cell("rounded", w, a, **humming) for w, a in PAIRS]
     return out
 
 
 def cells(parts: list[str], kernels: tuple[str, ...]) -> list[Cell]:
     """All that is to be done."""
-    every = [c for c in (*_products(), *_others()) if c.part in parts]
+    every = [c for c in (*_with_weights(), *_others()) if c.part in parts]
     return [replace(c, kernels=kernels) for c in every] if kernels else every
-
-
-def latest(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last of the rows about one kernel and layer."""
-    keys = ("part", "kernel", "weight", "inputs", "act", "gather")
-    return list({(*(r.get(k) for k in keys), str(r.get("sizes"))): r for r in rows}.values())
-
-
-def _ran(rows: list[dict[str, Any]]) -> str:
-    """Which numbers of rows of x ran; in brackets those that some layers lack."""
-    every = sorted({m for r in rows for m in r.get("rows", ())})
-    some = {m for m in every if any(m not in r.get("rows", ()) for r in rows)}
-    held = [f"({m})" if m in some else str(m) for m in every]
-    return f"{held[0]} to {held[-1]}" if len(held) > 2 and not some else " ".join(held)
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Per kernel and type of x: cases, worst errors, how many are over the bound, what is wrong."""
-    held: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for r in rows:
-        if "kernel" in r:
-            held.setdefault((r["part"], r["kernel"], r.get("act", "")), []).append(r)
-    lines = ["| part | kernel | x | kinds | layers | rows | cases | worst | with rounded weights "
-             "| over | wrong |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for (part, kernel, act), of in sorted(held.items()):
-        cases, over = (sum(r.get(key, 0) for r in of) for key in ("cases", "over"))
-        worst, likewise = (max(r.get(key, 0.0) for r in of) for key in ("worst", "likewise"))
-        wrong = sum(bool(r["bad"]) for r in of)
-        kinds = len({(r.get("weight"), r.get("inputs")) for r in of})
-        lines.append(f"| {part} | {kernel} | {act} | {kinds} | {len(of)} | {_ran(of)} | {cases} | "
-                     f"{worst:.2e} | {likewise:.2e} | {over} | {wrong} |")  # fmt: skip
-    return lines
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table, and what is wrong."""
-    print("\n".join(table(rows)))
-    for r in rows:
-        if r.get("bad"):
-            told(r)
-
-
-def told(row: dict[str, Any]) -> None:
-    """Print a row that is wrong."""
-    where = {k: v for k, v in row.items() if k not in ("bad", "cases", "over", "rows", "refused")}
-    print("WRONG", where, row["bad"][:4], flush=True)
 
 
 def _tasks(every: list[Cell]) -> list[Task]:
     """What is to be compiled for the cells: for each by family of kernels, so that it is shared."""
     out: list[Task] = []
     for at, cell in enumerate(every):
-        if cell.part in builds.PARTS:
-            out += [Task((cell, family), (at,)) for family in builds.FAMILIES]
+        for family, names in builds.FAMILIES.items():
+            asked = not cell.kernels or set(cell.kernels) & set(names)
+            if cell.part in builds.PARTS and asked:
+                out.append(Task((cell, family), (at,)))
     return out
 
 
@@ -199,6 +157,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--but", type=Path, nargs="*", default=[], help="results to go on from")
     parser.add_argument("--show", type=Path, nargs="*", default=[],
                         help="results to print, the last count")  # fmt: skip
+    parser.add_argument("--kinds", action="store_true", help="show a table of kinds as well")
     parser.add_argument("--inline", action="store_true", help="in this process, for sanitizers")
     return parser.parse_args()
 
@@ -217,7 +176,7 @@ def main() -> int:
     a = _arguments()
     HERE.device = a.device
     if a.show:
-        show(latest(r for path in a.show for r in json.loads(path.read_text())))
+        show(latest(r for path in a.show for r in json.loads(path.read_text())), a.kinds)
         return 0
     end, began = time.monotonic() + a.seconds, time.time()
     every = _chosen(a)

@@ -123,7 +123,7 @@ def weightless(cell: Cell, send: Send) -> None:
     row = {"part": "weightless", "kernel": cell.weight, "act": cell.act, "cases": 1, "worst": 0.0,
            "likewise": 0.0, "over": 0, "bad": []}  # fmt: skip
     if cell.weight == "triton_round":
-        name, k = cell.inputs, cell.sizes[1]
+        name, k = cell.inputs, cell.sizes[0][1]
         row["weight"] = name
         got = gpu_rounding.check((name, cell.act, k))
         row["bad"] = [f"{k}: {v}" for k, v in got.items() if k not in ("spec", "act", "k") and v]
