@@ -30,6 +30,7 @@ _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
 _NEEDED = {
     "rows": [*_AVX2, "-ffp-contract=off"],
     "load": _AVX2,
+    "stored": [*_AVX2, "-mbmi2"],
     "kernel_avx2": _AVX2,
     "kernel_avx2_float8": _AVX2,
     "kernel_avx2_lookup": _AVX2,
@@ -47,11 +48,12 @@ _OPTIONAL = {
         [*_AVX512, "-mprefer-vector-width=512", "-ffp-contract=off"],
     ),
     "BF16": ("kernel_bf16", [*_AVX512, "-mavx512bf16"]),
+    "STORED": ("kernel_stored", [*_AVX512, "-mavx512bf16", "-mavx512vbmi"]),
     "BF16_FLOAT8": ("kernel_bf16_float8", [*_AVX512, "-mavx512bf16", "-mavx512vbmi"]),
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 15  # of the C interface; library.py checks it
+_VERSION = 16  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

@@ -4,6 +4,7 @@
 
 #include "int8.h"
 #include "step.h"
+#include "stored.h"
 
 enum { ISA_NONE, ISA_AVX2, ISA_AVX512, ISA_BF16 };
 
@@ -16,7 +17,8 @@ int qk_isa(void) {
 #ifdef QK_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return ISA_AVX512;
 #endif
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return ISA_AVX2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        return ISA_AVX2;
     return ISA_NONE;
 }
 
@@ -77,8 +79,13 @@ static unit float8_unit(const qk_call *c) {
 static unit unit_of(const qk_call *c) {
     if (c->op->float8) return float8_unit(c);
 #ifdef QK_HAVE_BF16
-    if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c))
+    if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c)) {
+#ifdef QK_HAVE_STORED
+        if (c->op->order && qk_fits_stored(c->op) && __builtin_cpu_supports("avx512vbmi"))
+            return (unit){qk_linear_bf16, qk_shared_stored, qk_most_stored};
+#endif
         return (unit){qk_linear_bf16, qk_shared_bf16, qk_most_shared_bf16};
+    }
 #endif
 #ifdef QK_HAVE_AVX512
     if (c->isa >= ISA_AVX512)
@@ -163,8 +170,7 @@ int qk_attention(const qk_step *s) {
 int qk_dense(const qk_call *c) {
 #ifdef QK_HAVE_AVX512_FLOAT8
     qk_dense_fn *dense = c->op->float8 ? qk_dense_avx512_float8 : qk_dense_avx512;
-    dense(c->op, &c->tensors, (int64_t)(intptr_t)c->x, c->count, c->y);
-    return 0;
+    return dense(c->op, &c->tensors, (int64_t)(intptr_t)c->x, c->count, c->y);
 #else
     (void)c;
     return 3;

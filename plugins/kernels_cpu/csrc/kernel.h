@@ -34,6 +34,7 @@
 #include <omp.h>
 
 #include "factors.h"
+#include "stored.h"
 
 #define K_CHUNK 1024 /* columns of a panel: 64 KiB of bfloat16 a block of rows */
 #define M_SLAB 256   /* tokens whose accumulators are kept at once */
@@ -384,20 +385,29 @@ typedef struct {
     const float *sums; /* [tokens][groups], or NULL where no zero point needs them */
 } NAME(job);
 
-/* Blocks [block, block + blocks) for the tokens of one segment. */
+/* Blocks [block, block + blocks) for the tokens of one segment; weights that lie in another order are
+ * made blocks of in `fetched`. */
 static void NAME(run)(const NAME(view) *v, const NAME(job) *job, const qk_segment *seg,
-                      int64_t block, int64_t blocks, char *panels, float *acc) {
+                      int64_t block, int64_t blocks, char *panels, float *acc, void *fetched) {
     const qk_op *op = v->op;
     const int few = seg->count <= MAX_DECODE;
+    NAME(view) here;
+    int64_t at = block;
+    if (op->order) {
+        const int64_t row = block * QK_ROWS;
+        here = *v;
+        here.t = qk_fetch(op, &v->t, row, qk_min(blocks * QK_ROWS, op->n - row), fetched);
+        v = &here, at = 0;
+    }
     for (int64_t m = 0; m < seg->count; m += M_SLAB) {
         const int64_t tokens = qk_min(M_SLAB, seg->count - m), first = seg->start + m;
         const xelem *x = job->rows + first * op->k;
         const float *sums = job->sums ? job->sums + first * v->groups : NULL;
         if (few)
             for (int64_t b = 0; b < blocks; b++)
-                NAME(decode)(v, block + b, tokens, x, sums, acc + b * tokens * QK_ROWS);
+                NAME(decode)(v, at + b, tokens, x, sums, acc + b * tokens * QK_ROWS);
         else
-            NAME(slab)(v, block, blocks, tokens, x, sums, panels, acc);
+            NAME(slab)(v, at, blocks, tokens, x, sums, panels, acc);
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t column = (block + b) * QK_ROWS, count = qk_min(QK_ROWS, op->n - column);
             for (int64_t i = 0; i < tokens; i++)
@@ -431,16 +441,18 @@ static int NAME(shared_part)(const qk_call *calls, int64_t n, int64_t from, int6
     const int64_t tokens = calls->count, xtype = calls->xtype, k = calls->op->k_in;
     float acc[MAX_DECODE * QK_ROWS] __attribute__((aligned(64)));
     char stack[STACK_BYTES] __attribute__((aligned(64))), *scratch = stack;
-    int64_t columns = k, groups = 0, first = 0, row_bytes, sum_bytes;
+    int64_t columns = k, groups = 0, first = 0, fetched = 0, row_bytes, sum_bytes;
     for (int64_t i = 0; i < n; i++) {
         const qk_op *op = calls[i].op;
         columns = columns < op->k ? op->k : columns;
         const int64_t mine = qk_div_up(op->k, op->group);
         groups = groups < mine ? mine : groups;
+        const int64_t bytes = qk_fetch_bytes(op, 1);
+        fetched = fetched < bytes ? bytes : fetched;
     }
     row_bytes = qk_div_up(tokens * columns * (int64_t)sizeof(xelem), 64) * 64;
-    sum_bytes = tokens * groups * (int64_t)sizeof(float);
-    if (row_bytes + sum_bytes > STACK_BYTES) scratch = qk_alloc(row_bytes + sum_bytes);
+    sum_bytes = qk_div_up(tokens * groups * (int64_t)sizeof(float), 64) * 64;
+    if (row_bytes + sum_bytes + fetched > STACK_BYTES) scratch = qk_alloc(row_bytes + sum_bytes + fetched);
     if (!scratch) return 1;
     xelem *rows = (xelem *)scratch;
     float *sums = (float *)(scratch + row_bytes);
@@ -474,7 +486,7 @@ static int NAME(shared_part)(const qk_call *calls, int64_t n, int64_t from, int6
         const NAME(job) job = {calls->x, xtype, calls[i].y, x, use_sums ? sums : NULL};
         const qk_segment seg = {0, 0, tokens};
         for (int64_t block = begin; block < end; block++)
-            NAME(run)(&v, &job, &seg, block, 1, NULL, acc);
+            NAME(run)(&v, &job, &seg, block, 1, NULL, acc, scratch + row_bytes + sum_bytes);
         if (t->gather) have_sums = 0;
     }
     if (scratch != stack) free(scratch);
@@ -523,7 +535,8 @@ int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t
         use_sums ? qk_div_up(end * groups * (int64_t)sizeof(float), 64) * 64 : 0;
     const int64_t panel_bytes = few ? 0 : (int64_t)MAX_BLOCKS * K_CHUNK / KP * QK_ROWS * 4;
     const int64_t acc_bytes = MAX_BLOCKS * qk_min(most, M_SLAB) * QK_ROWS * (int64_t)sizeof(float);
-    const int64_t own = panel_bytes + qk_div_up(acc_bytes, 64) * 64;
+    const int64_t before = panel_bytes + qk_div_up(acc_bytes, 64) * 64;
+    const int64_t own = before + qk_fetch_bytes(op, blocks);
     if (op->n * op->k * tokens < 1 << 16) threads = 1;
 
     char *scratch = qk_alloc(row_bytes + sum_bytes + own * threads);
@@ -559,7 +572,7 @@ int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t
             const int64_t s = task / per_segment, block = task % per_segment * blocks;
             if (s != current) NAME(make_view)(&v, op, t, segs[s].expert);
             current = s;
-            NAME(run)(&v, &job, &segs[s], block, qk_min(blocks, all - block), panels, acc);
+            NAME(run)(&v, &job, &segs[s], block, qk_min(blocks, all - block), panels, acc, panels + before);
         }
     }
     free(scratch);

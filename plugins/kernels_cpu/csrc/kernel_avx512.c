@@ -108,11 +108,22 @@ static void dense_block(const NAME(view) *v, int64_t block, uint16_t *out, int64
     }
 }
 
-void NAME(qk_dense)(const qk_op *op, const qk_tensors *t, int64_t block, int64_t blocks,
+int NAME(qk_dense)(const qk_op *op, const qk_tensors *t, int64_t block, int64_t blocks,
                     uint16_t *out) {
     NAME(view) v;
-    NAME(make_view)(&v, op, t, 0);
+    qk_tensors held = *t;
+    void *fetched = NULL;
+    if (op->order) { /* blocks of other weights than those in blocks are made first */
+        const int64_t row = block * QK_ROWS;
+        fetched = qk_alloc(qk_fetch_bytes(op, blocks));
+        if (!fetched) return 1;
+        held = qk_fetch(op, t, row, qk_min(blocks * QK_ROWS, op->n - row), fetched);
+        block = 0;
+    }
+    NAME(make_view)(&v, op, &held, 0);
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < blocks; b++)
         dense_block(&v, block + b, out + b * QK_ROWS, blocks * QK_ROWS);
+    free(fetched);
+    return 0;
 }

@@ -50,6 +50,7 @@ typedef struct {
     qk_factor scale[2], offset[2];
     float table[16];
     float bias, shift;
+    int64_t order, block, at; /* where codes lie in files (stored.h); 0: in blocks of 32 rows */
 } qk_op;
 
 typedef struct {
@@ -96,7 +97,7 @@ int64_t qk_most_shared_avx2(void), qk_most_shared_avx512(void), qk_most_shared_b
 int64_t qk_most_shared_avx2_float8(void), qk_most_shared_avx512_float8(void);
 int64_t qk_most_shared_bf16_float8(void), qk_most_shared_avx2_lookup(void);
 
-typedef void qk_dense_fn(const qk_op *, const qk_tensors *, int64_t block, int64_t blocks, uint16_t *out);
+typedef int qk_dense_fn(const qk_op *, const qk_tensors *, int64_t block, int64_t blocks, uint16_t *out);
 
 qk_dense_fn qk_dense_avx512, qk_dense_avx512_float8;
 

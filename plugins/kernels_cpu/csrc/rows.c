@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "common.h"
+#include "stored.h"
 
 static inline uint32_t join_nibbles(uint32_t w) {
     uint32_t even = w & 0xFFFF, odd = w >> 16;
@@ -94,14 +95,30 @@ static void row(const qk_op *op, const qk_tensors *t, int64_t n, void *out, int6
     }
 }
 
-/* y[i] = dequantized row x[i] (int64), in stored column order. 0, or 2 for an id outside [0, n). */
+/* The same of weights in another order, by way of a block that holds this row. Returns 0, or 1 when
+ * memory is not there. */
+static int stored_row(const qk_op *op, const qk_tensors *t, int64_t n, void *out, int64_t type,
+                      int64_t at) {
+    void *room = qk_alloc(qk_fetch_bytes(op, 1));
+    if (!room) return 1;
+    const qk_tensors one = qk_fetch(op, t, n, 1, room);
+    row(op, &one, 0, out, type, at);
+    free(room);
+    return 0;
+}
+
+/* y[i] = dequantized row x[i] (int64), in stored column order. 0, 1 when memory is not there, or 2 for
+ * an id outside [0, n). */
 int qk_rows(const qk_call *c) {
     const qk_op *op = c->op;
     const int64_t *ids = c->x;
+    int failed = 0;
     for (int64_t i = 0; i < c->count; i++)
         if (ids[i] < 0 || ids[i] >= op->n) return 2;
-#pragma omp parallel for schedule(static) if (c->count * op->k > 1 << 14)
-    for (int64_t i = 0; i < c->count; i++)
-        row(op, &c->tensors, ids[i], c->y, c->xtype, i * op->k);
-    return 0;
+#pragma omp parallel for schedule(static) reduction(| : failed) if (c->count * op->k > 1 << 14)
+    for (int64_t i = 0; i < c->count; i++) {
+        if (op->order) failed |= stored_row(op, &c->tensors, ids[i], c->y, c->xtype, i * op->k);
+        else row(op, &c->tensors, ids[i], c->y, c->xtype, i * op->k);
+    }
+    return failed;
 }

@@ -25,6 +25,7 @@ def plugin_info() -> PluginInfo:
 @hookimpl
 def apply(op: OpSpec) -> Iterable[Kernel]:
     from quant_kernels_cpu.kernel import KERNELS
+    from quant_kernels_cpu.stored_kernel import STORED
 
     if op.op == "attention":
         from quant_kernels_cpu.attention import AttentionStep
@@ -38,4 +39,4 @@ def apply(op: OpSpec) -> Iterable[Kernel]:
         from quant_kernels_cpu.rounding import ROUND
 
         return (ROUND,)
-    return KERNELS
+    return (*KERNELS, STORED)

@@ -25,6 +25,7 @@ from quant_core.spec import CANONICAL, Packing
 from quant_core.tensors import QuantizedTensor
 from quant_kernels_cpu.library import library
 from quant_kernels_cpu.loading import Grid, source_for, source_of
+from quant_kernels_cpu.stored import stored_shapes
 from quant_kernels_cpu.support import ROWS, ZERO_CODE, ZERO_FLOAT, Layout
 from quant_kernels_cpu.support_int8 import Int8Layout
 
@@ -42,6 +43,8 @@ __all__ = [
 
 def buffer_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Buffer name -> (shape without the expert axis, dtype), in the order of the contract."""
+    if layout.order:
+        return stored_shapes(layout)
     b, k = layout.blocks, layout.k
 
     def grid(prefix: str, i: int) -> tuple[tuple[int, ...], torch.dtype]:

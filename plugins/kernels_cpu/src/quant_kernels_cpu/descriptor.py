@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant_core.numerics import decode, decode_scale, element_table
 from quant_core.spec import Element
-from quant_kernels_cpu.support import FLOAT8, Factor, Layout
+from quant_kernels_cpu.support import FLOAT8, ORDERS, Factor, Layout
 from quant_kernels_cpu.support_int8 import Int8Layout
 
 __all__ = ["BYTES", "CALL", "DTYPES", "Segment", "c_op", "c_op_int8", "tensor_slots"]
@@ -48,6 +48,7 @@ class _Op(ctypes.Structure):
         ("table", ctypes.c_float * 16),
         ("bias", ctypes.c_float),
         ("shift", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("order", "block", "at")),
     ]
 
 
@@ -158,6 +159,9 @@ def c_op(layout: Layout) -> _Op:
         lut=_lookup(layout),
         bias=layout.bias,
         shift=layout.shift,
+        order=ORDERS.index(layout.order),
+        block=layout.block,
+        at=layout.at,
     )
     if layout.element in FLOAT8:
         op.float8 = ctypes.addressof(_float8(layout.element))

@@ -24,9 +24,11 @@ from dataclasses import asdict, dataclass
 from quant_core.kernels.base import Rejected
 from quant_core.spec import CANONICAL, TENSOR, OpSpec, QuantSpec, Scale
 
-__all__ = ["FLOAT8", "ROWS", "Factor", "Layout", "Stored", "describe", "layout_from_text"]
+__all__ = ["FLOAT8", "ORDERS", "ROWS", "Factor", "Layout", "Stored", "describe", "layout_from_text"]
 
 ROWS = 32  # output rows of a block
+ORDERS = ("", "rows", "words", "across", "fields")
+"""Blocks of 32 rows, and the orders of csrc/stored.h, in which weights lie as files have them."""
 _STEP = 16  # columns that every loop of the C kernels takes at once
 _FLOATS = ("bfloat16", "float16", "float32")
 _WIDE = ("bf16", "f16", "f32")
@@ -88,6 +90,9 @@ class Layout:
     gather: bool
     bias_dtype: str  # "" = no bias
     act_dtype: str
+    order: str = ""  # of ORDERS
+    block: int = 0  # bytes of a block of fields
+    at: int = 0  # of codes in it
 
     @property
     def blocks(self) -> int:
