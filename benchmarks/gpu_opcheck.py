@@ -157,6 +157,7 @@ def _round_triton() -> None:
 
 
 def _states() -> None:
+    import quant_core.kv_states  # noqa: F401  registers it
     from quant_core.spec import TENSOR, Element, QuantSpec, Scale
     from quant_core.spec_json import to_text
 
