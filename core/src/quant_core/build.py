@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quant_core.errors import LayoutError
 from quant_core.fuse import Composite, fuse
+from quant_core.kernels.ahead import compile_ahead
 from quant_core.kernels.choose import Choice, Memo, choose
 from quant_core.kernels.device import device_key
 from quant_core.kernels.transforms import transform_features
@@ -144,6 +145,15 @@ class Builder:
     def _chooser(self, module: str) -> _Chooser:
         return _Chooser(self.plan.registry, self.kernels, module)
 
+    def _chosen(self, name: str, op: OpSpec) -> tuple[Choice, _Chooser]:
+        """Who runs ``op`` in the module ``name``; what that compiles is begun at the first one."""
+        chooser, known = self._chooser(name), len(self.memo)
+        choice = chooser(op, self.memo)
+        self.choices.append((name, choice))
+        if len(self.memo) > known:
+            compile_ahead(choice.kernel, choice.op)
+        return choice, chooser
+
     def op_for(
         self,
         kind: str,
@@ -168,9 +178,7 @@ class Builder:
         self, cls: type[QuantModule], name: str, op: OpSpec, lt: LayerTensors,
         members: Sequence[BoundMember],
     ) -> QuantModule:  # fmt: skip
-        chooser = self._chooser(name)
-        choice = chooser(op, self.memo)
-        self.choices.append((name, choice))
+        choice, chooser = self._chosen(name, op)
         with written_whole():
             buffers = choice.kernel.allocate(choice.op, self.device)
         load_part_(choice, buffers, lt, {"row": 0})
@@ -248,9 +256,7 @@ class Builder:
         ids = member.layer.experts
         first = read_matrix(self.plan, member, ids[0])
         op = self.op_for("grouped_linear", first, member, experts=len(ids))
-        chooser = self._chooser(name)
-        choice = chooser(op, self.memo)
-        self.choices.append((name, choice))
+        choice, chooser = self._chosen(name, op)
         with written_whole():  # every expert is loaded below
             buffers = choice.kernel.allocate(choice.op, self.device)
         for i, e in enumerate(ids):

@@ -6,6 +6,9 @@ tracing asks for shapes, is one of those here.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,11 +16,13 @@ from quant_core.errors import LayoutError
 from quant_core.spec_json import op_from_text
 
 __all__ = [
+    "Planned",
     "check_input",
     "copy_exactly_",
     "fake_embedding",
     "fake_grouped",
     "fake_linear",
+    "planned",
     "unobserved",
 ]
 
@@ -57,12 +62,31 @@ def copy_exactly_(name: str, target: Tensor, value: Tensor) -> None:
     target.copy_(value)
 
 
+class Planned(threading.local):
+    """Of this thread, while a bound function is run on tensors without memory (device "meta") only
+    to find out what it will need (``kernels.ahead``): an op's Python function runs then, and in the
+    place of a launch adds a job, which begins to compile and returns at once.
+
+    Attributes:
+        jobs: those found; None while calls are meant.
+        capability: of the device that is planned for, 90 for 9.0.
+    """
+
+    jobs: list[Callable[[], None]] | None = None
+    capability: int = 0
+
+
+planned = Planned()
+
+
 def unobserved(x: Tensor) -> bool:
     """Whether nothing wants to see an op here: no tracing, no mode, an ordinary tensor on a GPU.
 
     Then an op's Python function may be called directly, which saves the dispatcher's part of the
     host's time.
     """
+    if planned.jobs is not None:
+        return True
     return (
         not torch.compiler.is_compiling()
         and type(x) in _TENSORS

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from quant_core.kernels.ahead import compile_ahead
 from quant_core.kernels.base import ANY_ROWS
 from quant_core.kernels.family import Family
 from quant_core.nn import QuantEmbedding, QuantGrouped, QuantLinear, QuantModule
@@ -58,20 +59,22 @@ def _run(module: QuantModule, rows: int, device: torch.device) -> None:
 def warmup(model: nn.Module, *, rows: Sequence[int] = ROWS, most: int = 4096) -> tuple[Warmed, ...]:
     """Run each distinct operation of ``model`` for each number of rows.
 
-    Kernels that are compiled on first use are compiled now. Layers of equal shape and type share
-    one run. Buckets of a family are all visited.
+    Kernels that are compiled on first use are compiled now, some at a time where their package
+    can (``kernels.ahead``). Layers of equal shape and type share one run. Buckets of a family are
+    all visited.
 
     Args:
         rows: numbers of rows to run besides those that select another kernel.
         most: the largest number of rows.
     """
-    seen: set[str] = set()
-    out = []
+    distinct: dict[str, tuple[str, QuantModule]] = {}
     for name, module in _modules(model):
         key = f"{type(module).__name__}|{module.kernel.name}|{to_text(module.op)}"
-        if key in seen:
-            continue
-        seen.add(key)
+        distinct.setdefault(key, (name, module))
+    for _, module in distinct.values():
+        compile_ahead(module.kernel, module.op, _rows_for(module, rows, most))
+    out = []
+    for name, module in distinct.values():
         device = next(iter(module.tensors.values())).device
         wanted = _rows_for(module, rows, most)
         start = time.perf_counter()
