@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,6 +158,9 @@ def sources(name: str = "decode") -> tuple[str, dict[str, str]]:
     return (folder / f"{name}.cu").read_text("utf-8"), headers
 
 
+_locks: dict[Path, threading.Lock] = {}
+
+
 def compile_cached(name: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
     """The cubin of ``name``.cu under ``defines`` for ``arch`` ("90"), from the disk if it is there.
 
@@ -169,8 +173,9 @@ def compile_cached(name: str, defines: tuple[tuple[str, str], ...], arch: str) -
     rtc = compiler()
     text = "\0".join((source, *headers, *headers.values(), *options, str(rtc.version)))
     file = cache_folder("cuda") / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
-    held = kept(file)
-    if held is None:
-        held = rtc.compile(f"{name}.cu", source, headers, options)
-        keep(file, held)
+    with _locks.setdefault(file, threading.Lock()):
+        held = kept(file)
+        if held is None:
+            held = rtc.compile(f"{name}.cu", source, headers, options)
+            keep(file, held)
     return held

@@ -20,7 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant_core.kernels.calls import check_input, unobserved
+from quant_core.kernels.calls import check_input, planned, unobserved
+from quant_kernels_cuda.ahead import ahead
 from quant_kernels_cuda.compiler import compile_cached
 from quant_kernels_cuda.cut import Schedule, with_rows
 from quant_kernels_cuda.driver import Launch, device_limits, load_function
@@ -167,8 +168,25 @@ def _run_rows(x: Tensor, y: Tensor, tensors: list[Tensor], entry: _Entry, expert
         done += plan.rows
 
 
+def _plan(entry: _Entry, rows: int) -> None:
+    """Jobs that compile what ``rows`` rows of x will run on the current device."""
+    assert planned.jobs is not None
+    device = torch.cuda.current_device()
+    arch = device_limits(device)[3]
+    if int(arch) != planned.capability:
+        return
+    grouped = entry.v.op == "grouped_linear"
+    most = _MAX_GRID_Y if grouped else MAX_ROWS
+    for m in sorted({min(rows, most), rows % most} - {0}):
+        s = _schedule(entry.v, m, device)
+        planned.jobs.append(functools.partial(ahead, s.kernel, _defines(entry.v, s), arch))
+
+
 def _call(x: Tensor, tensors: list[Tensor], text: str, experts: Tensor | None) -> Tensor:
     entry = _entry(text)
+    if planned.jobs is not None:
+        _plan(entry, x.numel() // entry.k_in)
+        return x.new_empty((*x.shape[:-1], entry.n))
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], entry.n))
     if y.numel() == 0:
@@ -231,5 +249,7 @@ def run_grouped(
     text: str, k: int, act: torch.dtype, tensors: list[Tensor], x: Tensor, experts: Tensor
 ) -> Tensor:
     """The bound function of ``grouped_linear``."""
+    if planned.jobs is not None:
+        return _grouped(x, experts, tensors, text)
     y = _grouped_op(_checked(x, k, act), experts, tensors, text)
     return y if x.dtype == act else y.to(x.dtype)
