@@ -11,6 +11,7 @@ import pytest
 from quant_core.errors import KernelError
 from quant_kernels_triton import direct
 from quant_kernels_triton.direct import Direct
+from quant_kernels_triton.machine_code import Code, Map
 
 MAP = b"tensor map of "
 
@@ -99,26 +100,93 @@ def test_a_number_that_does_not_fit_is_refused_and_an_error_of_the_driver_raised
     assert err.value.code == "Q-KERNEL-LAUNCH"
 
 
-def test_what_is_not_known_is_left_to_triton(monkeypatch):
-    def compiled(kinds: list[str], **meta: object) -> SimpleNamespace:
-        held = {"num_ctas": 1, "global_scratch_size": 0, "num_warps": 4, "shared": 0}
-        return SimpleNamespace(
-            metadata=SimpleNamespace(**held, launch_pdl=False, **meta), packed_metadata=(),
-            src=SimpleNamespace(signature=dict(enumerate(kinds))), function=5,
-        )  # fmt: skip
+class Loader(Driver):
+    """Also loads: machine code is kept as it was given, parameters are as many bytes as told."""
 
-    cu = SimpleNamespace(cuFuncGetParamInfo=lambda *a: 1)
+    def __init__(self, sizes: list[int], context: int = 7) -> None:
+        super().__init__()
+        self.sizes, self.context, self.loaded, self.allowed = sizes, context, [], []
+
+    def cuCtxGetCurrent(self, held):
+        held._obj.value = self.context
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, held, device):
+        held._obj.value = 100 + device.value
+        return 0
+
+    def cuCtxSetCurrent(self, held):
+        self.context = held.value
+        return 0
+
+    def cuModuleLoadData(self, module, cubin):
+        self.loaded.append(cubin)
+        module._obj.value = 1
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        self.loaded.append(name)
+        function._obj.value = 0xF00
+        return 0
+
+    def cuFuncSetCacheConfig(self, function, config):
+        return 0
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.allowed.append((attribute, value))
+        return 0
+
+    def cuFuncGetParamInfo(self, function, index, offset, size):
+        if index.value >= len(self.sizes):
+            return 1
+        size._obj.value = self.sizes[index.value]
+        return 0
+
+    def cuLaunchKernelEx(self, *args):
+        return 0
+
+
+def code(kinds: list[str | None], maps: tuple[Map, ...] = (), shared: int = 1024) -> Code:
+    return Code(name="kernel", kinds=tuple(kinds), maps=maps, threads=128, shared=shared,
+                dependent=True, cubin=b"machine code")  # fmt: skip
+
+
+BOX = Map(kind="bf16", box=(64, 128), swizzle=3)
+DESCRIPTOR = "tensordesc<bf16[64,128],L>"
+
+
+@pytest.mark.parametrize(
+    ("made", "sizes"),
+    [
+        (code(["*fp32", None, "i32", "fp32", "u1"]), [8, 4, 4, 1, 8, 8]),
+        (code([DESCRIPTOR, "*u8"], (BOX,)), [128, 4, 4, 8, 8, 8, 8, 8]),
+    ],
+)
+def test_what_agrees_with_the_driver_is_launched_directly(made, sizes, monkeypatch):
+    driver = Loader(sizes)
+    monkeypatch.setattr(direct, "_driver", lambda: driver)
+    monkeypatch.setattr(direct.ctypes, "PYFUNCTYPE", lambda *types: lambda at: driver.start)
+    run = direct.prepare(made, 0)
+    assert isinstance(run, Direct)
+    assert driver.loaded == [b"machine code", b"kernel"]
+    assert driver.allowed == []
+
+
+def test_what_is_not_known_is_left_to_triton(monkeypatch):
     monkeypatch.setattr(direct, "_driver", lambda: None)
-    assert direct.prepare(compiled(["*fp32"]), 1) is None
-    monkeypatch.setattr(direct, "_driver", lambda: cu)
-    assert direct.prepare(compiled(["fp64"]), 1) is None
-    assert direct.prepare(compiled(["*fp32"], launch_cooperative_grid=True), 1) is None
-    assert direct.prepare(compiled(["*fp32"]), 1) is None  # Triton's launcher is as fast
-    meta = [{"block_size": [64, 64], "swizzle": 3, "fp4_padded": True}]
-    assert direct.prepare(compiled(["tensordesc<bf16[64,64]>"], tensordesc_meta=meta), 1) is None
-    meta = [{"block_size": [64, 64], "swizzle": 3}]
-    for kind in ("u8", "bf16"):  # not known here; the driver says: no parameters
-        assert (
-            direct.prepare(compiled([f"tensordesc<{kind}[64,64]>"], tensordesc_meta=meta), 1)
-            is None
-        )
+    assert direct.prepare(code(["*fp32"]), 0) is None
+    driver = Loader([8, 8])
+    monkeypatch.setattr(direct, "_driver", lambda: driver)
+    assert direct.prepare(code(["fp64"]), 0) is None
+    assert direct.prepare(code(["tensordesc<fp64[64]>"], (Map(kind="fp64", box=(64,), swizzle=0),)),
+                          0) is None  # fmt: skip
+    assert driver.loaded == []
+    assert direct.prepare(code(["*fp32"]), 0) is None  # the driver says: two parameters, not three
+
+
+def test_loading_takes_the_context_of_the_device_and_allows_large_shared_memory(monkeypatch):
+    driver = Loader([8, 8], context=0)
+    monkeypatch.setattr(direct, "_driver", lambda: driver)
+    direct.prepare(code(["*fp32"], shared=200 << 10), 3)
+    assert driver.context == 103
+    assert driver.allowed == [(8, 200 << 10)]

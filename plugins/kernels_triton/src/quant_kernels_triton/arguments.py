@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_core.kernels.calls import planned
+from quant_kernels_triton.interpreter import interpreting
 from quant_kernels_triton.recipe import ABSENT, FLOATS, Factor, Recipe
 
-__all__ = ["NAMES", "WORDS", "constants", "dependent", "interpreted", "options", "pointers"]
+__all__ = ["NAMES", "WORDS", "capability", "constants", "dependent", "options", "pointers"]
 
 NAMES = (
     "codes",
@@ -28,19 +30,24 @@ WORDS = {"codes": torch.int32, "codes_high": torch.int32}
 """Buffers that the kernels read in words of another type."""
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
-    from quant_kernels_triton import plain
+def dependent(device: int | None) -> bool:
+    """Whether kernels may start while the one before still runs (Hopper and newer)."""
+    return capability(device) >= 90
 
-    return type(plain.gemm).__name__ == "InterpretedFunction"
+
+def capability(device: int | None) -> int:
+    """Compute capability of a CUDA device, 90 for 9.0; 0 of others."""
+    if planned.jobs is not None:
+        return planned.capability
+    return 0 if device is None else _capability(device)
 
 
 @functools.cache
-def dependent(device: int | None) -> bool:
-    """Whether kernels may start while the one before still runs (Hopper and newer)."""
-    if device is None or torch.version.hip is not None or interpreted():
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
+def _capability(device: int) -> int:
+    if torch.version.hip is not None or interpreting():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def options(pdl: bool, warps: int, stages: int) -> dict[str, int | bool]:

@@ -29,8 +29,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["attend", "combine"]
 
-_STRIDES = ["sqb", "sqh", "skb", "skh", "skn", "svb", "svh", "svn", "smb", "smh", "smn"]
-
 
 @triton.jit
 def _turned(at, head, d, live, cos, sin, D: tl.constexpr, R: tl.constexpr):
@@ -47,7 +45,10 @@ def _turned(at, head, d, live, cos, sin, D: tl.constexpr, R: tl.constexpr):
     return tl.where(turns[None, :], y, x)
 
 
-@triton.jit(do_not_specialize=["scale", "L", "SPLITS", "HK", "scb", "sab", *_STRIDES])
+@triton.jit(do_not_specialize=[
+    "scale", "L", "SPLITS", "HK", "sqb", "sqh", "skb", "skh", "skn", "svb", "svh", "svn", "smb",
+    "smh", "smn", "scb", "sab",
+])  # fmt: skip
 def attend(Q, K, V, MASK, COS, SIN, AT, Y, PART, scale, L, SPLITS, HK,
            sqb, sqh, skb, skh, skn, svb, svh, svn, smb, smh, smn, scb, sab,
            G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BG: tl.constexpr,

@@ -26,11 +26,13 @@ from torch import Tensor
 from quant_core.errors import LayoutError
 from quant_core.kernels.calls import unobserved
 from quant_kernels_triton.arguments import dependent, options
-from quant_kernels_triton.attention import attend, combine
+from quant_kernels_triton.jitted import Jitted
 from quant_kernels_triton.launch import Build, launch
 from quant_kernels_triton.seen import on_device
 
 __all__ = ["FLOATS", "decode_step", "run_decode", "run_step"]
+
+attend, combine = Jitted("attention", "attend"), Jitted("attention", "combine")
 
 FLOATS = (torch.bfloat16, torch.float16)
 _MOST = 256  # features of a head that fit the kernel's registers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.between import ACTIVATIONS, NORMS, Weightless
 from quant_core.spec import OpSpec
-from quant_kernels_triton.wna16 import interpreting
+from quant_kernels_triton.interpreter import interpreting
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from quant_core.kernels.calls import unobserved
-from quant_kernels_triton import between
 from quant_kernels_triton.arguments import dependent, options
+from quant_kernels_triton.jitted import Jits
 from quant_kernels_triton.launch import Build, launch
 from quant_kernels_triton.seen import on_device
 
 __all__ = ["FLOATS", "MOST_NORM", "run_gated", "run_norm", "run_rotary"]
+
+between = Jits("between")
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MOST_NORM = 32768  # features of a row that one program holds

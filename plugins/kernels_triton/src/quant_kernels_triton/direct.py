@@ -1,14 +1,13 @@
-"""Launching a compiled kernel that takes tensor maps, by one call of the CUDA driver.
+"""Launching a compiled kernel by one call of the CUDA driver.
 
     slots    8 bytes for every run-time argument, in the order of the kernel's parameters
     params   the addresses of the slots; of a tensor map, of its 128 bytes instead
 
 A call writes the slots in one go, and keeps the tensor maps by address and sizes, which Triton's
 launcher makes on every call: 3 of 34 us of the host's time, measured with one H100's machine.
-Without a tensor map Triton's launcher is as fast, and is what runs.
-What the kernel takes is read from Triton's signature and compared with what the driver says of the
-compiled code; wherever they disagree, or something is used that is not known here (clusters,
-scratch memory), ``prepare`` answers None and Triton's own launcher runs.
+What the kernel takes (``Code``) is compared with what the driver says of the machine code; where
+they disagree, or the driver is too old to say, ``prepare`` answers None and Triton's own launcher
+runs.
 
 Source: Triton 3.6.0 and 3.8.0 backends/nvidia/driver.py and driver.c (order of parameters: the
 signature without constants, a descriptor as map, sizes in 32 and strides in 64 bits, two scratch
@@ -19,15 +18,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import re
 import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from quant_core.errors import KernelError
+from quant_kernels_triton.machine_code import Code
 
-__all__ = ["Direct", "prepare"]
+__all__ = ["Direct", "here", "prepare"]
 
 _CONFIG = struct.Struct(
     "@7IQQI4x"
@@ -50,7 +49,9 @@ _MAP_TYPES = {
 _MAP_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "i32": 4, "u8": 1, "i8": 1, "fp8e4nv": 1}
 _PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton encodes
 _KEPT = 256  # tensor maps of one kernel: as many addresses and sizes of x
-_DESCRIPTOR = re.compile(r"tensordesc<([a-z0-9]+)\[([0-9, ]+)\]")
+_PLAIN_SHARED = 48 << 10  # bytes that a block may have without being allowed more
+_PREFER_SHARED = 1  # CU_FUNC_CACHE_PREFER_SHARED
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 @functools.cache
@@ -112,6 +113,15 @@ class _Maps:
         return memory, at
 
 
+class _Here(threading.local):
+    """Of this thread: what watches its launches, see ``replay``."""
+
+    watch: Any = None
+
+
+here = _Here()
+
+
 class Direct:
     """A compiled kernel with its argument block.
 
@@ -125,6 +135,7 @@ class Direct:
         self, kinds: Sequence[str | None], maps: Sequence[_Maps], function: int, threads: int,
         shared: int, dependent: bool, start: Callable[..., int], check: Callable[[int], None],
     ) -> None:  # fmt: skip
+        self.kinds = tuple(kinds)
         runtime = [kind for kind in kinds if kind is not None]
         self._plain = tuple(i for i, kind in enumerate(kinds) if kind is not None)
         self._skip = len(runtime) != len(kinds)
@@ -159,12 +170,35 @@ class Direct:
 
     def __call__(self, grid: tuple[int, int], stream: int, args: Sequence[Any]) -> None:
         """Launch. ``args``: addresses and numbers, descriptors with base, shape and strides."""
+        if here.watch is not None:
+            here.watch.started += 1
         with self._lock:
             if self._skip:
                 args = [args[i] for i in self._plain]
             if self._maps:
                 args = self._described(args)
             self._format.pack_into(self._slots, 0, *args, 0, 0)
+            _CONFIG.pack_into(
+                self._config, 0, grid[0], grid[1], 1, *self._fixed, stream, *self._attributes
+            )
+            result = self._start()
+        if result:
+            self._check(result)
+
+    def flat(
+        self, grid: tuple[int, int], stream: int, values: Sequence[Any],
+        maps: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]], bases: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Launch with sizes and strides of descriptors given in place of them.
+
+        Args:
+            values: addresses and numbers in the order of the kernel's parameters but the maps.
+            maps: of each descriptor its base's place in ``bases``, its shape and strides.
+        """
+        with self._lock:
+            for (_, param, held), (base, shape, strides) in zip(self._maps, maps, strict=True):
+                self._params[param] = held.at(bases[base], shape, strides)
+            self._format.pack_into(self._slots, 0, *values, 0, 0)
             _CONFIG.pack_into(
                 self._config, 0, grid[0], grid[1], 1, *self._fixed, stream, *self._attributes
             )
@@ -192,9 +226,9 @@ def _parameter_sizes(cu: Any, function: int) -> list[int]:
     return sizes
 
 
-def _expected_sizes(kinds: Sequence[str | None], maps: Sequence[_Maps]) -> list[int]:
-    sizes, left = [], list(maps)
-    for kind in kinds:
+def _expected_sizes(code: Code) -> list[int]:
+    sizes, left = [], list(code.maps)
+    for kind in code.kinds:
         if kind is None:
             continue
         if kind.startswith("tensordesc"):
@@ -205,52 +239,57 @@ def _expected_sizes(kinds: Sequence[str | None], maps: Sequence[_Maps]) -> list[
     return [*sizes, 8, 8]
 
 
-def _kinds(compiled: Any, count: int) -> list[str | None] | None:
-    """Triton's types of the first ``count`` arguments; None if one is not known here."""
-    signature = list(compiled.src.signature.values())[:count]
-    for kind in signature:
-        plain = isinstance(kind, str) and (kind in _SLOTS or kind == "constexpr" or kind[0] == "*")
-        if not plain and not (isinstance(kind, str) and _DESCRIPTOR.match(kind)):
-            return None
-    return [None if kind == "constexpr" else kind for kind in signature]
+def _known(code: Code) -> bool:
+    """Whether all types of its arguments are."""
+    plain = all(
+        kind is None or kind in _SLOTS or kind.startswith(("*", "tensordesc"))
+        for kind in code.kinds
+    )
+    return plain and all(m.kind in _MAP_TYPES for m in code.maps)
 
 
-def _described_by(cu: Any, compiled: Any, kinds: Sequence[str | None]) -> list[_Maps] | None:
-    found = [m for kind in kinds if kind and (m := _DESCRIPTOR.match(kind))]
-    known = list(getattr(compiled.metadata, "tensordesc_meta", None) or [])
-    if len(found) != len(known):
-        return None
-    out = []
-    for match, meta in zip(found, known, strict=True):
-        odd = meta is None or meta.get("fp4_padded") or meta.get("is_im2col")
-        if odd or match[1] not in _MAP_TYPES:
-            return None
-        out.append(_Maps(cu, match[1], meta["block_size"], meta["swizzle"]))
-    return out
+def _bind_context(cu: Any, device: int) -> None:
+    """Make torch's context the one of this thread, where it has none."""
+    held = ctypes.c_void_p()
+    _check(cu, cu.cuCtxGetCurrent(ctypes.byref(held)), "looking for the CUDA context")
+    if not held.value:
+        found = cu.cuDevicePrimaryCtxRetain(ctypes.byref(held), ctypes.c_int(device))
+        _check(cu, found, "taking the CUDA context")
+        _check(cu, cu.cuCtxSetCurrent(held), "taking the CUDA context")
 
 
-def prepare(compiled: Any, count: int) -> Direct | None:
-    """A compiled kernel for direct launches; None where Triton's own launcher has to do it.
+def _load(cu: Any, code: Code) -> int:
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(cu, cu.cuModuleLoadData(ctypes.byref(module), code.cubin), "loading a kernel")
+    found = cu.cuModuleGetFunction(ctypes.byref(function), module, code.name.encode())
+    _check(cu, found, f"looking for {code.name}")
+    if code.shared > _PLAIN_SHARED:
+        set_ = cu.cuFuncSetCacheConfig(function, _PREFER_SHARED)
+        _check(cu, set_, "preferring shared memory")
+        set_ = cu.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, code.shared)
+        _check(cu, set_, f"giving {code.shared} bytes of shared memory to {code.name}")
+    assert function.value is not None
+    return function.value
 
-    Args:
-        count: arguments of a call; constants come behind them.
+
+def prepare(code: Code, device: int) -> Direct | None:
+    """``code`` on a device for direct launches; None where Triton's own launcher has to do it.
+
+    Raises:
+        KernelError: ``Q-KERNEL-LAUNCH``.
     """
-    cu, meta = _driver(), compiled.metadata
-    if cu is None or getattr(meta, "num_ctas", 1) != 1 or compiled.packed_metadata is None:
+    cu = _driver()
+    if cu is None or not _known(code):
         return None
-    odd = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid")
-    if any(getattr(meta, name, 0) for name in odd) or getattr(meta, "instrumentation_mode", ""):
-        return None
-    kinds, function = _kinds(compiled, count), compiled.function
-    maps = None if kinds is None else _described_by(cu, compiled, kinds)
-    if kinds is None or not maps or not isinstance(function, int):
-        return None
-    if _parameter_sizes(cu, function) != _expected_sizes(kinds, maps):
+    _bind_context(cu, device)
+    function = _load(cu, code)
+    if _parameter_sizes(cu, function) != _expected_sizes(code):
         return None
     start = ctypes.PYFUNCTYPE(
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
     )(("cuLaunchKernelEx", cu))
+    maps = [_Maps(cu, m.kind, m.box, m.swizzle) for m in code.maps]
     return Direct(
-        kinds, maps, function, 32 * meta.num_warps, meta.shared, bool(meta.launch_pdl), start,
+        code.kinds, maps, function, code.threads, code.shared, code.dependent, start,
         functools.partial(_check, cu, what="launching a kernel"),
     )  # fmt: skip

@@ -9,8 +9,12 @@ one captured ``_SUPPLY`` counters earlier (some thousand launches).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from quant_core.kernels.calls import planned
 
 __all__ = ["MOST", "counters"]
 
@@ -39,8 +43,21 @@ def _cut(device: int, count: int) -> Tensor | None:
 
 def counters(device: int, count: int) -> Tensor | None:
     """At least ``count`` counters for one launch; None if they cannot be had now."""
+    found = _counters(device, count)
+    if found is not None and told is not None:
+        told(found.data_ptr(), count)
+    return found
+
+
+told: Callable[[int, int], None] | None = None
+"""Is told the address and the number of counters that are given out."""
+
+
+def _counters(device: int, count: int) -> Tensor | None:
     if count > MOST:
         return None
+    if planned.jobs is not None:
+        return torch.empty(count, dtype=torch.int32, device="meta")
     if torch.cuda.is_current_stream_capturing():
         return _cut(device, count)
     stream = torch._C._cuda_getCurrentRawStream(device)

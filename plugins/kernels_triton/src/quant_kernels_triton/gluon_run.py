@@ -10,35 +10,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quant_core.kernels.base import Rejected
 from quant_core.kernels.storage import misused
 from quant_kernels_triton.asm import constraints, dequant
 from quant_kernels_triton.gluon_counters import counters
 from quant_kernels_triton.gluon_plan import Ring, Specialized, config, cut, grouped_config, plan
-from quant_kernels_triton.gluon_ring import ring
-from quant_kernels_triton.gluon_ws import specialized
-from quant_kernels_triton.launch import Build, Start, aligned, is_compiled, launch, started
+from quant_kernels_triton.jitted import Descriptor, Jitted
+from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.recipe import ELEMENTS, GROUP, Recipe
 from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
 
 __all__ = ["run_config", "run_gluon", "run_grouped_gluon"]
 
+ring, specialized = Jitted("gluon_ring", "ring"), Jitted("gluon_ws", "specialized")
+
 _PAIRS = {1: torch.int16, 2: torch.int32, 4: torch.int64}  # two rows of a factor in one word
 _SIZES = {code: {"f32": 4, "bf16": 2, "f16": 2}.get(e, 1) for e, code in ELEMENTS.items()}
-
-
-class _Desc:
-    """A TMA descriptor as Triton's launcher reads it, without the checks of every call."""
-
-    __slots__ = ("base", "shape", "strides")
-    padding = "zero"
-    round_f32_to_tf32 = False
-
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int]) -> None:
-        self.base, self.shape, self.strides = base, shape, strides
 
 
 class _Layer:
@@ -101,65 +89,21 @@ def _layer(recipe: Recipe) -> _Layer:
     return _Layer(recipe)
 
 
-def _descriptor(x: Tensor, bm: int, width: int, known: bool) -> Any:
-    """The descriptor of x in boxes [bm, width]; ``known``: for a kernel that is compiled."""
-    shape, strides = list(x.shape), [x.shape[1], 1]
-    if known:
-        return _Desc(x, shape, strides)
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([bm, width], dtype)
-    return TensorDescriptor(x, shape, strides, [bm, width], layout)
+class _Desc:
+    """A descriptor of a kernel that is compiled: no box is asked for any more."""
+
+    __slots__ = ("base", "shape", "strides")
+
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int]) -> None:
+        self.base, self.shape, self.strides = base, shape, strides
+
+
+def _descriptor(x: Tensor, bm: int, width: int, known: bool = False) -> Descriptor:
+    """x in boxes [bm, width]."""
+    return Descriptor(x, (bm, width))
 
 
 _Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
-
-
-class _Ready:
-    """The launch of ``ring`` for one number of rows, compiled: addresses and workspace are left."""
-
-    __slots__ = ("buffers", "grid", "n", "shape", "sizes", "split", "start")
-
-    def __init__(
-        self, held: _Layer, start: Start, grid: tuple[int, int], x: Tensor,
-        sizes: tuple[int, ...], split: int,
-    ) -> None:  # fmt: skip
-        self.start, self.grid, self.sizes, self.split = start, grid, sizes, split
-        self.shape, self.buffers, self.n = list(x.shape), held.buffers, held.recipe.n
-
-    def __call__(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-        """y of x, which is aligned; None where the workspace cannot be had now."""
-        m, k = self.shape
-        device = x.device.index
-        y = x.new_empty(m, self.n)
-        to = part = count = y.data_ptr()
-        if self.split > 1:
-            counter = counters(device, self.grid[0] // self.split)
-            if counter is None:
-                return None
-            sums = torch.empty(self.split, m, self.n, dtype=torch.float32, device=x.device)
-            part, count = sums.data_ptr(), counter.data_ptr()
-        pointers = [tensors[i].data_ptr() for i in self.buffers]
-        desc = _Desc(x, self.shape, [k, 1])
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        args = (desc, *pointers, to, part, count, to, to, to, *self.sizes)
-        self.start(self.grid, stream, args)
-        return y
-
-
-_ready: dict[tuple[Any, ...], _Ready] = {}
-"""(recipe, rows, dtype, device) -> launch; for layers with their own block sizes."""
-
-
-def _keep(
-    held: _Layer, c: Ring, key: Any, grid: tuple[int, int], x: Tensor, sizes: tuple[int, ...],
-    split: int,
-) -> None:  # fmt: skip
-    """Remember a launch that ``run_gluon`` would make again."""
-    start, rows = started(key, x.device.index), sizes[0]
-    usual = c is held.configs.get(rows) and split == c.split and not held.recipe.gather
-    if start is not None and usual:
-        ready = _Ready(held, start, grid, x, sizes, split)
-        _ready[held.recipe, rows, x.dtype, x.device] = ready
 
 
 def _run_ring(
@@ -185,13 +129,11 @@ def _run_ring(
         more["GROUPED"] = grouped
         return held.build(x, c.warps, 0 if c.acc else held.plan.mode, more)
 
-    desc = _descriptor(x, c.bm, 128, is_compiled(key, device))
+    desc = _descriptor(x, c.bm, 128)
     sizes = (m, *held.sizes)
     args = (desc, *held.arguments(tensors), y, part, count, *(experts or (y, y, y)), *sizes)
     grid = (blocks * split, 1)
     launch(ring, key, grid, args, device, build)
-    if not grouped:
-        _keep(held, c, key, grid, x, sizes, split)
 
 
 def _run_specialized(
@@ -222,9 +164,8 @@ def _run_specialized(
         at = 3 + len(held.buffers)
         return replace(b, views=b.views | {at: torch.float32, at + 1: torch.int32})
 
-    known = is_compiled(key, device)
-    desc = _descriptor(x, c.b1, 64, known)
-    rest = _descriptor(x, c.b2, 64, known) if c.b2 else desc
+    desc = _descriptor(x, c.b1, 64)
+    rest = _descriptor(x, c.b2, 64) if c.b2 else desc
     high = tensors[r.buffers.index("codes_high" if held.plan.bits == 3 else "codes")]
     sizes = (m, *held.sizes)
     blocks = (*(experts or (y, y, y)), high)
@@ -290,9 +231,6 @@ def run_gluon(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     An input of another type than the layer's is taken in the layer's and the result given back in
     its own: the kernels know 16-bit floats only.
     """
-    ready = _ready.get((r, x.shape[0], x.dtype, x.device))
-    if ready is not None and (y := ready(aligned(x), tensors)) is not None:
-        return y
     own = getattr(torch, r.act_dtype)
     if x.dtype != own:
         return run_gluon(r, x.to(own), tensors).to(x.dtype)

@@ -10,7 +10,7 @@ from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.quantizer import Weightless
 from quant_core.kernels.storage import misused
 from quant_core.spec import OpSpec
-from quant_kernels_triton.wna16 import interpreting
+from quant_kernels_triton.interpreter import interpreting
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,18 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_kernels_triton import hadamard as kernels
 from quant_kernels_triton.arguments import dependent, options
 from quant_kernels_triton.hadamard_kernel import tile, warps
+from quant_kernels_triton.interpreter import interpreting
+from quant_kernels_triton.jitted import Jits
 from quant_kernels_triton.launch import Build, aligned, launch
 
 __all__ = ["bound_hadamard"]
 
+kernels = Jits("hadamard")
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _interpreted() -> bool:
-    return type(kernels.hadamard).__name__ == "InterpretedFunction"
 
 
 def _op(x: Tensor, rows: Tensor, core: Tensor, cols: Tensor, root: Tensor | None) -> Tensor:
@@ -36,7 +35,7 @@ def _op(x: Tensor, rows: Tensor, core: Tensor, cols: Tensor, root: Tensor | None
     def build() -> Build:
         constants = {
             "N": n, "M": m, "HAS_ROOT": root is not None, "EXACT": x.dtype == torch.bfloat16,
-            "R": runs, "MP": mp, "A": a, "B": b, "INTERPRET": _interpreted(), "PDL": pdl,
+            "R": runs, "MP": mp, "A": a, "B": b, "INTERPRET": interpreting(), "PDL": pdl,
         }  # fmt: skip
         held = runs * mp * a * b
         return Build(constants=constants, options=options(pdl, warps(held), 1))

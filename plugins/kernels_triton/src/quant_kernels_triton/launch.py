@@ -2,12 +2,14 @@
 
 Triton's own dispatch inspects every argument on every call. A layer's arguments never change their
 kind, so the compiled kernel is looked up by a short key instead, once it exists, and is given
-addresses, past Triton's launcher too where that takes tensor maps (``direct``). Addresses must be
-multiples of 16 bytes, which torch's allocations are; inputs that are not are copied (``aligned``).
+addresses. On CUDA devices Triton only compiles (``compiler``), and ``direct`` launches; elsewhere,
+and for what those two do not know, Triton does both. Addresses must be multiples of 16 bytes, which
+torch's allocations are; inputs that are not are copied (``aligned``).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_core.kernels.calls import planned
+from quant_kernels_triton.ahead import ahead
+from quant_kernels_triton.arguments import capability
+from quant_kernels_triton.compiler import code_of, source_of
 from quant_kernels_triton.direct import prepare
+from quant_kernels_triton.jitted import Descriptor, Jitted
+from quant_kernels_triton.replay import note_launch
 
 __all__ = ["Build", "Start", "aligned", "is_compiled", "launch", "started"]
 
@@ -50,14 +58,30 @@ def started(key: Hashable, device: int | None) -> Start | None:
     return _compiled.get((key, device))
 
 
-def _triton(compiled: Any, values: tuple[Any, ...]) -> Start:
-    """Triton's own launcher; ``values`` are the compile-time constants behind the arguments."""
+def _triton(fn: Any, grid: tuple[int, int], args: Sequence[Any], b: Build) -> Start | None:
+    """Launch by Triton, and its launcher for later calls; None in the interpreter."""
+    fn = fn.function() if isinstance(fn, Jitted) else fn
+    args = [a.triton() if isinstance(a, Descriptor) else a for a in args]
+    compiled = fn[grid](*args, **b.constants, **b.options)
+    if not hasattr(compiled, "run"):
+        return None
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    values = tuple(b.constants[name] for name in fn.arg_names[len(args) :])
 
     def start(grid: tuple[int, int], stream: int, args: Sequence[Any]) -> None:
+        args = [a.triton() if isinstance(a, Descriptor) else a for a in args]
         run(grid[0], grid[1], 1, stream, function, metadata, None, None, None, *args, *values)
 
     return start
+
+
+def _own(fn: Any, args: Sequence[Any], b: Build, device: int | None) -> Start | None:
+    """The kernel past Triton's launcher, or None where that is needed."""
+    found = capability(device)
+    if device is None or not found:  # not a CUDA device, or the interpreter
+        return None
+    code = code_of(fn, args, b.constants, b.options, found)
+    return None if code is None else prepare(code, device)
 
 
 def launch(
@@ -71,25 +95,30 @@ def launch(
     """Run ``fn`` on the current stream of ``device``.
 
     Args:
-        fn: a jitted function whose constants come after its arguments.
+        fn: a jitted function whose constants come after its arguments, or its name.
         key: with the device, everything that the build and the kinds and the divisibility of
             ``args`` depend on.
         args: run-time arguments; integers that change between calls of one key must be marked
             ``do_not_specialize`` in ``fn``.
         build: called where the kernel is not compiled yet.
     """
-    held = _compiled.get((key, device))
+    held = None if planned.jobs is not None else _compiled.get((key, device))
     if held is None:
         b = build()
         typed = [
             a.view(-1).view(b.views[i]) if i in b.views and a.dtype != b.views[i] else a
             for i, a in enumerate(args)
         ]
-        compiled = fn[grid](*typed, **b.constants, **b.options)
-        if hasattr(compiled, "run"):  # not in the interpreter
-            values = tuple(b.constants[name] for name in fn.arg_names[len(args) :])
-            own = _triton(compiled, values)  # loads the code
-            _compiled[key, device] = prepare(compiled, len(args)) or own
-        return
+        if planned.jobs is not None:
+            source = source_of(fn, typed, b.constants, b.options, capability(device))
+            planned.jobs += [] if source is None else [functools.partial(ahead, source)]
+            return
+        held = _own(fn, typed, b, device)
+        if held is None:
+            if (start := _triton(fn, grid, typed, b)) is not None:
+                _compiled[key, device] = start
+            return
+        _compiled[key, device] = held
+    note_launch(held, grid, args)
     stream = torch._C._cuda_getCurrentRawStream(device)
     held(grid, stream, [a.data_ptr() if isinstance(a, Tensor) else a for a in args])

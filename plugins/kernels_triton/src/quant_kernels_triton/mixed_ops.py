@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_core.kernels.calls import check_input, unobserved
+from quant_core.kernels.calls import check_input, planned, unobserved
 from quant_kernels_triton.mixed_plan import from_text
+from quant_kernels_triton.replay import replayed
 
 __all__ = ["bound_grouped", "bound_linear"]
 
@@ -53,13 +54,15 @@ for _name, _impl, _fake in (
 
 def bound_linear(plan: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     """What ``bind`` gives for a linear layer, with the first two arguments fixed."""
-    check_input(x, k)
     if unobserved(x):
-        return _linear(x, tensors, plan)
+        return replayed(_linear, (plan,), tensors, x, k)
+    check_input(x, k)
     return torch.ops.quant_triton.mixed_linear(x, tensors, plan)  # type: ignore[no-any-return]
 
 
 def bound_grouped(plan: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
     """The same for a stack of experts."""
     check_input(x, k)
+    if planned.jobs is not None:
+        return _grouped(x, experts, tensors, plan)
     return torch.ops.quant_triton.mixed_grouped(x, experts, tensors, plan)  # type: ignore[no-any-return]

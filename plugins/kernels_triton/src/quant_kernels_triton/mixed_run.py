@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quant_kernels_triton.codes_run import Rule, hopper_codes
 from quant_kernels_triton.gluon_counters import counters
-from quant_kernels_triton.gluon_run import _Desc
-from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
-from quant_kernels_triton.mixed_pair import mixed_pair
+from quant_kernels_triton.jitted import Descriptor, Jitted
+from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.mixed_parts import ASM, POWER
 from quant_kernels_triton.mixed_plan import MixedPair, MixedPlan, MixedRing, MixedWide, config
-from quant_kernels_triton.mixed_ring import mixed_ring
-from quant_kernels_triton.mixed_ws import mixed_specialized
 from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
 
 __all__ = ["exchanged_codes", "run_mixed", "run_mixed_grouped"]
+
+mixed_pair, mixed_ring = Jitted("mixed_pair", "mixed_pair"), Jitted("mixed_ring", "mixed_ring")
+mixed_specialized = Jitted("mixed_ws", "mixed_specialized")
 
 _WEIGHT_STAGES = 4  # of mixed_ws, of 8 KB
 _Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
@@ -94,13 +91,8 @@ def _layer(p: MixedPlan) -> _Layer:
     return _Layer(p)
 
 
-def _descriptor(p: MixedPlan, q: Tensor, tokens: int, known: bool) -> Any:
-    shape, strides, box = list(q.shape), [q.shape[1], 1], [tokens, 128]
-    if known:
-        return _Desc(q, shape, strides)
-    layout = gl.NVMMASharedLayout.get_default_for(box, gl.int8 if p.integer else gl.float8e4nv)
-    q = q if p.integer else q.view(torch.float8_e4m3fn)
-    return TensorDescriptor(q, shape, strides, box, layout)
+def _descriptor(p: MixedPlan, q: Tensor, tokens: int, known: bool = False) -> Descriptor:
+    return Descriptor(q, (tokens, 128), dtype=torch.int8 if p.integer else torch.float8_e4m3fn)
 
 
 def _multiply(
@@ -114,7 +106,7 @@ def _multiply(
     fixed = [tensors[i] for i in held.places]
     lists = experts or (s, s, s)
     if isinstance(c, MixedWide):
-        desc = _descriptor(p, q, c.bt, is_compiled(key, device))
+        desc = _descriptor(p, q, c.bt)
         grid = (-(-m // c.bm) * -(-rows // 128), 1)
 
         def build() -> Build:
@@ -139,7 +131,7 @@ def _multiply(
             size = blocks * split * 64 * c.bm if pair else split * m * n
             part = torch.empty(size, dtype=torch.float32, device=q.device)
     key = (*key, split)
-    desc = _descriptor(p, q, c.bm, is_compiled(key, device))
+    desc = _descriptor(p, q, c.bm)
     if isinstance(c, MixedPair):
         sizes = {"BT": c.bm, "ST": c.stages, "WST": _WEIGHT_STAGES, "SPLIT": split, "GN": 8}
 

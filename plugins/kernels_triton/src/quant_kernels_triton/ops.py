@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quant_core.kernels.calls import check_input, unobserved
+from quant_core.kernels.calls import check_input, planned, unobserved
 from quant_kernels_triton.plain_run import run_dense, run_embedding, run_gemm, run_grouped
 from quant_kernels_triton.recipe import Recipe, recipe_from_text
+from quant_kernels_triton.replay import replayed
 from quant_kernels_triton.rounding_run import rounded
 from quant_kernels_triton.scaled_plan import scaled_from_text
 from quant_kernels_triton.scaled_run import run_scaled
@@ -123,9 +124,9 @@ for _name, _impl, _fake in (
 
 def bound_linear(text: str, way: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     """What ``bind`` gives for a linear layer, with the first three arguments fixed."""
-    check_input(x, k)
     if unobserved(x):
-        return _linear(x, tensors, text, way)
+        return replayed(_linear, (text, way), tensors, x, k)
+    check_input(x, k)
     return torch.ops.quant_triton.linear(x, tensors, text, way)  # type: ignore[no-any-return]
 
 
@@ -134,22 +135,24 @@ def bound_grouped(
 ) -> Tensor:
     """The same for a stack of experts."""
     check_input(x, k)
+    if planned.jobs is not None:
+        return _grouped_linear(x, experts, tensors, text, way)
     return torch.ops.quant_triton.grouped_linear(x, experts, tensors, text, way)  # type: ignore[no-any-return]
 
 
 def bound_scaled(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     """The same for a linear layer with 8-bit activations."""
-    check_input(x, k)
     if unobserved(x):
-        return _scaled_linear(x, tensors, text)
+        return replayed(_scaled_linear, (text,), tensors, x, k)
+    check_input(x, k)
     return torch.ops.quant_triton.scaled_linear(x, tensors, text)  # type: ignore[no-any-return]
 
 
 def bound_ring(text: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     """The same in Gluon."""
-    check_input(x, k)
     if unobserved(x):
-        return _scaled_ring(x, tensors, text)
+        return replayed(_scaled_ring, (text,), tensors, x, k)
+    check_input(x, k)
     return torch.ops.quant_triton.scaled_ring(x, tensors, text)  # type: ignore[no-any-return]
 
 

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant_kernels_triton import plain
-from quant_kernels_triton.arguments import NAMES, WORDS, constants, interpreted, pointers
+from quant_kernels_triton.arguments import NAMES, WORDS, constants, pointers
+from quant_kernels_triton.interpreter import interpreting
+from quant_kernels_triton.jitted import Jits
 from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.recipe import Recipe
 
 __all__ = ["dense_weight", "expert_blocks", "run_dense", "run_embedding", "run_gemm", "run_grouped"]
+
+plain = Jits("plain")
 
 _NT = 4  # row tiles of a block: 64 output features
 _BK = 256  # columns of a row that a block of ``embed`` writes
@@ -55,7 +58,7 @@ def _gemm(
             "GROUPED": grouped,
             "BM": bm,
             "NT": _NT,
-            "INTERPRET": interpreted(),
+            "INTERPRET": interpreting(),
         }
         views = _views(r, 1)
         views |= {} if r.gather else {1 + len(NAMES): torch.int32}

@@ -12,8 +12,8 @@ from quant_core.kernels.storage import misused
 from quant_core.spec import OpSpec
 from quant_core.spec_json import to_text
 from quant_kernels_triton.costs import BUCKETS
+from quant_kernels_triton.interpreter import interpreting
 from quant_kernels_triton.rounding_plan import RoundPlan, describe_round
-from quant_kernels_triton.wna16 import interpreting
 
 if TYPE_CHECKING:
     from torch import Tensor

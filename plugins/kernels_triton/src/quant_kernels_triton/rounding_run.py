@@ -8,6 +8,7 @@ A tile has about ``_TILE`` elements, fewer where x is small, so that many progra
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,18 @@ from torch import Tensor
 
 from quant_core.errors import LayoutError
 from quant_core.kernels.activations import fake_quantize
+from quant_core.kernels.calls import check_input, unobserved
 from quant_core.numerics import element_table, mx_scale
 from quant_core.spec import Element
-from quant_kernels_triton import rounding
 from quant_kernels_triton.arguments import dependent, options
-from quant_kernels_triton.launch import Build, Start, aligned, launch, started
+from quant_kernels_triton.jitted import Jits
+from quant_kernels_triton.launch import Build, aligned, launch
+from quant_kernels_triton.replay import replayed
 from quant_kernels_triton.rounding_plan import MOST, RoundPlan, round_from_text
 
 __all__ = ["bound_round", "round_input", "rounded", "steps"]
+
+rounding = Jits("rounding")
 
 _TILE = 2048
 _PARTS = 256
@@ -103,53 +108,11 @@ def _extremes(x: Tensor, half: bool) -> tuple[Tensor, int]:
     return out, parts
 
 
-class _Kept:
-    """The launch for one shape of x, compiled: only addresses are left to be filled in."""
-
-    __slots__ = ("fixed", "grid", "plan", "start", "table")
-
-    def __init__(
-        self, p: RoundPlan, start: Start, grid: tuple[int, int], table: int, fixed: tuple[int, ...]
-    ) -> None:
-        self.plan, self.start, self.grid, self.table, self.fixed = p, start, grid, table, fixed
-
-    def __call__(
-        self, x: Tensor, scale: Tensor | None, zero: Tensor | None, experts: Tensor | None
-    ) -> Tensor:
-        y, device = torch.empty_like(x), x.device.index
-        to = y.data_ptr()
-        part = to
-        if self.plan.first:
-            sizes = _extremes(x, x.dtype == torch.bfloat16)[0]
-            part = sizes.data_ptr()
-        stored = to if scale is None else scale.data_ptr()
-        shift = to if zero is None else zero.data_ptr()
-        whose = to if experts is None else experts.data_ptr()
-        args = (x.data_ptr(), to, stored, shift, self.table or to, part, whose, *self.fixed)
-        self.start(self.grid, torch._C._cuda_getCurrentRawStream(device), args)
-        return y
-
-
-_kept: dict[tuple[Any, ...], _Kept] = {}
-_MOST_KEPT = 4096  # shapes
-
-
 def round_input(
     p: RoundPlan, x: Tensor, scale: Tensor | None, zero: Tensor | None, experts: Tensor | None
 ) -> Tensor:
     """x [..., K] rounded to the codes of ``p.spec`` and back."""
     x = aligned(x)
-    known = (p, x.shape, x.dtype, x.device, experts if experts is None else experts.dtype)
-    kept = _kept.get(known)
-    if kept is not None and (scale is not None or not p.stored):
-        return kept(x, scale, zero, experts)
-    return _round(p, x, scale, zero, experts, known)
-
-
-def _round(
-    p: RoundPlan, x: Tensor, scale: Tensor | None, zero: Tensor | None, experts: Tensor | None,
-    known: tuple[Any, ...],
-) -> Tensor:  # fmt: skip
     if p.stored and scale is None:
         raise LayoutError(
             "activations: input_scale is absent, expected a stored value because the scale is "
@@ -180,11 +143,6 @@ def _round(
     args = (x, y, *stored, table, part, y if experts is None else experts, *fixed)
     grid = (tokens if p.whole else -(-tokens * groups // bn), 1)
     launch(rounding.round_groups, key, grid, args, device, build)
-    start = started(key, device)
-    if start is not None and (not p.table or (p.table, x.device) in _tables):
-        if len(_kept) >= _MOST_KEPT:
-            _kept.clear()
-        _kept[known] = _Kept(p, start, grid, table.data_ptr() if p.table else 0, fixed)
     return y
 
 
@@ -220,17 +178,24 @@ _lib.impl("round_input", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("quant_triton::round_input", _fake, lib=_lib)
 
 
+def _again(x: Tensor, given: Sequence[Tensor | None], text: str, kinds: Any) -> Tensor:
+    """What ``replay`` runs; ``kinds`` are of the stored values, None if there is none of them."""
+    scale, zero, experts = given
+    return round_input(round_from_text(text, experts is not None), x, scale, zero, experts)
+
+
 def bound_round(
     text: str, k: int, buffers: list[Tensor], x: Tensor, scale: Tensor | None = None,
     zero: Tensor | None = None, experts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What ``bind`` gives for a "quantize" operation, with the first two arguments fixed."""
-    from quant_core.kernels.calls import check_input, unobserved
-
+    if x.dtype in _DTYPES and unobserved(x):
+        given = (scale, zero, experts)
+        none = scale is None and zero is None and experts is None
+        kinds = None if none else tuple(None if t is None else (t.shape, t.dtype) for t in given)
+        return replayed(_again, (text, kinds), given, x, k)
     check_input(x, k)
     if x.dtype not in _DTYPES:  # float64, which no layer has, but a test may
         flat = x.reshape(-1, k)
         return fake_quantize(flat, round_from_text(text, False).spec, scale, zero).view(x.shape)
-    if unobserved(x):
-        return round_input(round_from_text(text, experts is not None), x, scale, zero, experts)
     return torch.ops.quant_triton.round_input(x, scale, zero, experts, text)  # type: ignore[no-any-return]

@@ -14,9 +14,10 @@ from quant_core.kernels.base import ANY_ROWS, Accepted, Rejected
 from quant_core.kernels.storage import Rows, misused
 from quant_core.spec import OpSpec
 from quant_kernels_triton.costs import BUCKETS
+from quant_kernels_triton.interpreter import interpreting
 from quant_kernels_triton.scaled_plan import ScaledPlan, describe_scaled, scaled_us
 from quant_kernels_triton.scaled_ring_plan import MOST, ring_us
-from quant_kernels_triton.wna16 import gluon_missing, interpreting
+from quant_kernels_triton.wna16 import gluon_missing
 
 if TYPE_CHECKING:
     from torch import Tensor

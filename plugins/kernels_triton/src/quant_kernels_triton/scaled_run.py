@@ -19,18 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant_kernels_triton import quantize, scaled
-from quant_kernels_triton.launch import Build, Start, aligned, launch, started
+from quant_kernels_triton.arguments import capability
+from quant_kernels_triton.interpreter import interpreting
+from quant_kernels_triton.jitted import Jits
+from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.scaled_plan import ScaledPlan, few_rows
 from quant_kernels_triton.wna16 import gluon_missing
 
 __all__ = ["codes_of", "run_scaled"]
 
+quantize, scaled = Jits("quantize"), Jits("scaled")
+
 _BN = 64  # outputs of a block of gemm8
-
-
-def _interpreted() -> bool:
-    return type(scaled.gemm8).__name__ == "InterpretedFunction"
 
 
 def _codes_key(p: ScaledPlan, dtype: torch.dtype, bt: int, column_major: bool) -> tuple[Any, ...]:
@@ -83,10 +83,9 @@ def codes_of(
     return q, s
 
 
-@functools.cache
 def _hopper(device: int | None) -> bool:
     """Whether the quantizers of ``codes_gluon`` run there."""
-    return torch.cuda.get_device_capability(device)[0] == 9 and not gluon_missing()
+    return capability(device) == 90 and not gluon_missing()
 
 
 def _codes_for_torch(p: ScaledPlan, x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -119,7 +118,7 @@ def _gemm8(p: ScaledPlan, q: Tensor, s: Tensor, held: dict[str, Tensor], y: Tens
             "BM": bm,
             "BN": _BN,
             "BK": bk,
-            "INTERPRET": _interpreted(),
+            "INTERPRET": interpreting(),
         }
         word = torch.uint8 if p.kind != "int8" else torch.int8
         options = {"num_warps": 4, "num_stages": 4}
@@ -130,49 +129,6 @@ def _gemm8(p: ScaledPlan, q: Tensor, s: Tensor, held: dict[str, Tensor], y: Tens
     )  # fmt: skip
     grid = (-(-m // bm) * -(-p.n // _BN), 1)
     launch(scaled.gemm8, ("gemm8", p, bm, y.dtype), grid, args, device.index, build)
-
-
-class _Ready:
-    """The two launches for few rows of one number and type, compiled: addresses are left."""
-
-    __slots__ = ("bias", "fixed", "multiply", "plan", "quantize", "stored", "sums")
-
-    def __init__(self, p: ScaledPlan, m: int, quantize: Start, multiply: Start) -> None:
-        self.plan, self.quantize, self.multiply = p, quantize, multiply
-        groups = -(-p.k // 128)
-        self.bias = p.buffers.index("bias") if p.bias else 0
-        self.stored = p.buffers.index("input_scale") if p.static else 0
-        bounds = (p.k,) if p.static else (p.k, p.peak, p.least, p.most)
-        bt = 16 if m > 16 else 4
-        grid = (-(-m // bt), groups) if p.kind == "block" else (m, 1)
-        self.fixed = (grid, (m, *bounds) if p.kind == "block" else bounds, m * p.k,
-                      m * (p.k + 4 * (groups if p.kind == "block" else 1)))  # fmt: skip
-        bm = _rows_of_block(m)
-        self.sums = (-(-m // bm) * -(-p.n // _BN), 1), (m, p.n, p.k, groups)
-
-    def __call__(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        device, p = x.device, self.plan
-        y = x.new_empty(x.shape[0], p.n)
-        grid, bounds, codes_bytes, all_bytes = self.fixed
-        work = torch.empty(all_bytes, dtype=torch.uint8, device=device)
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        q = work.data_ptr()
-        s = q + codes_bytes
-        if p.static:
-            stored = tensors[self.stored].data_ptr()
-            self.quantize(grid, stream, (x.data_ptr(), stored, q, s, *bounds))
-        else:
-            self.quantize(grid, stream, (x.data_ptr(), q, s, *bounds))
-        codes = tensors[0].data_ptr()
-        bias = tensors[self.bias].data_ptr()
-        grid, sizes = self.sums
-        args = (q, s, codes, tensors[1].data_ptr(), bias, y.data_ptr(), *sizes)
-        self.multiply(grid, stream, args)
-        return y
-
-
-_ready: dict[tuple[Any, ...], _Ready] = {}
-"""(plan, rows, dtype, device) -> launches; at most ``few_rows`` numbers of rows for each plan."""
 
 
 def _finish(p: ScaledPlan, sums: Tensor, s: Tensor, held: dict[str, Tensor], y: Tensor) -> None:
@@ -194,6 +150,9 @@ def _block_product() -> bool:
 def _many(p: ScaledPlan, x: Tensor, held: dict[str, Tensor]) -> Tensor | None:
     """The product by torch's matmuls; None where they do not take it."""
     m, n, device = x.shape[0], p.n, x.device
+    if device.type == "meta":  # planned: nothing of torch's products is compiled
+        _codes_for_torch(p, x, held.get("input_scale"))
+        return x.new_empty(m, n)
     if device.type != "cuda":
         return None
     if p.kind == "int8" and n % 8 == 0 and p.k % 8 == 0:
@@ -242,10 +201,6 @@ def run_scaled(
     """y [M, N] of x [M, K]; see the module's docstring. ``few``: rows that gemm8 takes at most."""
     x = aligned(x)
     m = x.shape[0]
-    known = (p, m, x.dtype, x.device)
-    ready = _ready.get(known)
-    if ready is not None and few is None:
-        return ready(x, tensors)
     held = dict(zip(p.buffers, tensors, strict=True))
     most = few_rows(p.kind, p.n) if few is None else few
     if m == 0:
@@ -255,10 +210,4 @@ def run_scaled(
     q, s = codes_of(p, x, held.get("input_scale"))
     y = x.new_empty(m, p.n)
     _gemm8(p, q, s, held, y)
-    if few is None and m <= most:
-        device = x.device.index
-        first = started(_codes_key(p, x.dtype, 16 if m > 16 else 4, False), device)
-        then = started(("gemm8", p, _rows_of_block(m), y.dtype), device)
-        if first is not None and then is not None:
-            _ready[known] = _Ready(p, m, first, then)
     return y

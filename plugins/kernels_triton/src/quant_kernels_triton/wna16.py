@@ -8,7 +8,6 @@ gluon_wna16     Gluon on Hopper: 4- and 8-bit codes, two kernels by number of ro
 from __future__ import annotations
 
 import functools
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from quant_core.kernels.storage import Tiles16, misused
 from quant_core.spec import OpSpec
 from quant_kernels_triton.costs import costs
 from quant_kernels_triton.gluon_plan import plan
-from quant_kernels_triton.recipe import Recipe, describe
+from quant_kernels_triton.interpreter import interpreting
+from quant_kernels_triton.recipe import Recipe, describe, recipe_from_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +33,12 @@ _EMULATED_PER_US = 3.5e5  # elements of x: read, held for the scale of their tok
 _MOST_ROWS = 8192  # what the bucket without a limit stands for
 
 
-def interpreting() -> bool:
-    """Whether Triton was told to interpret kernels, which then run on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+@functools.lru_cache(maxsize=512)
+def _costs(
+    kernel: str, text: str, device: tuple[str, str]
+) -> tuple[tuple[tuple[int, float], ...], bool]:
+    """``costs``, of which one choice asks several times, and of every layer alike."""
+    return costs(kernel, recipe_from_text(text), device)
 
 
 class TilesKernel(Tiles16, ABC):
@@ -61,7 +64,7 @@ class TilesKernel(Tiles16, ABC):
         return recipe
 
     def _accepted(self, op: OpSpec, recipe: Recipe) -> Accepted:
-        table, measured = costs(self.name, recipe, op.device)
+        table, measured = _costs(self.name, recipe.text(), op.device)
         notes = [] if measured else ["no measured table for this device"]
         acts = op.operand("input")
         if acts is not None:
