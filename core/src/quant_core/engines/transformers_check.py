@@ -89,7 +89,7 @@ class Check:
     def _missing(self) -> Iterator[str]:
         there = self.layout.filled | self.tied.targets | self.tied.left
         inside = tuple(f"{m}." for m in (*self.layout.layers, *self.layout.experts))
-        for name in self.model.state_dict():
+        for name in self.layout.state:
             # biases of swapped modules are checked when these are built
             if name not in there and not name.startswith(inside):
                 yield name
@@ -103,7 +103,7 @@ class Check:
     def _kinds(self) -> None:
         """Packed layers replace plain modules only; a subclass may compute something else."""
         for module in self.layout.layers:
-            old, members = self.model.get_submodule(module), self.layout.members(module)
+            old, members = self.layout.modules[module], self.layout.members(module)
             if type(old) is nn.Linear or (type(old) is nn.Embedding and len(members) == 1):
                 continue
             raise LayoutError(
@@ -116,7 +116,7 @@ class Check:
                 actual=type(old).__name__,
             )
         for module in self.layout.experts:
-            old = self.model.get_submodule(module)
+            old = self.layout.modules[module]
             if not is_replaceable(old):
                 raise LayoutError(
                     f"{module}: {type(old).__name__} computes more than down(act(gate(x)) * "
@@ -129,7 +129,7 @@ class Check:
 
     def _sizes(self) -> None:
         """Sizes as far as the header tells; exact shapes are checked when a tensor is read."""
-        state, wrong = self.model.state_dict(), []
+        state, wrong = self.layout.state, []
         for name, slot in self.layout.slots.items():
             found, part = self.plan.checkpoint.tensors[self.plan.dense[name]].shape, slot.index
             want = tuple(state[slot.target][part].shape)
@@ -143,7 +143,7 @@ class Check:
             if found != want or len({k for _, k in shapes}) != 1:
                 wrong.append((members[0].layer.name, found, want))
         for module, roles in self.layout.experts.items():
-            sizes = expert_sizes(self.model.get_submodule(module))
+            sizes = expert_sizes(self.layout.modules[module])
             for role, member in roles.items():
                 found = (len(member.layer.experts), *member.scheme.shape)  # type: ignore[union-attr]
                 if found != sizes[role]:
@@ -211,10 +211,10 @@ def _stored_biases(plan: Plan, member: Member) -> list[str]:
     return [n for n in names if n in plan.checkpoint.tensors]
 
 
-def without_zero_bias(plan: Plan, model: nn.Module, module: str, member: Member) -> Member:
-    """``member`` without a bias that is all zeros and that the model does not have."""
+def without_zero_bias(plan: Plan, old: nn.Module, member: Member) -> Member:
+    """``member`` without a bias that is all zeros and that the model's own module has not."""
     biases = _stored_biases(plan, member)
-    if getattr(model.get_submodule(module), "bias", None) is not None or not biases:
+    if getattr(old, "bias", None) is not None or not biases:
         return member
     for name in biases:
         if bool(plan.checkpoint.read(name).any()):
@@ -225,8 +225,7 @@ def without_zero_bias(plan: Plan, model: nn.Module, module: str, member: Member)
     return replace(member, params=tuple(p for p in member.params if p.name != "bias"))
 
 
-def check_bias(plan: Plan, model: nn.Module, module: str, members: Sequence[Member]) -> None:
-    old = model.get_submodule(module)
+def check_bias(plan: Plan, old: nn.Module, module: str, members: Sequence[Member]) -> None:
     wanted = getattr(old, "bias", None) is not None or has_expert_bias(old)
     stored = [_stored_biases(plan, m) for m in members]
     lacking = [

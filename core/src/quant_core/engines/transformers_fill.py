@@ -23,7 +23,6 @@ from quant_core.engines.transformers_later import attach_parts
 from quant_core.engines.transformers_names import Layout, Slot, arrange
 from quant_core.engines.transformers_tied import Tied
 from quant_core.errors import LayoutError, printable
-from quant_core.load import read_parameter
 from quant_core.plan import Member, Plan
 from quant_core.shared import share_inputs
 
@@ -73,17 +72,17 @@ def fill_model(
     check = Check(plan, model, layout, tied)
     check.run()
     filled = Filled(slots=dict(layout.slots), left=tied.left)
-    for module in [name for name, _ in model.named_modules()]:
+    for module, old in layout.modules.items():
         if module in layout.layers:
-            members = [without_zero_bias(plan, model, module, m) for m in layout.members(module)]
-            new = _build(builder, model, module, members)
+            members = [without_zero_bias(plan, old, m) for m in layout.members(module)]
+            new = _build(builder, old, module, members)
         elif module in layout.experts:
             roles = layout.experts[module]
             members = list(roles.values())
-            new = _build_experts(builder, model, module, roles)
+            new = _build_experts(builder, old, module, roles)
         else:
             continue
-        check_bias(plan, model, module, members)
+        check_bias(plan, old, module, members)
         model.set_submodule(module, new)
         filled.members |= {m.layer.name: m for m in members}
     attach_caches(model, plan, layout, mode=kv_cache, device=builder.device, beyond=check.rule)
@@ -111,8 +110,7 @@ def fill_model(
 # ------------------------------------------------------------------------------------- modules
 
 
-def _build(builder: Builder, model: nn.Module, module: str, members: Sequence[Member]) -> nn.Module:
-    old = model.get_submodule(module)
+def _build(builder: Builder, old: nn.Module, module: str, members: Sequence[Member]) -> nn.Module:
     if isinstance(old, nn.Embedding):
         return builder.embedding(module, members[0], n=old.num_embeddings, k=old.embedding_dim)
     assert isinstance(old, nn.Linear), "Check lets nothing else through"
@@ -120,9 +118,8 @@ def _build(builder: Builder, model: nn.Module, module: str, members: Sequence[Me
 
 
 def _build_experts(
-    builder: Builder, model: nn.Module, module: str, roles: Mapping[str, Member]
+    builder: Builder, old: Any, module: str, roles: Mapping[str, Member]
 ) -> nn.Module:
-    old: Any = model.get_submodule(module)
     gating = gating_of(old)
     return builder.experts(
         module,
@@ -152,7 +149,7 @@ def _fill_dense(
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
     """Read each float tensor into its parameter: one at a time, merged ones slice by slice."""
-    state, device = model.state_dict(keep_vars=True), builder.device
+    state, device = layout.state, builder.device
     new: dict[str, Tensor] = {}
     taken: dict[str, Tensor | None] = {}
     for name, slot in layout.slots.items():
@@ -166,7 +163,7 @@ def _fill_dense(
         if taken[slot.target] is not None:
             plan.ledger.load((plan.dense[name], ()))
             continue
-        value = read_parameter(plan, name)
+        value = builder.parameter(name)
         if value.is_floating_point() != old.is_floating_point():
             raise LayoutError(
                 f"{plan.checkpoint.path}: tensor {printable(plan.dense[name])!r} is {value.dtype}, "

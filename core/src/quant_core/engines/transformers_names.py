@@ -52,6 +52,8 @@ class Layout:
     strays: list[str] = field(default_factory=list)  # public names the model has no place for
     stray_members: list[Member] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)  # public names that a merge lacks
+    state: Mapping[str, Any] = field(default_factory=dict)  # the skeleton's parameters and buffers
+    modules: Mapping[str, Any] = field(default_factory=dict)  # and its own modules, by name
 
     def members(self, module: str) -> list[Member]:
         """The members of a linear layer or embedding, in row order."""
@@ -157,8 +159,9 @@ def arrange(plan: Plan, model: PreTrainedModel) -> Layout:
     """
     from transformers.core_model_loading import dot_natural_key
 
-    state = model.state_dict()
-    rename, layout = _Renamer(model, state), Layout()
+    state = model.state_dict(keep_vars=True)
+    rename = _Renamer(model, state)
+    layout = Layout(state=state, modules=dict(model.named_modules()))
     for name, member in plan.quantized.items():
         _place_member(rename, layout, name, member)
     merged: dict[str, dict[int, list[tuple[str, _Found]]]] = {}

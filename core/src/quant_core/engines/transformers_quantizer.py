@@ -15,7 +15,7 @@ import copy
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,10 @@ log = logging.getLogger("quant_core")
 
 METHOD = "quant_core"
 _ONLINE = ("online", "skip", "online_options", "requantize")
-_OPTIONS = ("path", "format", "kernels", "strict", "device", "kv_cache", "prepared", *_ONLINE)
+_OPTIONS = (
+    *("path", "format", "kernels", "strict", "device", "kv_cache", "prepared", "mmap"),
+    *_ONLINE,
+)
 
 
 class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -55,7 +58,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Attributes:
         path: the checkpoint; None: where transformers found the weights.
-        format, kernels, strict, device, kv_cache, prepared, online, skip, online_options,
+        format, kernels, strict, device, kv_cache, prepared, mmap, online, skip, online_options,
             requantize: as in ``load_model``.
         original: the checkpoint's own block, which saving and ``to_dict`` give back.
     """
@@ -70,6 +73,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         device: str | None = None,
         kv_cache: CacheMode | None = None,
         prepared: str | None = None,
+        mmap: bool = False,
         online: str | None = None,
         skip: Sequence[str] = (),
         online_options: Mapping[str, Any] | None = None,
@@ -79,7 +83,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.path, self.format, self.kernels = path, format, kernels
         self.strict, self.device = strict, device
-        self.kv_cache, self.prepared = check_mode(kv_cache), prepared
+        self.kv_cache, self.prepared, self.mmap = check_mode(kv_cache), prepared, mmap
         self.online, self.skip, self.requantize = online, list(skip), requantize
         self.online_options = dict(online_options or {})
         self.original = None if original is None else dict(original)
@@ -182,6 +186,15 @@ def _opened(path: Path) -> Iterator[Checkpoint]:
         yield mine
 
 
+def _plain_torch() -> AbstractContextManager[object]:
+    """Tensors are made on the CPU again: transformers builds under ``torch.device("meta")``.
+
+    A context of another device would send every call through Python twice, 15 % of a load of many
+    small layers.
+    """
+    return torch._C.DisableTorchFunction()
+
+
 class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
     """Loads a checkpoint of any format that an installed plugin reads."""
 
@@ -224,7 +237,7 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # what a plugin creates without a dtype
         try:
-            with torch.device("cpu"), _opened(self._path(checkpoint_files)) as checkpoint:
+            with _plain_torch(), _opened(self._path(checkpoint_files)) as checkpoint:
                 plan = make_plan(checkpoint, format=self.quantization_config.format)
                 block, request = quantization_config(checkpoint), self.quantization_config.request
                 online = None
@@ -239,6 +252,7 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
                 with builder_for(
                     options.prepared,
                     target=f"transformers {type(model).__name__}",
+                    mmap=options.mmap,
                     plan=plan,
                     device=self.device or "cpu",
                     dtype=dtype,

@@ -41,7 +41,7 @@ class Tied:
                 self.dense.append((target, source))
         absent = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
         there = layout.filled | self.targets
-        for name in model.state_dict():
+        for name in layout.state:
             if name not in there and any(p.search(name) for p in absent):
                 self.left.add(name)
 
