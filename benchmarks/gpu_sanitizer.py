@@ -6,9 +6,15 @@ Each case (``gpu_sanitizer_cases``) runs in a process of its own, first without 
 must be right, and its kernels are compiled from then on. Then under each tool; the logs are kept in
 DIR. Controls, of which the tools must say something, or nothing, run too.
 
-racecheck names the shared memory by which Triton tells groups of warps what to run: reads of a
-kernel's first line against writes there and at ``warp_specialize``, in code that is not ours. Such
-reports are counted apart ("dispatch"), by the lines that they name.
+Two kinds of racecheck's reports are counted apart, by the lines that they name:
+
+    dispatch   the shared memory by which Triton tells groups of warps what to run: reads of a
+               kernel's first line against writes there and at ``warp_specialize``, not our code
+    handed     a store in front of an mbarrier's arrival against a load behind the wait for it. All
+               threads of a group store and meet at a barrier, then one of them arrives: racecheck
+               takes that thread's stores for ordered and all others' for races, in the smallest
+               right kernel too ("control cuda elected", and "cuda every", where all arrive, which
+               it takes for right). That the barrier is there is what a test of such a kernel holds
 """
 
 from __future__ import annotations
@@ -52,30 +58,50 @@ def run_case(name: str) -> int:
     return int(bool(wrong))
 
 
-def _line(file: str, number: int) -> str:
-    """A line of a source of this repository, by the name of its file alone."""
+Place = tuple[str, str, str, str]
+"""Read or Write, kernel, file, line."""
+
+
+def _lines(place: Place, before: int = 0, after: int = 0) -> str:
+    """The line of a source of this repository that a report names, and some around it."""
+    _, _, file, number = place
+    if not file:
+        return ""
     found = sorted((*REPO.glob(f"plugins/*/src/*/{file}"), *REPO.glob(f"benchmarks/{file}")))
     lines = found[0].read_text("utf-8").splitlines() if found else []
-    return lines[number - 1] if 0 < number <= len(lines) else ""
+    at = int(number) - 1
+    return "\n".join(lines[max(0, at - before) : at + 1 + after])
 
 
-def _dispatch(places: list[tuple[str, str, str, str]]) -> bool:
+def _dispatch(places: list[Place]) -> bool:
     """Whether all places of a report are those of Triton's dispatch of warp groups."""
-    texts = [_line(file, int(number)) if file else "" for _, _, file, number in places]
-    return bool(texts) and all(
-        t.startswith(("@gluon.jit", "def ")) or "gl.warp_specialize(" in t for t in texts
+    return bool(places) and all(
+        _lines(p).startswith(("@gluon.jit", "def ")) or "gl.warp_specialize(" in _lines(p, after=1)
+        for p in places
+    )
+
+
+def _handed(places: list[Place]) -> bool:
+    """Whether a store before an arrival meets a load after the wait."""
+    writes, reads = ([p for p in places if p[0] == kind] for kind in ("Write", "Read"))
+    return (
+        bool(writes and reads)
+        and all(".store(" in _lines(p) and "mbarrier.arrive(" in _lines(p, after=1) for p in writes)
+        and all(".load(" in _lines(p) and "mbarrier.wait(" in _lines(p, before=1) for p in reads)
     )
 
 
 def read_log(text: str) -> dict[str, Any]:
-    """Reports of a log, those of Triton's dispatch apart; ``ended``: whether the tool summed up."""
+    """Reports of a log by kind; ``ended``: whether the tool summed up."""
     named: Counter[str] = Counter()
-    dispatch = 0
+    dispatch = handed = 0
     for report in re.split(r"=+ \n", text):
         places = _PLACE.findall(report)
         if places:
             if _dispatch(places):
                 dispatch += 1
+            elif _handed(places):
+                handed += 1
             else:
                 named[" / ".join(f"{a} {k} {f}:{n}" for a, k, f, n in places[:2])] += 1
         elif found := _OTHER.search(report):
@@ -83,7 +109,7 @@ def read_log(text: str) -> dict[str, Any]:
             named[f"{found[1]} {' '.join(filter(None, at.groups())) if at else ''}".strip()] += 1
     summary = _SUMMARY.findall(text)
     return {"ended": bool(summary), "total": sum(map(int, summary)), "dispatch": dispatch,
-            "named": dict(named)}  # fmt: skip
+            "handed": handed, "named": dict(named)}  # fmt: skip
 
 
 def _started(command: list[str], log: Path, seconds: float, env: dict[str, str]) -> int | None:
@@ -151,11 +177,15 @@ class Runner:
     def judged(held: dict[str, Any] | None, control: str) -> dict[str, Any]:
         if held is None or not held["ended"]:
             return {"result": "no summary", "report": held}
-        clean = not held["named"] and held["total"] == held["dispatch"]
-        if control:
-            return {"result": "named, as it should" if not clean else "MISSED", "report": held}
-        result = "NAMED" if not clean else "dispatch only" if held["total"] else "clean"
-        return {"result": result, "report": held}
+        known = held["dispatch"] + held["handed"]
+        clean = not held["named"] and held["total"] == known
+        if control == "error":
+            seen = not clean or held["handed"]
+            return {"result": "named, as it should" if seen else "MISSED", "report": held}
+        if control == "limit":
+            return {"result": "clean" if clean and not known else "limit shown", "report": held}
+        kinds = ", ".join(k for k in ("dispatch", "handed") if held[k])
+        return {"result": "NAMED" if not clean else kinds or "clean", "report": held}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -214,7 +244,8 @@ def main() -> int:
         for done in [pool.submit(runner.one, name) for name in some]:
             done.result()
     print(table(runner.rows))
-    fine = ("right", "clean", "dispatch only", "named, as it should")
+    fine = ("right", "clean", "dispatch", "handed", "dispatch, handed", "limit shown",
+            "named, as it should")  # fmt: skip
     return int(any(r["result"] not in fine for r in runner.rows))
 
 

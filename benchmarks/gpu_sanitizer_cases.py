@@ -27,7 +27,8 @@ class Case:
     """Attributes:
     run: gives what is wrong, one text each.
     tools: what it is of use to.
-    control: what a tool must say of it: "" nothing, "error" something.
+    control: what a tool must say of it: "" nothing, "error" something; "limit": it is right, and
+        what the tool says of it is the tool's limit.
     """
 
     run: Callable[[], list[str]]
@@ -302,7 +303,10 @@ def _controls() -> dict[str, Case]:
     out = {}
     for name in CONTROLS:
         tool = "memcheck" if name in ("beyond", "within") else "racecheck"
-        said = "error" if name in ("early", "reused", "beyond") else ""
+        said = "error" if name in ("early", "reused", "beyond", "cuda none") else ""
+        said = (
+            "limit" if name.startswith("right") or name in ("cuda elected", "cuda warps") else said
+        )
         out[f"control {name}"] = Case(partial(control, name), (tool,), said)
     return out
 

@@ -10,6 +10,13 @@
 that come by TMA and are used again (RING), products of warpgroups (MMA), copies by ``cp.async``
 (COPY); and one of the groups is late. So what a tool says of such a kernel can be compared with
 what it says of the same hand-over alone.
+
+The same hand-over in CUDA, without Triton: 128 threads store, 128 others wait and load.
+
+    cuda elected   the group meets at a barrier, then one thread arrives: right
+    cuda warps     each warp meets, then its first thread arrives: right
+    cuda every     every thread arrives: right
+    cuda none      one thread arrives at once: a race
 """
 
 from __future__ import annotations
@@ -151,29 +158,77 @@ def beyond(Y, N: gl.constexpr, PAST: gl.constexpr):
     gl.store(Y + i + PAST, i)
 
 
+_CUDA = """extern "C" __global__ void handed_cuda(const int* x, int* y) {
+  __shared__ int sums[128];
+  __shared__ unsigned long long done;
+  const int t = threadIdx.x % 128, first = t / 32 * 32;
+  const unsigned bar = (unsigned)__cvta_generic_to_shared(&done);
+  if (threadIdx.x == 0)
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(bar), "r"(COUNT) : "memory");
+  __syncthreads();
+  if (threadIdx.x >= 128) {
+    sums[t] = x[blockIdx.x * 128 + t] * 3 + 1;
+    MEET
+    if (ARRIVES)
+      asm volatile("{ .reg .b64 s; mbarrier.arrive.shared.b64 s, [%0]; }" :: "r"(bar) : "memory");
+  } else {
+    int complete = 0;
+    while (!complete)
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], 0;"
+                   " selp.b32 %0, 1, 0, p; }" : "=r"(complete) : "r"(bar) : "memory");
+    y[blockIdx.x * 128 + t] = sums[t];
+  }
+}
+"""
+_BARRIER = 'asm volatile("bar.sync 2, 128;" ::: "memory");'
+_WAYS = {
+    "cuda elected": ("1", _BARRIER, "t == 0"),
+    "cuda warps": ("4", "__syncwarp();", "t == first"),
+    "cuda every": ("128", "", "true"),
+    "cuda none": ("1", "", "t == 0"),
+}
+
+
+def _run_cuda(name: str) -> list[str]:
+    count, meet, arrives = _WAYS[name]
+    source = _CUDA.replace("COUNT", count).replace("MEET", meet).replace("ARRIVES", arrives)
+    run = torch.cuda._compile_kernel(source, "handed_cuda", compute_capability="90")
+    x = torch.randint(0, 99, (_BLOCKS, 128), dtype=torch.int32, device="cuda")
+    y = torch.full_like(x, -1)
+    run(grid=(_BLOCKS, 1, 1), block=(256, 1, 1), args=(x, y))
+    torch.cuda.synchronize()
+    return [] if name == "cuda none" or torch.equal(y, x * 3 + 1) else ["values differ"]
+
+
 def _name(ring: bool, mma: bool, copy: bool) -> str:
     more = [n for n, on in (("ring", ring), ("mma", mma), ("copy", copy)) if on]
     return " ".join(["right", *more])
 
 
-CONTROLS: dict[str, dict[str, bool | int]] = {
-    _name(*flags): dict(zip(("RING", "MMA", "COPY"), flags, strict=True))
-    for flags in itertools.product((False, True), repeat=3)
-} | {
-    "right taker late": {"LATE": 0},
-    "right giver late": {"LATE": 1},
-    "right ring mma taker late": {"RING": True, "MMA": True, "LATE": 0},
-    "right ring mma giver late": {"RING": True, "MMA": True, "LATE": 1},
-    "early": {"WAIT": False},
-    "reused": {"TIMES": 2},
-    "beyond": {"PAST": 64},
-    "within": {},
-}
+CONTROLS: dict[str, dict[str, bool | int]] = (
+    {
+        _name(*flags): dict(zip(("RING", "MMA", "COPY"), flags, strict=True))
+        for flags in itertools.product((False, True), repeat=3)
+    }
+    | {
+        "right taker late": {"LATE": 0},
+        "right giver late": {"LATE": 1},
+        "right ring mma taker late": {"RING": True, "MMA": True, "LATE": 0},
+        "right ring mma giver late": {"RING": True, "MMA": True, "LATE": 1},
+        "early": {"WAIT": False},
+        "reused": {"TIMES": 2},
+        "beyond": {"PAST": 64},
+        "within": {},
+    }
+    | {name: {} for name in _WAYS}
+)
 """name -> how it differs from the plain hand-over; "beyond" and "within" are one store."""
 
 
 def run_control(name: str) -> list[str]:
     """One launch; what is wrong with its results, "early", "reused" and "beyond" left aside."""
+    if name in _WAYS:
+        return _run_cuda(name)
     if name in ("beyond", "within"):
         y = torch.full((128,), -1, dtype=torch.int32, device="cuda")
         beyond[(1,)](y, 128, CONTROLS[name].get("PAST", 0), num_warps=4)

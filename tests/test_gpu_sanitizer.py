@@ -52,17 +52,26 @@ def test_a_log_without_reports_is_clean(sanitizer):
 
 def test_dispatch_of_warp_groups_is_told_apart_by_the_lines_that_a_report_names(sanitizer):
     first, specialize = line_of("def mixed_pair("), line_of("gl.warp_specialize(")
-    assert result(sanitizer, log(race(specialize, first))) == "dispatch only"
+    assert result(sanitizer, log(race(specialize, first))) == "dispatch"
 
 
-def test_a_race_within_a_kernel_is_named_also_beside_dispatch(sanitizer):
+def test_sums_handed_over_are_told_apart_and_are_seen_in_a_control(sanitizer):
+    text = log(race(line_of("sums.store(acc"), line_of("sums.load(mma)")))
+    assert result(sanitizer, text) == "handed"
+    assert result(sanitizer, text, "error") == "named, as it should"
+    assert result(sanitizer, text, "limit") == "limit shown"
+
+
+def test_other_races_within_a_kernel_are_named_also_beside_dispatch(sanitizer):
     first, specialize = line_of("def mixed_pair("), line_of("gl.warp_specialize(")
     store, load = line_of("sums.store(acc"), line_of("sums.load(mma)")
-    text = log(race(specialize, first), race(store, load))
+    piece = line_of("piece(words, 4, 0")
+    text = log(race(specialize, first), race(store, piece))
     assert result(sanitizer, text) == "NAMED"
     named = sanitizer.read_log(text)["named"]
-    assert [f":{store} " in f"{n} " and f":{load}" in n for n in named] == [True]
+    assert [f":{store} " in f"{n} " and f":{piece}" in n for n in named] == [True]
     assert result(sanitizer, log(race(store, first))) == "NAMED", "one place of two is not enough"
+    assert result(sanitizer, log(race(load, store))) == "NAMED", "a load is no store"
 
 
 def test_a_log_that_ends_early_or_is_missing_passes_for_nothing(sanitizer):
