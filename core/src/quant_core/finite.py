@@ -96,7 +96,8 @@ def _all_finite(values: Tensor) -> bool:
 def _check_level(
     where: str, name: str, values: Tensor, scale: Scale, codebook: tuple[Tensor, ...]
 ) -> None:
-    if values.is_floating_point() and _all_finite(values):
+    integer = scale.element.startswith(("uint", "int"))
+    if integer or (values.is_floating_point() and _all_finite(values)):
         return
     decoded = level_values(values, scale, codebook)
     if decoded.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(decoded))).all()):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant_core.errors import LayoutError
 from quant_core.packing_bits import pack_rows, pack_stream, unpack_rows, unpack_stream
+from quant_core.packing_fields import pack_blocks, unpack_blocks
 from quant_core.packing_words import (
     WORD_BITS,
     WORD_DTYPES,
@@ -108,15 +109,18 @@ def _check_planes(bits: int, packing: Packing) -> None:
 
 def _unpack_generic(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> Tensor:
     n, k = shape
-    by_row = _packed_last(words, packing)
-    if packing.axis == "in":
-        return unpack_rows(by_row, bits, k, packing)
-    return unpack_rows(by_row, bits, n, packing).transpose(0, 1)
+    by_row, along = _packed_last(words, packing), k if packing.axis == "in" else n
+    if packing.fields:
+        codes = unpack_blocks(by_row, along, packing)
+    else:
+        codes = unpack_rows(by_row, bits, along, packing)
+    return codes if packing.axis == "in" else codes.transpose(0, 1)
 
 
 def _pack_generic(codes: Tensor, bits: int, packing: Packing) -> Tensor:
     by_row = (codes if packing.axis == "in" else codes.transpose(0, 1)).contiguous()
-    return _packed_last(pack_rows(by_row, bits, packing), packing).contiguous()
+    words = pack_blocks(by_row, packing) if packing.fields else pack_rows(by_row, bits, packing)
+    return _packed_last(words, packing).contiguous()
 
 
 def unpack(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_core.packing_fields import pack_blocks, unpack_blocks
 from quant_core.packing_words import WORD_BITS, WORD_DTYPES, view_as
 from quant_core.spec import Packing
 
@@ -119,8 +118,6 @@ def _order(codes: Tensor, order: tuple[int, ...], *, inverse: bool) -> Tensor:
 
 def unpack_rows(words: Tensor, bits: int, count: int, packing: Packing) -> Tensor:
     """Codes of rows whose packed axis is last: [R, W] words -> uint8 [R, count]."""
-    if packing.fields:
-        return unpack_blocks(words, count, packing)
     if packing.order is None:
         return _slots(words, bits, count, packing)
     slots = _slots(words, bits, count + -count % len(packing.order), packing)
@@ -129,8 +126,6 @@ def unpack_rows(words: Tensor, bits: int, count: int, packing: Packing) -> Tenso
 
 def pack_rows(codes: Tensor, bits: int, packing: Packing) -> Tensor:
     """Inverse of ``unpack_rows``: uint8 [R, count] -> words [R, W]; padding bits are zero."""
-    if packing.fields:
-        return pack_blocks(codes, packing)
     if packing.order is not None:
         codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % len(packing.order)))
         codes = _order(codes, packing.order, inverse=False)

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from quant_core.intspec import halves
-from quant_core.packing_fields import whole_bytes
 from quant_core.spec import Packing
 
 __all__ = ["WORD_BITS", "WORD_DTYPES", "from_stream", "has_fast_path", "to_stream", "view_as"]
@@ -163,6 +162,13 @@ def _stream_to_halves(data: Tensor, run: int) -> Tensor:
     return view_as(out, torch.uint8).view(data.shape)
 
 
+def _whole_bytes(words: Tensor, packing: Packing) -> Tensor:
+    """The bytes of the only field, block after block, as a view: [N, blocks, bytes]."""
+    field = packing.fields[0]
+    blocks = words.view(words.shape[0], -1, packing.block)
+    return blocks[..., field.at : field.at + field.nbytes]
+
+
 def to_stream(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -> Tensor:
     """Words of ``packing`` as words of ``CANONICAL``; needs ``has_fast_path``.
 
@@ -172,7 +178,7 @@ def to_stream(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing
     if _is_block(bits, shape, packing):
         return _block_to_stream(words, bits, shape, packing)
     if packing.fields:
-        held = whole_bytes(words.contiguous(), packing).reshape(shape[0], -1)
+        held = _whole_bytes(words.contiguous(), packing).reshape(shape[0], -1)
         return held if bits == 8 else _halves_to_stream(held, 2 * packing.fields[0].stride)
     if packing.order is not None:
         return _halves_to_stream(words, len(packing.order))
@@ -194,7 +200,7 @@ def from_stream(data: Tensor, bits: int, shape: tuple[int, int], packing: Packin
         blocks = shape[1] // field.count
         out = torch.zeros(shape[0], blocks * packing.block, dtype=torch.uint8, device=data.device)
         held = data if bits == 8 else _stream_to_halves(data, 2 * field.stride)
-        whole_bytes(out, packing).copy_(held.view(shape[0], blocks, field.nbytes))
+        _whole_bytes(out, packing).copy_(held.view(shape[0], blocks, field.nbytes))
         return out
     if packing.order is not None:
         return _stream_to_halves(data, len(packing.order))

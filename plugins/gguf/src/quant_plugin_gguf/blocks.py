@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quant_core.errors import LayoutError
 from quant_core.packing import repack
-from quant_core.packing_fields import put_, take
+from quant_core.packing_fields import bytes_at, put_, take
 from quant_core.packing_words import view_as
 from quant_core.tensors import QuantizedTensor
 from quant_plugin_gguf.layouts import LAYOUTS, BlockLayout, spec_of
@@ -30,12 +30,12 @@ _SIX, _FOUR, _TOP = 0x3F3F3F3F, 0x0F0F0F0F, 0x30303030  # bits of four bytes
 
 
 def _take_kquant(data: Tensor) -> tuple[Tensor, Tensor]:
-    """The 12 bytes a[4] b[4] c[4] of Q4_K: 8 scales and 8 minima of 6 bits, four at a time.
+    """12 bytes a[4] b[4] c[4] of Q4_K, contiguous: 8 scales and 8 minima of 6 bits, four at once.
 
     Scale j < 4 is a[j] & 63; scale j >= 4 has its low bits in c & 15 and its top two in a >> 6.
     Minima likewise with b and c >> 4.
     """
-    a, b, c = view_as(data, torch.int32).t()
+    a, b, c = data.view(torch.int32).t()
     scales = torch.stack([a & _SIX, (c & _FOUR) | ((a >> 2) & _TOP)], dim=1)
     minima = torch.stack([b & _SIX, ((c >> 4) & _FOUR) | ((b >> 2) & _TOP)], dim=1)
     return view_as(scales, torch.uint8), view_as(minima, torch.uint8)
@@ -53,7 +53,7 @@ def _take_sub(blocks: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
     """Finer scales of blocks [B, bytes], and their minima (of no columns where there are none)."""
     at = layout.kquant_scales
     if at is not None:
-        return _take_kquant(blocks[:, at : at + 12])
+        return _take_kquant(bytes_at(blocks, at, 12))
     values = take(blocks, layout.sub) - layout.sub_bias  # wraps: two's complement
     return values[:, : layout.subs], values[:, layout.subs :]
 
@@ -70,29 +70,19 @@ def _put_sub_(blocks: Tensor, layout: BlockLayout, values: Tensor) -> None:
 
 
 def _halves(blocks: Tensor, layout: BlockLayout) -> tuple[Tensor | None, Tensor | None]:
-    """float16 scale and minimum of each block [N, blocks, bytes], raw bits, minima of K-quants
-    with their sign bit flipped. Two that lie side by side are copied at once: reading them takes
-    every line of a matrix.
+    """float16 scale and minimum of each block [B, bytes], raw bits; minima of K-quants with their
+    sign bit flipped. They lie side by side: one pass over all lines of a matrix takes both.
     """
     d, m = layout.d, layout.m
     if d is None:
         return None, None
     if m is None:
-        return _words(blocks, d, torch.int16).view(torch.float16), None
-    both = view_as(_words(blocks, d, torch.int32).unsqueeze(-1), torch.int16)
-    minima = both[..., m // 2 - d // 2]
+        return bytes_at(blocks, d, 2).view(torch.float16), None
+    both = bytes_at(blocks, min(d, m), 4).view(torch.int16)
+    minima = both[:, int(m > d)]
     if layout.sub_mins:
         minima = minima ^ -0x8000
-    return both[..., 0].view(torch.float16), minima.view(torch.float16)
-
-
-def _words(blocks: Tensor, at: int, dtype: torch.dtype) -> Tensor:
-    """What lies at byte ``at`` of each block as ``dtype``: [N, blocks]."""
-    size = dtype.itemsize
-    part = blocks[..., at : at + size]
-    if blocks.shape[-1] % size or part.storage_offset() % size:
-        part = part.contiguous()
-    return part.view(dtype)[..., 0].contiguous()
+    return both[:, int(d > m)].view(torch.float16), minima.view(torch.float16)
 
 
 def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
@@ -111,17 +101,17 @@ def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
     if ggml.kind == "opaque":
         return QuantizedTensor(spec=spec, shape=shape, codes=rows)
     layout = LAYOUTS[name]
-    blocks = rows.view(n, per_row, ggml.bytes)
+    blocks = rows.view(n * per_row, ggml.bytes)
     scales: list[Tensor] = []
     offset: list[Tensor] = []
     if layout.has_sub:
-        fine, minima = _take_sub(blocks.flatten(0, 1), layout)
+        fine, minima = _take_sub(blocks, layout)
         scales.append(fine.reshape(n, -1))
         if layout.sub_mins:
             offset.append(minima.reshape(n, -1))
     coarse, minimum = _halves(blocks, layout)
-    scales += [] if coarse is None else [coarse]
-    offset += [] if minimum is None else [minimum]
+    scales += [] if coarse is None else [coarse.view(n, per_row)]
+    offset += [] if minimum is None else [minimum.view(n, per_row)]
     codebook: tuple[Tensor, ...] = ()
     if layout.codebook:
         codebook = (torch.tensor(layout.codebook, dtype=torch.float32, device=rows.device),)
