@@ -408,12 +408,13 @@ def main() -> None:
     ap.add_argument("--out", type=Path, default=Path("out"))
     ap.add_argument("--only", default="", help="steps whose names contain this")
     ap.add_argument("--seconds", type=float, default=90.0, help="of the check")
+    ap.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     a = ap.parse_args()
     torch.manual_seed(0)
     a.out.mkdir(parents=True, exist_ok=True)
     made: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     steps = {
-        "check": lambda: check(a.out, min(16, os.cpu_count() or 1), a.only != "check", a.seconds),
+        "check": lambda: check(a.out, a.workers, a.only != "check", a.seconds),
         "speed": speed,
         "experts 8": lambda: experts_of(8, 4096, 14336, 2, (512, 4096, 64)),
         "experts 128": lambda: experts_of(128, 2048, 1536, 8, (512, 4096)),

@@ -176,10 +176,10 @@ def _job(job: tuple[Any, ...]) -> dict:
         return {"job": job, "bad": repr(err)[:500]}
 
 
-def checks(jobs: list[tuple[Any, ...]], seconds: float = 120.0) -> list[dict]:
+def checks(jobs: list[tuple[Any, ...]], workers: int, seconds: float = 120.0) -> list[dict]:
     """Checks dealt to processes as these become free: most of their time is compiling."""
     end, rows = time.time() + seconds, []
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), workers)) as pool:
         for job, result in [(job, pool.apply_async(_job, (job,))) for job in jobs]:
             try:
                 rows.append(result.get(timeout=max(0.1, end - time.time())))
@@ -334,6 +334,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--out", type=Path, default=Path("out"))
     ap.add_argument("--only", default="", help="steps whose names contain this")
+    ap.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="of checks")
     a = ap.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -345,14 +346,16 @@ def main() -> None:
                 for kind in KINDS
                 for act in ("bfloat16", "float16")
                 for n, k in ((200, 544), (512, 1024))
-            ]
+            ],
+            a.workers,
         ),
         "check_experts": lambda: checks(
             [
                 ("check_experts", name, kernel)
                 for kernel in ("gluon_wna16", "triton_wna16")
                 for name in STACKS
-            ]
+            ],
+            a.workers,
         ),
         "scaled": lambda: speed_scaled(4096, 28672) + speed_scaled(4096, 4096),
         "experts 8": lambda: speed_experts(8, 4096, 14336, 2, TOKENS),
