@@ -250,6 +250,32 @@ def test_calls_are_not_watched_while_a_graph_is_captured(card, monkeypatch):
     assert not replay._failed
 
 
+def test_calls_run_with_the_device_of_x_as_the_current_one(card, monkeypatch):
+    w, x, current = torch.randn(64), torch.randn(3, 4), [5]
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    def noted(x, tensors, name):
+        assert current == [2]
+        return run(x, tensors, name)
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 2)
+    for _ in range(3):
+        assert torch.equal(replayed(noted, ("layer",), [w, w], x, 4), wanted(x, w))
+        assert current == [5]
+    assert len(replay._replays) == 1
+
+
 def test_watching_a_call_does_not_import_torchs_compiler():
     """It takes five seconds, most of a first result."""
     program = """
