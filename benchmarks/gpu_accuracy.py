@@ -14,7 +14,7 @@ that round weights to the type of x have 2.2e-3 to 2.45e-3 against the exact wei
 independent roundings), so each error is taken twice: against exact weights, and against weights
 rounded likewise. One of both must lie within the bound, and the first within ``LOOSE``; for few
 outputs the bound allows for the noise of the norm. Besides, for every kernel and number of rows: a
-second call and the replay of a CUDA graph give the same bits; and for every kernel and layer: NaN
+later calls and the replay of a CUDA graph give the same bits; and for every kernel and layer: NaN
 and infinity reach their row alone, weights at their zero point give the bias exactly, no rows give
 none, ``restore`` gives the canonical tensors bit for bit.
 

@@ -62,8 +62,9 @@ def experts(cell: Cell, send: Send) -> None:
                 y = run(values, x, index)
                 if y.shape != (t, n) or y[~here].any():
                     row["bad"].append(f"T={t}: tokens of no expert")
-                if not same(y, run(values, x, index)):
-                    row["bad"].append(f"T={t}: another result the second time")
+                later = [run(values, x.clone(), index.clone()) for _ in range(4)]
+                if not all(same(y, z) for z in later):
+                    row["bad"].append(f"T={t}: another result later")
                 if not here.any():
                     continue
                 xr = x.float() if inputs is None else fake_quantize(x.float(), inputs)

@@ -15,7 +15,7 @@ from checkpoint_sets import REPO
 
 FAULTS = {
     "one weight": "error",
-    "second": "another result the second time",
+    "second": "another result later",
     "nan": "nan does not reach",
     "neighbours": "nan reaches other rows",
     "no rows": "no rows",
