@@ -292,11 +292,21 @@ void qk_load_by(void *blocks, const void *stored, int64_t first, int64_t n, cons
     }
 }
 
-#define GRID(type)                                                                       \
-    for (int64_t g = 0; g < s->groups; g++)                                              \
-        for (int64_t r = low; r < high; r++)                                             \
-            ((type *)block)[g * QK_ROWS + r] =                                           \
-                *(const type *)(rows + (r - low) * s->row + g * s->column)
+/* The longer of two strides is walked outside: lines that were read are used up first. */
+#define GRID(type)                                                                          \
+    do {                                                                                    \
+        const int64_t row = s->row, column = s->column, count = high - low;                 \
+        if (row == sizeof(type))                                                            \
+            for (int64_t g = 0; g < s->groups; g++)                                         \
+                memcpy(block + (g * QK_ROWS + low) * sizeof(type), rows + g * column,       \
+                       count * sizeof(type));                                               \
+        else                                                                                \
+            for (int64_t r = 0; r < count; r += 4)                                          \
+                for (int64_t g = 0, some = qk_min(4, count - r); g < s->groups; g++)        \
+                    for (int64_t i = r; i < r + some; i++)                                  \
+                        ((type *)block)[g * QK_ROWS + low + i] =                            \
+                            *(const type *)(rows + i * row + g * column);                   \
+    } while (0)
 
 void qk_load_grid(void *blocks, const void *values, int64_t first, int64_t n, const qk_grid *s) {
     const int64_t start = first / QK_ROWS, stop = qk_div_up(first + n, QK_ROWS);
