@@ -16,7 +16,7 @@ rounded likewise. One of both must lie within the bound, and the first within ``
 outputs the bound allows for the noise of the norm. Besides, for every kernel and number of rows: a
 later calls and the replay of a CUDA graph give the same bits; and for every kernel and layer: NaN
 and infinity reach their row alone, weights at their zero point give the bias exactly, no rows give
-none, ``restore`` gives the canonical tensors bit for bit.
+none, x may lie anywhere, ``restore`` gives the canonical tensors bit for bit.
 
 Most of the time goes into compiling, so that is done ahead by processes that do nothing else
 (``gpu_accuracy_builds``), in front of a few that use the GPU (``gpu_accuracy_pool``).

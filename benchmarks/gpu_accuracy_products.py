@@ -25,6 +25,7 @@ from gpu_accuracy_common import (
     Send,
     candidates,
     device,
+    error,
     errors,
     replayed,
     rule_rows,
@@ -149,7 +150,7 @@ def _zeros(op: OpSpec) -> list[str]:
 
 
 def _rules(layer: Layer, kernel: Any, op: OpSpec, run: Any, m: int) -> list[str]:
-    """What is wrong with non-finite rows, weights of zero, no rows, and ``restore``."""
+    """What is wrong with non-finite rows, odd addresses, weights of zero, no rows, ``restore``."""
     bad, held = [], layer.buffers(kernel, op)
     values = list(held.values())
     acts = op.operand("input")
@@ -164,6 +165,9 @@ def _rules(layer: Layer, kernel: Any, op: OpSpec, run: Any, m: int) -> list[str]
             bad.append(f"{value} does not reach {int(y[1].isfinite().sum())} outputs")
         if not whole and not (same(y[0], clean[0]) and same(y[2:], clean[2:])):
             bad.append(f"{value} reaches other rows")
+    odd = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x).copy_(x)
+    if (e := error(run(values, odd), clean.double())) > BOUND_8:  # cuBLAS may add in another order
+        bad.append(f"x at an address that is no multiple of 16 bytes: {e:.2e} from another place's")
     if run(values, x[:0]).shape != (0, op.size("n")):
         bad.append("no rows")
     for zero in _zeros(op):

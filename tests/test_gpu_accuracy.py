@@ -18,6 +18,7 @@ FAULTS = {
     "second": "another result later",
     "nan": "nan does not reach",
     "neighbours": "nan reaches other rows",
+    "odd address": "no multiple of 16 bytes",
     "no rows": "no rows",
     "shifted": "zero codes: off by",
     "restore": "restore: codes",
