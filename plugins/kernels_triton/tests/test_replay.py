@@ -14,7 +14,7 @@ import torch
 from quant_kernels_triton import direct, gluon_counters, launch, replay
 from quant_kernels_triton.direct import Direct
 from quant_kernels_triton.launch import Build
-from quant_kernels_triton.replay import replayed
+from quant_kernels_triton.replay import kind_of, replayed
 
 ADD = ("*fp32", "*fp32", "*fp32", "i32", "fp32")  # a, b, to, count, factor
 COUNT = ("tensordesc<fp32[4,4],L>", "*i32", "*fp32", "i32", None)  # x, counters, to, count
@@ -248,6 +248,23 @@ def test_calls_are_not_watched_while_a_graph_is_captured(card, monkeypatch):
     assert torch.equal(replayed(run, ("layer",), [w, w], x, x.shape[-1]), wanted(x, w))
     assert not replay._replays
     assert not replay._failed
+
+
+def test_other_inputs_are_taken_as_they_lie_or_watched_again(card):
+    """An input besides x that has to be copied is not what the replay of one that has not takes."""
+    held = torch.randn(2, 65)
+    plain, shifted, spread = held[0, :64].clone(), held[0, 1:], torch.randn(64, 2)[:, 0]
+    assert len({kind_of(t) for t in (plain, shifted, spread)}) == 2
+    assert kind_of(plain) != kind_of(plain.double())
+
+    def copies(x, tensors, name, *kind):
+        w = tensors[1].contiguous()
+        return run(x, [w, w if w.data_ptr() % 16 == 0 else w.clone()], name)
+
+    for w in (plain, shifted, spread, plain, shifted, spread):
+        x = torch.randn(3, 4)
+        y = replayed(copies, ("layer", *kind_of(w)), [w, w], x, 4)
+        assert torch.equal(y, wanted(x, w))
 
 
 def test_calls_run_with_the_device_of_x_as_the_current_one(card, monkeypatch):

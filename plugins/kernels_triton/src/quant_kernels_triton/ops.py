@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quant_core.kernels.calls import check_input, planned, unobserved
+from quant_core.kernels.calls import check_input, unobserved
 from quant_kernels_triton.plain_run import run_dense, run_embedding, run_gemm, run_grouped
 from quant_kernels_triton.recipe import Recipe, recipe_from_text
-from quant_kernels_triton.replay import replayed
+from quant_kernels_triton.replay import kind_of, replayed
 from quant_kernels_triton.rounding_run import rounded
 from quant_kernels_triton.scaled_plan import scaled_from_text
 from quant_kernels_triton.scaled_run import run_scaled
@@ -130,13 +130,19 @@ def bound_linear(text: str, way: str, k: int, tensors: list[Tensor], x: Tensor) 
     return torch.ops.quant_triton.linear(x, tensors, text, way)  # type: ignore[no-any-return]
 
 
+def _again(x: Tensor, given: Sequence[Tensor], text: str, way: str, *kind: object) -> Tensor:
+    """What ``replay`` runs of a stack; the last one given are the experts of the rows."""
+    return _grouped_linear(x, given[-1], list(given[:-1]), text, way)
+
+
 def bound_grouped(
     text: str, way: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor
 ) -> Tensor:
     """The same for a stack of experts."""
+    if unobserved(x):
+        names = (text, way, *kind_of(experts))
+        return replayed(_again, names, [*tensors, experts], x, k)
     check_input(x, k)
-    if planned.jobs is not None:
-        return _grouped_linear(x, experts, tensors, text, way)
     return torch.ops.quant_triton.grouped_linear(x, experts, tensors, text, way)  # type: ignore[no-any-return]
 
 

@@ -22,7 +22,7 @@ from quant_core.spec import Element
 from quant_kernels_triton.arguments import dependent, options
 from quant_kernels_triton.jitted import Jits
 from quant_kernels_triton.launch import Build, aligned, launch
-from quant_kernels_triton.replay import replayed
+from quant_kernels_triton.replay import kind_of, replayed
 from quant_kernels_triton.rounding_plan import MOST, RoundPlan, round_from_text
 
 __all__ = ["bound_round", "round_input", "rounded", "steps"]
@@ -192,7 +192,7 @@ def bound_round(
     if x.dtype in _DTYPES and unobserved(x):
         given = (scale, zero, experts)
         none = scale is None and zero is None and experts is None
-        kinds = None if none else tuple(None if t is None else (t.shape, t.dtype) for t in given)
+        kinds = None if none else tuple(None if t is None else kind_of(t) for t in given)
         return replayed(_again, (text, kinds), given, x, k)
     check_input(x, k)
     if x.dtype not in _DTYPES:  # float64, which no layer has, but a test may
