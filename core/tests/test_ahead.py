@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from quant_core import build
 from quant_core.kernels import ahead
 from quant_core.kernels.ahead import compile_ahead, jobs_of
 from quant_core.kernels.base import ANY_ROWS, Accepted
 from quant_core.kernels.calls import planned, unobserved
+from quant_core.kernels.choose import Choice
 from quant_core.kernels.family import Family
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.spec import CANONICAL, CHANNEL, Element, OpSpec, QuantSpec, Scale
@@ -84,6 +87,22 @@ def test_a_call_that_cannot_be_followed_leaves_the_others(caplog):
 )
 def test_nothing_is_asked_where_nothing_is_compiled(op):
     assert jobs_of(Told(), op, (1,)) == []
+
+
+def test_a_loader_asks_once_for_each_large_operation(monkeypatch):
+    asked = []
+
+    def choose(op, registry, *, memo, **rest):
+        return memo.setdefault(op, Choice(kernel=Told(), op=op, trace=()))
+
+    monkeypatch.setattr(build, "choose", choose)
+    monkeypatch.setattr(build, "compile_ahead", lambda kernel, op: asked.append(op.size("n")))
+    builder = build.Builder(plan=SimpleNamespace(registry=None))
+    sizes = [(64, 64), (4096, 4096), (1024, 4096), (4096, 4096), (64, 64)]
+    for n, k in sizes:
+        builder._chosen("layer", replace(OP, sizes=(("n", n), ("k", k), ("k_stored", k))))
+    assert asked == [4096, 1024]
+    assert len(builder.choices) == len(sizes)
 
 
 def test_it_can_be_switched_off(monkeypatch):

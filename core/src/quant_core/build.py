@@ -18,7 +18,7 @@ from quant_core.kernels.ahead import compile_ahead
 from quant_core.kernels.choose import Choice, Memo, choose
 from quant_core.kernels.device import device_key
 from quant_core.kernels.transforms import transform_features
-from quant_core.load import read_matrix
+from quant_core.load import read_matrix, read_parameter
 from quant_core.memory import written_whole
 from quant_core.nn import (
     BoundMember,
@@ -38,6 +38,8 @@ from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = ["Builder", "op_spec"]
+
+_LARGE = 1 << 20  # weights of a layer that takes long enough to load for compiling beside it
 
 
 def _features(lt: LayerTensors) -> frozenset[str]:
@@ -150,7 +152,7 @@ class Builder:
         chooser, known = self._chooser(name), len(self.memo)
         choice = chooser(op, self.memo)
         self.choices.append((name, choice))
-        if len(self.memo) > known:
+        if len(self.memo) > known and op.size("n") * op.size("k") >= _LARGE:
             compile_ahead(choice.kernel, choice.op)
         return choice, chooser
 
@@ -190,10 +192,18 @@ class Builder:
         """A float parameter of the model from elsewhere than the checkpoint; here never."""
         return None
 
+    def parameter(self, name: str) -> Tensor:
+        """A float tensor of the checkpoint by its public name, as the model wants it."""
+        return read_parameter(self.plan, name)
+
     def filled(self, parameter: str, value: Tensor) -> None:
         """Told of every float parameter that was read."""
 
     # ---------------------------------------------------------------------------------- layers
+
+    def matrix(self, member: Member) -> LayerTensors:
+        """The matrix of a member that is no stack."""
+        return read_matrix(self.plan, member)
 
     def linear(
         self, name: str, members: Sequence[Member], *, n: int | None = None, k: int | None = None
@@ -211,7 +221,7 @@ class Builder:
         bound: list[BoundMember] = []
         k_model = members[0].scheme.shape[1]  # type: ignore[union-attr]
         for m in members:
-            lt = read_matrix(self.plan, m)
+            lt = self.matrix(m)
             stop = rows + lt.weight.shape[0]
             bound.append(
                 BoundMember(name=m.layer.name, start=rows, stop=stop, packing=lt.weight.packing)
@@ -241,7 +251,7 @@ class Builder:
         self, name: str, member: Member, *, n: int | None = None, k: int | None = None
     ) -> QuantEmbedding:
         """An embedding table; its kernel also serves a tied lm_head."""
-        lt = read_matrix(self.plan, member)
+        lt = self.matrix(member)
         k_model = member.scheme.shape[1]  # type: ignore[union-attr]
         _check_size(name, lt.weight, n, k, k_model)
         bound = BoundMember(
