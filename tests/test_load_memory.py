@@ -41,16 +41,18 @@ def memory(key):
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
 
 small, large, hoard = sys.argv[1], sys.argv[2], sys.argv[3] == "hoard"
+mmap = sys.argv[3] == "mmap"
 torch.set_num_threads(1)
 warm = quant_core.load_model(small, dtype=torch.bfloat16)  # stays: its memory is not reused
 gc.collect()
 open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
+before, own = memory("VmRSS"), memory("RssAnon")
 plan = quant_core.plan(quant_core.open_checkpoint(large))
 kept = [plan.checkpoint.read(n) for n in plan.checkpoint.tensors] if hoard else []
-model = quant_core.load_model(large, dtype=torch.bfloat16)
+model = quant_core.load_model(large, dtype=torch.bfloat16, mmap=mmap)
 print(json.dumps({
     "used": memory("VmHWM") - before,
+    "own": memory("RssAnon") - own,
     "final": weight_memory(model)["model_bytes"],
     "largest": max(plan.member_nbytes(m) for m in plan.members.values()),
 }))
@@ -118,6 +120,13 @@ def test_load_peak_is_final_plus_largest_matrix(models: tuple[Path, Path], kerne
     got = measure(models, kernels)
     assert got["final"] > 200 * 2**20
     assert got["used"] <= got["final"] + got["largest"] + SLACK
+
+
+def test_mapped_load_takes_hardly_memory_of_its_own(models: tuple[Path, Path]) -> None:
+    got = measure(models, "", "mmap")
+    assert got["final"] > 200 * 2**20
+    assert got["own"] <= got["final"] // 32 + SLACK  # scales in another order; no codes
+    assert measure(models, "")["own"] > got["final"] // 2
 
 
 def test_load_peak_check_notices_a_second_copy(models: tuple[Path, Path]) -> None:

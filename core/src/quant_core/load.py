@@ -25,13 +25,19 @@ __all__ = ["LoadedTensor", "load_tensor", "no_such_name", "read_matrix", "read_p
 
 
 def read_matrix(
-    plan: Plan, member: Member, expert: int | None = None, *, bias: bool = True
+    plan: Plan,
+    member: Member,
+    expert: int | None = None,
+    *,
+    bias: bool = True,
+    mapped: bool = False,
 ) -> LayerTensors:
     """One matrix of a quantized member in canonical form.
 
     Args:
         expert: which one of a stack; None for a plain layer.
         bias: False leaves a stored bias unread.
+        mapped: whole stored tensors may be pages of their files, ``Checkpoint.mapped``.
 
     Raises:
         CheckpointError: the file changed or cannot be read.
@@ -46,7 +52,8 @@ def read_matrix(
         parts = []
         for name, index in param_sources(layer, param, expert):
             if name in plan.checkpoint.tensors:
-                parts.append(plan.checkpoint.read(name, index))
+                part = plan.checkpoint.mapped(name) if mapped and not index else None
+                parts.append(plan.checkpoint.read(name, index) if part is None else part)
                 plan.ledger.load((name, index))
         if parts:
             tensors[param.name] = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -59,6 +59,20 @@ class Checkpoint(ABC):
                 ``Q-CKPT-IO`` with the OS reason otherwise.
         """
 
+    def mapped(self, name: str) -> Tensor | None:
+        """All of a stored tensor as ``read`` gives it, but as pages of its file; None: read it.
+
+        See ``checkpoint.mapped`` for what happens to such a tensor when the file changes.
+
+        Raises:
+            CheckpointError: as ``read``.
+        """
+        return None
+
+    def mapped_parameter(self, stored: str) -> Tensor | None:
+        """What ``read_parameter`` gives, where that is the stored tensor itself; None: read it."""
+        return None
+
     def read_bytes(self, name: str) -> bytes:
         """The raw bytes of a small tensor that describes others: sizes, a text.
 

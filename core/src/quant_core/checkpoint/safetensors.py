@@ -23,6 +23,7 @@ from quant_core.checkpoint.cut import contiguous_part
 from quant_core.checkpoint.files import FilePool, FileState, OpenFile, resolve_inside
 from quant_core.checkpoint.header import BITS, MAX_HEADER_BYTES, MAX_TENSORS
 from quant_core.checkpoint.json import read_json_object
+from quant_core.checkpoint.mapped import FileMaps
 from quant_core.checkpoint.sniff import changed_error, read_header
 from quant_core.errors import (
     CheckpointError,
@@ -60,6 +61,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._limits = (max_header_bytes, max_tensors)
         self._pool = FilePool()
         self._buffers = BufferPool()
+        self._maps = FileMaps()
         self._files: dict[str, _File] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self._metadata: dict[str, str] = {}
@@ -232,6 +234,19 @@ class SafetensorsCheckpoint(Checkpoint):
     def read_parameter(self, stored: str) -> Tensor:
         return self._read(stored, (), BufferPool())
 
+    def mapped(self, name: str) -> Tensor | None:
+        import torch
+
+        info = self._info(name)
+        dtype = getattr(torch, info.dtype, None) if BITS[info.dtype] >= 8 else None
+        if dtype is None:
+            return None
+        file = self._files[info.file]
+        return self._maps.tensor(file.path, file.state, info, dtype, info.shape)
+
+    def mapped_parameter(self, stored: str) -> Tensor | None:
+        return self.mapped(stored)
+
     def _read(self, name: str, index: Index, buffers: BufferPool) -> Tensor:
         import torch
 
@@ -290,3 +305,4 @@ class SafetensorsCheckpoint(Checkpoint):
     def close(self) -> None:
         self._pool.close()
         self._buffers.clear()
+        self._maps.clear()

@@ -124,6 +124,7 @@ def as_config(
     device: str | None = None,
     kv_cache: CacheMode | None = None,
     prepared: str | os.PathLike[str] | None = None,
+    mmap: bool = False,
     online: str | None = None,
     skip: Sequence[str] = (),
     online_options: Mapping[str, Any] | None = None,
@@ -157,6 +158,7 @@ def as_config(
             device=device,
             kv_cache=kv_cache,
             prepared=None if prepared is None else os.fspath(prepared),
+            mmap=mmap,
             online=online,
             skip=skip,
             online_options=online_options,
@@ -184,7 +186,7 @@ def _config_of(
     if unused:
         raise ConfigError(
             f"load_model: {summarize(unused)} is no setting of {type(config).__name__}, expected "
-            "dtype, device, strict, kernels, format, kv_cache, prepared, online, skip, "
+            "dtype, device, strict, kernels, format, kv_cache, prepared, mmap, online, skip, "
             "online_options, requantize or a key of config.json. Remove it.",
             code="Q-CFG-KEY",
             tensor=next(iter(unused)),
@@ -247,6 +249,7 @@ def load_model(
     format: str | None = None,
     kv_cache: CacheMode | None = None,
     prepared: str | os.PathLike[str] | None = None,
+    mmap: bool = False,
     online: str | None = None,
     skip: Sequence[str] = (),
     online_options: Mapping[str, Any] | None = None,
@@ -267,6 +270,9 @@ def load_model(
             default: what the producer's own forward does.
         prepared: "auto" or a folder keeps the kernels' final buffers on disk, so that the next
             load only reads them; "off" does not; default from ``QUANT_PREPARED``, else "off".
+        mmap: use weights where the files have them, on the cpu: nothing is copied or repacked, and
+            the file must not be cut or overwritten in place meanwhile. Layers that no kernel runs
+            so are loaded as ever.
         online: quantize a float checkpoint while loading it: a scheme that an installed plugin
             offers, by its bare name or as "plugin:name".
         skip: patterns of modules that stay floats, see ``online.SkipRules``.
@@ -299,6 +305,7 @@ def load_model(
             device=device,
             kv_cache=kv_cache,
             prepared=None if prepared is None else os.fspath(prepared),
+            mmap=mmap,
             online=online,
             skip=skip,
             online_options=online_options,

@@ -71,7 +71,7 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """See the module's docstring. Eight attributes are optional:
+    """See the module's docstring. Nine attributes are optional:
 
     TRANSFORMS  True: the kernel applies transforms; core asks no other for an operation with any.
     layout      name of the storage order of its buffers; kernels with an equal one must agree on
@@ -80,6 +80,9 @@ class Kernel(Protocol):
                 without it core repacks every part to ``op.packing`` first.
     strided     True: ``load_`` takes scales, zeros and offsets with any strides; else core makes
                 them contiguous first.
+    adopt       adopt(op, part) -> buffers | None: those of ``allocate``, made of the tensors of a
+                part that is the whole layer, its codes not copied; ``op.packing`` is the part's.
+                Asked where weights are pages of a file (``mapped``). None: not this part.
     bind_shared bind_shared(ops) -> run | None: linear layers of one input as one call,
                 run([[buffers of a layer...], ...], x) -> [y, ...], each y as ``bind`` gives it (up
                 to the order of float32 sums); layers that quantize x alike share that. None: not

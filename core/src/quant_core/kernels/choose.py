@@ -32,7 +32,15 @@ from quant_core.kernels.measured import answer as answer_of
 from quant_core.registry import Registry
 from quant_core.spec import CANONICAL, OpSpec
 
-__all__ = ["WEIGHTS", "Choice", "Decision", "Memo", "accepting", "choose"]
+__all__ = [
+    "WEIGHTS",
+    "Choice",
+    "Decision",
+    "Memo",
+    "accepting",
+    "choose",
+    "choose_in_place",
+]
 
 log = logging.getLogger("quant_core")
 
@@ -316,6 +324,22 @@ def accepting(
     """Every kernel that runs ``op``, the operation as it runs it, and its answer; for measuring."""
     names = _allowed(kernels, op, module)
     return [(c.kernel, c.op, c.answer) for c in _decide(op, registry, names, kernels, module)[1]]
+
+
+def choose_in_place(
+    op: OpSpec, registry: Registry, *, kernels: str | Sequence[str] | None = None, module: str = ""
+) -> Choice | None:
+    """Who runs ``op`` on its tensors as they are stored (``Kernel.adopt``); None if nobody does.
+
+    The cheapest by its own estimate. Arguments as in ``choose``.
+    """
+    names = _allowed(kernels, op, module)
+    trace, accepted, _ = _decide(op, registry, names, kernels, module)
+    found = [c for c in accepted if hasattr(c.kernel, "adopt") and c.op == op]
+    if not found:
+        return None
+    best = min(found, key=lambda c: (c.answer.cost, c.kernel.name))
+    return Choice(kernel=best.kernel, op=best.op, trace=tuple(trace))
 
 
 def choose(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quant_core.build import Builder
 from quant_core.checkpoint.ahead import reading_ahead
 from quant_core.checkpoint.files import io_error
-from quant_core.errors import CheckpointError, QuantError, printable
+from quant_core.errors import CheckpointError, ConfigError, QuantError, printable
 from quant_core.kernels.choose import Choice
 from quant_core.memory import empty, written_whole
 from quant_core.nn import (
@@ -252,19 +252,41 @@ def _parts(plan: Plan) -> list[tuple[str, int, int]]:
     return [(str(folder / t.file), t.offset, t.nbytes) for t in ordered]
 
 
+def _mapped_builder(folder: Path | None, settings: Mapping[str, Any]) -> Builder:
+    from quant_core.mapped import MappedBuilder
+
+    builder = MappedBuilder(**settings)
+    problem = "prepared weights" if folder is not None else f"device {builder.device!r}"
+    if folder is not None or builder.device != "cpu":
+        raise ConfigError(
+            f"mmap: given with {problem}, expected it alone and on the cpu: weights are used where "
+            "the checkpoint has them. Leave out one of them.",
+            code="Q-CFG-CONFLICT",
+            tensor="mmap",
+            actual=problem,
+        )
+    return builder
+
+
 @contextmanager
-def builder_for(prepared: str | None, target: str, **settings: Any) -> Iterator[Builder]:
+def builder_for(
+    prepared: str | None, target: str, *, mmap: bool = False, **settings: Any
+) -> Iterator[Builder]:
     """The builder of one load; prepared weights are written when the load has succeeded.
 
     Args:
-        prepared: as in ``load_model``.
+        prepared, mmap: as in ``load_model``.
         target: what is built, a model class: the same plan is cut into modules in several ways.
         settings: fields of ``Builder``.
 
     Raises:
-        ConfigError: ``Q-CFG-VALUE`` for a wrong ``prepared`` or ``QUANT_PREPARED_BYTES``.
+        ConfigError: ``Q-CFG-VALUE`` for a wrong ``prepared`` or ``QUANT_PREPARED_BYTES``,
+            ``Q-CFG-CONFLICT`` for ``mmap`` with prepared weights or on another device.
     """
     folder = folder_for(prepared)
+    if mmap:
+        yield _mapped_builder(folder, settings)
+        return
     builder = Builder(**settings)
     files = _parts(builder.plan)
     if folder is None:

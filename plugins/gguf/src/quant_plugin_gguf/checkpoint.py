@@ -19,6 +19,7 @@ from quant_core.checkpoint.base import Checkpoint, Index
 from quant_core.checkpoint.buffer import BufferPool
 from quant_core.checkpoint.cut import contiguous_part
 from quant_core.checkpoint.files import FilePool, FileState
+from quant_core.checkpoint.mapped import FileMaps
 from quant_core.checkpoint.sniff import changed_error
 from quant_core.errors import CheckpointError, LayoutError, printable
 from quant_core.spec import TensorInfo
@@ -63,6 +64,7 @@ class GgufCheckpoint(Checkpoint):
         self._states = {p.name: h.state for p, h in zip(parts, headers, strict=True)}
         self._pool = FilePool()
         self._buffers = BufferPool()
+        self._maps = FileMaps()
         self._stored: dict[str, StoredTensor] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self.tensors = MappingProxyType(self._tensors)
@@ -189,10 +191,22 @@ class GgufCheckpoint(Checkpoint):
     def close(self) -> None:
         self._pool.close()
         self._buffers.clear()
+        self._maps.clear()
 
     def read(self, name: str, index: Index = ()) -> Tensor:
         """See ``Checkpoint.read``; the last axis of a block type counts bytes and is never cut."""
         return self._read(name, index, self._buffers)
+
+    def mapped(self, name: str) -> Tensor | None:
+        """See ``Checkpoint.mapped``; blocks are uint8 as in ``read``."""
+        import torch
+
+        info, ggml = self._info(name), self._stored[name].type
+        plain = ggml.kind == "plain"
+        shape = info.shape if plain else (*info.shape[:-1], ggml.row_bytes(info.shape[-1]))
+        dtype: torch.dtype = getattr(torch, info.dtype) if plain else torch.uint8
+        path, state = self.folder / info.file, self._states[info.file]
+        return self._maps.tensor(path, state, info, dtype, shape)
 
     def _read(self, name: str, index: Index, buffers: BufferPool) -> Tensor:
         import torch

@@ -1,0 +1,169 @@
+"""``load_model(mmap=True)``: weights are pages of the checkpoint's files, the model is the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from checkpoint_sets import FIXTURES, checkpoint_dirs
+from producers import expected, within
+from quant_core import as_config, load_model
+from quant_core.checkpoint.open import open_checkpoint
+from quant_core.errors import CheckpointError, ConfigError
+from quant_core.nn import QuantModule
+from quant_kernels_cpu.library import unavailable
+
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux /proc"),
+    pytest.mark.skipif(bool(unavailable()), reason="no CPU kernels"),
+]
+
+IN_PLACE = (
+    *("ar-w4", "ct-w4a16", "ct-w8a16", "gptqmodel-4bit-g128-sym", "gptqmodel-4bit-g64"),
+    *("gptqmodel-awq", "gguf-llama-q4_0", "gguf-llama-q8_0", "torchao-int8wo", "quark-uint4"),
+)
+"""Prefixes of checkpoints whose layers are used as they are stored."""
+OTHERS = ("ar-mixed", "gguf-llama-q4_k_m", "gptqmodel-4bit-g128-asym-descact", "ct-w8a8", "hqq")
+AWQ = FIXTURES / "gptqmodel-awq-gemm-g128"
+ROWS = FIXTURES / "ct-w4a16-awq-asym"
+
+
+def load(path: Path, **options: object) -> PreTrainedModel:
+    return load_model(path, dtype=options.pop("dtype", torch.float32), **options)
+
+
+def packed(model: PreTrainedModel) -> dict[str, QuantModule]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantModule)}
+
+
+def mapped_ranges(folder: Path) -> list[tuple[int, int]]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    found = [line.split()[0].split("-") for line in lines if str(folder) in line]
+    return [(int(first, 16), int(last, 16)) for first, last in found]
+
+
+def in_file(tensor: torch.Tensor, folder: Path) -> bool:
+    at = tensor.data_ptr()
+    return any(first <= at and at + tensor.nbytes <= last for first, last in mapped_ranges(folder))
+
+
+@pytest.mark.parametrize("path", checkpoint_dirs(IN_PLACE), ids=lambda p: p.name)
+def test_codes_are_pages_of_the_file_and_logits_the_producers(path: Path) -> None:
+    model = load(path, mmap=True)
+    kernels = {name: m.kernel.name for name, m in packed(model).items()}
+    assert "cpu_stored" in kernels.values(), kernels
+    stored = [m for m in packed(model).values() if m.kernel.name == "cpu_stored"]
+    own = sum(not in_file(m.codes, path) for m in stored)
+    heads = 2 * model.config.num_hidden_layers if "gguf" in path.name else 0
+    assert own <= heads  # queries and keys of a llama in GGUF, whose rows are put in order
+    assert within(model, path)
+
+
+@pytest.mark.parametrize("path", checkpoint_dirs(OTHERS), ids=lambda p: p.name)
+def test_what_no_kernel_reads_in_place_is_loaded_as_ever(path: Path) -> None:
+    assert within(load(path, mmap=True), path)
+
+
+@pytest.mark.parametrize("path", checkpoint_dirs(IN_PLACE), ids=lambda p: p.name)
+def test_bfloat16_decoding_is_that_of_packed_weights(path: Path) -> None:
+    models = [load(path, dtype=torch.bfloat16, mmap=m) for m in (False, True)]
+    ids = expected(path).ids[None, :24]
+    made = [m.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True,
+                       output_logits=True) for m in models]  # fmt: skip
+    want, got = (torch.stack(m.logits[:1]).float() for m in made)
+    # sums in another order, then roundings of bfloat16 (2**-8) through the layers of the model
+    assert (got - want).norm() <= 0.02 * want.norm()
+
+
+def test_float_parameters_are_pages_of_the_file() -> None:
+    model = load(ROWS, dtype=None, mmap=True)
+    stored = open_checkpoint(ROWS).tensors
+    dtype = str(model.dtype).removeprefix("torch.")
+    large = [n for n, t in stored.items() if t.nbytes >= 1 << 16 and t.dtype == dtype]
+    assert large
+    held = dict(model.named_parameters())
+    assert all(in_file(held[n].data, ROWS) for n in large if n in held)
+
+
+def test_weights_are_their_own_memory_unless_asked_for() -> None:
+    model = load(ROWS)
+    assert not any(in_file(t, ROWS) for t in model.buffers())
+
+
+def test_saved_model_holds_what_the_checkpoint_holds(tmp_path: Path) -> None:
+    for path in (AWQ, ROWS):
+        load(path, dtype=None, mmap=True).save_pretrained(tmp_path / path.name)
+        want = load_file(next(path.glob("model*.safetensors")))
+        got = load_file(next((tmp_path / path.name).glob("model*.safetensors")))
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[n], t) for n, t in want.items())
+
+
+def test_copies_pickles_and_casts_are_the_same_model() -> None:
+    model = load(AWQ, mmap=True)
+    twins = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        load(AWQ, mmap=True).to("cpu"),
+    ]
+    for twin in twins:
+        assert within(twin, AWQ)
+    assert not any(in_file(m.codes, AWQ) for m in packed(twins[0]).values())
+
+
+def test_what_is_written_into_weights_never_reaches_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(AWQ, path)
+    before = (file := next(path.glob("model*.safetensors"))).read_bytes()
+    model = load(path, mmap=True)
+    for module in packed(model).values():
+        module.codes.zero_()
+    assert not within(model, path)
+    assert file.read_bytes() == before
+    assert within(load(path, mmap=True), path)
+
+
+def test_file_may_be_deleted_or_replaced_while_it_is_in_use(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(ROWS, path)
+    want, model = expected(path), load(path, mmap=True)
+    file = next(path.glob("model*.safetensors"))
+    other = {n: torch.zeros_like(t) for n, t in load_file(file).items()}
+    save_file(other, tmp_path / "other")
+    (tmp_path / "other").replace(file)
+    assert within(model, want)
+    shutil.rmtree(path)
+    assert within(model, want)
+
+
+def test_file_that_changed_since_it_was_opened_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(ROWS, path)
+    file = next(path.glob("model*.safetensors"))
+    name = next(iter(open_checkpoint(path).tensors))
+    with open_checkpoint(path) as checkpoint:
+        file.write_bytes(file.read_bytes()[:-8])
+        with pytest.raises(CheckpointError) as err:
+            checkpoint.mapped(name)
+    assert err.value.code == "Q-CKPT-CHANGED"
+
+
+def test_mmap_goes_neither_with_prepared_weights_nor_with_another_device(tmp_path: Path) -> None:
+    for options in ({"prepared": tmp_path}, {"device": "meta"}):
+        with pytest.raises(ConfigError) as err:
+            load(AWQ, mmap=True, **options)
+        assert err.value.code in ("Q-CFG-CONFLICT", "Q-ENGINE-DEVICE"), options
+
+
+def test_from_pretrained_takes_it_in_a_config() -> None:
+    config = as_config(AWQ, mmap=True)
+    model = AutoModelForCausalLM.from_pretrained(AWQ, config=config, dtype=torch.float32)
+    assert all(in_file(m.codes, AWQ) for m in packed(model).values())
+    assert within(model, AWQ)
