@@ -4,7 +4,7 @@
 
 #include "qk.h"
 
-enum { QK_BY_ROW, QK_BY_WORD, QK_ACROSS, QK_FIELDS };
+enum { QK_BY_ROW, QK_BY_WORD, QK_ACROSS, QK_FIELDS, QK_STREAMS, QK_WORD_STREAMS, QK_PAIRS, QK_SWAPPED };
 
 /* `bytes` bytes from `at` on hold `width` bits of each code of a block: value v of every run of
  * `stride` bytes lies in byte v % stride, at bit width * (v / stride). */
@@ -19,6 +19,7 @@ typedef struct {
     int64_t slot[8]; /* QK_ACROSS: nibble that holds row j of 8 */
     int64_t block, fields;
     qk_field field[2];
+    int64_t bits, planes; /* QK_STREAMS: of a code; whether its bits lie in planes */
 } qk_source;
 
 void qk_load(void *blocks, const void *stored, int64_t first, int64_t n, const qk_source *);
@@ -32,6 +33,9 @@ typedef struct {
 } qk_wide;
 
 extern const qk_wide qk_wide_avx512;
+
+/* The orders from QK_STREAMS on. */
+void qk_load_streams(void *blocks, const void *stored, int64_t first, int64_t n, const qk_source *);
 
 void qk_load_by(void *blocks, const void *stored, int64_t first, int64_t n, const qk_source *,
                 const qk_wide *);

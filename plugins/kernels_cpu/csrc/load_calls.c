@@ -8,5 +8,6 @@ void qk_load(void *blocks, const void *stored, int64_t first, int64_t n, const q
 #ifdef QK_HAVE_LOAD_AVX512
     if (s->isa >= 2) wide = &qk_wide_avx512; /* as in library.py: none, avx2, avx512, bf16 */
 #endif
-    qk_load_by(blocks, stored, first, n, s, wide);
+    if (s->order >= QK_STREAMS) qk_load_streams(blocks, stored, first, n, s);
+    else qk_load_by(blocks, stored, first, n, s, wide);
 }

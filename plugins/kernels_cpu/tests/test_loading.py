@@ -17,7 +17,7 @@ from quant_core.intspec import INTERLEAVE, halves
 from quant_core.kernels.choose import Choice
 from quant_core.nn import load_part_
 from quant_core.packing import WORD_DTYPES, pack, packed_shape, unpack
-from quant_core.spec import CANONICAL, Field, OpSpec, Packing
+from quant_core.spec import CANONICAL, Element, Field, OpSpec, Packing, QuantSpec
 from quant_core.tensors import LayerTensors
 from quant_kernels_cpu.blocks import write_grid_
 from quant_kernels_cpu.kernel import WnA16
@@ -53,14 +53,26 @@ FIELDS = {  # as in ggml's blocks: element bits -> orders
     8: {"q8_0": Packing(fields=(Field(2, 32, 8, 1),), block=34)},
 }
 FIELD_CASES = [(bits, name) for bits, orders in FIELDS.items() for name in orders]
+SEVEN = replace(SPECS["uint5 g32 offset"], element=Element.uint(7))
 OF_BITS = {
-    2: "uint2 g16 code",
-    3: "uint3 g32 const",
-    4: "uint4 g32 f16 code",
-    5: "uint5 g32 offset",
-    6: "uint6 two-level const",
-    8: "int8 g32 f16",
+    2: SPECS["uint2 g16 code"],
+    3: SPECS["uint3 g32 const"],
+    4: SPECS["uint4 g32 f16 code"],
+    5: SPECS["uint5 g32 offset"],
+    6: SPECS["uint6 two-level const"],
+    7: SEVEN,
+    8: SPECS["int8 g32 f16"],
 }
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+STREAMS = [
+    *((bits, packing) for bits in (2, 3, 5, 6, 7) for packing in (WORDS, Packing(word="int32"))),
+    *((bits, CANONICAL) for bits in (2, 3, 5, 6, 7)),
+    *((bits, replace(WORDS, planes=planes)) for bits, planes in PLANES.items()),
+    *((bits, Packing(word="int32", planes=planes)) for bits, planes in PLANES.items()),
+    (2, Packing(word="int16", straddle=False)),
+    (4, Packing(axis="out")),
+    (4, Packing(order=(1, 0))),
+]
 FOUR = "uint4 g32 f16 code"
 SIZES = [(32, 64), (33, 128), (64, 192), (72, 320), (200, 64), (8, 1088), (288, 128)]
 
@@ -80,8 +92,8 @@ def loaded(lt: LayerTensors, op: OpSpec, row: int = 0) -> dict[str, torch.Tensor
     return buffers
 
 
-def case(spec: str, n: int, k: int) -> tuple[LayerTensors, OpSpec]:
-    lt = make_layer(SPECS[spec], n, k)
+def case(spec: str | QuantSpec, n: int, k: int) -> tuple[LayerTensors, OpSpec]:
+    lt = make_layer(SPECS[spec] if isinstance(spec, str) else spec, n, k)
     return lt, make_op("linear", lt, k)
 
 
@@ -126,6 +138,36 @@ def test_codes_in_fields_are_loaded_as_the_canonical_ones_are(
     held = pack(torch.full(size, (1 << bits) - 1, dtype=torch.uint8), bits, packing)
     part.weight.codes |= noise & ~held  # what lies beside the codes is not read
     assert torch.equal(loaded(part, op)["codes"], loaded(lt, op)["codes"])
+
+
+@pytest.mark.parametrize(("bits", "packing"), STREAMS, ids=str)
+@pytest.mark.parametrize("size", [(32, 256), (74, 64), (6, 192), (320, 128)], ids=str)
+def test_streams_are_loaded_as_the_canonical_codes_are(
+    bits: int, packing: Packing, size: tuple[int, int]
+) -> None:
+    lt, op = case(OF_BITS[bits], *size)
+    part = stored(lt, packing)
+    assert WnA16().reads(op, packing)
+    got = loaded(part, op)
+    canonical = unpack(lt.weight.codes, bits, size, lt.weight.packing)
+    back = WnA16().restore(got, op).weight
+    assert torch.equal(unpack(back.codes, bits, size, back.packing), canonical)
+    part.weight.codes[-1, -1] ^= 1
+    assert not torch.equal(loaded(part, op)["codes"], got["codes"])
+
+
+@pytest.mark.parametrize(("bits", "packing"), STREAMS, ids=str)
+@pytest.mark.parametrize("cut", [2, 32, 38])
+def test_stream_behind_another_part_lands_behind_it(bits: int, packing: Packing, cut: int) -> None:
+    n, k, kernel = 75 if packing.axis == "in" else 74, 128, WnA16()
+    lt, op = case(OF_BITS[bits], n, k)
+    want, buffers = loaded(lt, op), kernel.allocate(op)
+    for start, stop in ((0, cut), (cut, n)):
+        tensors = {key: t[start:stop] for key, t in lt.weight.tensors().items()}
+        part = lt.weight.with_tensors(tensors, shape=(stop - start, k))
+        part = stored(LayerTensors(operands={"weight": part}), packing)
+        kernel.load_(buffers, op, part, {"row": start})
+    assert torch.equal(buffers["codes"], want["codes"])
 
 
 @pytest.mark.parametrize(("bits", "name"), FIELD_CASES)
@@ -183,7 +225,7 @@ def test_swapped_nibbles_are_noticed() -> None:
     [
         Packing(word="int32", planes=(2, 2)),
         Packing(word="int32", axis="out"),
-        Packing(order=(1, 0)),
+        Packing(word="int32", order=(1, 0)),
         Packing(order=tuple(reversed(range(32)))),
         Packing(word="int16", k_major=True),
         Packing(fields=(Field(0, 16, 2, 16), Field(16, 16, 2, 16)), block=32),

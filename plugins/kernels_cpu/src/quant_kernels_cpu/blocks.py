@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quant_core.dequantize import combine_factors
 from quant_core.numerics import scale_dtype
-from quant_core.packing import pack, repack, unpack
+from quant_core.packing import WORD_BITS, pack, repack, unpack
 from quant_core.spec import CANONICAL, Packing
 from quant_core.tensors import QuantizedTensor
 from quant_kernels_cpu.library import library
@@ -148,7 +148,9 @@ def write_codes_(
     """
     rows, bits = _row_count(codes, packing, layout), layout.bits
     source = source_for(packing, layout)
-    if source is None or (packing.axis == "out" and (row % 8 or rows % 8 or layout.k % 8)):
+    unit = 2 if packing.word == "uint8" else 8  # rows that share words
+    cut = packing.axis == "out" and (row % unit or rows % unit or layout.k % unit)
+    if source is None or cut:
         codes = repack(codes, bits, (rows, layout.k), packing, CANONICAL)
         if bits != layout.width:
             codes = unpack(codes, bits, (rows, layout.k), CANONICAL)
@@ -164,7 +166,7 @@ def write_codes_(
 def _row_count(codes: Tensor, packing: Packing, layout: Layout | Int8Layout) -> int:
     """Rows held by ``codes``, whose shape was checked."""
     size = codes.shape[1] if packing.k_major else codes.shape[0]
-    return size * (32 // layout.bits) if packing.axis == "out" else size
+    return size * (WORD_BITS[packing.word] // layout.bits) if packing.axis == "out" else size
 
 
 def read_codes(source: Tensor, layout: Layout | Int8Layout) -> Tensor:

@@ -6,6 +6,7 @@ csrc/load.c has the orders drawn. Every other packing is repacked by core first.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 from quant_core.intspec import halves
 from quant_core.spec import Field, Packing
@@ -15,7 +16,8 @@ from quant_kernels_cpu.support_int8 import Int8Layout
 
 __all__ = ["Grid", "Source", "source_for", "source_of"]
 
-_BY_ROW, _BY_WORD, _ACROSS, _FIELDS = range(4)
+_BY_ROW, _BY_WORD, _ACROSS, _FIELDS, _STREAMS, _WORD_STREAMS, _PAIRS, _SWAPPED = range(8)
+_PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 _RUNS = (16, 32, 64)
 _FIRST = {(4, 8), (4, 16), (4, 32), (4, 64), (2, 32), (8, 1)}
 _SECOND = {(4, 1, 1), (4, 1, 32), (4, 2, 32), (2, 1, 32)}
@@ -36,6 +38,7 @@ class Source(ctypes.Structure):
         ("slot", ctypes.c_int64 * 8),
         *((name, ctypes.c_int64) for name in ("block", "fields")),
         ("field", _Field * 2),
+        *((name, ctypes.c_int64) for name in ("bits", "planes")),
     ]
 
 
@@ -61,6 +64,32 @@ def _of_fields(source: Source, fields: tuple[Field, ...], block: int) -> Source 
     return source
 
 
+def _in_pairs(packing: Packing) -> bool:
+    """Whether a byte holds codes of two rows."""
+    return replace(packing, straddle=True) == Packing(axis="out")
+
+
+def _of_streams(source: Source, packing: Packing, bits: int) -> Source | None:
+    """``source`` with codes of another width than in the blocks, and what csrc/load_streams.c has
+    beside; None where C does not know them."""
+    source.bits, source.planes = bits, bool(packing.planes)
+    if _in_pairs(packing):
+        known = bits == 4 and source.k % 32 == 0
+        source.order = _PAIRS
+    elif packing.order == (1, 0):
+        plain = replace(packing, order=None, straddle=True) == Packing()
+        known = plain and bits == source.width == 4 and source.k % 64 == 0
+        source.order = _SWAPPED
+    else:
+        wide = packing.word == "int32"
+        dense = packing.straddle or {"uint8": 8, "int16": 16, "int32": 32}[packing.word] % bits == 0
+        known = bits in (2, 3, 5, 6, 7) and packing.axis == "in" and packing.order is None
+        known = known and dense and source.k % 32 == 0 and (wide or not packing.k_major)
+        known = known and packing.planes in ((), _PLANES.get(bits))
+        source.order = _WORD_STREAMS if packing.k_major else _STREAMS
+    return source if known else None
+
+
 def source_of(
     packing: Packing, *, bits: int, width: int, k: int, bias: int, up: int = 0
 ) -> Source | None:
@@ -75,9 +104,13 @@ def source_of(
     whole = packing.straddle or word % bits == 0
     source = Source(k=k, width=width, bias=bias, isa=library().isa)
     source.slot[:] = range(8)
-    if packing.fields and not up:
+    if up:
+        return None
+    if packing.fields:
         return _of_fields(source, packing.fields, packing.block)
-    if bits != width or packing.planes or packing.fields or not whole:
+    if bits != width or packing.planes or packing.order == (1, 0) or _in_pairs(packing):
+        return _of_streams(source, packing, bits)
+    if not whole:
         return None
     if packing.axis == "out":
         order = packing.order or tuple(range(8))
