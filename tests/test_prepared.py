@@ -428,7 +428,7 @@ def test_large_floats_are_pages_too(cache: Path, monkeypatch: pytest.MonkeyPatch
     read: list[str] = []
     real = load_functions.read_parameter
     monkeypatch.setattr(
-        "quant_core.engines.transformers_fill.read_parameter",
+        "quant_core.build.read_parameter",
         lambda plan, name: read.append(name) or real(plan, name),
     )
     warm = load(ONE, cache)
