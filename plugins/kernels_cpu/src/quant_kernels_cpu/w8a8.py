@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from quant_core.errors import LayoutError
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.storage import misused
-from quant_core.spec import OpSpec
+from quant_core.spec import OpSpec, Packing
 from quant_kernels_cpu.library import library, unavailable
+from quant_kernels_cpu.loading import source_for
 from quant_kernels_cpu.support_int8 import Int8Layout, describe_int8
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class W8A8:
 
     name = "cpu_w8a8"
     OPS = ("linear", "grouped_linear")
+    strided = True
 
     def _layout(self, op: OpSpec) -> Int8Layout | Rejected:
         if op.device[0] != "cpu":
@@ -70,6 +72,10 @@ class W8A8:
             out[name] = poisoned((*lead, *shape), dtype, device)
             clear_padding_(name, out[name], layout)
         return out
+
+    def reads(self, op: OpSpec, packing: Packing) -> bool:
+        """Whether ``load_`` takes codes in ``packing`` as they are stored."""
+        return source_for(packing, self._bound(op)) is not None
 
     def load_(
         self, buffers: dict[str, Tensor], op: OpSpec, part: LayerTensors, at: Mapping[str, int]
@@ -155,9 +161,11 @@ def _check_part(
     tensors: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
 ) -> None:
-    """The part has the operation's spec, packing, names, dtypes and row lengths."""
+    """The part has the operation's spec, names, dtypes and row lengths."""
+    from quant_core.packing import WORD_DTYPES, packed_shape
+
     qt, names = part.weight, set(buffers) - {"sums"}
-    if qt.spec != op.weight or qt.packing != op.packing or set(tensors) != names:
+    if qt.spec != op.weight or set(tensors) != names:
         raise LayoutError(
             f"part is {qt.spec.label} with {sorted(tensors)}, the operation {op.weight.label} with "
             f"{sorted(names)}; expected the same. The part belongs to another layer.",
@@ -167,16 +175,17 @@ def _check_part(
         )
     rows, groups = qt.shape[0], -(-layout.k // layout.group)
     expected: dict[str, tuple[int, ...]] = {
-        "codes": (rows, -(-layout.k * layout.bits // 8)),
+        "codes": packed_shape((rows, layout.k), layout.bits, qt.packing),
         "scales_0": (1, 1) if layout.single else (rows, groups),
         **dict.fromkeys(_WHOLE, (1,)),
     }
     for name, value in tensors.items():
         shape = expected.get(name, (rows,))
-        if tuple(value.shape) != shape or value.dtype != buffers[name].dtype:
+        dtype = WORD_DTYPES[qt.packing.word] if name == "codes" else buffers[name].dtype
+        if tuple(value.shape) != shape or value.dtype != dtype:
             raise LayoutError(
                 f"{name} has shape {tuple(value.shape)} {value.dtype}, expected {shape} "
-                f"{buffers[name].dtype}. The parts of one layer differ in layout.",
+                f"{dtype}. The parts of one layer differ in layout.",
                 code="Q-LAYOUT-SHAPE",
                 tensor=name,
                 expected=shape,
