@@ -78,7 +78,7 @@ class MixedPlan:
 
     @property
     def operand(self) -> str:
-        """Which of ``mixed_parts.ASM`` makes operands of codes."""
+        """Which of ``mixed_asm.ASM`` makes operands of codes."""
         if self.bytes:
             return "bytes"
         return self.kind if self.kind == "fp4" else "int8" if self.integer else "fp8"

@@ -16,7 +16,7 @@ from quant_kernels_triton.codes_run import Rule, hopper_codes
 from quant_kernels_triton.gluon_counters import counters
 from quant_kernels_triton.jitted import Descriptor, Jitted
 from quant_kernels_triton.launch import Build, aligned, launch
-from quant_kernels_triton.mixed_parts import ASM, POWER
+from quant_kernels_triton.mixed_asm import ASM, POWER
 from quant_kernels_triton.mixed_plan import MixedPair, MixedPlan, MixedRing, MixedWide, config
 from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
 

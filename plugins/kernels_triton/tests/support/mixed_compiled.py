@@ -12,8 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from quant_core.spec_json import op_from_text
+from quant_kernels_triton.mixed_asm import ASM, POWER
 from quant_kernels_triton.mixed_pair import mixed_pair
-from quant_kernels_triton.mixed_parts import ASM, POWER
 from quant_kernels_triton.mixed_plan import (
     MixedPair,
     MixedPlan,
