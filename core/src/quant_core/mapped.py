@@ -9,12 +9,12 @@ into memory of its own. Float parameters in the model's own dtype are pages of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from quant_core.build import Builder
-from quant_core.kernels.choose import choose_in_place
+from quant_core.kernels.choose import Choice, choose_in_place
 from quant_core.load import read_matrix, read_parameter
 from quant_core.nn import BoundMember, QuantModule
 from quant_core.plan import Member
@@ -27,7 +27,13 @@ __all__ = ["MappedBuilder"]
 
 @dataclass(slots=True, kw_only=True)
 class MappedBuilder(Builder):
-    """Builds as ``Builder`` does, on the cpu, without copies where that can be."""
+    """Builds as ``Builder`` does, on the cpu, without copies where that can be.
+
+    Attributes:
+        places: who runs an operation in place, by operation and names allowed.
+    """
+
+    places: dict[tuple[OpSpec, frozenset[str]], Choice | None] = field(default_factory=dict)
 
     def matrix(self, member: Member) -> LayerTensors:
         return read_matrix(self.plan, member, mapped=True)
@@ -46,7 +52,9 @@ class MappedBuilder(Builder):
         members: Sequence[BoundMember],
     ) -> QuantModule:  # fmt: skip
         chooser = self._chooser(name)
-        choice = choose_in_place(op, self.plan.registry, kernels=self.kernels, module=name)
+        choice = choose_in_place(
+            op, self.plan.registry, kernels=self.kernels, module=name, memo=self.places
+        )
         if choice is not None:
             buffers = choice.kernel.adopt(choice.op, lt)  # type: ignore[attr-defined]
             if buffers is not None:

@@ -18,10 +18,15 @@ HELP = "explain one module: rule, stored tensors, meaning, kernel"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """PATH, --format, NAME and --device."""
+    """PATH, --format, NAME, --device and --mmap."""
     add_path(parser)
     parser.add_argument("name", metavar="NAME", help="module name, as `quant inspect --layers`")
     parser.add_argument("--device", default="cpu", help="whose kernels answer (default cpu)")
+    parser.add_argument(
+        "--mmap",
+        action="store_true",
+        help="as a load with mmap=True: weights in place if they can be",
+    )
 
 
 def _rules(plan: Plan, name: str) -> list[dict[str, str]]:
@@ -65,12 +70,12 @@ def _params(plan: Plan, member: Member) -> list[dict[str, Any]]:
     return out
 
 
-def _kernel(plan: Plan, member: Member, device: str) -> dict[str, Any]:
+def _kernel(plan: Plan, member: Member, device: str, mmap: bool) -> dict[str, Any]:
     """Who would run this member on ``device``, and what every candidate said. Reads one matrix."""
     from quant_core.build import Builder
     from quant_core.errors import KernelError
     from quant_core.kernels.base import Rejected
-    from quant_core.kernels.choose import choose
+    from quant_core.kernels.choose import choose, choose_in_place
     from quant_core.load import read_matrix
 
     layer = member.layer
@@ -81,10 +86,13 @@ def _kernel(plan: Plan, member: Member, device: str) -> dict[str, Any]:
         ops.get(layer.kind, "linear"), matrix, member, **sizes
     )
     try:
-        choice = choose(op, plan.registry, module=layer.name)
+        found = choose_in_place(op, plan.registry, module=layer.name) if mmap else None
+        in_place = found is not None and found.kernel.adopt(found.op, matrix) is not None  # type: ignore[attr-defined]
+        choice = found if in_place else choose(op, plan.registry, module=layer.name)
+        assert choice is not None, "choose raises where there is none"
         kernel, trace, rows = choice.kernel.name, choice.trace, choice.buckets
     except KernelError as err:
-        kernel, trace, rows = None, err.trace, ()
+        kernel, trace, rows, in_place = None, err.trace, (), False
     return {
         "op": op.op,
         "sizes": dict(op.sizes),
@@ -92,6 +100,7 @@ def _kernel(plan: Plan, member: Member, device: str) -> dict[str, Any]:
         "device": op.device[0],
         "act_dtype": op.act_dtype,
         "kernel": kernel,
+        "in_place": in_place,
         "rows": [str(b) for b in rows],
         "trace": [
             {
@@ -105,7 +114,7 @@ def _kernel(plan: Plan, member: Member, device: str) -> dict[str, Any]:
     }
 
 
-def _collect(plan: Plan, name: str, device: str = "cpu") -> dict[str, Any]:
+def _collect(plan: Plan, name: str, device: str = "cpu", mmap: bool = False) -> dict[str, Any]:
     from quant_core.load import no_such_name
     from quant_core.scheme import Scheme
 
@@ -141,7 +150,7 @@ def _collect(plan: Plan, name: str, device: str = "cpu") -> dict[str, Any]:
         "operands": {role: spec.label for role, spec in scheme.operands.items()},
         "transforms": [f"{t.site}: {t.kind} {t.key}" for t in scheme.transforms],
         "params": _params(plan, member),
-        "kernel": _kernel(plan, member, device),
+        "kernel": _kernel(plan, member, device, mmap),
     }
 
 
@@ -182,7 +191,8 @@ def _render(data: Mapping[str, Any]) -> Iterator[str]:
     k = data["kernel"]
     sizes = " ".join(f"{name}={value}" for name, value in k["sizes"].items())
     wanted = f"{k['op']} {sizes} {k['act_dtype']} on {k['device']}"
-    yield f"kernel     {k['kernel'] or 'none'} for {wanted}"
+    place = ", on the file's own pages" if k["in_place"] else ""
+    yield f"kernel     {k['kernel'] or 'none'} for {wanted}{place}"
     for d in k["trace"]:
         yield f"  {escaped(d['decision'])} [{d['provider']}]"
     for line in k["rows"]:
@@ -199,6 +209,6 @@ def run(args: argparse.Namespace) -> int:
     from quant_core.plan import plan
 
     with open_checkpoint(args.path) as checkpoint:
-        data = _collect(plan(checkpoint, format=args.format), args.name, args.device)
+        data = _collect(plan(checkpoint, format=args.format), args.name, args.device, args.mmap)
     emit(args, data, _render(data))
     return 0

@@ -21,7 +21,7 @@ HELP = "generate text from a checkpoint, its weights kept packed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """PATH, --prompt, --max-new-tokens, --dtype, --device, --online and --skip."""
+    """PATH, --prompt, --max-new-tokens, --dtype, --device, --mmap, --online and --skip."""
     parser.add_argument("path", metavar="PATH", help="checkpoint folder or file")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     parser.add_argument("--max-new-tokens", type=_count, default=32, metavar="N")
@@ -30,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of activations and of unquantized weights",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", metavar="DEVICE")
+    parser.add_argument(
+        "--mmap", action="store_true",
+        help="use weights where the files have them: loads at once, on the cpu",
+    )  # fmt: skip
     parser.add_argument(
         "--online", metavar="NAME",
         help="quantize a float checkpoint while loading it; `quant formats` lists the names",
@@ -143,6 +147,7 @@ def _collect(args: argparse.Namespace) -> dict[str, Any]:
         args.path,
         device=args.device,
         dtype=getattr(torch, args.dtype),
+        mmap=args.mmap,
         online=args.online,
         skip=args.skip,
     )

@@ -327,19 +327,28 @@ def accepting(
 
 
 def choose_in_place(
-    op: OpSpec, registry: Registry, *, kernels: str | Sequence[str] | None = None, module: str = ""
+    op: OpSpec,
+    registry: Registry,
+    *,
+    kernels: str | Sequence[str] | None = None,
+    module: str = "",
+    memo: dict[tuple[OpSpec, frozenset[str]], Choice | None] | None = None,
 ) -> Choice | None:
     """Who runs ``op`` on its tensors as they are stored (``Kernel.adopt``); None if nobody does.
 
     The cheapest by its own estimate. Arguments as in ``choose``.
     """
     names = _allowed(kernels, op, module)
+    key = (op, frozenset(names or ()))
+    if memo is not None and key in memo:
+        return memo[key]
     trace, accepted, _ = _decide(op, registry, names, kernels, module)
     found = [c for c in accepted if hasattr(c.kernel, "adopt") and c.op == op]
-    if not found:
-        return None
-    best = min(found, key=lambda c: (c.answer.cost, c.kernel.name))
-    return Choice(kernel=best.kernel, op=best.op, trace=tuple(trace))
+    best = min(found, key=lambda c: (c.answer.cost, c.kernel.name), default=None)
+    choice = Choice(kernel=best.kernel, op=best.op, trace=tuple(trace)) if best else None
+    if memo is not None:
+        memo[key] = choice
+    return choice
 
 
 def choose(
