@@ -25,7 +25,7 @@ from quant_kernels_triton.direct import prepare
 from quant_kernels_triton.jitted import Descriptor, Jitted
 from quant_kernels_triton.replay import note_launch
 
-__all__ = ["Build", "Start", "aligned", "is_compiled", "launch", "started"]
+__all__ = ["Build", "Start", "aligned", "is_compiled", "launch"]
 
 Start = Callable[[tuple[int, int], int, Sequence[Any]], None]
 """grid, stream, arguments: addresses, numbers and descriptors"""
@@ -51,11 +51,6 @@ def aligned(x: Tensor) -> Tensor:
 def is_compiled(key: Hashable, device: int | None) -> bool:
     """Whether ``launch`` will find the kernel of ``key``."""
     return (key, device) in _compiled
-
-
-def started(key: Hashable, device: int | None) -> Start | None:
-    """What ``launch`` runs for ``key``, once it has; for callers that keep it."""
-    return _compiled.get((key, device))
 
 
 def _triton(fn: Any, grid: tuple[int, int], args: Sequence[Any], b: Build) -> Start | None:
