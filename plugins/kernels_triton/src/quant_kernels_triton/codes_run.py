@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_kernels_triton.codes_gluon import group_codes, token_codes
+from quant_kernels_triton.jitted import Jitted
 from quant_kernels_triton.launch import Build, launch
 from quant_kernels_triton.scaled_plan import ScaledPlan
 
 __all__ = ["Rule", "hopper_codes", "scaled_rule"]
+
+group_codes, token_codes = (Jitted("codes_gluon", n) for n in ("group_codes", "token_codes"))
 
 _GROUP_WARPS = 4  # of 4 tokens each
 
@@ -55,7 +57,7 @@ def hopper_codes(
         rows: the row of x that each token is; None: all in order.
         gather: the column of x that each stored column is; None: the same.
     """
-    t, k, device = x.shape[0], rule.k, x.device
+    t, k, device = x.shape[0] if rows is None else rows.shape[0], rule.k, x.device
     q = torch.empty(t, k, dtype=torch.uint8 if rule.fp8 else torch.int8, device=device)
     bounded = rule.bounds[1] > 0 or rule.bounds[2] > 0
     if rule.grouped:

@@ -5,10 +5,10 @@
 
 As ``gluon_ws``, with what many small products ask for. Blocks are counted on the device: a fixed
 number of programs shares the tiles there are, whole ones in turn and the last rounds of them cut
-along K into equal shares (``gluon_share``). Codes come by TMA too: stages of 64 columns of
+along K into equal shares (``gluon_share``). Codes come by TMA too: stages of H times 64 columns of
 codes and x are fetched across the ends of tiles, so that consumers wait for memory once, and four
 of them hide each other's dequantization where blocks are small. A consumer dequantizes the second
-half of a group while the first is multiplied.
+half of a group while the first is multiplied; with both in one stage it waits half as often.
 
 With GATHER four warps copy the rows of x from where they are, 16 bytes a thread and piece; else x
 lies in the order of experts and comes by TMA. A block's missing rows are some other rows: their
@@ -24,30 +24,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma_wait,
 )
 
+from quant_kernels_triton.gluon_experts_parts import clear, factors, few_rows, many_rows
 from quant_kernels_triton.gluon_parts import (
     barrier,
     gdc_launch_dependents,
     gdc_wait,
-    row_factor,
     shifted,
 )
 from quant_kernels_triton.gluon_share import segment, segments
-from quant_kernels_triton.gluon_tile import multiply, operand, raws, store, sums
+from quant_kernels_triton.gluon_tile import store, sums
 
 __all__ = ["grouped"]
-
-# 16 registers through; the mask of the barrier, all ones, is only known once they are
-_THROUGH = gl.constexpr(
-    "{ .reg .b32 m; xor.b32 m, $16, $17; "
-    + " ".join(f"xor.b32 m, m, ${i};" for i in range(18, 32))
-    + " max.u32 m, m, 0xffffffff; bar.warp.sync m; "
-    + " ".join(f"mov.b32 ${i}, ${i + 16};" for i in range(16))
-    + " }"
-)
-_SIXTEEN = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 16))
 
 
 @gluon.jit
@@ -62,13 +51,15 @@ def _addresses(X, ORDER, m0, m1, KX, TOP, B: gl.constexpr, GL: gl.constexpr):
 @gluon.jit
 def _producer(xd, xe, wd, X, xs, xt, ws, full, empty, ORDER, BLOCKS, EXPERT, BOUNDS, NP, G, KX,
               TOP, B1: gl.constexpr, B2: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr,
-              GN: gl.constexpr, GATHER: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+              GN: gl.constexpr, H: gl.constexpr, HC: gl.constexpr, GATHER: gl.constexpr,
+              PDL: gl.constexpr):  # fmt: skip
     if PDL:
         gdc_wait()
     WT: gl.constexpr = wd.block_type.shape[0] // 4  # consumers that one copy serves
-    CODES: gl.constexpr = wd.block_type.nbytes * (NC // WT)
-    BYTES: gl.constexpr = CODES if GATHER else xd.block_type.nbytes // B1 * (B1 + B2) + CODES
     HW: gl.constexpr = wd.block_type.shape[1]
+    CODES: gl.constexpr = wd.block_type.nbytes * (NC // WT) * HC
+    ROWS: gl.constexpr = 0 if GATHER else xd.block_type.nbytes // B1 * (B1 + B2) * H
+    BYTES: gl.constexpr = CODES + ROWS
     GL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4 if GATHER else 1, 1], [1, 0])
     cols = gl.arange(0, 64, layout=gl.SliceLayout(0, GL))
     nm = gl.load(BLOCKS)
@@ -85,40 +76,36 @@ def _producer(xd, xe, wd, X, xs, xt, ws, full, empty, ORDER, BLOCKS, EXPERT, BOU
             x2 = x1
             if B2:
                 x2 = _addresses(X, ORDER, m0 + B1, m1, KX, TOP, B2, GL)
-        for k in range(k0 * 2, k1 * 2):
+        for f in range(k0 * 2, k1 * 2, H):
             mbarrier.wait(empty.index(st), ph)
             mbarrier.expect(full.index(st), BYTES)
-            for i in gl.static_range(NC // WT):
-                tma.async_copy_global_to_shared(
-                    wd, [t0 + i * WT * 4, k * HW], full.index(st), ws.index(st * (NC // WT) + i)
-                )
+            for c in gl.static_range(HC):
+                for i in gl.static_range(NC // WT):
+                    tma.async_copy_global_to_shared(
+                        wd, [t0 + i * WT * 4, (f // H * HC + c) * HW], full.index(st),
+                        ws.index((st * HC + c) * (NC // WT) + i),
+                    )  # fmt: skip
+            for h in gl.static_range(H):
+                k = f + h
+                xh = xs.index(st * H + h)
+                if GATHER:
+                    inside = (cols + k * 64 < KX)[None, :]
+                    async_copy.async_copy_global_to_shared(xh, x1 + k * 64, mask=inside)
+                    if B2:
+                        xg = xt.index(st * H + h)
+                        async_copy.async_copy_global_to_shared(xg, x2 + k * 64, mask=inside)
+                else:
+                    tma.async_copy_global_to_shared(xd, [m0, k * 64], full.index(st), xh)
+                    if B2:
+                        tma.async_copy_global_to_shared(
+                            xe, [m0 + B1, k * 64], full.index(st), xt.index(st * H + h)
+                        )
             if GATHER:
-                inside = (cols + k * 64 < KX)[None, :]
-                async_copy.async_copy_global_to_shared(xs.index(st), x1 + k * 64, mask=inside)
-                if B2:
-                    async_copy.async_copy_global_to_shared(xt.index(st), x2 + k * 64, mask=inside)
                 async_copy.mbarrier_arrive(full.index(st), increment_count=False)
-            else:
-                tma.async_copy_global_to_shared(xd, [m0, k * 64], full.index(st), xs.index(st))
-                if B2:
-                    at = [m0 + B1, k * 64]
-                    tma.async_copy_global_to_shared(xe, at, full.index(st), xt.index(st))
             st += 1
             if st == ST:
                 st = 0
                 ph ^= 1
-
-
-@gluon.jit
-def _factors(P, pt, sub, lane, g, G, K, SPG: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr,
-             C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr):  # fmt: skip
-    """Raw factors of both halves of group ``g``."""
-    g = gl.minimum(g, G - 1)
-    sa = raws(P, pt, sub, lane, g, G, K, 0, SPG, C0, C1, C2, C3, C4)
-    sb = sa
-    if SPG >= 2:  # the halves of a group have scales of their own
-        sb = raws(P, pt, sub, lane, g, G, K, 1, SPG, C0, C1, C2, C3, C4)
-    return sa, sb
 
 
 @gluon.jit
@@ -140,61 +127,16 @@ def _begin(P, EXPERT, jw, sub, lane, s, nm, nn, N, NP, G, K, ROW: gl.constexpr,
         shifted(P[3], e, NP, G, N, K, C3),
         shifted(P[4], e, NP, G, N, K, C4),
     )
-    sa, sb = _factors(Q, pt, sub, lane, k0, G, K, SPG, C0, C1, C2, C3, C4)
-    ta, tb = _factors(Q, pt, sub, lane, k0 + 1, G, K, SPG, C0, C1, C2, C3, C4)
+    sa, sb = factors(Q, pt, sub, lane, k0, G, K, SPG, C0, C1, C2, C3, C4)
+    ta, tb = factors(Q, pt, sub, lane, k0 + 1, G, K, SPG, C0, C1, C2, C3, C4)
     return Q, pt, sa, sb, ta, tb
-
-
-@gluon.jit
-def _clear(Y, ORDER, COUNTS, T, N, E):
-    """Zeros in this program's share of the rows of no expert, which ORDER lists last."""
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    for i in range(T - gl.load(COUNTS + E) + gl.program_id(0), T, gl.num_programs(0)):
-        row = Y + gl.load(ORDER + i).to(gl.int64) * N
-        for n0 in range(0, N, 512):
-            n = n0 + gl.arange(0, 512, layout=L)
-            gl.store(row + n, gl.zeros([512], Y.dtype.element_ty, L), mask=n < N)
-
-
-@gluon.jit
-def _wait_for(pending: gl.constexpr, d, e, B2: gl.constexpr):
-    """Sums of which the last ``pending`` products (of both tiles of rows) may still be underway."""
-    if B2:
-        d, e = warpgroup_mma_wait(2 * pending, deps=(d, e))
-    else:
-        d = warpgroup_mma_wait(pending, deps=(d,))
-        e = d
-    return d, e
-
-
-@gluon.jit
-def _filled(full, st, ph, GATHER: gl.constexpr):
-    """Wait for a stage. Threads have copied gathered rows, which the tensor cores read next."""
-    mbarrier.wait(full.index(st), ph)
-    if GATHER:
-        fence_async_shared()
-
-
-@gluon.jit
-def _ready(a):
-    """``a``, which is computed before anything behind is issued.
-
-    ptxas would wait for a product as soon as it can, and dequantize while the tensor cores rest.
-    """
-    return gl.inline_asm_elementwise(_THROUGH, _SIXTEEN, [a], dtype=a.dtype, is_pure=False, pack=32)
-
-
-@gluon.jit
-def _next(st, ph, ST: gl.constexpr):
-    """The stage after ``st`` and its phase."""
-    last = st + 1 == ST
-    return gl.where(last, 0, st + 1), gl.where(last, ph ^ 1, ph)
 
 
 @gluon.jit
 def _consumer(xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER, COUNTS,
               BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, ROW: gl.constexpr, B1: gl.constexpr,
               B2: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, GN: gl.constexpr,
+              H: gl.constexpr, HC: gl.constexpr, FEW: gl.constexpr, PIN: gl.constexpr,
               ACC: gl.constexpr, BYTES: gl.constexpr, BF16: gl.constexpr, C0: gl.constexpr,
               C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr,
               R0: gl.constexpr, R1: gl.constexpr, HAS_BIAS: gl.constexpr, ZERO: gl.constexpr,
@@ -205,9 +147,13 @@ def _consumer(xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, O
     SB: gl.constexpr = (2 if SPG == 8 else 1) if BYTES else (SPG // 2 if SPG >= 2 else 1)
     P2: gl.constexpr = S2 if SPG >= 4 else 1
     DM: gl.constexpr = 0 if ACC else MODE
-    mma: gl.constexpr = gl.NVMMADistributedLayout(
+    few: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8]
+    )
+    many: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, B1, 16]
     )
+    mma: gl.constexpr = few if FEW else many
     mmb: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, B2 if B2 else B1, 16]
     )
@@ -231,7 +177,7 @@ def _consumer(xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, O
     if PDL:
         gdc_wait()
     if ROW == 0 and not SORTED:
-        _clear(Y, ORDER, COUNTS, T, N, E)
+        clear(Y, ORDER, COUNTS, T, N, E)
     blocks = gl.load(BLOCKS)
     nm = gl.maximum(blocks, 1)
     nn = gl.cdiv(NP, NC * 64)
@@ -250,42 +196,18 @@ def _consumer(xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, O
         acc2 = acc
         if B2:
             acc2 = gl.zeros([64, B2], gl.float32, mmb)
-        _filled(full, st, ph, GATHER)
-        a = operand(words.index(st * NC + ROW).load(WL), sa, BYTES, BF16, C0, C1, C3, C4, DM, ZERO,
-                     ASM, REGS, AL, W6, SB)  # fmt: skip
-        for g in range(k0, k1):
-            ua, ub = _factors(Q, pt, sub, lane, g + 2, G, K, SPG, C0, C1, C2, C3, C4)
-            d, e = multiply(a, xs.index(st), xt.index(st), acc, acc2, ACC, B2, AL2)
-            sn, pp = _next(st, ph, ST)
-            _filled(full, sn, pp, GATHER)
-            b = operand(words.index(sn * NC + ROW).load(WL), sb, BYTES, BF16, C0, C1, C3, C4, DM,
-                         ZERO, ASM, REGS, AL, W6, SB)  # fmt: skip
-            d, e = multiply(b, xs.index(sn), xt.index(sn), d, e, False, B2, AL2)
-            d, e = _wait_for(1, d, e, B2)
-            mbarrier.arrive(empty.index(st), count=1)
-            st, ph = _next(sn, pp, ST)
-            # behind the last group stands the next tile's: its own stage is read again instead
-            here = gl.where(g + 1 < k1, st, sn)
-            _filled(full, here, gl.where(g + 1 < k1, ph, pp), GATHER)
-            a = operand(words.index(here * NC + ROW).load(WL), ta, BYTES, BF16, C0, C1, C3, C4, DM,
-                         ZERO, ASM, REGS, AL, W6, SB)  # fmt: skip
-            if NC == 2:  # others are quicker without: enough warpgroups take turns
-                a = _ready(a)
-            d, e = _wait_for(0, d, e, B2)
-            if ACC:
-                f = row_factor(sa[0], sa[1], C0, C1, 4, gl.SliceLayout(1, mma))
-                acc += d * f[:, None]
-                if B2:
-                    f2 = gl.convert_layout(f, gl.SliceLayout(1, mmb), assert_trivial=True)
-                    acc2 += e * f2[:, None]
-            else:
-                acc = d
-                acc2 = e
-            mbarrier.arrive(empty.index(sn), count=1)
-            sa = ta
-            sb = tb
-            ta = ua
-            tb = ub
+        if FEW:
+            acc, st, ph = few_rows(
+                words, xs, full, empty, Q, pt, sub, lane, sa, sb, ta, tb, acc, st, ph, k0, k1, G,
+                K, ROW, NC, ST, H, HC, ACC, BYTES, BF16, C0, C1, C2, C3, C4, DM, ZERO, SPG, ASM,
+                REGS, AL, W6, WL, SB, mma,
+            )  # fmt: skip
+        else:
+            acc, acc2, st, ph = many_rows(
+                words, xs, xt, full, empty, Q, pt, sub, lane, sa, sb, ta, tb, acc, acc2, st, ph,
+                k0, k1, G, K, ROW, NC, ST, H, HC, B2, GATHER, PIN, ACC, BYTES, BF16, C0, C1, C2,
+                C3, C4, DM, ZERO, SPG, ASM, REGS, AL, AL2, W6, WL, SB, mma, mmb,
+            )  # fmt: skip
         own = gl.num_programs(0) - 1 - gl.program_id(0)
         SIZE: gl.constexpr = 64 * BM
         if k0 > 0:
@@ -328,7 +250,8 @@ def _consumer(xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, O
 def grouped(xd, xe, wd, X, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER, COUNTS,
             BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, KX, TOP,
             B1: gl.constexpr, B2: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr,
-            GN: gl.constexpr, GATHER: gl.constexpr, SORTED: gl.constexpr,
+            GN: gl.constexpr, H: gl.constexpr, FEW: gl.constexpr, PIN: gl.constexpr,
+            GATHER: gl.constexpr, SORTED: gl.constexpr,
             KEEP: gl.constexpr, FETCH: gl.constexpr, ACC: gl.constexpr, PDL: gl.constexpr,
             BYTES: gl.constexpr,
             BF16: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr,
@@ -347,14 +270,16 @@ def grouped(xd, xe, wd, X, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
     """
     ACT: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
     S2: gl.constexpr = 2 if BYTES else 1
-    xs = gl.allocate_shared_memory(ACT, [ST, B1, 64], xd.layout)
+    xs = gl.allocate_shared_memory(ACT, [ST * H, B1, 64], xd.layout)
     xt = xs
     if B2:
-        xt = gl.allocate_shared_memory(ACT, [ST, B2, 64], xe.layout)
+        xt = gl.allocate_shared_memory(ACT, [ST * H, B2, 64], xe.layout)
     WT: gl.constexpr = wd.block_type.shape[0]
-    ws = gl.allocate_shared_memory(gl.int32, [ST * NC * 4 // WT, WT, 128 * S2], wd.layout)
+    HW: gl.constexpr = wd.block_type.shape[1]
+    HC: gl.constexpr = H * 128 * S2 // HW  # copies of codes of a tile in a stage
+    ws = gl.allocate_shared_memory(gl.int32, [ST * HC * NC * 4 // WT, WT, HW], wd.layout)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    words = ws._reinterpret(gl.int32, [ST * NC, 4, S2, 32, 4], FLAT)
+    words = ws._reinterpret(gl.int32, [ST * HC * NC, 4, H * S2 // HC, 32, 4], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(ST):
@@ -371,14 +296,14 @@ def grouped(xd, xe, wd, X, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
             [
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 0, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 1, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_producer, (xd, xe, wd, X, xs, xt, ws, full, empty, ORDER, BLOCKS, EXPERT, BOUNDS,
-                             NP, G, KX, TOP, B1, B2, ST, NC, GN, GATHER, PDL)),
+                             NP, G, KX, TOP, B1, B2, ST, NC, GN, H, HC, GATHER, PDL)),
             ],
             [4, FW],
             [KEEP, FETCH],
@@ -388,18 +313,18 @@ def grouped(xd, xe, wd, X, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
             [
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 0, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 1, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 2, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_producer, (xd, xe, wd, X, xs, xt, ws, full, empty, ORDER, BLOCKS, EXPERT, BOUNDS,
-                             NP, G, KX, TOP, B1, B2, ST, NC, GN, GATHER, PDL)),
+                             NP, G, KX, TOP, B1, B2, ST, NC, GN, H, HC, GATHER, PDL)),
             ],
             [4, 4, FW],
             [KEEP, KEEP, FETCH],
@@ -409,22 +334,22 @@ def grouped(xd, xe, wd, X, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
             [
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 0, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 1, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 2, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_consumer, (xs, xt, words, full, empty, P, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER,
                              COUNTS, BLOCKS, EXPERT, BOUNDS, T, N, NP, K, G, E, 3, B1, B2, ST, NC,
-                             GN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS,
-                             ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
+                             GN, H, HC, FEW, PIN, ACC, BYTES, BF16, C0, C1, C2, C3, C4, R0, R1,
+                             HAS_BIAS, ZERO, MODE, SPG, ASM, REGS, GATHER, SORTED, PDL)),
                 (_producer, (xd, xe, wd, X, xs, xt, ws, full, empty, ORDER, BLOCKS, EXPERT, BOUNDS,
-                             NP, G, KX, TOP, B1, B2, ST, NC, GN, GATHER, PDL)),
+                             NP, G, KX, TOP, B1, B2, ST, NC, GN, H, HC, GATHER, PDL)),
             ],
             [4, 4, 4, FW],
             [KEEP, KEEP, KEEP, FETCH],

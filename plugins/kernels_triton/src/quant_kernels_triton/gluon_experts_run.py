@@ -34,7 +34,8 @@ def _codes(codes: Tensor, held: _Layer, c: Stack, known: bool) -> Any:
         return _Desc(flat, shape, [shape[1], 1])
     tiles = 4 if c.consumers == 3 else 4 * c.consumers  # of a copy: a power of two
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(flat, shape, [shape[1], 1], [tiles, words], layout)
+    box = [tiles, min(words * c.halves, 256)]  # numbers of a box, at most
+    return TensorDescriptor(flat, shape, [shape[1], 1], box, layout)
 
 
 def multiply(
@@ -60,6 +61,7 @@ def multiply(
 
     def build() -> Build:
         more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "GN": _TOGETHER}
+        more |= {"H": c.halves, "FEW": c.few, "PIN": c.pin}
         more |= {"GATHER": c.gather, "SORTED": in_order, "ACC": c.acc}
         more |= dict(zip(("KEEP", "FETCH"), c.registers, strict=True))
         b = held.build(x, 4, 0 if c.acc else held.plan.mode, more, first=3)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from quant_kernels_triton.gluon_plan import SMS, GluonPlan
 from quant_kernels_triton.recipe import Recipe
 
-__all__ = ["WAYS", "Stack", "expected_blocks", "stack_config", "stack_us"]
+__all__ = ["WAYS", "Stack", "expected_blocks", "sort_us", "stack_config", "stack_us"]
 
 # registers of a thread, by consumers and whether rows are gathered: of a consumer, of those that
 # fetch
@@ -31,14 +31,18 @@ _SHARED = 196 * 1024  # bytes of stages
 @dataclass(frozen=True, slots=True)
 class Stack:
     """Block sizes: two tiles of rows, consumers (64 outputs each), whether sums are scaled, whether
-    rows of x are gathered while they are fetched (or copied by expert before), stages of 64
-    columns."""
+    rows of x are gathered while they are fetched (or copied by expert before), how many times 64
+    columns a stage holds, whether mma.sync multiplies (or wgmma), whether the next operand is made
+    before a product is waited for, stages."""
 
     b1: int
     b2: int
     consumers: int
     acc: bool
     gather: bool = False
+    halves: int = 1
+    few: bool = False
+    pin: bool = False
     stages: int = 0
 
     @property
@@ -54,7 +58,7 @@ class Stack:
     def fitted(self, p: GluonPlan) -> Stack:
         """With as many stages as shared memory holds."""
         stage = self.bm * 128 + self.consumers * (4096 if p.bytes else 2048)
-        return replace(self, stages=min(16, _SHARED // stage))
+        return replace(self, stages=min(16, _SHARED // stage) // self.halves)
 
 
 # microseconds of a program for a group of 128 columns (int4, groups of 128), measured on an H100
@@ -72,7 +76,6 @@ WAYS = (
 )
 _READ = 2.3e6  # bytes a microsecond, of codes
 _START = 7.0  # microseconds of a launch, and of what the last tiles wait for
-_SORT, _SORT_ROWS = 3.0, 1100.0  # microseconds of sorting, and rows that take one more
 _COPY, _COPY_BYTES = 2.0, 2.8e6  # the same of copying rows by expert: bytes read and written
 
 
@@ -87,6 +90,11 @@ def expected_blocks(rows: int, experts: int, bm: int) -> tuple[float, float]:
         total += share * -(-count // bm)
         met += share
     return experts * total, experts * met
+
+
+def sort_us(rows: int) -> float:
+    """Microseconds of sorting rows by expert: of ``schedule``, or of ``tally`` and ``place``."""
+    return 3.5 + rows / 1500.0 if rows <= 8192 else 8.0 + rows / 3000.0
 
 
 def _slower(p: GluonPlan, c: Stack) -> float:
@@ -121,4 +129,4 @@ def stack_config(p: GluonPlan, recipe: Recipe, rows: int) -> Stack:
 
 def stack_us(p: GluonPlan, recipe: Recipe, rows: int) -> float:
     """Microseconds of ``rows`` rows, sorting and copying included."""
-    return _START + _SORT + rows / _SORT_ROWS + _quickest(p, recipe, rows)[0]
+    return _START + sort_us(rows) + _quickest(p, recipe, rows)[0]

@@ -7,13 +7,14 @@ gluon_a8_stored  under a stored scale, which is one more buffer, as core's round
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.storage import Tiles16, misused
 from quant_core.spec import OpSpec
 from quant_kernels_triton.costs import BUCKETS
+from quant_kernels_triton.gluon_stack_a8 import stack_a8_us
 from quant_kernels_triton.mixed_plan import MixedPlan, costs, describe_mixed
 from quant_kernels_triton.wna16 import gluon_missing
 
@@ -43,8 +44,14 @@ def _plan(op: OpSpec, static: bool) -> MixedPlan | Rejected:
     return p
 
 
+_MOST_ROWS = 8192  # what the bucket without a limit stands for
+
+
 def _accepted(p: MixedPlan) -> Accepted:
-    table = costs(p, BUCKETS)
+    if p.recipe.experts and p.sub == 1:
+        table = tuple((b, round(stack_a8_us(p, min(b, _MOST_ROWS)), 1)) for b in BUCKETS)
+    else:
+        table = costs(p, BUCKETS)
     kind = "int8" if p.integer else "fp8_e4m3"
     note = f"multiplied as {kind}; activations quantized in one kernel"
     return Accepted(costs=table, cost=table[0][1], note=note)
@@ -71,6 +78,16 @@ class Mixed(Tiles16):
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         return _bound(self.name, op, False)
+
+    def bind_experts(self, ops: Sequence[OpSpec]) -> Callable[..., Tensor | None] | None:
+        """Routed experts as one call; ``quant_core.kernels.routed``."""
+        plans = [_plan(op, False) for op in ops]
+        if any(isinstance(p, Rejected) or p.sub != 1 for p in plans):
+            return None
+        from quant_kernels_triton.gluon_experts_a8_run import bound_experts_a8
+
+        texts = tuple(p.text() for p in plans if isinstance(p, MixedPlan))
+        return functools.partial(bound_experts_a8, texts)
 
 
 class MixedStored(Tiles16):

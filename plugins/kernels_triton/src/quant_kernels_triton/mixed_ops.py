@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from quant_core.kernels.calls import check_input, planned, unobserved
+from quant_core.kernels.calls import check_input, unobserved
 from quant_kernels_triton.mixed_plan import from_text
-from quant_kernels_triton.replay import replayed
+from quant_kernels_triton.replay import kind_of, replayed
 
 __all__ = ["bound_grouped", "bound_linear"]
 
@@ -31,9 +33,14 @@ def _linear(x: Tensor, tensors: list[Tensor], plan: str) -> Tensor:
 
 
 def _grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], plan: str) -> Tensor:
+    p = from_text(plan)
+    if p.sub == 1:
+        from quant_kernels_triton.gluon_experts_a8_run import run_stack_a8
+
+        return run_stack_a8(p, x, experts, tensors)
     from quant_kernels_triton.mixed_run import run_mixed_grouped
 
-    return run_mixed_grouped(from_text(plan), x, experts, tensors)
+    return run_mixed_grouped(p, x, experts, tensors)
 
 
 def _fake_linear(x: Tensor, tensors: list[Tensor], plan: str) -> Tensor:
@@ -60,9 +67,14 @@ def bound_linear(plan: str, k: int, tensors: list[Tensor], x: Tensor) -> Tensor:
     return torch.ops.quant_triton.mixed_linear(x, tensors, plan)  # type: ignore[no-any-return]
 
 
+def _again(x: Tensor, given: Sequence[Tensor], plan: str, *kind: object) -> Tensor:
+    """What ``replay`` runs of a stack; the last one given are the experts of the rows."""
+    return _grouped(x, given[-1], list(given[:-1]), plan)
+
+
 def bound_grouped(plan: str, k: int, tensors: list[Tensor], x: Tensor, experts: Tensor) -> Tensor:
     """The same for a stack of experts."""
+    if unobserved(x):
+        return replayed(_again, (plan, *kind_of(experts)), [*tensors, experts], x, k)
     check_input(x, k)
-    if planned.jobs is not None:
-        return _grouped(x, experts, tensors, plan)
     return torch.ops.quant_triton.mixed_grouped(x, experts, tensors, plan)  # type: ignore[no-any-return]

@@ -2,6 +2,8 @@
 
     schedule   one program per expert: counts the rows before its own, lists its own in order; the
                program that has counted last writes the blocks that all of them fill
+    tally      many rows: one program per piece of rows counts those of each expert in it,
+    place      and then knows where its own rows go; one program more writes the blocks
     gather     rows of x in that order
     clear      zeros in the rows of y of no expert
     combine    the rows of each token, weighted and added
@@ -14,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["clear", "combine", "gather", "schedule"]
+__all__ = ["clear", "combine", "gather", "place", "schedule", "tally"]
 
 
 @triton.jit
@@ -23,6 +25,29 @@ def _expert(INDEX, t, T, E):
     i = tl.load(INDEX + t, mask=t < T, other=0).to(tl.int32)
     i = tl.where((i < 0) | (i >= E), E, i)
     return tl.where(t < T, i, E + 1)
+
+
+@triton.jit
+def _blocks(counts, EXPERT, BOUNDS, BLOCKS, B, BM, BINS: tl.constexpr):
+    """The blocks of at most BM rows that ``counts`` [BINS] rows of the experts fill, in order."""
+    bins = tl.arange(0, BINS)
+    start = tl.cumsum(counts, 0) - counts
+    blocks = (counts + (BM - 1)) // BM
+    b = tl.cumsum(blocks, 0) - blocks
+    total = tl.sum(blocks, 0)
+    for j in range(0, tl.max(blocks, 0)):
+        here = j < blocks
+        first = start + j * BM
+        tl.store(EXPERT + b + j, bins, mask=here)
+        tl.store(BOUNDS + 2 * (b + j), first, mask=here)
+        last = tl.minimum(first + BM, start + counts)
+        tl.store(BOUNDS + 2 * (b + j) + 1, last, mask=here)
+    for b0 in range(total, B, BINS):
+        rest = b0 + bins
+        tl.store(EXPERT + rest, -1, mask=rest < B)
+        tl.store(BOUNDS + 2 * rest, 0, mask=rest < B)
+        tl.store(BOUNDS + 2 * rest + 1, 0, mask=rest < B)
+    tl.store(BLOCKS, total)
 
 
 @triton.jit(do_not_specialize=["T", "B", "E", "BM"])
@@ -58,24 +83,55 @@ def schedule(INDEX, ORDER, EXPERT, BOUNDS, COUNTS, BLOCKS, ARRIVED, T, B, E, BM,
     if arrived == E:
         bins = tl.arange(0, BINS)
         counts = tl.load(COUNTS + bins, mask=bins < E, other=0, cache_modifier=".cg")
-        start = tl.cumsum(counts, 0) - counts
-        blocks = (counts + (BM - 1)) // BM
-        b = tl.cumsum(blocks, 0) - blocks
-        total = tl.sum(blocks, 0)
-        for j in range(0, tl.max(blocks, 0)):
-            here = j < blocks
-            first = start + j * BM
-            tl.store(EXPERT + b + j, bins, mask=here)
-            tl.store(BOUNDS + 2 * (b + j), first, mask=here)
-            last = tl.minimum(first + BM, start + counts)
-            tl.store(BOUNDS + 2 * (b + j) + 1, last, mask=here)
-        for b0 in range(total, B, BINS):
-            rest = b0 + bins
-            tl.store(EXPERT + rest, -1, mask=rest < B)
-            tl.store(BOUNDS + 2 * rest, 0, mask=rest < B)
-            tl.store(BOUNDS + 2 * rest + 1, 0, mask=rest < B)
-        tl.store(BLOCKS, total)
+        _blocks(counts, EXPERT, BOUNDS, BLOCKS, B, BM, BINS)
         tl.store(ARRIVED, 0)
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def tally(INDEX, TALLY, T, E, BINS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr):
+    """TALLY [pieces, BINS]: how many of BT rows go to each expert, and to none (E)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    p = tl.program_id(0)
+    i = _expert(INDEX, p * BT + tl.arange(0, BT), T, E)
+    tl.store(TALLY + p * BINS + tl.arange(0, BINS), tl.histogram(i, BINS))
+
+
+@triton.jit(do_not_specialize=["T", "B", "E", "BM"])
+def place(INDEX, TALLY, FIRST, ORDER, EXPERT, BOUNDS, COUNTS, BLOCKS, T, B, E, BM,
+          BINS: tl.constexpr, BT: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """What ``schedule`` writes, from ``tally``. FIRST [pieces, BINS]: where a piece's rows go."""
+    p = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    t = p * BT + tl.arange(0, BT)
+    i = _expert(INDEX, t, T, E)
+    rank = tl.zeros([BT], tl.int32)  # among the piece's rows of the same expert
+    for j in tl.static_range(0, BT, 64):
+        o = p * BT + j + tl.arange(0, 64)
+        same = (_expert(INDEX, o, T, E)[None, :] == i[:, None]) & (o[None, :] < t[:, None])
+        rank += tl.sum(same.to(tl.int32), 1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    whole = tl.zeros([STEP, BINS], tl.int32)
+    part = tl.zeros([STEP, BINS], tl.int32)
+    pieces = tl.num_programs(0) - 1
+    for q0 in range(0, pieces, STEP):
+        q = q0 + tl.arange(0, STEP)
+        h = tl.load(TALLY + q[:, None] * BINS + bins[None, :], mask=(q < pieces)[:, None], other=0)
+        whole += h
+        part += tl.where((q < p)[:, None], h, 0)
+    counts = tl.sum(whole, 0)
+    if p == pieces:
+        tl.store(COUNTS + bins, counts, mask=bins <= E)
+        _blocks(tl.where(bins < E, counts, 0), EXPERT, BOUNDS, BLOCKS, B, BM, BINS)
+    else:
+        start = tl.cumsum(counts, 0) - counts
+        tl.store(FIRST + p * BINS + bins, start + tl.sum(part, 0))
+        tl.debug_barrier()  # read again by other threads of this program
+        at = tl.load(FIRST + p * BINS + i) + rank
+        tl.store(ORDER + at, t, mask=t < T)
 
 
 @triton.jit(do_not_specialize=["T", "TOP", "E"])

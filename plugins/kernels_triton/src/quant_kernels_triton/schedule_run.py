@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_kernels_triton import schedule as kernels
 from quant_kernels_triton.arguments import dependent, options
 from quant_kernels_triton.gluon_counters import counters
+from quant_kernels_triton.jitted import Jits
 from quant_kernels_triton.launch import Build, aligned, launch
 
 __all__ = [
@@ -23,8 +23,13 @@ __all__ = [
     "sorted_blocks",
 ]
 
+kernels = Jits("schedule")
+
 _CHUNKS = ((128, 4), (1024, 4), (4096, 8), (8192, 16))
 """Rows that ``schedule`` goes over at once, and with how many warps."""
+
+_MANY = 8192  # rows from which ``tally`` and ``place`` are quicker
+_PIECE = 256  # rows of one of their programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +51,31 @@ class Routing:
 
 
 def routed(index: Tensor, count: int, bm: int) -> Routing:
-    """The rows of each of ``count`` experts in blocks of ``bm``; one launch."""
+    """The rows of each of ``count`` experts in blocks of ``bm``; in the order of the rows."""
     index, t, device = aligned(index), index.shape[0], index.device
     most = min(t, -(-t // bm) + count)
     sizes = [t, most, 2 * most, count + 1, 1]
     steps = [n + -n % 4 for n in sizes]  # addresses stay multiples of 16 bytes
     held = torch.empty(sum(steps), dtype=torch.int32, device=device).split(steps)
     order, expert, bounds, counts, blocks = (h[:n] for h, n in zip(held, sizes, strict=True))
+    bins = 1 << (count + 1).bit_length()  # more than count + 1
+    rest = (t, most, count, bm)
+    if t > _MANY:
+        _placed(index, (order, expert, bounds, counts, blocks), rest, bins)
+    else:
+        _scheduled(index, (order, expert, bounds, counts, blocks), rest, bins)
+    return Routing(order, expert, bounds.view(most, 2), counts, blocks)
+
+
+def _scheduled(
+    index: Tensor, made: tuple[Tensor, ...], sizes: tuple[int, int, int, int], bins: int
+) -> None:
+    """The lists by one launch."""
+    t, most, count, bm = sizes
+    device = index.device
     arrived = None if device.type != "cuda" else counters(device.index, 1)
     if arrived is None:
         arrived = torch.zeros(1, dtype=torch.int32, device=device)
-    bins = 1 << (count + 1).bit_length()  # more than count + 1
     bt, warps = next(b for b in _CHUNKS if t <= b[0] or b is _CHUNKS[-1])
     pdl = dependent(device.index)
 
@@ -64,10 +83,32 @@ def routed(index: Tensor, count: int, bm: int) -> Routing:
         fixed = {"BINS": bins, "BT": bt, "PDL": pdl}
         return Build(constants=fixed, options=options(pdl, warps, 1))
 
-    args = (index, order, expert, bounds, counts, blocks, arrived, t, most, count, bm)
+    args = (index, *made, arrived, t, most, count, bm)
     key = ("schedule", index.dtype, bins, bt)
     launch(kernels.schedule, key, (count + 1, 1), args, device.index, build)
-    return Routing(order, expert, bounds.view(most, 2), counts, blocks)
+
+
+def _placed(
+    index: Tensor, made: tuple[Tensor, ...], sizes: tuple[int, int, int, int], bins: int
+) -> None:
+    """The lists of many rows by two launches, of a program for every piece of them."""
+    t, most, count, bm = sizes
+    pieces, pdl = -(-t // _PIECE), dependent(index.device.index)
+    tallies = torch.empty(2, pieces, bins, dtype=torch.int32, device=index.device)
+
+    def build_tally() -> Build:
+        fixed = {"BINS": bins, "BT": _PIECE, "PDL": pdl}
+        return Build(constants=fixed, options=options(pdl, 4, 1))
+
+    def build_place() -> Build:
+        fixed = {"BINS": bins, "BT": _PIECE, "STEP": max(1, 8192 // bins), "PDL": pdl}
+        return Build(constants=fixed, options=options(pdl, 8, 1))
+
+    device, key = index.device.index, (index.dtype, bins)
+    launch(kernels.tally, ("tally", *key), (pieces, 1), (index, tallies[0], t, count), device,
+           build_tally)  # fmt: skip
+    launch(kernels.place, ("place", *key), (pieces + 1, 1),
+           (index, *tallies, *made, t, most, count, bm), device, build_place)  # fmt: skip
 
 
 def gathered_rows(x: Tensor, routing: Routing, top: int = 1) -> Tensor:

@@ -42,7 +42,8 @@ def _compile(
     types |= dict.fromkeys(("M", "T", "N", "NP", "K", "G", "E", "KX", "TOP"), "i32")
     types["HIGH"] = "*i16"
     words = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    codes = [4 if more.get("NC") == 3 else 4 * more.get("NC", 1), 256 if p.bytes else 128]
+    width = 256 if p.bytes or more.get("H") == 2 else 128
+    codes = [4 if more.get("NC") == 3 else 4 * more.get("NC", 1), width]
     types["wd"] = f"tensordesc<i32[{codes[0]},{codes[1]}],{words!r}>"
     constants = {
         **{f"C{i}": c for i, c in enumerate(p.factors)},
@@ -118,7 +119,7 @@ def compile_stack(name: str, act: str, rows: int) -> None:
     c = stack_config(p, replace(r, experts=16), rows)
     assert isinstance(c, Stack)
     more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "ACC": c.acc, "GN": 64}
-    more |= {"GATHER": c.gather, "SORTED": False}
+    more |= {"GATHER": c.gather, "SORTED": False, "H": c.halves, "FEW": c.few, "PIN": c.pin}
     more |= dict(zip(("KEEP", "FETCH"), c.registers, strict=True))
     boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
     _compile(grouped, boxes, p, r, 4, 0 if c.acc else p.mode, more)
