@@ -99,6 +99,39 @@ def test_exponent_byte_255_is_refused_and_254_is_not(name):
     assert err.value.code == "Q-VALUE-SCALE"
 
 
+SCALES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, **TYPES}
+
+
+@pytest.mark.parametrize("element", SCALES)
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_scale_that_is_no_number_is_found_in_any_place(element, bad):
+    dtype = SCALES[element]
+    values = torch.full((5000, 4), torch.finfo(dtype).max).to(dtype)
+    broken = values.float().clone()
+    broken[4999, 3] = bad
+    broken = broken.to(dtype)
+    if torch.isfinite(broken.float()).all():
+        pytest.skip("the type has no infinity: it saturates")
+    for held, refused in ((values, False), (-values, False), (broken, True)):
+        held = held if dtype.itemsize > 1 else held.view(torch.uint8)
+        for scale in (held, held.t().contiguous().t()):  # in rows, and as a view
+            lt = matrix("uint4", 4, element, kind="uint")
+            lt.weight.scales = (scale,)
+            if not refused:
+                check_matrix(LAYER, lt, {})
+                continue
+            with pytest.raises(LayoutError, match=r"1 of 20000 .*first at \(4999, 3\)") as err:
+                check_matrix(LAYER, lt, {})
+            assert err.value.code == "Q-VALUE-SCALE"
+
+
+@pytest.mark.parametrize("element", ["uint4", "uint6", "int8"])
+def test_integer_scales_are_numbers_whatever_their_bits(element):
+    lt = matrix("uint4", 4, element, kind="uint")
+    lt.weight.scales[0].fill_(255)
+    check_matrix(LAYER, lt, {})
+
+
 def test_infinity_in_a_bias_is_refused():
     lt = matrix("int8", 8, kind="int")
     lt.bias = torch.tensor([0.0, 1.0, float("inf"), 2.0], dtype=torch.bfloat16)

@@ -13,6 +13,7 @@ bytes in each of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from quant_core.dequantize import level_values
 from quant_core.errors import LayoutError
-from quant_core.spec import LayerDesc, Scale
+from quant_core.spec import TENSOR, LayerDesc, Scale
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = ["check_matrix", "odd_codes"]
@@ -29,6 +30,10 @@ _PIECE = 1 << 19  # bytes, so that the copy of a piece stays in the cache
 _ROWS = 1 << 10  # of scales: likewise
 _LEAST = {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}  # without the sign; what is not below is no number
 _NEGATIVE_ZERO = ("fp8_e4m3_fnuz", "fp8_e5m2_fnuz")
+
+
+def _known(element: str) -> bool:
+    return element in _LEAST or element in _NEGATIVE_ZERO
 
 
 def odd_codes(codes: Tensor, element: str) -> Tensor | None:
@@ -84,6 +89,23 @@ _EXPONENT = {
 """Integers of a float's size, and the bits of its exponent: all set in what is no finite number."""
 
 
+@functools.cache
+def _odd_scales(element: str) -> tuple[int, ...]:
+    """Bytes that are no finite scale."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    return tuple(
+        codes[~torch.isfinite(level_values(codes, Scale(element=element, grain=TENSOR)))].tolist()
+    )
+
+
+def _bytes_finite(values: Tensor, element: str) -> bool:
+    """Whether no scale of a byte is infinite or NaN; False where that takes their values."""
+    odd = _odd_scales(element)
+    if odd == (255,):
+        return all(int(p.amax()) < 255 for p in values.reshape(-1).split(_PIECE) if p.numel())
+    return not odd or (_known(element) and odd_codes(values, element) is None)
+
+
 def _all_finite(values: Tensor) -> bool:
     """Whether no float is infinite or NaN, by their bits: no float32 copy is made."""
     kind, exponent = _EXPONENT.get(values.dtype, (None, 0))
@@ -96,8 +118,10 @@ def _all_finite(values: Tensor) -> bool:
 def _check_level(
     where: str, name: str, values: Tensor, scale: Scale, codebook: tuple[Tensor, ...]
 ) -> None:
-    integer = scale.element.startswith(("uint", "int"))
-    if integer or (values.is_floating_point() and _all_finite(values)):
+    if values.dtype == torch.uint8 and scale.element != "lut8":
+        if _bytes_finite(values, scale.element):
+            return
+    elif values.is_floating_point() and _all_finite(values):
         return
     decoded = level_values(values, scale, codebook)
     if decoded.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(decoded))).all()):

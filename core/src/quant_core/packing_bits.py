@@ -17,6 +17,8 @@ from torch import Tensor
 from quant_core.packing_words import WORD_BITS, WORD_DTYPES, view_as
 from quant_core.spec import Packing
 
+_CHUNK_SLOTS = 1 << 20  # packed at once: what is made of them stays in the cache
+
 __all__ = ["pack_rows", "pack_stream", "unpack_rows", "unpack_stream"]
 
 
@@ -51,6 +53,9 @@ def pack_stream(slots: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return slots.contiguous()
     rows, count = slots.shape
+    if slots.numel() > _CHUNK_SLOTS and rows > 1:
+        step = max(1, _CHUNK_SLOTS // count)
+        return torch.cat([pack_stream(part, bits) for part in slots.split(step)])
     runs = -(-count // 8)
     if count % 8:
         slots = torch.nn.functional.pad(slots, (0, runs * 8 - count))
