@@ -79,7 +79,7 @@ def build() -> Build:
     raise AssertionError("everything is compiled")
 
 
-TABLE = torch.full((64,), 0.5)
+TABLE, OTHER = torch.full((64,), 0.5), torch.zeros(64)
 
 
 def run(x, tensors, name):
@@ -123,18 +123,18 @@ def test_replays_are_the_watched_call_on_other_memory(card):
 
 def test_results_of_replays_are_memory_of_their_own(card):
     w, x = torch.randn(64), torch.randn(3, 4)
-    held = [replayed(run, ("layer",), [w, w], x, x.shape[-1]) for _ in range(4)]
+    held = [replayed(run, ("layer",), [OTHER, w], x, x.shape[-1]) for _ in range(4)]
     assert len({y.data_ptr() for y in held}) == 4
     assert all(torch.equal(y, held[0]) for y in held)
 
 
 def test_other_shapes_dtypes_layers_and_functions_are_watched_on_their_own(card):
     w = torch.randn(64)
-    replayed(run, ("layer",), [w, w], torch.randn(3, 4), 4)
-    replayed(run, ("other",), [w, w], torch.randn(3, 4), 4)
-    replayed(run, ("layer",), [w, w], torch.randn(3, 2, 2), 2)
+    replayed(run, ("layer",), [OTHER, w], torch.randn(3, 4), 4)
+    replayed(run, ("other",), [OTHER, w], torch.randn(3, 4), 4)
+    replayed(run, ("layer",), [OTHER, w], torch.randn(3, 2, 2), 2)
     replayed(
-        lambda x, tensors, name: run(x, tensors, name), ("layer",), [w, w], torch.randn(3, 4), 4
+        lambda x, tensors, name: run(x, tensors, name), ("layer",), [OTHER, w], torch.randn(3, 4), 4
     )
     assert len(replay._replays) == 4
 
@@ -146,11 +146,11 @@ def test_x_that_is_not_as_the_kernels_want_it_is_not_replayed(card):
         asked.append(x)
         return run(x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(), tensors, name)
 
-    replayed(noted, ("layer",), [w, w], torch.randn(4, 4), 4)
+    replayed(noted, ("layer",), [OTHER, w], torch.randn(4, 4), 4)
     crossed = torch.randn(4, 4).t()
     shifted = torch.randn(17)[1:].view(4, 4)
     for x in (crossed, shifted):
-        assert torch.equal(replayed(noted, ("layer",), [w, w], x, x.shape[-1]), wanted(x, w))
+        assert torch.equal(replayed(noted, ("layer",), [OTHER, w], x, x.shape[-1]), wanted(x, w))
     assert len(asked) == 3
 
 
@@ -174,10 +174,26 @@ def test_a_call_that_does_more_is_run_each_time(card, more):
 
     for _ in range(5):
         x = torch.randn(3, 4)
-        got = replayed(odd, ("layer",), [w, w], x, x.shape[-1])
+        got = replayed(odd, ("layer",), [OTHER, w], x, x.shape[-1])
         assert torch.equal(got, more(x, wanted(x, w)))
     assert len(calls) == 5
     assert not replay._replays
+
+
+def test_what_lies_within_a_buffer_or_in_two_places_is_run_each_time(card):
+    """The address would be another layer's, or one of two that another layer has apart."""
+    held, w = torch.randn(2, 64), torch.randn(64)
+
+    def inner(x, tensors, name):
+        return run(x, [OTHER, tensors[1][1]], name)
+
+    for _ in range(3):
+        x, held = torch.randn(3, 4), torch.randn(2, 64)
+        assert torch.equal(replayed(inner, ("layer",), [OTHER, held], x, 4), wanted(x, held[1]))
+    assert torch.equal(replayed(run, ("tied",), [w, w], x, 4), wanted(x, w))
+    assert torch.equal(replayed(run, ("tied",), [OTHER, w], x, 4), wanted(x, w))
+    assert list(replay._replays) == [(run, ("tied",), x.shape, x.dtype, -1)]
+    assert torch.equal(replayed(run, ("tied",), [w, OTHER], x, 4), wanted(x, OTHER))
 
 
 def test_a_launch_past_the_watch_is_not_left_out(card):
@@ -192,7 +208,7 @@ def test_a_launch_past_the_watch_is_not_left_out(card):
     for _ in range(5):
         x = torch.randn(3, 4)
         want = wanted(x, w) + w[:12].view(3, 4)
-        assert torch.equal(replayed(hidden, ("layer",), [w, w], x, x.shape[-1]), want)
+        assert torch.equal(replayed(hidden, ("layer",), [OTHER, w], x, x.shape[-1]), want)
     assert not replay._replays
 
 
@@ -201,7 +217,7 @@ def test_a_kernel_that_triton_launches_is_run_each_time(card):
     launch._compiled["add", None] = lambda *args: real(*args)
     for _ in range(5):
         x = torch.randn(3, 4)
-        assert torch.equal(replayed(run, ("layer",), [w, w], x, x.shape[-1]), wanted(x, w))
+        assert torch.equal(replayed(run, ("layer",), [OTHER, w], x, x.shape[-1]), wanted(x, w))
     assert not replay._replays
 
 
@@ -218,7 +234,7 @@ def test_a_table_made_by_the_first_call_does_not_stop_later_ones(card):
 
     for _ in range(4):
         x = torch.randn(3, 4)
-        got = replayed(with_table, ("layer",), [w, w], x, x.shape[-1])
+        got = replayed(with_table, ("layer",), [OTHER, w], x, x.shape[-1])
         assert torch.equal(got, wanted(x, w) + 2.0)
     assert len(replay._replays) == 1
 
@@ -231,21 +247,21 @@ def test_counters_that_cannot_be_had_leave_the_call_to_be_run(card, monkeypatch)
         calls.append(x)
         return run(x, tensors, name)
 
-    replayed(noted, ("layer",), [w, w], x, x.shape[-1])
-    replayed(noted, ("layer",), [w, w], x, x.shape[-1])
+    replayed(noted, ("layer",), [OTHER, w], x, x.shape[-1])
+    replayed(noted, ("layer",), [OTHER, w], x, x.shape[-1])
     assert len(calls) == 1
     supply = gluon_counters._counters(0, 4)
     monkeypatch.setattr(
         gluon_counters, "_counters", lambda d, c: supply if len(calls) == 2 else None
     )
-    assert torch.equal(replayed(noted, ("layer",), [w, w], x, x.shape[-1]), wanted(x, w))
+    assert torch.equal(replayed(noted, ("layer",), [OTHER, w], x, x.shape[-1]), wanted(x, w))
     assert len(calls) == 2
 
 
 def test_calls_are_not_watched_while_a_graph_is_captured(card, monkeypatch):
     w, x = torch.randn(64), torch.randn(3, 4)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert torch.equal(replayed(run, ("layer",), [w, w], x, x.shape[-1]), wanted(x, w))
+    assert torch.equal(replayed(run, ("layer",), [OTHER, w], x, x.shape[-1]), wanted(x, w))
     assert not replay._replays
     assert not replay._failed
 
@@ -259,11 +275,11 @@ def test_other_inputs_are_taken_as_they_lie_or_watched_again(card):
 
     def copies(x, tensors, name, *kind):
         w = tensors[1].contiguous()
-        return run(x, [w, w if w.data_ptr() % 16 == 0 else w.clone()], name)
+        return run(x, [OTHER, w if w.data_ptr() % 16 == 0 else w.clone()], name)
 
     for w in (plain, shifted, spread, plain, shifted, spread):
         x = torch.randn(3, 4)
-        y = replayed(copies, ("layer", *kind_of(w)), [w, w], x, 4)
+        y = replayed(copies, ("layer", *kind_of(w)), [OTHER, w], x, 4)
         assert torch.equal(y, wanted(x, w))
 
 
@@ -288,7 +304,7 @@ def test_calls_run_with_the_device_of_x_as_the_current_one(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 2)
     for _ in range(3):
-        assert torch.equal(replayed(noted, ("layer",), [w, w], x, 4), wanted(x, w))
+        assert torch.equal(replayed(noted, ("layer",), [OTHER, w], x, 4), wanted(x, w))
         assert current == [5]
     assert len(replay._replays) == 1
 

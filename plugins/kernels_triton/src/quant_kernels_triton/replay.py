@@ -96,6 +96,8 @@ class _Reading:
         self.places: dict[int, int] = {}  # storage of memory between launches -> its offset
         self.bytes = 0
         self.kept: list[Tensor] = []
+        known = (x, y, *(t for t in tensors if t is not None))
+        self.owned = {t.untyped_storage().data_ptr() for t in known}
 
     def name(self, a: Any) -> _Name:
         """Of a tensor where its address comes from; of anything else itself."""
@@ -114,11 +116,11 @@ class _Reading:
                 self.places[first] = self.bytes
                 self.bytes += storage.nbytes() + -storage.nbytes() % _ALIGN
             return "between", self.places[first] + at - first
-        for i, held in enumerate(self.tensors):
-            if held is not None and at == held.data_ptr():
-                return "buffer", i
-        if first in self.watch.made or first == self.x.untyped_storage().data_ptr():
-            raise _Lost  # within x or y
+        given = [i for i, t in enumerate(self.tensors) if t is not None and t.data_ptr() == at]
+        if len(given) == 1:
+            return "buffer", given[0]
+        if given or first in self.owned:
+            raise _Lost  # one of several in one place, or within y, x or a buffer
         self.kept.append(a)  # a table of this package
         return "constant", int, at
 
