@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from quant_core.memory import MAPPED_BYTES, empty, poisoned, written_whole
+from quant_core.memory import MAPPED_BYTES, empty, map_bytes, poisoned, written_whole
 
 LARGE = (3, MAPPED_BYTES)
 DTYPES = [torch.uint8, torch.int32, torch.float16, torch.bfloat16, torch.float32]
@@ -52,3 +52,12 @@ def test_empty_is_on_the_device_asked_for_under_another_default() -> None:
         assert empty(LARGE, torch.uint8, "cpu").device.type == "cpu"
         assert empty((3,), torch.uint8, "cpu").device.type == "cpu"
     assert empty(LARGE, torch.uint8, "meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("size", [1, 5000, MAPPED_BYTES, MAPPED_BYTES + 5, 3 * MAPPED_BYTES - 1])
+def test_a_mapping_is_as_long_as_asked_for_and_zero_to_its_end(size: int) -> None:
+    mapping = map_bytes(size)
+    assert len(mapping) == size
+    assert (mapping[0], mapping[size - 1]) == (0, 0)
+    mapping[size - 1] = 7
+    assert mapping[size - 1] == 7

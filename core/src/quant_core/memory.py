@@ -35,8 +35,13 @@ def map_bytes(nbytes: int) -> mmap.mmap:
     Raises:
         OSError, OverflowError: no memory.
     """
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes >= MAPPED_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    large = nbytes >= MAPPED_BYTES and hasattr(mmap, "MADV_HUGEPAGE")
+    # Linux 6.18 begins a mapping with a huge page only where it holds nothing but huge pages
+    size = -(-nbytes // MAPPED_BYTES) * MAPPED_BYTES if large else nbytes
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if large:
+        if size != nbytes:
+            mapping.resize(nbytes)
         try:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         except OSError:  # a kernel built without them: the same memory in small pages
