@@ -232,17 +232,50 @@ void qk_load_by(void *blocks, const void *stored, int64_t first, int64_t n, cons
     }
 }
 
+/* 8 values of 16 bits that lie 2 or 4 bytes apart. */
+QK_INLINE __m128i eight_halves(const uint8_t *p, const int column) {
+    if (column == 2) return half_of(p);
+    const __m128i mask = _mm_set1_epi32(0xFFFF);
+    return _mm_packus_epi32(_mm_and_si128(half_of(p), mask), _mm_and_si128(half_of(p + 16), mask));
+}
+
+/* Whole blocks of 16-bit values, 8 x 8 at once. Returns the groups done. */
+QK_INLINE int64_t grid_of_halves(uint16_t *block, const uint8_t *rows, const qk_grid *s, const int column) {
+    const int64_t groups = (s->groups - (column == 4)) / 8 * 8; /* no byte behind the last value */
+    for (int64_t g = 0; g < groups; g += 8)
+        for (int64_t r = 0; r < QK_ROWS; r += 8) {
+            __m128i v[8], t[8];
+            for (int j = 0; j < 8; j++) v[j] = eight_halves(rows + (r + j) * s->row + g * column, column);
+            for (int j = 0; j < 8; j += 2) {
+                t[j] = _mm_unpacklo_epi16(v[j], v[j + 1]);
+                t[j + 1] = _mm_unpackhi_epi16(v[j], v[j + 1]);
+            }
+            for (int j = 0; j < 8; j += 4) {
+                v[j] = _mm_unpacklo_epi32(t[j], t[j + 2]);
+                v[j + 1] = _mm_unpackhi_epi32(t[j], t[j + 2]);
+                v[j + 2] = _mm_unpacklo_epi32(t[j + 1], t[j + 3]);
+                v[j + 3] = _mm_unpackhi_epi32(t[j + 1], t[j + 3]);
+            }
+            for (int j = 0; j < 4; j++) {
+                __m128i *at = (__m128i *)(block + (g + 2 * j) * QK_ROWS + r);
+                _mm_storeu_si128(at, _mm_unpacklo_epi64(v[j], v[j + 4]));
+                _mm_storeu_si128(at + QK_ROWS / 8, _mm_unpackhi_epi64(v[j], v[j + 4]));
+            }
+        }
+    return groups;
+}
+
 /* The longer of two strides is walked outside: lines that were read are used up first. */
 #define GRID(type)                                                                          \
     do {                                                                                    \
         const int64_t row = s->row, column = s->column, count = high - low;                 \
         if (row == sizeof(type))                                                            \
-            for (int64_t g = 0; g < s->groups; g++)                                         \
+            for (int64_t g = done; g < s->groups; g++)                                      \
                 memcpy(block + (g * QK_ROWS + low) * sizeof(type), rows + g * column,       \
                        count * sizeof(type));                                               \
         else                                                                                \
             for (int64_t r = 0; r < count; r += 4)                                          \
-                for (int64_t g = 0, some = qk_min(4, count - r); g < s->groups; g++)        \
+                for (int64_t g = done, some = qk_min(4, count - r); g < s->groups; g++)     \
                     for (int64_t i = r; i < r + some; i++)                                  \
                         ((type *)block)[g * QK_ROWS + low + i] =                            \
                             *(const type *)(rows + i * row + g * column);                   \
@@ -256,6 +289,11 @@ void qk_load_grid(void *blocks, const void *values, int64_t first, int64_t n, co
         const int64_t high = qk_min(QK_ROWS, first + n - b * QK_ROWS);
         const uint8_t *rows = (const uint8_t *)values + (b * QK_ROWS + low - first) * s->row;
         uint8_t *block = (uint8_t *)blocks + b * s->groups * QK_ROWS * s->size;
+        int64_t done = 0; /* groups */
+        if (s->size == 2 && high - low == QK_ROWS && s->column == 2)
+            done = grid_of_halves((uint16_t *)block, rows, s, 2);
+        if (s->size == 2 && high - low == QK_ROWS && s->column == 4)
+            done = grid_of_halves((uint16_t *)block, rows, s, 4);
         if (s->size == 1) GRID(uint8_t);
         else if (s->size == 2) GRID(uint16_t);
         else GRID(uint32_t);

@@ -185,7 +185,9 @@ def test_a_bit_of_each_field_is_noticed(bits: int, name: str, isa: str) -> None:
 @pytest.mark.parametrize("row", [0, 3, 40])
 def test_grid_of_any_strides_lands_in_blocks(dtype: torch.dtype, row: int) -> None:
     wide = torch.randint(0, 100, (70, 2, 9)).to(dtype)
-    for values in (wide[:, 0], wide[:, 1, ::2], wide.view(70, 18).t()[:9, :].t(), wide[::3, 1]):
+    long = torch.randint(0, 100, (70, 46)).to(dtype)
+    views = (wide[:, 0], wide[:, 1, ::2], wide.view(70, 18).t()[:9, :].t(), wide[::3, 1])
+    for values in (*views, long, long[:, ::2], long[:, 1::2], long[:, :32:2], long[:, :16]):
         n, groups = values.shape
         target = torch.zeros(4, groups, 32, dtype=dtype)
         write_grid_(target, row, values)
