@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 
+from quant_core.checkpoint.json import freeze_json
 from quant_core.errors import ConfigError
 from quant_core.resolve import unmatched
-from quant_core.spec import freeze_json
 from quant_plugin_awq.config import AwqConfig, parse_config
 
 AUTOAWQ = {

@@ -18,7 +18,14 @@ from typing import Any
 
 from quant_core.errors import CheckpointError, ConfigError, LimitError, printable
 
-__all__ = ["LIMIT_BYTES", "MAX_DEPTH", "MAX_DIGITS", "parse_json_object", "read_json_object"]
+__all__ = [
+    "LIMIT_BYTES",
+    "MAX_DEPTH",
+    "MAX_DIGITS",
+    "freeze_json",
+    "parse_json_object",
+    "read_json_object",
+]
 
 LIMIT_BYTES = 16 * 2**20  # real configs stay below 1 MiB
 MAX_DEPTH = 100  # containers inside one another; real configs stay below 10
@@ -160,7 +167,7 @@ def _parse(text: str, where: object) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         found = f"holds {_json_type(value)} at the top"
         raise _error(where, found, "an object", fix, "Q-CFG-TYPE")
-    frozen: Mapping[str, Any] = _frozen(value)
+    frozen: Mapping[str, Any] = freeze_json(value)
     return frozen
 
 
@@ -197,10 +204,10 @@ def _error(
     )
 
 
-def _frozen(value: Any) -> Any:
+def freeze_json(value: Any) -> Any:
     """``value`` (parsed JSON) with dicts made read-only and lists made tuples, recursively."""
     if isinstance(value, Mapping):
-        return MappingProxyType({k: _frozen(v) for k, v in value.items()})
+        return MappingProxyType({k: freeze_json(v) for k, v in value.items()})
     if isinstance(value, list | tuple):
-        return tuple(_frozen(v) for v in value)
+        return tuple(freeze_json(v) for v in value)
     return value
