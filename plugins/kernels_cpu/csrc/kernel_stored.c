@@ -74,24 +74,22 @@ static void by_rows(const qk_call *c, room *m, int64_t from, int64_t to) {
     }
 }
 
-#define WORDS_CASE(N)                                                                              \
-    case N:                                                                                        \
-        if (fresh) words_row(op, t, &m->a, table, i, column, count, &next, m->sum, ld, 1, N);      \
-        else words_row(op, t, &m->a, table, i, column, count, &next, m->sum, ld, 0, N);            \
-        break;
-
 #define AHEAD 8192 /* bytes that are fetched ahead: what memory takes to answer */
 
 static int64_t some_columns(int64_t tokens) { return MOST_SUMS / tokens / CHUNK * CHUNK; }
+
+#define WORDS_CASE(N)                                                                         \
+    case N:                                                                                   \
+        if (fresh) words_row(op, t, &m->a, table, i, column, count, next, m->sum, ld, 1, N);  \
+        else words_row(op, t, &m->a, table, i, column, count, next, m->sum, ld, 0, N);        \
+        break;
 
 /* Columns [first, stop) of K of `count` outputs from `column` on, into the sums. */
 static void words_part(const qk_call *c, const room *m, __m512i table, int64_t first, int64_t stop,
                        int64_t column, int64_t count, int64_t ld) {
     const qk_op *op = c->op;
     const qk_tensors *t = &c->tensors;
-    const int64_t rows_ahead = qk_div_up(AHEAD, count * 4);
-    ahead next = ahead_of((const uint32_t *)t->codes + (first / 8 + rows_ahead) * op->n + column,
-                          count * 4, op->n * 4);
+    const int64_t next = qk_div_up(AHEAD, count * 4) * op->n;
     for (int64_t i = first / 8; i < stop / 8; i++) {
         const int fresh = i == first / 8;
         switch (c->count) {
@@ -107,24 +105,21 @@ static void across_part(const qk_call *c, const room *m, __m512i table, int64_t 
                         int64_t column, int64_t count, int64_t ld) {
     const qk_op *op = c->op;
     const qk_tensors *t = &c->tensors;
-    const int64_t rows_ahead = qk_div_up(AHEAD, count / 2 * ACROSS_ROWS) * ACROSS_ROWS;
-    ahead next = ahead_of((const uint32_t *)t->codes + ((first + rows_ahead) * op->n + column) / 8,
-                          count / 2, op->n / 2);
-    for (int64_t k = first; k < stop; k += ACROSS_ROWS)
-        for (int64_t n = 0; n < count; n += CHUNK)
-            for (int64_t i = 0; i < c->count; i += 2) { /* more tokens do not fit the registers */
-                const int fresh = k == first;
-                const int64_t end = qk_min(stop, k + ACROSS_ROWS);
+    for (int64_t i = 0; i < c->count; i += 2) { /* more tokens do not fit the registers */
+        arranged a = m->a;
+        a.pairs += i * padded(op->k);
+        for (int64_t k = first; k < stop; k += ACROSS_ROWS) {
+            const int64_t end = qk_min(stop, k + ACROSS_ROWS);
+            const int two = c->count - i > 1, fresh = k == first;
+            for (int64_t n = 0; n < count; n += CHUNK) {
                 float *acc = m->sum + i * ld + n;
-                arranged a = m->a;
-                a.pairs += i * padded(op->k);
-                ahead none = {(const char *)acc, 1 << 30, 0, 0}, *mine = i ? &none : &next;
-                if (c->count - i == 1) {
-                    if (fresh) across_chunk(op, t, &a, table, k, end, column + n, mine, acc, ld, 1, 1);
-                    else across_chunk(op, t, &a, table, k, end, column + n, mine, acc, ld, 0, 1);
-                } else if (fresh) across_chunk(op, t, &a, table, k, end, column + n, mine, acc, ld, 1, 2);
-                else across_chunk(op, t, &a, table, k, end, column + n, mine, acc, ld, 0, 2);
+                if (two && fresh) across_chunk(op, t, &a, table, k, end, column + n, acc, ld, 1, 2);
+                else if (two) across_chunk(op, t, &a, table, k, end, column + n, acc, ld, 0, 2);
+                else if (fresh) across_chunk(op, t, &a, table, k, end, column + n, acc, ld, 1, 1);
+                else across_chunk(op, t, &a, table, k, end, column + n, acc, ld, 0, 1);
             }
+        }
+    }
 }
 
 /* The sums of one part, scaled, into the totals. */

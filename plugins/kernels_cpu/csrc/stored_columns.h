@@ -21,24 +21,6 @@ QK_INLINE void scale_part(const qk_op *op, const qk_tensors *t, const arranged *
     _mm512_storeu_ps(total, v);
 }
 
-/* Lines of one range of outputs, row after row, fetched ahead of use. */
-typedef struct {
-    const char *at;
-    int64_t left, lines, skip;
-} ahead;
-
-/* `bytes` of each row, which lie `stride` apart. */
-QK_INLINE ahead ahead_of(const void *first, int64_t bytes, int64_t stride) {
-    const int64_t lines = qk_div_up(bytes, 64);
-    return (ahead){first, lines, lines, stride - lines * 64};
-}
-
-QK_INLINE void fetch_line(ahead *a) {
-    _mm_prefetch(a->at, _MM_HINT_T0);
-    a->at += 64;
-    if (--a->left == 0) a->at += a->skip, a->left = a->lines;
-}
-
 /* 16 words of one row into the sums of 16 outputs. */
 QK_INLINE void words_vector(__m512i codes, __m512i table, const __m512i x[][4], float *acc,
                             int64_t ld, const int fresh, const int tokens) {
@@ -53,9 +35,10 @@ QK_INLINE void words_vector(__m512i codes, __m512i table, const __m512i x[][4], 
     }
 }
 
-/* Row i of words: `count` outputs from `column` on, into acc[tokens][ld]; `fresh`: the first row. */
+/* Row i of words: `count` outputs from `column` on, into acc[tokens][ld]; `fresh`: the first row.
+ * Meanwhile what lies `next` words further is fetched. */
 QK_INLINE void words_row(const qk_op *op, const qk_tensors *t, const arranged *a, __m512i table,
-                         int64_t i, int64_t column, int64_t count, ahead *next, float *acc,
+                         int64_t i, int64_t column, int64_t count, int64_t next, float *acc,
                          int64_t ld, const int fresh, const int tokens) {
     const uint32_t *w = (const uint32_t *)t->codes + i * op->n + column;
     const int32_t *pairs = (const int32_t *)a->pairs + 4 * i;
@@ -64,27 +47,24 @@ QK_INLINE void words_row(const qk_op *op, const qk_tensors *t, const arranged *a
     for (int k = 0; k < tokens; k++)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) x[k][j] = _mm512_set1_epi32(pairs[k * padded(op->k) / 2 + j]);
-    ahead line = *next;
     int64_t n = 0;
     for (; n + 16 <= count; n += 16) {
-        fetch_line(&line);
+        _mm_prefetch((const char *)(w + n + next), _MM_HINT_T0);
         words_vector(_mm512_loadu_si512(w + n), table, x, acc + n, ld, fresh, tokens);
     }
     if (n < count) {
         const __m512i codes = _mm512_maskz_loadu_epi32(first_lanes(count - n), w + n);
         words_vector(codes, table, x, acc + n, ld, fresh, tokens);
     }
-    *next = line;
 }
 
 /* Columns [first, stop) of K, at most ACROSS_ROWS, into acc[tokens][ld]: 128 outputs from `column` on in
  * an order of their own, [nibble][half] vectors. One token or two. */
 QK_INLINE void across_chunk(const qk_op *op, const qk_tensors *t, const arranged *a, __m512i table,
-                            int64_t first, int64_t stop, int64_t column, ahead *next, float *acc,
-                            int64_t ld, const int fresh, const int tokens) {
+                            int64_t first, int64_t stop, int64_t column, float *acc, int64_t ld,
+                            const int fresh, const int tokens) {
     const int64_t per_row = op->n / 8, row = padded(op->k) / 2;
     const __mmask16 m = first_lanes((op->n - column) / 8);
-    ahead line = *next;
     __m512 sum[2][8];
 #pragma GCC unroll 2
     for (int i = 0; i < tokens; i++)
@@ -94,8 +74,8 @@ QK_INLINE void across_chunk(const qk_op *op, const qk_tensors *t, const arranged
     for (int64_t k = first; k < stop; k += 2) {
         const uint32_t *w = (const uint32_t *)t->codes + k * per_row + column / 8;
         const int32_t *x = (const int32_t *)a->pairs + k / 2;
-        fetch_line(&line);
-        fetch_line(&line);
+        _mm_prefetch((const char *)(w + ACROSS_ROWS * per_row), _MM_HINT_T0);
+        _mm_prefetch((const char *)(w + (ACROSS_ROWS + 1) * per_row), _MM_HINT_T0);
         const __m512i one = _mm512_maskz_loadu_epi32(m, w), two = _mm512_maskz_loadu_epi32(m, w + per_row);
         const __m512i low = _mm512_unpacklo_epi16(one, two), high = _mm512_unpackhi_epi16(one, two);
 #pragma GCC unroll 4
@@ -113,7 +93,6 @@ QK_INLINE void across_chunk(const qk_op *op, const qk_tensors *t, const arranged
     for (int i = 0; i < tokens; i++)
 #pragma GCC unroll 8
         for (int v = 0; v < 8; v++) _mm512_storeu_ps(acc + i * ld + 16 * v, sum[i][v]);
-    *next = line;
 }
 
 /* Those vectors as 128 outputs in order. */

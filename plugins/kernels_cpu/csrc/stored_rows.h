@@ -6,6 +6,8 @@
  * 8 bits: 16 codes at a time become float32. */
 #include "stored_x.h"
 
+#define ROWS_AHEAD 4 /* sets of rows: what is fetched ahead of use */
+
 QK_INLINE int64_t scale_room(const qk_op *op) { return qk_div_up(op->k, op->group) + 16; }
 
 /* The scales of `rows` rows as float32, and what zero points add to the sums. */
@@ -55,7 +57,7 @@ QK_INLINE void piece4(const qk_op *op, const arranged *a, const uint8_t *codes, 
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++, codes += bytes, scales += scale_room(op)) {
         const uint8_t *at = codes + 64 * p;
-        _mm_prefetch((const char *)at + rows * bytes, _MM_HINT_T0);
+        _mm_prefetch((const char *)at + ROWS_AHEAD * rows * bytes, _MM_HINT_T0);
         const __m512i w = last ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_loadu_si512(at);
         const __m512i c[4] = {nibble(w, 0, table), nibble(w, 1, table), nibble(w, 2, table),
                               nibble(w, 3, table)};
@@ -117,7 +119,7 @@ QK_INLINE void fields_piece(const qk_op *op, const arranged *a, const uint8_t *c
     for (int r = 0; r < rows; r++) {
         const uint8_t *at = codes + r * bytes + 4 * p * op->block;
         uint8_t held[128];
-        _mm_prefetch((const char *)at + rows * bytes, _MM_HINT_T0);
+        _mm_prefetch((const char *)at + ROWS_AHEAD * rows * bytes, _MM_HINT_T0);
         if (count < 4) {
             memset(held, 0, sizeof held);
             memcpy(held, at, count * op->block);
