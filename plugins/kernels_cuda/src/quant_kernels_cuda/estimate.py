@@ -16,7 +16,7 @@ from quant_kernels_cuda.variant import Variant
 __all__ = ["estimate", "instructions"]
 
 _CODE = {"2": 89, "3": 142, "4": 77, "5": 79, "6": 79, "7": 79, "8": 79}  # by CODE_BITS
-_FLOAT_CODE = {"4": 142, "8": 135}
+_FLOAT_CODE = {"4": 134, "8": 135}
 _PER_US = 4 * 1755.0  # instructions of a multiprocessor: four schedulers at 1.755 GHz
 
 _BYTES_PER_US, _X_PER_US = 25e3, 40.3e3  # of a multiprocessor: weights, x
@@ -59,10 +59,18 @@ def _per_group(v: Variant) -> float:
     return v.weight_bytes / (-(-v.n // 64) * 4 * v.groups)
 
 
+def _busiest(s: Schedule, slots: int) -> int:
+    """Groups of the scheduler that has most, where a team of ``slots`` warps shares a slice."""
+    few, more = divmod(s.slice, slots)
+    mine = [few + (slot < more) for slot in range(slots)] * s.sets
+    return max(sum(mine[i::4]) for i in range(4))
+
+
 def _resident(v: Variant, s: Schedule) -> float:
     each, groups = instructions(v, s.nt), s.mine * s.slice
     read = groups * _per_group(v) / _BYTES_PER_US
-    turns = -(-s.mine // s.sets) * (_TURN_US + s.gpc * each * _INSTRUCTION_US)
+    together = s.gpc * _busiest(s, s.slots) / _busiest(s, -(-s.slice // s.gpc))
+    turns = -(-s.mine // s.sets) * (_TURN_US + together * each * _INSTRUCTION_US)
     issued = groups * (each + _TURN / s.gpc) / _PER_US
     us = _most(read, turns, issued) + s.m * s.slice * s.sets * 256 / _X_PER_US + _RESIDENT_US
     if s.cluster > 1:

@@ -107,13 +107,16 @@ def _resident_cuts(
                          slice=slice_, span=slice_, run=run, batch=1, slots=slots, tiles=tiles,
                          walkers=walkers, shared=0, kernel="resident", sets=sets,
                          warps=next(w for w in _WARPS if w >= working))  # fmt: skip
-            # tiles of a set per batch, as many as fit
-            for per in (2, 1) if nt == 1 else (1,) if cluster == 1 else (4, 2, 1):
-                s = replace(s, batch=per * s.sets)
-                s = replace(s, shared=shared_bytes(v, s))
-                if s.shared <= limit:
-                    yield s
-                    break
+            # the same with the groups of fewer warps dealt to all of a block's first warps
+            spread = min(_WARPS[0] // sets, slice_)
+            for one in (s, replace(s, slots=spread))[: 2 if spread > slots else 1]:
+                # tiles of a set per batch, as many as fit
+                for per in (2, 1) if nt == 1 else (1,) if cluster == 1 else (4, 3, 2, 1):
+                    one = replace(one, batch=per * one.sets)
+                    one = replace(one, shared=shared_bytes(v, one))
+                    if one.shared <= limit:
+                        yield one
+                        break
 
 
 def _at_once(cluster: int, sms: int, clusters: tuple[int, ...]) -> int:

@@ -71,9 +71,11 @@ DEVICE void floats4(u32 w, u32 scale0, u32 scale1, u32* a) {  // e2m1
       const int left = 9 - 4 * i;  // exponent and mantissa from bits 4 i
       const u32 t = left >= 0 ? w << (left >= 0 ? left : 0) : w >> (left < 0 ? -left : 0);
       v = and_or(t, 0x0E000E00, w << (12 - 4 * i) & 0x80008000);
+    } else if (i == 3) {  // the sign is where it belongs
+      v = and_or(w, 0x80008000, w >> 6 & 0x01C001C0);
     } else {  // sign and magnitude moved by one multiplication; 6 bits apart: no sum carries
-      const int at = 4 * (i & 1);
-      const u32 code = w >> 8 * (i / 2) & 0x000F000Fu << at;
+      const int at = i == 2 ? 2 : 4 * i;
+      const u32 code = (i == 2 ? w >> 6 : w) & 0x000F000Fu << at;
       v = code * (0x1040u >> at) & 0x81C081C0;
     }
     a[i] = WEIGHT_MUL ? mul2(v, i & 1 ? scale1 : scale0) : v;

@@ -3,8 +3,8 @@
 // decode.cu reads x from shared memory for every tile, and its loop finds its way through a general
 // cut of the work; on large layers with several rows that costs more than the weights. Here
 //
-//   * a warp keeps GPC groups of 128 columns of x in registers, as B operands of mma, and takes the
-//     weights of these columns of tile after tile: ``slots`` warps cover the columns of a block,
+//   * a warp keeps up to GPC groups of 128 columns of x in registers, as B operands of mma, and takes
+//     the weights of these columns of tile after tile: ``slots`` warps cover the columns of a block,
 //     ``sets`` such teams take turns with its tiles. The loop has no address to compute but the
 //     weights', and reads nothing but weights.
 //   * blocks of a cluster share K, up to 8 of them: each needs a part of x only.
@@ -43,9 +43,13 @@ resident_kernel(const __grid_constant__ Args A) {
   const int rank = blockIdx.x - first_tile * A.cluster;
   const int tiles = A.each + (first_tile < A.extra);
   const int g0 = rank * A.slice, g1 = min(A.groups, g0 + A.slice);
-  const int slots = min(A.slots, (g1 - g0 + GPC - 1) / GPC);
+  // the block's groups go to ``slots`` warps, to the first ``more`` one more than to the others
+  const int count = g1 - g0, slots = min(A.slots, count);
+  const int few = (count >= slots) + (count >= 2 * slots) + (count >= 3 * slots);
+  const int more = count - few * slots;
   const int set = divided(warp, A.by_slots), slot = warp - set * A.slots;
-  const int group = g0 + slot * GPC, valid = g1 - group;
+  const int group = g0 + slot * few + min(slot, more);
+  const int valid = spare((u32)(few + (slot < more)));
   const bool works = set < A.sets && slot < slots && set < tiles;
   const int mine = works ? divided(tiles - set - 1, A.by_sets) + 1 : 0;
 
@@ -239,6 +243,7 @@ resident_kernel(const __grid_constant__ Args A) {
       if (S0_GRAIN == G_BLOCK) block_scales(mine - todo + 1);
 #pragma unroll
       for (int q = 0; q < GPC; q++) {
+        if (q > 0 && q >= valid) break;
         float part[NT][4] = {};
         Group g;
         Group::start(g, at, q, lane, zero);
