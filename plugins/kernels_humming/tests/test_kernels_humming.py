@@ -326,3 +326,38 @@ def test_experts_run_by_the_librarys_indexed_product(library, monkeypatch):
         assert (y.double() - want).norm() / want.norm() < 4e-3  # bfloat16 result
     assert [kind for kind, _ in blocks] == ["indexed"] * 2
     assert made[0]["num_experts"] == experts
+
+
+NVFP4 = QuantSpec(
+    element=FP4,
+    scales=(Scale(element="fp8_e4m3", grain=group(16)), Scale(element="f32", grain=TENSOR)),
+)
+
+
+def test_one_factor_of_a_matrix_becomes_a_vector_of_the_stack(library, monkeypatch):
+    given, experts = {}, 3
+
+    class Layer(sys.modules["humming.layer"].HummingLayer):
+        def load_from_tensors(self, tensors):
+            given.update({n: tuple(t.shape) for n, t in tensors.items()})
+
+        def forward(self, x, *, outputs, **_):
+            outputs.zero_()
+
+    class Method:
+        @staticmethod
+        def get_default_tuning_configs(layer, gemm_type):
+            return [[0, 1 << 30, {"block_shape": [8, 64]}]]
+
+    monkeypatch.setattr(sys.modules["humming.layer"], "HummingLayer", Layer)
+    monkeypatch.setattr(sys.modules["humming.layer"], "HummingLayerMethod", Method)
+    sizes = (("n", N), ("k", K), ("k_stored", K), ("experts", experts))
+    op, kernel = op_of(NVFP4, op="grouped_linear", sizes=sizes), Humming()
+    buffers = kernel.allocate(op)
+    for t in buffers.values():
+        t.zero_()
+    index = torch.zeros(2, dtype=torch.int64)
+    kernel.bind(op)(list(buffers.values()), torch.randn(2, K).bfloat16(), index)
+    # the library's own shapes of a stack: schema/humming.py, create_weights
+    assert given["weight_scale_2"] == (experts,)
+    assert given["weight_scale"] == (experts, N, K // 16)

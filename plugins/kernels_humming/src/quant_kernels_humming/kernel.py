@@ -3,6 +3,10 @@
 The canonical tensors stay as they are, so nothing is lost on saving. The library's own copy is made
 when the layer first runs, and again after its weights were written anew (the version counter of the
 codes tells). It goes when the buffers go.
+
+Where the library cuts K into parts, it adds them to y by atomics of 16 bits, in any order: results
+differ between calls, by up to 4.1e-3 of y in bfloat16 and 4.9e-4 in float16 from the exact product.
+Source: humming-kernels 0.1.19 ``include/humming/epilogue/gmem_writer.cuh``.
 """
 
 from __future__ import annotations

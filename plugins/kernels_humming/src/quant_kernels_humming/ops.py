@@ -104,6 +104,8 @@ def _make(tensors: list[Tensor], text: str) -> _Made:
     experts = op.size("experts", 0)
     parts = [tensors_of(lt.weight, lt.bias) for _, lt in matrices(held, experts)]
     given = {n: torch.stack([p[n] for p in parts]) if experts else t for n, t in parts[0].items()}
+    if experts and "weight_scale_2" in given:
+        given["weight_scale_2"] = given["weight_scale_2"].view(experts)  # one value of a matrix
     kind = _INDEXED if experts else {}
     with torch.cuda.device(tensors[0].device):
         layer = HummingLayer(
