@@ -51,6 +51,7 @@ from triton_made import SPECS, make_layer, make_op  # noqa: E402
 
 ROWS = (1, 2, 7, 16, 17, 33, 64, 100, 256, 1000)
 BOUND = {"bfloat16": 2.2e-3, "float16": 4.5e-4}
+LOOSE = {"bfloat16": 4.3e-3, "float16": 5.4e-4}  # where weights are rounded to the type of x too
 L2_BYTES = 150e6
 _IN_GRAPH = 20  # calls
 DEVICE = ("cuda", "9.0")
@@ -112,14 +113,18 @@ def _compare(
     run: Callable[..., Tensor], values: list[Tensor], w: Tensor, bias: Tensor, act: str,
     rows: tuple[int, ...],
 ) -> dict[str, object]:  # fmt: skip
-    """The worst error, and the numbers of rows with a larger one or other bits in a replay."""
+    """The worst error, and the numbers of rows with a larger one or other bits in a replay.
+
+    The bound is held against exact weights, or against those rounded to the type of x.
+    """
     worst, bad, (n, k) = 0.0, [], w.shape
+    rounded = w.to(getattr(torch, act)).double()
     for m in rows:
         try:
             x = torch.randn(m, k, device="cuda").to(getattr(torch, act))
-            want = x.double() @ w.t() + bias
             y = run(values, x)
-            e = error(y, want)
+            e = error(y, x.double() @ w.t() + bias)
+            likewise = error(y, x.double() @ rounded.t() + bias)
             same = torch.equal(y, run(values, x))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -129,8 +134,9 @@ def _compare(
             torch.cuda.synchronize()
             worst = max(worst, e)
             noise = 1 + 2 / math.sqrt(m * n)  # of a norm over few outputs
-            if not (e <= BOUND[act] * noise and same and torch.equal(y, z)):
-                bad.append((m, f"{e:.2e}", same, torch.equal(y, z)))
+            fine = min(e, likewise) <= BOUND[act] * noise and e <= LOOSE[act] * noise
+            if not (fine and same and torch.equal(y, z)):
+                bad.append((m, f"{e:.2e} {likewise:.2e}", same, torch.equal(y, z)))
         except Exception as err:  # a benchmark goes on and reports it
             bad.append((m, repr(err)[:300]))
     return {"worst": worst, "bad": bad}

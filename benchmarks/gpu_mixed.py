@@ -267,8 +267,11 @@ def check_job(job: Job) -> dict:
     return {"job": job, **row, "seconds": round(time.time() - start, 1)}
 
 
-def check(out: Path, workers: int, timing: bool, seconds: float) -> list[dict]:
-    """All checks, dealt to processes as these become free; what is not done in time says so."""
+def check(
+    out: Path, workers: int, timing: bool, seconds: float, what: tuple[str, ...] = ()
+) -> list[dict]:
+    """All checks, or those of ``what``, dealt to processes as these become free; what is not done
+    in time says so."""
     jobs: list[Job] = [("linear", s, a, "bfloat16", False, 0, 1) for s, a in CHECKS]
     jobs += [("ring", "", kind, "", False, i, 3) for kind in ("fp8", "block", "int8")
              for i in range(len(SHAPES))]  # fmt: skip
@@ -280,6 +283,7 @@ def check(out: Path, workers: int, timing: bool, seconds: float) -> list[dict]:
     if timing:
         jobs += [("warm", s, a, "", False, i, 4) for s, a in (CHECKS[0], *TIMED) for i in range(4)]
         jobs += [("warm", "", "", "", False, -i, 3) for i in (1, 2, 3)]
+    jobs = [job for job in jobs if not what or job[0] in what]
     end, rows = time.time() + seconds, []
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         waiting = [(job, pool.apply_async(check_job, (job,))) for job in jobs]
@@ -409,12 +413,15 @@ def main() -> None:
     ap.add_argument("--only", default="", help="steps whose names contain this")
     ap.add_argument("--seconds", type=float, default=90.0, help="of the check")
     ap.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    ap.add_argument("--what", default="", help="of the check: linear, ring, experts, blocks, codes")
     a = ap.parse_args()
     torch.manual_seed(0)
     a.out.mkdir(parents=True, exist_ok=True)
     made: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     steps = {
-        "check": lambda: check(a.out, a.workers, a.only != "check", a.seconds),
+        "check": lambda: check(
+            a.out, a.workers, a.only != "check", a.seconds, tuple(filter(None, a.what.split(",")))
+        ),
         "speed": speed,
         "experts 8": lambda: experts_of(8, 4096, 14336, 2, (512, 4096, 64)),
         "experts 128": lambda: experts_of(128, 2048, 1536, 8, (512, 4096)),

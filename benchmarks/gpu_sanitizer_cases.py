@@ -27,8 +27,8 @@ class Case:
     """Attributes:
     run: gives what is wrong, one text each.
     tools: what it is of use to.
-    control: what a tool must say of it: "" nothing, "error" something; "limit": it is right, and
-        what the tool says of it is the tool's limit.
+    control: what a tool must say of it: "" nothing, "error" something; "limit": what racecheck says
+        of it is racecheck's limit, which another case shows.
     """
 
     run: Callable[[], list[str]]
@@ -276,10 +276,33 @@ def mixed_stack(name: str, kind: str) -> list[str]:
     return [str(b) for b in check_experts(name, kind, (1, 7, 60))["bad"]]
 
 
-def decode(part: str) -> list[str]:
+def _every_lane_arrives() -> None:
+    """Change resident.cu: all lanes of a warp arrive, not one for all behind ``__syncwarp``.
+
+    What one thread's arrival says of others' stores racecheck does not see ("control cuda warps").
+    """
+    from quant_kernels_cuda import compiler
+
+    plain, (source, headers) = compiler.sources, compiler.sources("resident")
+    for old, new in (
+        ("barrier_init(barriers + threadIdx.x * 8, WARPS);",
+         "barrier_init(barriers + threadIdx.x * 8, WARPS * 32);"),
+        ("if (lane == 0) barrier_arrive(", "barrier_arrive("),
+    ):  # fmt: skip
+        if source.count(old) != 1:
+            raise LookupError(f"resident.cu has {source.count(old)} times {old!r}, expected one")
+        source = source.replace(old, new)
+    compiler.sources = lambda name="decode": (  # type: ignore[assignment]
+        (source, headers) if name == "resident" else plain(name)
+    )
+
+
+def decode(part: str, every_lane: bool = False) -> list[str]:
     """``cuda_decode``: kinds of layers, stacks, or cuts of the work."""
     import gpu_kernels_cuda as cuda
 
+    if every_lane:
+        _every_lane_arrives()
     cuda.BAD.clear()
     if part == "layers":
         cuda.correct(cuda.CHECKED, cuda.CHECK_SHAPES, (1, 9))
@@ -338,9 +361,13 @@ def cases() -> dict[str, Case]:
         c[f"gluon_ring {name}"] = Case(partial(gluon, name, "ring"))
     c["gluon_ws fp8 block"] = Case(partial(gluon, "fp8 block", "ws"))
     c["experts in one call"] = Case(partial(experts_in_one, _INT4))
-    c["mixed experts"] = Case(partial(mixed_stack, _INT4, "fp8"))
+    for name, kind in ((_INT4, "fp8"), ("int8 channel", "int8"), ("uint4 g32 bf16", "fp8")):
+        c[f"mixed experts {name}"] = Case(partial(mixed_stack, name, kind))
     for part in ("layers", "experts", "cuts"):
-        c[f"cuda_decode {part}"] = Case(partial(decode, part))
+        c[f"cuda_decode {part}"] = Case(partial(decode, part), control="limit")
+        c[f"cuda_decode {part}, every lane arrives"] = Case(
+            partial(decode, part, True), ("racecheck",)
+        )
     for i in range(3):
         c[f"triton_round {i}"] = Case(partial(round_input, _ROUND[i::3], ("bfloat16",), 200))
     c["triton_round float32"] = Case(partial(round_input, _ROUND[::4], ("float32",), 4096))
