@@ -68,7 +68,7 @@ def test_kernels_compile_without_spills_or_layout_changes(name, act, rows, tmp_p
     ("name", "act", "rows"),
     [
         ("uint4 g128 f16", "bfloat16", [100, 5000]),  # rows gathered, sums scaled; two tiles
-        ("mxfp4", "bfloat16", [400]),
+        ("mxfp4", "bfloat16", [60, 400]),  # by mma.sync; by wgmma
         ("fp8 block", "float16", [400]),
     ],
 )
@@ -92,8 +92,8 @@ def stacked(name: str, n: int, k: int, experts: int) -> Recipe:
 
 
 STACKS = {  # microseconds on H100s, int4 in groups of 128: (experts, a token's, k, n), tokens
-    (128, 8, 2048, 1536): {16: 68.2, 64: 99.4, 256: 110, 1024: 172, 4096: 474},
-    (8, 2, 4096, 14336): {16: 106, 64: 113, 256: 175, 1024: 387, 4096: 1536},
+    (128, 8, 2048, 1536): {4: 29.3, 16: 60.8, 64: 91.0, 256: 107, 1024: 172, 4096: 482},
+    (8, 2, 4096, 14336): {4: 65.2, 16: 98.3, 64: 110, 256: 162, 1024: 400, 4096: 1536},
 }
 
 
@@ -129,7 +129,7 @@ def test_stages_of_stacks_fit_into_shared_memory(name):
         c = stack_config(p, recipe, rows)
         codes = c.consumers * (4096 if p.bytes else 2048)
         assert c.stages >= 3
-        assert c.stages * (c.bm * 128 + codes) <= 200 * 1024
+        assert c.stages * c.halves * (c.bm * 128 + codes) <= 200 * 1024
         assert not c.acc or p.spg == 1
 
 

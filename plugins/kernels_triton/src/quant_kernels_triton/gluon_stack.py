@@ -63,19 +63,20 @@ class Stack:
 
 # microseconds of a program for a group of 128 columns (int4, groups of 128), measured on an H100
 WAYS = (
-    (Stack(16, 0, 4, True), 0.90),
-    (Stack(16, 0, 4, True, True), 0.92),
-    (Stack(32, 0, 4, True), 0.95),
-    (Stack(32, 0, 4, True, True), 0.99),
-    (Stack(64, 0, 4, False), 1.07),
-    (Stack(64, 32, 3, False), 1.12),
-    (Stack(64, 32, 3, False, True), 1.26),
-    (Stack(128, 0, 3, False), 1.22),
-    (Stack(256, 0, 2, False), 1.48),
-    (Stack(256, 32, 2, False), 1.72),
+    (Stack(8, 0, 4, True, True, 2, few=True), 0.785),
+    (Stack(16, 0, 4, True, True, 2, few=True), 0.80),
+    (Stack(32, 0, 4, True, False, 2), 0.86),
+    (Stack(32, 0, 4, True, True, 2), 0.885),
+    (Stack(64, 0, 4, False, False, 2), 0.98),
+    (Stack(64, 32, 3, False, False, 2), 0.98),
+    (Stack(64, 32, 3, False, True, 2), 1.085),
+    (Stack(128, 0, 3, False, False, 2), 1.13),
+    (Stack(256, 0, 2, False), 1.39),
+    (Stack(256, 32, 2, False), 1.65),
 )
-_READ = 2.3e6  # bytes a microsecond, of codes
-_START = 7.0  # microseconds of a launch, and of what the last tiles wait for
+_TILE, _STORED = 0.8, 1.6e4  # microseconds of a tile besides, and sums that take one more
+_READ = 2.8e6  # bytes a microsecond, of codes
+_START = 6.5  # microseconds of a launch, and of what the last tiles wait for
 _COPY, _COPY_BYTES = 2.0, 2.8e6  # the same of copying rows by expert: bytes read and written
 
 
@@ -94,20 +95,22 @@ def expected_blocks(rows: int, experts: int, bm: int) -> tuple[float, float]:
 
 def sort_us(rows: int) -> float:
     """Microseconds of sorting rows by expert: of ``schedule``, or of ``tally`` and ``place``."""
-    return 3.5 + rows / 1500.0 if rows <= 8192 else 8.0 + rows / 3000.0
+    return 3.5 + rows / 1700.0 if rows <= 8192 else 7.0 + rows / 3600.0
 
 
 def _slower(p: GluonPlan, c: Stack) -> float:
     """What dequantizing other than int4 with one scale for 128 columns costs."""
     more = 0.3 if p.spg >= 8 or p.mode == 3 else 0.13 if p.spg > 1 else 0.0
-    more += 0.1 if p.bytes else 0.0
+    more += 0.14 if p.early and not c.few else 0.1 if p.bytes else 0.0
     return 1.0 + more * (1.0 if c.bm < 256 else 0.3)
 
 
 def _us(p: GluonPlan, recipe: Recipe, c: Stack, unit: float, rows: int) -> float:
     blocks, met = expected_blocks(rows, recipe.experts, c.bm)
-    groups = blocks * -(-recipe.rows // (64 * c.consumers)) * recipe.groups
-    work = max(groups / SMS, 1.0) * unit * _slower(p, c)
+    outputs = 64 * c.consumers
+    tiles = max(blocks * -(-recipe.rows // outputs) / SMS, 1.0 / recipe.groups)
+    each = recipe.groups * unit * _slower(p, c) + _TILE + c.bm * outputs / _STORED
+    work = tiles * each
     copy = 0.0 if c.gather else _COPY + rows * recipe.k * 4 / _COPY_BYTES
     return copy + max(work, met * recipe.weight_bytes / _READ)
 
@@ -118,6 +121,8 @@ def _quickest(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[float, Stack]:
     held = []
     for way, unit in WAYS:
         c = way if sums or not way.acc else replace(way, acc=False)
+        if p.bytes:
+            c = replace(c, halves=1, few=False)
         held.append((_us(p, recipe, c, unit, rows), c.fitted(p)))
     return min(held, key=lambda h: h[0])
 
