@@ -20,7 +20,7 @@ from quant_core.nn import with_packing
 from quant_core.spec import CHANNEL, Element, OpSpec, QuantSpec, Scale, Zero
 from quant_core.tensors import LayerTensors
 
-__all__ = ["EXPERTS", "SCHEMES", "Case", "make_case"]
+__all__ = ["EXPERTS", "SCHEMES", "Case", "make_case", "make_stack"]
 
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("int4", {"group_size": 128}),
@@ -123,8 +123,13 @@ class Case:
 
 def make_case(scheme: str, shape: str) -> Case:
     """The layer ``shape``: "KxN" (in x out), or a key of ``EXPERTS``; always the same values."""
-    torch.manual_seed(0)
     experts, top, k, n = EXPERTS[shape] if shape in EXPERTS else (0, 1, *map(int, shape.split("x")))
+    return replace(make_stack(scheme, experts, top, k, n), shape=shape)
+
+
+def make_stack(scheme: str, experts: int, top: int, k: int, n: int, seed: int = 0) -> Case:
+    """A stack of experts, or a layer where there are none; always the same values."""
+    torch.manual_seed(seed)
     online, options = SCHEMES[scheme]
     parts = []
     for _ in range(_DISTINCT if experts else 1):
@@ -135,4 +140,5 @@ def make_case(scheme: str, shape: str) -> Case:
     op = op_spec(kind, parts[0], made, device="cuda", dtype=torch.bfloat16, **sizes)
     if scheme in ACTIVATIONS:
         op = replace(op, operands=(*op.operands, ("input", ACTIVATIONS[scheme])))
+    shape = f"{experts}x{k}x{n}" if experts else f"{k}x{n}"
     return Case(scheme=scheme, shape=shape, op=op, parts=parts, experts=experts, top=top)

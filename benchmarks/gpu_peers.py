@@ -2,7 +2,8 @@
 
     bf16            F.linear; stacks of experts: sorting, torch._grouped_mm, putting back
     torch int4      torch's _weight_int4pack_mm
-    humming         humming-kernels where installed, through quant-kernels-humming
+    humming         humming-kernels where installed, through quant-kernels-humming; of stacks those
+                    of 16-bit activations, with rows put into blocks by torch's operations
     humming experts its grouped products, of rows that were sorted and aligned beforehand
     torch fp8 experts  torch._scaled_grouped_mm, of rows sorted and quantized beforehand
 
@@ -80,14 +81,14 @@ def _humming(case: Case) -> Calls | None:
         return None
     first = case.load(kernel, op)
     nbytes = sum(t.numel() * t.element_size() for t in first.values())
-    sets = [
-        first,
-        *({n: t.clone() for n, t in first.items()} for _ in range(copies_for(nbytes) - 1)),
-    ]
+    more = 0 if case.experts else copies_for(nbytes) - 1
+    sets = [first, *({n: t.clone() for n, t in first.items()} for _ in range(more))]
     values, run = [list(s.values()) for s in sets], kernel.bind(op)
-    few = torch.zeros(1, case.size[0], device="cuda", dtype=torch.bfloat16)
+    few = (torch.zeros(1, case.size[0], device="cuda", dtype=torch.bfloat16),)
+    if case.experts:
+        few = (*few, torch.zeros(1, device="cuda", dtype=torch.int64))
     for v in values:
-        run(v, few)  # makes the library's own copy, which a graph cannot
+        run(v, *few)  # makes the library's own copy, which a graph cannot
     return over(values, run)
 
 
@@ -204,6 +205,8 @@ def peers(
     makers: dict[str, Callable[[], Calls | None]] = {BASE: bf16}
     if case.experts:
         makers["humming experts"] = lambda: _humming_experts(case)
+        if case.op.operand("input") is None:
+            makers["humming"] = lambda: _humming(case)
         if case.scheme == "fp8":
             makers["torch fp8 experts"] = lambda: _fp8_experts(case)
     else:
