@@ -18,6 +18,8 @@ later calls and the replay of a CUDA graph give the same bits; and for every ker
 and infinity reach their row alone, weights at their zero point give the bias exactly, no rows give
 none, x may lie anywhere, ``restore`` gives the canonical tensors bit for bit.
 
+Kernels that are declared to add in any order (``UNORDERED``) need not repeat, and have ``LOOSE``.
+
 Most of the time goes into compiling, so that is done ahead by processes that do nothing else
 (``gpu_accuracy_builds``), in front of a few that use the GPU (``gpu_accuracy_pool``).
 """

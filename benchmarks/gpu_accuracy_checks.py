@@ -19,6 +19,7 @@ from gpu_accuracy_common import (
     HERE,
     LOOSE,
     TOKENS,
+    UNORDERED,
     Cell,
     Send,
     candidates,
@@ -63,7 +64,8 @@ def experts(cell: Cell, send: Send) -> None:
                 if y.shape != (t, n) or y[~here].any():
                     row["bad"].append(f"T={t}: tokens of no expert")
                 later = [run(values, x.clone(), index.clone()) for _ in range(4)]
-                if not all(same(y, z) for z in later):
+                ordered = kernel.name not in UNORDERED
+                if ordered and not all(same(y, z) for z in later):
                     row["bad"].append(f"T={t}: another result later")
                 if not here.any():
                     continue
@@ -80,7 +82,7 @@ def experts(cell: Cell, send: Send) -> None:
                     row["bad"].append(f"T={t}: error {e:.2e}")
                 if GRAPHS and HERE.device == "cuda":
                     z = replayed(lambda v=values, x=x, i=index, run=run: [run(v, x, i)])
-                    if not same(y, z[0]):
+                    if ordered and not same(y, z[0]):
                         row["bad"].append(f"T={t}: a graph gives another result")
         except Exception as err:
             row["bad"].append(f"{type(err).__name__}: {str(err)[:400]}")

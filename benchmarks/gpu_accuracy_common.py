@@ -25,8 +25,8 @@ from quant_core.spec import OpSpec  # noqa: E402
 
 __all__ = [
     "ACTS", "BOUND", "BOUND_8", "EVEN", "EXPERTS", "GRAPHS", "HERE", "LARGE", "LOOSE", "MIDDLE",
-    "NARROW", "ROWS", "SMALL", "TOKENS", "Cell", "Send", "candidates", "device", "error", "errors",
-    "replayed", "rule_rows", "same",
+    "NARROW", "ROWS", "SMALL", "TOKENS", "UNORDERED", "Cell", "Send", "candidates", "device",
+    "error", "errors", "replayed", "rule_rows", "same",
 ]  # fmt: skip
 
 ROWS = (1, 2, 7, 16, 17, 33, 64, 100, 256, 1000)
@@ -40,6 +40,8 @@ BOUND_8 = 5e-3
 # against exact weights, where a kernel rounds them: half a unit of each, beside the rounding of y
 LOOSE = {"bfloat16": 4.3e-3, "float16": 5.4e-4}
 NOT_HERE = ("torch_ref",)  # the oracle itself
+# declared: these add parts of a sum in the type of x, in any order
+UNORDERED = ("humming", "humming@rounded")
 # a graph's memory comes from torch's cache, which sanitizers want switched off
 GRAPHS = not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")
 

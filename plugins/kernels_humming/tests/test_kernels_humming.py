@@ -328,12 +328,6 @@ def test_experts_run_by_the_librarys_indexed_product(library, monkeypatch):
     assert made[0]["num_experts"] == experts
 
 
-NVFP4 = QuantSpec(
-    element=FP4,
-    scales=(Scale(element="fp8_e4m3", grain=group(16)), Scale(element="f32", grain=TENSOR)),
-)
-
-
 def test_one_factor_of_a_matrix_becomes_a_vector_of_the_stack(library, monkeypatch):
     given, experts = {}, 3
 
@@ -352,7 +346,7 @@ def test_one_factor_of_a_matrix_becomes_a_vector_of_the_stack(library, monkeypat
     monkeypatch.setattr(sys.modules["humming.layer"], "HummingLayer", Layer)
     monkeypatch.setattr(sys.modules["humming.layer"], "HummingLayerMethod", Method)
     sizes = (("n", N), ("k", K), ("k_stored", K), ("experts", experts))
-    op, kernel = op_of(NVFP4, op="grouped_linear", sizes=sizes), Humming()
+    op, kernel = op_of(NV, op="grouped_linear", sizes=sizes), Humming()
     buffers = kernel.allocate(op)
     for t in buffers.values():
         t.zero_()
