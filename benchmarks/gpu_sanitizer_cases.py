@@ -224,6 +224,7 @@ def stack(name: str, first: int = 0, step: int = 1, rows: Sequence[int] = (3, 90
     p = plan(r)
     sums = p.spg == 1 and p.mode in (1, 2)
     ways = [w if sums or not w.acc else replace(w, acc=False) for w, _ in WAYS]
+    ways = [replace(w, halves=1, few=False) if p.bytes else w for w in ways]
     w = torch.stack([lt.dequantize() for lt in parts]).double().cuda()
     b = torch.stack([lt.bias for lt in parts]).double().cuda()
     wrong = []
@@ -274,6 +275,42 @@ def mixed_stack(name: str, kind: str) -> list[str]:
     from gpu_mixed import check_experts
 
     return [str(b) for b in check_experts(name, kind, (1, 7, 60))["bad"]]
+
+
+def stack_a8(
+    name: str, kind: str, first: int, step: int, rows: Sequence[int] = (3, 90)
+) -> list[str]:
+    """``gluon_experts_a8`` with every block size from ``first`` on, by ``step``."""
+    from gpu_mixed import KNOWN, Mixed, from_text, operation
+
+    from quant_core.kernels import tiles
+    from quant_core.kernels.activations import fake_quantize
+    from quant_kernels_triton.gluon_experts_a8_run import run_stack_a8
+    from quant_kernels_triton.gluon_stack_a8 import ways
+    from triton_made import make_layer
+
+    n, k, experts = 200, 544, 5
+    op = operation(name, kind, n, k, bias=True, experts=experts)
+    parts = [make_layer(KNOWN[name], n, k, seed=e, bias=True) for e in range(experts)]
+    buffers = tiles.allocate(op, "cuda")
+    for e, part in enumerate(parts):
+        tiles.load_(buffers, op, part, {"row": 0, "expert": e})
+    p, held = from_text(Mixed().bind(op).args[0]), list(buffers.values())
+    w = torch.stack([lt.dequantize() for lt in parts]).double().cuda()
+    b = torch.stack([lt.bias for lt in parts]).double().cuda()
+    wrong = []
+    for way in [c for c, _ in ways()][first::step]:
+        for t in rows:
+            x = torch.randn(t, k, device="cuda").bfloat16()
+            index = torch.randint(-1, experts + 1, (t,), device="cuda")
+            index[0] = 2
+            y = run_stack_a8(p, x, index, held, way.fitted(p))
+            here = (index >= 0) & (index < experts)
+            at, xq = index[here], fake_quantize(x.float(), op.operand("input")).double()
+            want = torch.einsum("tk,tnk->tn", xq[here], w[at]) + b[at]
+            wrong += far(f"{name} {way} {t} rows", y[here], want, 5e-3)
+            wrong += [f"{name} {way} {t}: rows of no expert"] if y[~here].any() else []
+    return wrong
 
 
 def _every_lane_arrives() -> None:
@@ -361,7 +398,10 @@ def cases() -> dict[str, Case]:
         c[f"gluon_ring {name}"] = Case(partial(gluon, name, "ring"))
     c["gluon_ws fp8 block"] = Case(partial(gluon, "fp8 block", "ws"))
     c["experts in one call"] = Case(partial(experts_in_one, _INT4))
-    for name, kind in ((_INT4, "fp8"), ("int8 channel", "int8"), ("uint4 g32 bf16", "fp8")):
+    for i in range(2):
+        c[f"gluon_experts_a8 int4 fp8 {i}"] = Case(partial(stack_a8, _INT4, "fp8", i, 2))
+        c[f"gluon_experts_a8 int8 {i}"] = Case(partial(stack_a8, "int8 channel", "int8", i, 2))
+    for name, kind in ((_INT4, "fp8"), ("uint4 g32 bf16", "fp8")):
         c[f"mixed experts {name}"] = Case(partial(mixed_stack, name, kind))
     for part in ("layers", "experts", "cuts"):
         c[f"cuda_decode {part}"] = Case(partial(decode, part), control="limit")
