@@ -214,6 +214,7 @@ def library(monkeypatch):
             pass
 
         def forward(self, x, *, tuning_config):
+            assert x.data_ptr() % 16 == 0, "the library refuses others: check_tensor_data_alignment"
             ran.append((x.shape[0], tuning_config))
             return (x.float() @ self.w.t()).to(x.dtype)
 
@@ -248,6 +249,16 @@ def test_a_call_names_the_configuration_of_its_rows(library):
         run(list(buffers.values()), torch.randn(rows, K).bfloat16())
     few, more, many = '{"few": true}', '{"few": false}', '{"stages": 4}'
     assert library[1] == list(zip((1, 8, 9, 64, 65, 5000), (few, few, more, more, many, many)))
+
+
+def test_x_at_an_odd_address_is_copied(library):
+    op, kernel = op_of(INT8), Humming()
+    buffers = kernel.allocate(op)
+    kernel.load_(buffers, op, part(0), {"row": 0})
+    run, x = kernel.bind(op), torch.randn(3, K).bfloat16()
+    odd = torch.empty(3 * K + 1, dtype=x.dtype)[1:].view(3, K).copy_(x)
+    assert odd.data_ptr() % 16
+    assert torch.equal(run(list(buffers.values()), odd), run(list(buffers.values()), x))
 
 
 def test_library_layer_is_made_once_and_again_after_a_reload(library):

@@ -137,10 +137,16 @@ def _held(tensors: list[Tensor], op: str) -> _Made:
     return made
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` contiguous and at a multiple of 16 bytes, which the library asks for."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _linear(x: Tensor, tensors: list[Tensor], op: str) -> Tensor:
     made = _held(tensors, op)
     spec = op_from_text(op)
-    flat = x.reshape(-1, spec.size("k")).contiguous()
+    flat = _aligned(x.reshape(-1, spec.size("k")))
     shape = (*x.shape[:-1], spec.size("n"))
     if not flat.shape[0]:
         return x.new_empty(shape)
@@ -152,7 +158,7 @@ def _grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], op: str) -> Tens
     if not x.shape[0]:
         return x.new_empty(0, spec.size("n"))
     made = _held(tensors, op)
-    return made.grouped(x.contiguous(), experts, spec.size("experts"), spec.size("n"))
+    return made.grouped(_aligned(x), experts, spec.size("experts"), spec.size("n"))
 
 
 def _fake(x: Tensor, tensors: list[Tensor], op: str) -> Tensor:
