@@ -99,10 +99,10 @@ def _fields_problem(layout: Layout, packing: Packing, spec: QuantSpec) -> Reject
 
 def stored_layout(op: OpSpec, *, ops: tuple[str, ...]) -> Layout | Rejected:
     """What C needs to know of ``op``, whose codes are in ``op.packing``, or why it cannot run."""
-    spec = op.weight
     found = describe(replace(op, packing=CANONICAL), ops=ops)
     if isinstance(found, Rejected):
         return found
+    spec = op.weight
     order = order_of(op.packing, found.bits, found.k)
     if not order:
         return Rejected(axis="packing", have=str(op.packing), need="an order that files have")
