@@ -7,33 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quant_kernels_triton.gluon_counters import counters
-from quant_kernels_triton.gluon_experts_a8 import grouped_a8
 from quant_kernels_triton.gluon_plan import SMS
-from quant_kernels_triton.gluon_run import _Desc
 from quant_kernels_triton.gluon_stack_a8 import StackA8, stack_a8_config
-from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
+from quant_kernels_triton.jitted import Descriptor, Jitted
+from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.mixed_plan import MixedPlan, from_text
 from quant_kernels_triton.mixed_run import _descriptor, _layer, exchanged_codes
 from quant_kernels_triton.schedule_run import Routing, combined, routed
 
 __all__ = ["bound_experts_a8", "multiply_a8", "run_experts_a8", "run_stack_a8"]
 
+grouped_a8 = Jitted("gluon_experts_a8", "grouped_a8")
+
 _TOGETHER = 64  # tiles of outputs that one block of rows goes over before the next
 
 
-def _codes(codes: Tensor, p: MixedPlan, c: StackA8, known: bool) -> Any:
+def _codes(codes: Tensor, p: MixedPlan, c: StackA8) -> Descriptor:
     """The descriptor of all experts' codes: 1 KB of each tile of a program."""
     r, words = p.recipe, 512 if p.bytes else 256
-    shape = [r.experts * r.rows // 16, r.groups * words]
-    flat = codes.view(torch.int32)
-    if known:
-        return _Desc(flat, shape, [shape[1], 1])
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(flat, shape, [shape[1], 1], [4 * c.consumers, 256], layout)
+    shape = (r.experts * r.rows // 16, r.groups * words)
+    box = (4 * c.consumers, 256)
+    return Descriptor(codes, box, shape=shape, dtype=torch.int32, plain=True)
 
 
 def multiply_a8(
@@ -53,7 +49,6 @@ def multiply_a8(
     if count is None:
         count = torch.zeros(slots, dtype=torch.int32, device=q.device)
     key = ("stack a8", p, c, y.dtype, in_order)
-    known = is_compiled(key, device)
 
     def build() -> Build:
         fixed = {n: v for n, v in held.constants.items() if n not in ("GROUPED", "SUB")}
@@ -62,11 +57,11 @@ def multiply_a8(
         views = {at + 1: dtype for at, dtype in held.views.items() if at > 1}
         return Build(constants=fixed, options={"num_warps": 4, "launch_pdl": True}, views=views)
 
-    desc = _descriptor(p, q, c.pieces * c.rows, known)
-    rest = _descriptor(p, q, c.rest, known) if c.rest else desc
+    desc = _descriptor(p, q, c.pieces * c.rows)
+    rest = _descriptor(p, q, c.rest) if c.rest else desc
     codes, *others = [tensors[i] for i in held.places]
     table = (routing.order, routing.counts, routing.blocks, routing.expert, routing.bounds)
-    args = (desc, rest, _codes(codes, p, c, known), *others, s, y, part, count, *table,
+    args = (desc, rest, _codes(codes, p, c), *others, s, y, part, count, *table,
             q.shape[0], *held.sizes, r.experts)  # fmt: skip
     launch(grouped_a8, key, (SMS, 1), args, device, build)
 

@@ -4,38 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quant_kernels_triton.gluon_counters import counters
-from quant_kernels_triton.gluon_experts import grouped
 from quant_kernels_triton.gluon_plan import SMS
-from quant_kernels_triton.gluon_run import _Desc, _descriptor, _gathered, _Layer, _layer
+from quant_kernels_triton.gluon_run import _gathered, _Layer, _layer
 from quant_kernels_triton.gluon_stack import Stack, stack_config
-from quant_kernels_triton.launch import Build, aligned, is_compiled, launch
+from quant_kernels_triton.jitted import Descriptor, Jitted
+from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.recipe import Recipe, recipe_from_text
 from quant_kernels_triton.schedule_run import Routing, combined, gathered_rows, routed
 
 __all__ = ["bound_experts", "multiply", "run_experts", "run_stack"]
 
+grouped = Jitted("gluon_experts", "grouped")
+
 _TOGETHER = 64  # tiles of outputs that one block of rows goes over before the next
 
 
-def _codes(codes: Tensor, held: _Layer, c: Stack, known: bool) -> Any:
+def _codes(codes: Tensor, held: _Layer, c: Stack) -> Descriptor:
     """The descriptor of all experts' codes: half a group of the tiles of a program."""
     r, words = held.recipe, 256 if held.plan.bytes else 128
-    shape = [r.experts * r.rows // 16, r.groups * 2 * words]
-    flat = codes.view(torch.int32)
-    if known:
-        return _Desc(flat, shape, [shape[1], 1])
+    shape = (r.experts * r.rows // 16, r.groups * 2 * words)
     tiles = 4 if c.consumers == 3 else 4 * c.consumers  # of a copy: a power of two
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    box = [tiles, min(words * c.halves, 256)]  # numbers of a box, at most
-    return TensorDescriptor(flat, shape, [shape[1], 1], box, layout)
+    box = (tiles, min(words * c.halves, 256))  # numbers of a box, at most
+    return Descriptor(codes, box, shape=shape, dtype=torch.int32, plain=True)
 
 
 def multiply(
@@ -56,7 +51,6 @@ def multiply(
     if count is None:
         count = torch.zeros(slots, dtype=torch.int32, device=x.device)
     key = ("stack", r, x.dtype, c, top, in_order)
-    known = is_compiled(key, device)
     values = held.arguments(tensors)
 
     def build() -> Build:
@@ -69,10 +63,10 @@ def multiply(
         at = 3 + len(values) + 1
         return replace(b, views=views | {at: torch.float32, at + 1: torch.int32})
 
-    desc = _descriptor(x, c.b1, 64, known)
-    rest = _descriptor(x, c.b2, 64, known) if c.b2 else desc
+    desc = Descriptor(x, (c.b1, 64))
+    rest = Descriptor(x, (c.b2, 64)) if c.b2 else desc
     table = (routing.order, routing.counts, routing.blocks, routing.expert, routing.bounds)
-    codes = _codes(values[0], held, c, known)
+    codes = _codes(values[0], held, c)
     args = (desc, rest, codes, x, *values[1:], y, part, count, *table, y.shape[0], *held.sizes,
             r.experts, x.shape[1], top)  # fmt: skip
     launch(grouped, key, (SMS, 1), args, device, build)

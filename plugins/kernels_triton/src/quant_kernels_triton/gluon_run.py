@@ -98,11 +98,6 @@ class _Desc:
         self.base, self.shape, self.strides = base, shape, strides
 
 
-def _descriptor(x: Tensor, bm: int, width: int, known: bool = False) -> Descriptor:
-    """x in boxes [bm, width]."""
-    return Descriptor(x, (bm, width))
-
-
 _Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
 
 
@@ -129,7 +124,7 @@ def _run_ring(
         more["GROUPED"] = grouped
         return held.build(x, c.warps, 0 if c.acc else held.plan.mode, more)
 
-    desc = _descriptor(x, c.bm, 128)
+    desc = Descriptor(x, (c.bm, 128))
     sizes = (m, *held.sizes)
     args = (desc, *held.arguments(tensors), y, part, count, *(experts or (y, y, y)), *sizes)
     grid = (blocks * split, 1)
@@ -164,8 +159,8 @@ def _run_specialized(
         at = 3 + len(held.buffers)
         return replace(b, views=b.views | {at: torch.float32, at + 1: torch.int32})
 
-    desc = _descriptor(x, c.b1, 64)
-    rest = _descriptor(x, c.b2, 64) if c.b2 else desc
+    desc = Descriptor(x, (c.b1, 64))
+    rest = Descriptor(x, (c.b2, 64)) if c.b2 else desc
     high = tensors[r.buffers.index("codes_high" if held.plan.bits == 3 else "codes")]
     sizes = (m, *held.sizes)
     blocks = (*(experts or (y, y, y)), high)
@@ -176,6 +171,8 @@ def _run_specialized(
 def _gathered(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     if not r.gather:
         return x
+    if x.device.type == "meta":  # planned
+        return x.new_empty(x.shape[0], r.k)
     held = tensors[r.buffers.index("gather")]  # -1 picks the appended zero column
     return F.pad(x, (0, 1)).index_select(1, torch.where(held < 0, r.k_in, held)[: r.k])
 

@@ -91,7 +91,7 @@ def _layer(p: MixedPlan) -> _Layer:
     return _Layer(p)
 
 
-def _descriptor(p: MixedPlan, q: Tensor, tokens: int, known: bool = False) -> Descriptor:
+def _descriptor(p: MixedPlan, q: Tensor, tokens: int) -> Descriptor:
     return Descriptor(q, (tokens, 128), dtype=torch.int8 if p.integer else torch.float8_e4m3fn)
 
 

@@ -137,11 +137,12 @@ def dense_weight(r: Recipe, tensors: Sequence[Tensor], dtype: torch.dtype) -> Te
 
 def run_dense(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """y = x W^T through weights in the type of x and torch's own matmul."""
-    held = dict(zip(r.buffers, tensors, strict=True))
+    held, weight = dict(zip(r.buffers, tensors, strict=True)), dense_weight(r, tensors, x.dtype)
+    if x.device.type == "meta":  # planned
+        return x.new_empty(x.shape[0], r.n)
     if r.gather:  # -1 picks the appended zero column
         x = F.pad(x, (0, 1))[:, held["gather"][: r.k].long()]
-    bias = held["bias"].to(x.dtype) if r.bias else None
-    return F.linear(x, dense_weight(r, tensors, x.dtype), bias)
+    return F.linear(x, weight, held["bias"].to(x.dtype) if r.bias else None)
 
 
 def run_embedding(r: Recipe, ids: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -60,6 +60,8 @@ _tables: dict[tuple[str, torch.device], Tensor] = {}
 
 def _table(text: str, device: torch.device) -> Tensor:
     """The table of ``RoundPlan.table``, kept per device."""
+    if device.type == "meta":  # planned
+        return torch.empty(512, dtype=torch.int32, device=device)
     held = _tables.get((text, device))
     if held is not None:
         return held
@@ -120,7 +122,7 @@ def round_input(
             code="Q-LAYOUT-SHAPE",
             tensor="input_scale",
         )
-    y, k, device = torch.empty_like(x), x.shape[-1], x.device.index
+    y, k, device = x.new_empty(x.shape), x.shape[-1], x.device.index
     if not x.numel():
         return y
     tokens, half = x.numel() // k, x.dtype == torch.bfloat16
