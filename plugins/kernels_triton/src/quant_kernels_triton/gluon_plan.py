@@ -31,7 +31,6 @@ __all__ = [
     "Specialized",
     "config",
     "cut",
-    "grouped_config",
     "plan",
     "specialized",
     "stages",
@@ -176,7 +175,8 @@ class Ring:
 @dataclass(frozen=True, slots=True)
 class Specialized:
     """Block sizes of gluon_ws: two tiles of rows, consumers, tiles of 64 outputs of each, whether
-    sums are scaled, stages of 128 columns, and how many programs share the work (0: one a tile)."""
+    sums are scaled, stages, how many programs share the work (0: one a tile), and groups of 128
+    columns that a round of the loop takes."""
 
     b1: int
     b2: int
@@ -185,11 +185,17 @@ class Specialized:
     acc: bool
     stages: int = 2
     programs: int = 0
+    unroll: int = 1
 
     @property
     def bm(self) -> int:
         """Rows of a block."""
         return self.b1 + self.b2
+
+    @property
+    def per(self) -> int:
+        """Columns of a stage, in sixty-fours: few of many rows fit, so they are short."""
+        return 1 if self.bm >= 192 else 2
 
     @property
     def outputs(self) -> int:
@@ -218,41 +224,45 @@ def _split(blocks: int, groups: int, want: int) -> int:
 # gluon_ws, its ways: microseconds of a program for 128 columns (int4, groups of 128),
 # measured on an H100
 WAYS = (
-    (Specialized(32, 0, 2, 1, True), 0.468),
-    (Specialized(32, 0, 2, 1, False), 0.468),
-    (Specialized(32, 0, 3, 1, True), 0.635),
+    (Specialized(32, 0, 2, 1, True), 0.425),
+    (Specialized(32, 0, 2, 1, False), 0.43),
+    (Specialized(32, 0, 3, 1, True), 0.57),
     (Specialized(32, 0, 2, 2, True), 0.867),
-    (Specialized(64, 0, 2, 1, True), 0.565),
-    (Specialized(64, 0, 2, 1, False), 0.56),
-    (Specialized(64, 0, 3, 1, True), 0.785),
-    (Specialized(64, 0, 3, 1, False), 0.78),
+    (Specialized(64, 0, 2, 1, True), 0.53),
+    (Specialized(64, 0, 2, 1, False), 0.555),
+    (Specialized(64, 0, 3, 1, True), 0.765),
+    (Specialized(64, 0, 3, 1, False), 0.765),
     (Specialized(64, 0, 2, 2, True), 1.044),
     (Specialized(64, 0, 2, 2, False), 1.03),
-    (Specialized(64, 32, 2, 1, True), 0.713),
+    (Specialized(64, 32, 2, 1, True), 0.70),
     (Specialized(64, 32, 2, 1, False), 0.70),
-    (Specialized(64, 32, 3, 1, False), 1.036),
-    (Specialized(128, 0, 2, 1, True), 0.839),
-    (Specialized(128, 0, 2, 1, False), 0.793),
-    (Specialized(128, 0, 3, 1, False), 1.156),
-    (Specialized(128, 0, 2, 2, False), 1.557),
-    (Specialized(128, 64, 2, 1, False), 1.081),
-    (Specialized(256, 0, 2, 1, False), 1.379),
+    (Specialized(64, 32, 3, 1, False), 0.97),
+    (Specialized(128, 0, 2, 1, True), 0.83),
+    (Specialized(128, 0, 2, 1, False), 0.775),
+    (Specialized(128, 0, 3, 1, False), 1.11),
+    (Specialized(128, 0, 2, 2, False), 1.53),
+    (Specialized(128, 64, 2, 1, False), 1.10),
+    (Specialized(256, 0, 2, 1, False), 1.36),
 )
-# microseconds: of a launch; of splitting tiles, and for each part of 128 x 128 sums; of shares that
-# run over the ends of tiles
-_START, _SPLIT, _PART, _CROSS = 3.8, 1.2, 0.9, 2.3
+# microseconds: of a launch; of splitting tiles, and for each part of 128 x 128 sums; between two
+# tiles of a program, and between two programs of one tile
+_START, _SPLIT, _PART, _TILE, _NEXT = 3.8, 1.6, 0.9, 1.5, 5.5
+_CROSS, _CROSS_ROWS = 0.5, 75.0  # of shares that run over the ends of tiles; rows that add one
+# how much slower tiles are that are cut at different columns, by what of x the cache does not hold
+_APART, _CACHE, _BEYOND = 0.4, 45e6, 60e6
 _READ = 2.6e6  # bytes a microsecond
 _EXACT = 1.05  # how much slower it may be to scale sums, which rounds less, than weights
 _SHARED = 232448 - 6500  # bytes of a block, less what the epilogue takes
 
 
 def stages(p: GluonPlan, c: Specialized) -> int:
-    """Stages of 128 columns that shared memory holds."""
+    """Stages that shared memory holds."""
     factors = 0
     for f in (f for f in p.factors if f & 7 == GROUP):
         pair = {0: 8, 1: 4, 2: 4}.get(f >> 3 & 7, 2)  # bytes, by element
-        factors += c.outputs // 2 * max(128 // ((f >> 20) * 16), 2) * pair
-    return min(8, _SHARED // (c.bm * 256 + c.outputs * 16 * p.bits + factors))
+        factors += c.outputs // 2 * max(64 // ((f >> 20) * 16), 1) * pair
+    slot = c.bm * 128 + c.outputs * 8 * p.bits + factors  # 64 columns
+    return min(16 // c.per, _SHARED // (slot * c.per))
 
 
 def _more(p: GluonPlan) -> float:
@@ -262,6 +272,8 @@ def _more(p: GluonPlan) -> float:
         more += 0.065 if p.spg <= 4 else 0.11
     elif p.mode == 3 or p.spg >= 8:
         more += 0.1
+    elif p.zero == ZERO_CODE and p.sums:
+        more += 0.025
     elif p.spg > 1 or (p.mode == 2 and not p.sums):
         more += 0.04
     return more
@@ -276,24 +288,34 @@ def _fits(p: GluonPlan, c: Specialized) -> bool:
     return c.consumers < 4
 
 
-def _programs(tiles: int, groups: int) -> list[int]:
-    """How many programs may share ``tiles``: 0, one a tile; equal parts of each; all there are."""
-    out = [0, *(tiles * s for s in (2, 4, 8) if groups % s == 0 and tiles * s <= SMS)]
-    few = tiles * groups >= 2 * SMS and tiles <= 8 * SMS  # many tiles: the last round hardly counts
-    return [*out, SMS] if few and cut(tiles, groups, SMS) else out
+def _programs(tiles: int, shares: int) -> list[int]:
+    """How many programs may share ``tiles``: 0, one a tile; equal parts of each; as many as give
+    each the same number of tiles; all there are."""
+    out = [0, *(tiles * s for s in (2, 4, 8) if shares % s == 0 and tiles * s <= SMS)]
+    if tiles > SMS:
+        even = range(SMS, SMS * 7 // 8, -1)
+        out += [p for p in even if tiles % p == 0][:1]
+    few = tiles * shares >= 2 * SMS
+    return [*out, SMS] if few and cut(tiles, shares, SMS) else out
 
 
-def _us(p: GluonPlan, recipe: Recipe, c: Specialized, unit: float, tiles: int) -> float:
+def _us(p: GluonPlan, recipe: Recipe, c: Specialized, unit: float, rows: int) -> float:
     """Microseconds of ``gluon_ws``: the groups that one processor computes, cuts, reads."""
-    groups, programs = recipe.groups, c.programs or tiles
-    share = -(-tiles * groups // programs) * -(-programs // SMS)
-    hidden = 1.0 if c.bm <= 96 else 0.7 if c.bm <= 128 else 0.4  # behind products
-    us = share * (unit + hidden * _more(p) * c.consumers * c.wide)
-    if cut(tiles, groups, programs):
-        crossing = tiles * groups % programs or groups % share
-        sums = -(-groups // share) * c.bm * c.outputs / 16384
-        us += _SPLIT + _PART * sums + (_CROSS if crossing else 0.0)
-    us *= 1.0 + 0.03 * min(max(us - 300.0, 0.0) / 300.0, 1.0)  # the longer, the warmer, the slower
+    tiles = c.tiles(rows, recipe.rows)
+    shares, programs = recipe.groups // c.unroll, c.programs or tiles
+    share = -(-tiles * shares // programs)  # of a program
+    hidden = 1.0 if c.bm <= 96 else 0.7 if c.bm <= 128 else 0.2  # behind products
+    unit = (unit + hidden * _more(p) * c.consumers * c.wide) * c.unroll
+    rounds = -(-programs // SMS)
+    us = rounds * share * unit + (rounds - 1) * _NEXT + max(tiles / programs - 1, 0.0) * _TILE
+    if cut(tiles, shares, programs):
+        crossing = tiles * shares % programs or shares % share
+        sums = -(-shares // share) * c.bm * c.outputs / 16384
+        us += _SPLIT + _PART * sums + (_CROSS + c.bm / _CROSS_ROWS if crossing else 0.0)
+        if crossing and tiles > programs:
+            beyond = min(max(2.0 * rows * recipe.k - _CACHE, 0.0) / _BEYOND, 1.0)
+            us += min(share, 2 * shares) * unit * _APART * beyond
+    us *= 1.0 + 0.015 * min(max(us - 300.0, 0.0) / 300.0, 1.0)  # the longer, the warmer, the slower
     return _START + max(us, recipe.weight_bytes / _READ)
 
 
@@ -306,10 +328,12 @@ def specialized(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[Specialized, f
     groups, held = recipe.groups, []
     for way, unit in WAYS:
         if (p.sums or not way.acc) and _fits(p, way):
+            twice = groups % 2 == 0 and way.wide == 1 and not (way.acc and way.bm >= 128)
+            way = replace(way, stages=stages(p, way), unroll=1 + twice)
             tiles = way.tiles(max(rows, 1), recipe.rows)
-            for programs in _programs(tiles, groups):
-                c = replace(way, stages=stages(p, way), programs=programs)
-                held.append((_us(p, recipe, c, unit, tiles), c))
+            for programs in _programs(tiles, groups // way.unroll):
+                c = replace(way, programs=programs)
+                held.append((_us(p, recipe, c, unit, max(rows, 1)), c))
     least = min(us for us, _ in held)
     near = [h for h in held if h[0] <= least * (_EXACT if h[1].acc else 1.0)]
     us, c = min(near, key=lambda h: (not h[1].acc, h[0]))
@@ -334,16 +358,3 @@ def config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
     if rows <= few and p.bits >= 4:
         return _ring(p, recipe, rows)
     return specialized(p, recipe, rows)[0]
-
-
-def grouped_config(p: GluonPlan, recipe: Recipe, rows: int) -> Ring | Specialized:
-    """Block sizes for ``rows`` rows spread over the experts of a stack."""
-    each = -(-rows // max(recipe.experts, 1))
-    if each > 96:  # one block for most experts, though half empty
-        c = Specialized(256, 0, 2, 1, False)
-        return replace(c, stages=stages(p, c))
-    if each <= 16:
-        return Ring(16, 4, 4, 1, p.sums)
-    if each <= 32:
-        return Ring(32, 4, 4, 1, p.sums)
-    return Ring(64, 4, 3 if p.bytes else 4, 1, False) if each <= 64 else Ring(128, 4, 3, 1, False)

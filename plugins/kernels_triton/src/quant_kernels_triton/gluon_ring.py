@@ -8,9 +8,6 @@ runs while the codes of the next one are dequantized. The accumulator is waited 
 iteration: in flight across the loop's edge, ptxas would serialize. With ACC the group's scale
 multiplies its sums in float32 instead of its weights.
 
-With GROUPED, x is sorted by expert and a block of rows belongs to one expert: EXPERT names it,
-BOUNDS its first and last row + 1, and ORDER says which row of y each becomes.
-
 SPLIT > 1 cuts K: each part writes its sums to a buffer of its own, the block that arrives last adds
 them in order and writes y. Sums repeat bit for bit. The counters end at zero.
 """
@@ -37,7 +34,6 @@ from quant_kernels_triton.gluon_parts import (
     parameters,
     raw_factor,
     row_factor,
-    shifted,
 )
 
 __all__ = ["ring"]
@@ -99,11 +95,9 @@ def _raw(SM, P, st, tile, sub, lane, group, G, K, C: gl.constexpr, SPG: gl.const
 
 
 @gluon.jit(do_not_specialize=["M", "G"])  # Triton 3.6 fails on a loop of one round
-def ring(xd, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER, EXPERT, BOUNDS,
-         M, N, NP, K, G,
+def ring(xd, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, M, N, NP, K, G,
          BM: gl.constexpr, NW: gl.constexpr, ST: gl.constexpr, SPLIT: gl.constexpr,
-         GN: gl.constexpr, ACC: gl.constexpr, GROUPED: gl.constexpr, PDL: gl.constexpr,
-         BYTES: gl.constexpr,
+         GN: gl.constexpr, ACC: gl.constexpr, PDL: gl.constexpr, BYTES: gl.constexpr,
          BF16: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr,
          C3: gl.constexpr, C4: gl.constexpr, R0: gl.constexpr, R1: gl.constexpr,
          HAS_BIAS: gl.constexpr, ZERO: gl.constexpr, MODE: gl.constexpr, SPG: gl.constexpr,
@@ -141,24 +135,7 @@ def ring(xd, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER, EXPE
     pn = first + (tile % (GN * nm)) % size
     pm = (tile % (GN * nm)) // size
     m0 = pm * BM
-    m1 = M
     WG: gl.constexpr = 512 * S2
-    if GROUPED:  # a block of rows of one expert; -1: none, nothing is read or stored
-        expert = gl.load(EXPERT + pm)
-        m0 = gl.load(BOUNDS + 2 * pm)
-        m1 = gl.where(expert < 0, m0, gl.load(BOUNDS + 2 * pm + 1))
-        k1 = gl.where(expert < 0, k0, k1)
-        expert = gl.maximum(expert, 0)
-        W = W + expert.to(gl.int64) * ((NP // 16) * G * WG)
-        S0 = shifted(S0, expert, NP, G, N, K, C0)
-        S1 = shifted(S1, expert, NP, G, N, K, C1)
-        Z = shifted(Z, expert, NP, G, N, K, C2)
-        O0 = shifted(O0, expert, NP, G, N, K, C3)
-        O1 = shifted(O1, expert, NP, G, N, K, C4)
-        ROW0 = shifted(ROW0, expert, NP, G, N, K, R0)
-        ROW1 = shifted(ROW1, expert, NP, G, N, K, R1)
-        if HAS_BIAS:
-            BIAS = BIAS + expert * N
 
     xs = gl.allocate_shared_memory(ACT, [ST, BM, 128], xd.layout)
     ws = gl.allocate_shared_memory(gl.int16, [ST, NW, 2 * S2, 32, 8], WS)
@@ -298,11 +275,8 @@ def ring(xd, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, ORDER, EXPE
 
     on = pn * BN + gl.arange(0, BN, layout=RL)
     om = m0 + gl.arange(0, BM, layout=gl.SliceLayout(0, mma))
-    to = om
-    if GROUPED:
-        to = gl.load(ORDER + om, mask=om < m1, other=0)
-    at = to[None, :].to(gl.int64) * N + on[:, None]
-    mask = (om < m1)[None, :] & (on < N)[:, None]
+    at = om[None, :].to(gl.int64) * N + on[:, None]
+    mask = (om < M)[None, :] & (on < N)[:, None]
     if SPLIT == 1:
         acc = outer_factors(acc, ROW0, ROW1, BIAS, on, N, R0, R1, HAS_BIAS)
         gl.store(Y + at, acc.to(ACT), mask=mask)

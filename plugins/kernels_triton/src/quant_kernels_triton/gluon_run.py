@@ -15,13 +15,12 @@ from quant_core.kernels.base import Rejected
 from quant_core.kernels.storage import misused
 from quant_kernels_triton.asm import constraints, dequant
 from quant_kernels_triton.gluon_counters import counters
-from quant_kernels_triton.gluon_plan import Ring, Specialized, config, cut, grouped_config, plan
+from quant_kernels_triton.gluon_plan import Ring, Specialized, config, cut, plan
 from quant_kernels_triton.jitted import Descriptor, Jitted
 from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.recipe import ELEMENTS, GROUP, Recipe
-from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
 
-__all__ = ["run_config", "run_gluon", "run_grouped_gluon"]
+__all__ = ["run_config", "run_gluon"]
 
 ring, specialized = Jitted("gluon_ring", "ring"), Jitted("gluon_ws", "specialized")
 
@@ -98,15 +97,8 @@ class _Desc:
         self.base, self.shape, self.strides = base, shape, strides
 
 
-_Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
-
-
-def _run_ring(
-    held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Ring,
-    experts: _Schedule | None,
-) -> None:  # fmt: skip
-    r, device = held.recipe, x.device.index
-    m = x.shape[0] if experts is None else experts[1].shape[0] * c.bm
+def _run_ring(held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Ring) -> None:
+    r, device, m = held.recipe, x.device.index, x.shape[0]
     blocks = -(-m // c.bm) * -(-held.sizes[1] // (16 * c.warps))
     split, count, part = c.split, y, y
     if split > 1:
@@ -116,32 +108,28 @@ def _run_ring(
         else:
             count = counter
             part = torch.empty(split, m, r.n, dtype=torch.float32, device=x.device)
-    grouped = experts is not None
-    key = ("ring", r, c.bm, c.warps, c.stages, split, c.acc, grouped)
+    key = ("ring", r, c.bm, c.warps, c.stages, split, c.acc)
 
     def build() -> Build:
         more = {"BM": c.bm, "NW": c.warps, "ST": c.stages, "SPLIT": split, "GN": 8, "ACC": c.acc}
-        more["GROUPED"] = grouped
         return held.build(x, c.warps, 0 if c.acc else held.plan.mode, more)
 
     desc = Descriptor(x, (c.bm, 128))
     sizes = (m, *held.sizes)
-    args = (desc, *held.arguments(tensors), y, part, count, *(experts or (y, y, y)), *sizes)
+    args = (desc, *held.arguments(tensors), y, part, count, *sizes)
     grid = (blocks * split, 1)
     launch(ring, key, grid, args, device, build)
 
 
 def _run_specialized(
-    held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Specialized,
-    experts: _Schedule | None,
-) -> None:  # fmt: skip
+    held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Specialized
+) -> None:
     r, device = held.recipe, x.device.index
-    m = x.shape[0] if experts is None else experts[1].shape[0] * c.bm
-    grouped = experts is not None
+    m, shares = x.shape[0], r.groups // c.unroll
     tiles = c.tiles(m, held.sizes[1])
-    programs = tiles if grouped or not c.programs else min(c.programs, tiles * r.groups)
+    programs = min(c.programs, tiles * shares) or tiles
     part = count = tensors[held.buffers[0]]  # not read where no tile is cut
-    if cut(tiles, r.groups, programs):
+    if cut(tiles, shares, programs):
         counter = counters(device, programs * c.consumers)
         if counter is None:
             programs = tiles
@@ -149,12 +137,12 @@ def _run_specialized(
             count = counter
             sums = programs * c.consumers * 64 * c.wide * c.bm
             part = torch.empty(sums, dtype=torch.float32, device=x.device)
-    key = ("ws", r, c.b1, c.b2, c.consumers, c.wide, c.stages, c.acc, grouped)
+    key = ("ws", r, c.b1, c.b2, c.consumers, c.wide, c.stages, c.unroll, c.acc)
 
     def build() -> Build:
         more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "R": c.wide, "ST": c.stages}
-        more |= {"GN": 32, "ACC": c.acc, "GROUPED": grouped, "BITS": held.plan.bits}
-        more["EARLY"] = held.plan.early and c.wide == 1
+        more |= {"PER": c.per, "GN": 32, "ACC": c.acc, "BITS": held.plan.bits}
+        more |= {"U": c.unroll, "EARLY": held.plan.early and c.wide == 1}
         b = held.build(x, 4, 0 if c.acc else held.plan.mode, more, first=2)
         at = 3 + len(held.buffers)
         return replace(b, views=b.views | {at: torch.float32, at + 1: torch.int32})
@@ -163,8 +151,7 @@ def _run_specialized(
     rest = Descriptor(x, (c.b2, 64)) if c.b2 else desc
     high = tensors[r.buffers.index("codes_high" if held.plan.bits == 3 else "codes")]
     sizes = (m, *held.sizes)
-    blocks = (*(experts or (y, y, y)), high)
-    args = (desc, rest, *held.arguments(tensors), y, part, count, *blocks, *sizes)
+    args = (desc, rest, *held.arguments(tensors), y, part, count, high, *sizes)
     launch(specialized, key, (programs, 1), args, device, build)
 
 
@@ -177,48 +164,15 @@ def _gathered(r: Recipe, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     return F.pad(x, (0, 1)).index_select(1, torch.where(held < 0, r.k_in, held)[: r.k])
 
 
-def run_config(
-    r: Recipe, x: Tensor, tensors: Sequence[Tensor], c: Ring | Specialized,
-    experts: _Schedule | None = None,
-) -> Tensor:  # fmt: skip
-    """y [M, N] = x [M, K] W^T (+ bias) with the given block sizes.
-
-    Args:
-        experts: blocks of ``c.bm`` rows of x, which is sorted by expert.
-    """
+def run_config(r: Recipe, x: Tensor, tensors: Sequence[Tensor], c: Ring | Specialized) -> Tensor:
+    """y [M, N] = x [M, K] W^T (+ bias) with the given block sizes."""
     x = aligned(_gathered(r, x, tensors))
     y = x.new_empty(x.shape[0], r.n)
     if x.shape[0]:
         if isinstance(c, Ring):
-            _run_ring(_layer(r), x, tensors, y, c, experts)
+            _run_ring(_layer(r), x, tensors, y, c)
         else:
-            _run_specialized(_layer(r), x, tensors, y, c, experts)
-    return y
-
-
-def run_grouped_gluon(
-    r: Recipe,
-    x: Tensor,
-    index: Tensor,
-    tensors: Sequence[Tensor],
-    c: Ring | Specialized | None = None,
-) -> Tensor:
-    """y [T, N]: row t through expert ``index[t]``; zeros where that is no expert."""
-    own = getattr(torch, r.act_dtype)
-    if x.dtype != own:
-        return run_grouped_gluon(r, x.to(own), index, tensors, c).to(x.dtype)
-    t = x.shape[0]
-    if not t:
-        return x.new_zeros(0, r.n)
-    if c is None:
-        c = grouped_config(_layer(r).plan, r, t)
-    if t <= max(2, r.experts // 4):  # sorting costs more than reading an expert twice
-        blocks = each_alone(index, r.experts)
-    else:
-        blocks = sorted_blocks(index, r.experts, c.bm)
-        x = x.index_select(0, blocks[0])
-    y = run_config(r, x, tensors, c, blocks)
-    clear_rows(index, y, r.experts)
+            _run_specialized(_layer(r), x, tensors, y, c)
     return y
 
 

@@ -1,10 +1,11 @@
-"""What a stage of ``gluon_ws`` holds: x, codes and factors of 64 columns; who fills and reads it.
+"""What a stage of ``gluon_ws`` holds: x, codes and factors of 64 columns, or of twice 64 (PER).
 
     x      [B1, 64] and [B2, 64]                by TMA, one thread
     codes  of each consumer, in stored order    by cp.async, all four warps of the producer
     factors by group, of each consumer          the same; those by rectangle are read from memory
 
-A stage is full when x has come (its bytes are counted) and the 128 copying threads have arrived.
+A stage is full when x has come (its bytes are counted) and the 128 copying threads have arrived. Of
+many rows few stages fit, so they are short and free early; of few rows a barrier costs more.
 With codes in registers instead, every group of columns took one latency of memory: a loop moves
 what was fetched ahead from register to register, and a move waits for its load.
 """
@@ -27,37 +28,45 @@ from quant_kernels_triton.gluon_parts import (
 )
 from quant_kernels_triton.gluon_share import segment, segments
 
-__all__ = ["buffers", "fetch", "make", "producer", "scales"]
+__all__ = ["advanced", "buffers", "fetch", "make", "producer", "scales"]
 
 
 @gluon.jit
-def _stages(P, C: gl.constexpr, SPG: gl.constexpr, NT: gl.constexpr, ST: gl.constexpr):
+def advanced(st, ph, ST: gl.constexpr):
+    """The stage behind ``st`` in the ring, and the phase of its barriers."""
+    over = st == ST - 1
+    return gl.where(over, 0, st + 1), gl.where(over, ph ^ 1, ph)
+
+
+@gluon.jit
+def _stages(P, C: gl.constexpr, SPG: gl.constexpr, NT: gl.constexpr, SLOTS: gl.constexpr):
     """Shared memory for a factor by group; a place holder for any other."""
     if staged(C, SPG):
         flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        return gl.allocate_shared_memory(P.dtype.element_ty, [2 * ST, NT, per_half(C, SPG), 8],
+        return gl.allocate_shared_memory(P.dtype.element_ty, [SLOTS, NT, per_half(C, SPG), 8],
                                          flat)  # fmt: skip
     else:
         return P
 
 
 @gluon.jit
-def buffers(S0, S1, Z, O0, O1, BITS: gl.constexpr, NT: gl.constexpr, ST: gl.constexpr,
+def buffers(S0, S1, Z, O0, O1, BITS: gl.constexpr, NT: gl.constexpr, SLOTS: gl.constexpr,
              SPG: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr,
              C3: gl.constexpr, C4: gl.constexpr):  # fmt: skip
-    """Stages of codes and factors of one consumer."""
+    """Codes and factors of one consumer: SLOTS of 64 columns."""
     if BITS >= 4:
         WS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-        ws = gl.allocate_shared_memory(gl.int16, [2 * ST, NT, BITS // 4, 32, 8], WS)
+        ws = gl.allocate_shared_memory(gl.int16, [SLOTS, NT, BITS // 4, 32, 8], WS)
     else:
         W3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        ws = gl.allocate_shared_memory(gl.int16, [2 * ST, NT, 32, 4], W3)
+        ws = gl.allocate_shared_memory(gl.int16, [SLOTS, NT, 32, 4], W3)
     hs = ws
     if BITS == 3:
         H2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        hs = gl.allocate_shared_memory(gl.int32, [2 * ST, NT, 32], H2)
-    ms = (_stages(S0, C0, SPG, NT, ST), _stages(S1, C1, SPG, NT, ST), _stages(Z, C2, SPG, NT, ST),
-          _stages(O0, C3, SPG, NT, ST), _stages(O1, C4, SPG, NT, ST))  # fmt: skip
+        hs = gl.allocate_shared_memory(gl.int32, [SLOTS, NT, 32], H2)
+    ms = (_stages(S0, C0, SPG, NT, SLOTS), _stages(S1, C1, SPG, NT, SLOTS),
+          _stages(Z, C2, SPG, NT, SLOTS), _stages(O0, C3, SPG, NT, SLOTS),
+          _stages(O1, C4, SPG, NT, SLOTS))  # fmt: skip
     return ws, hs, ms
 
 
@@ -120,63 +129,60 @@ def _bring(ws, hs, ms, W, HIGH, P, st, tile0, half, NP, G, NT: gl.constexpr, BIT
 
 
 @gluon.jit
-def _bring_all(wss, hss, mss, full, W, HIGH, P, st, pn, k, NP, G, NC: gl.constexpr,
-               NT: gl.constexpr, BITS: gl.constexpr, SPG: gl.constexpr, C0: gl.constexpr,
-               C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr):  # fmt: skip
-    """Codes and factors of group ``k`` for all consumers to stage ``st``."""
-    for h in gl.static_range(2):
+def _bring_all(wss, hss, mss, full, W, HIGH, P, st, pn, half, NP, G, PER: gl.constexpr,
+               NC: gl.constexpr, NT: gl.constexpr, BITS: gl.constexpr, SPG: gl.constexpr,
+               C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr,
+               C4: gl.constexpr):  # fmt: skip
+    """Codes and factors for all consumers to stage ``st``, from 64 columns number ``half`` on."""
+    for h in gl.static_range(PER):
         for i in gl.static_range(NC):
-            _bring(wss[i], hss[i], mss[i], W, HIGH, P, st * 2 + h, (pn * NC + i) * NT, k * 2 + h,
+            _bring(wss[i], hss[i], mss[i], W, HIGH, P, st * PER + h, (pn * NC + i) * NT, half + h,
                    NP, G, NT, BITS, SPG, C0, C1, C2, C3, C4)  # fmt: skip
     async_copy.mbarrier_arrive(full.index(st), increment_count=False)
 
 
 @gluon.jit
-def producer(xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G, EXPERT, BOUNDS,
-             B1: gl.constexpr, B2: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr,
+def producer(xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G, B1: gl.constexpr,
+             B2: gl.constexpr, ST: gl.constexpr, PER: gl.constexpr, NC: gl.constexpr,
              NT: gl.constexpr, BITS: gl.constexpr, SPG: gl.constexpr, C0: gl.constexpr,
              C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr,
-             GN: gl.constexpr, GROUPED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+             GN: gl.constexpr, PDL: gl.constexpr, U: gl.constexpr):  # fmt: skip
     """Fill the stages of all segments of this program."""
-    BYTES: gl.constexpr = 2 * (xd.block_type.nbytes // B1) * (B1 + B2)
+    BYTES: gl.constexpr = PER * (xd.block_type.nbytes // B1) * (B1 + B2)
     nm = gl.cdiv(M, B1 + B2)
     nn = gl.cdiv(NP, NC * NT * 16)
+    GU = G // U  # shares are counted in rounds of the loop
+    STEPS: gl.constexpr = 2 * U // PER  # stages of a round
     ahead = 0
-    if PDL and not GROUPED:  # weights do not depend on the kernel before: only x has to wait for it
-        pn, pm, k0, k1, _ = segment(0, nm, nn, G, GN)
-        ahead = gl.minimum(k1 - k0, ST)
+    if PDL:  # weights do not depend on the kernel before: only x has to wait for it
+        pn, pm, k0, k1, _ = segment(0, nm, nn, GU, GN)
+        ahead = gl.minimum((k1 - k0) * STEPS, ST)
         for i in range(ahead):
-            _bring_all(wss, hss, mss, full, W, HIGH, P, i, pn, k0 + i, NP, G, NC, NT, BITS, SPG,
-                       C0, C1, C2, C3, C4)  # fmt: skip
+            _bring_all(wss, hss, mss, full, W, HIGH, P, i, pn, (k0 * STEPS + i) * PER, NP, G, PER,
+                       NC, NT, BITS, SPG, C0, C1, C2, C3, C4)  # fmt: skip
         gdc_wait()
     st = 0
     ph = 1
     n = 0
-    for s in range(segments(nm * nn, G)):
-        pn, pm, k0, k1, _ = segment(s, nm, nn, G, GN)
+    for s in range(segments(nm * nn, GU)):
+        pn, pm, k0, k1, _ = segment(s, nm, nn, GU, GN)
         m0 = pm * (B1 + B2)
-        if GROUPED:
-            m0 = gl.load(BOUNDS + 2 * pm)
-            k1 = gl.where(gl.load(EXPERT + pm) < 0, k0, k1)
-        for k in range(k0, k1):
+        for i in range(k0 * STEPS, k1 * STEPS):
             mbarrier.wait(empty.index(st), ph)
             mbarrier.expect(full.index(st), BYTES)
-            for h in gl.static_range(2):
-                at = [m0, k * 128 + h * 64]
-                to = xs.index(st * 2 + h)
+            for h in gl.static_range(PER):
+                at = [m0, (i * PER + h) * 64]
+                to = xs.index(st * PER + h)
                 tma.async_copy_global_to_shared(xd, at, full.index(st), to)
                 if B2:
-                    at2 = [m0 + B1, k * 128 + h * 64]
-                    to2 = xt.index(st * 2 + h)
+                    at2 = [m0 + B1, (i * PER + h) * 64]
+                    to2 = xt.index(st * PER + h)
                     tma.async_copy_global_to_shared(xe, at2, full.index(st), to2)
             if n >= ahead:
-                _bring_all(wss, hss, mss, full, W, HIGH, P, st, pn, k, NP, G, NC, NT, BITS, SPG, C0,
-                           C1, C2, C3, C4)  # fmt: skip
+                _bring_all(wss, hss, mss, full, W, HIGH, P, st, pn, i * PER, NP, G, PER, NC, NT,
+                           BITS, SPG, C0, C1, C2, C3, C4)  # fmt: skip
             n += 1
-            st += 1
-            if st == ST:
-                st = 0
-                ph ^= 1
+            st, ph = advanced(st, ph, ST)
     async_copy.wait_group(0)
 
 

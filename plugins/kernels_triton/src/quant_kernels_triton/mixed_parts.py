@@ -33,6 +33,7 @@ __all__ = [
     "raw_factors",
 ]
 
+
 @gluon.jit
 def piece(words, NW: gl.constexpr, J: gl.constexpr, SUB: gl.constexpr, BYTES: gl.constexpr):
     """Bytes of piece J of a group, in a layout in which a lane holds its own."""

@@ -55,7 +55,6 @@ def _compile(
         "MODE": p.mode,
         "SPG": p.spg,
         "PDL": True,
-        "GROUPED": True,
         "GN": 8,
         "ASM": dequant(p.element, act, mode, p.zero_value),
         "REGS": constraints({4: 4, 8: 2}.get(p.bits, 8)),
@@ -78,7 +77,9 @@ def _compile(
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     command = [str(ptxas), "-v", "-arch=sm_90a", str(path), "-o", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert re.findall(r"(\d+) bytes spill stores", said) == ["0"], said
+    # three consumers take more uniform registers than there are: a few words, stored once
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+    assert int(spilled) <= (16 if more.get("NC") == 3 else 0), said
     assert "C75" not in said, said  # wgmma serialized
 
 
@@ -106,8 +107,7 @@ def compile_specialized(name: str, act: str, rows: int) -> None:
     c = config(p, r, rows)
     assert isinstance(c, Specialized)
     more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "R": c.wide, "ST": c.stages, "ACC": c.acc}
-    more["EARLY"] = p.early and c.wide == 1
-    more |= {"BITS": p.bits, "GROUPED": c.consumers == 2 and p.bits > 3}  # else no stacks
+    more |= {"PER": c.per, "U": c.unroll, "EARLY": p.early and c.wide == 1, "BITS": p.bits}
     boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
     _compile(specialized, boxes, p, r, 4, 0 if c.acc else p.mode, more)
     print("specialized ok")
