@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from quant_core.errors import KernelError
-from quant_kernels_triton import direct
+from quant_kernels_triton import direct, launch
 from quant_kernels_triton.direct import Direct
 from quant_kernels_triton.machine_code import Code, Map
 
@@ -190,3 +190,16 @@ def test_loading_takes_the_context_of_the_device_and_allows_large_shared_memory(
     direct.prepare(code(["*fp32"], shared=200 << 10), 3)
     assert driver.context == 103
     assert driver.allowed == [(8, 200 << 10)]
+
+
+def test_nothing_is_compiled_for_a_driver_that_does_not_know_parameters(monkeypatch):
+    asked = []
+    monkeypatch.setattr(launch, "capability", lambda device: 90)
+    monkeypatch.setattr(launch, "code_of", lambda *how: asked.append(how))
+    build = launch.Build(constants={}, options={})
+    monkeypatch.setattr(direct, "_driver", lambda: None)
+    assert launch._own(None, (), build, 0) is None
+    assert asked == []
+    monkeypatch.setattr(direct, "_driver", lambda: Loader([]))
+    assert launch._own(None, (), build, 0) is None  # nor does Triton leave a code
+    assert len(asked) == 1

@@ -26,7 +26,7 @@ from typing import Any
 from quant_core.errors import KernelError
 from quant_kernels_triton.machine_code import Code
 
-__all__ = ["Direct", "here", "prepare"]
+__all__ = ["Direct", "available", "here", "prepare"]
 
 _CONFIG = struct.Struct(
     "@7IQQI4x"
@@ -64,6 +64,11 @@ def _driver() -> Any:
     except (OSError, AttributeError):
         return None
     return cu
+
+
+def available() -> bool:
+    """Whether there is a driver that can say what a kernel's parameters are (12.4 or newer)."""
+    return _driver() is not None
 
 
 def _check(cu: Any, result: int, what: str) -> None:

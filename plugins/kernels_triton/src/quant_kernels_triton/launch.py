@@ -21,7 +21,7 @@ from quant_core.kernels.calls import planned
 from quant_kernels_triton.ahead import ahead
 from quant_kernels_triton.arguments import capability
 from quant_kernels_triton.compiler import code_of, source_of
-from quant_kernels_triton.direct import prepare
+from quant_kernels_triton.direct import available, prepare
 from quant_kernels_triton.jitted import Descriptor, Jitted
 from quant_kernels_triton.replay import note_launch
 
@@ -73,7 +73,7 @@ def _triton(fn: Any, grid: tuple[int, int], args: Sequence[Any], b: Build) -> St
 def _own(fn: Any, args: Sequence[Any], b: Build, device: int | None) -> Start | None:
     """The kernel past Triton's launcher, or None where that is needed."""
     found = capability(device)
-    if device is None or not found:  # not a CUDA device, or the interpreter
+    if device is None or not found or not available():  # no CUDA device, or the interpreter
         return None
     code = code_of(fn, args, b.constants, b.options, found)
     return None if code is None else prepare(code, device)
