@@ -9,7 +9,8 @@ Interleaved, a round is one of each, files in the page cache (``--cold``: droppe
 each, without touching anybody else's):
 
     touch   every tensor through safetensors, its bytes summed up as int64 (GGUF: the file mapped)
-    copy    the same bytes into fresh memory, which is what a model needs at least
+    copy    the same bytes into fresh memory, which is what a model needs at least: large tensors
+            into huge pages, as a model's (the heap would give back what a round before gave up)
     load    ``load_model``: plan, modules of transformers, kernels' buffers
     read    ``load_model(prepared=...)`` after a first load wrote the entry, with
             QUANT_PREPARED_MAP=0: buffers are memory of the process
@@ -45,6 +46,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import quant_core
+from quant_core.memory import empty
 from quant_core.nn import QuantModule
 
 __all__ = ["KINDS", "main"]
@@ -235,7 +237,7 @@ def touch(path: Path) -> int:
 
 
 def copy(path: Path) -> list[torch.Tensor]:
-    return [t.clone() for t in stored_tensors(path)]
+    return [empty(tuple(t.shape), t.dtype).copy_(t) for t in stored_tensors(path)]
 
 
 @contextmanager
