@@ -1,8 +1,8 @@
 """What an eager call costs the host, and whether joined layers and graphs give the same numbers.
 
-    python benchmarks/gpu_host.py --json out.json
+    python benchmarks/gpu_host.py --json out.json [--schemes int4,w4a8]
 
-Microseconds of one call without waiting for the device: least mean of 7 rounds of 100 calls. Each
+Microseconds of one call without waiting for the device: least mean of 60 rounds of 60 calls. Each
 kernel through its bound function, the module around it, ``F.linear`` beside them.
 """
 
@@ -47,10 +47,10 @@ KERNELS = (
 NAMED = {"w4a8": ("int4", {"activations": "fp8"}), "w4a8-int8": ("int4", {"activations": "int8"})}
 
 
-def host_us(call: Callable[[], Any], calls: int = 100) -> float:
+def host_us(call: Callable[[], Any], calls: int = 60) -> float:
     """Least mean of several rounds; the device is idle when a round begins."""
     rounds = []
-    for _ in range(7):
+    for _ in range(60):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):
@@ -139,6 +139,7 @@ def main() -> None:
     """Everything, each part on its own."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--schemes", default="", help="only these")
     parser.add_argument("--profile", action="store_true", help="where a Gluon call spends it")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -146,10 +147,11 @@ def main() -> None:
     x = torch.randn(1, K, dtype=torch.bfloat16, device="cuda")
     rows: list[Any] = [{"kernel": "F.linear", "bound_us": host_us(lambda: F.linear(x, weight))}]
     parts: list[Callable[[], list[Any]]] = [
-        *(lambda s=s, k=k, m=m: kernel_rows(s, k, m, weight) for s, k, m in KERNELS),
-        lambda: joined_rows("int4"),
-        lambda: joined_rows("compressed_tensors:fp8"),
-    ]
+        *(lambda s=s, k=k, m=m: kernel_rows(s, k, m, weight) for s, k, m in KERNELS
+          if not args.schemes or s in args.schemes.split(",")),
+        *(lambda s=s: joined_rows(s) for s in ("int4", "compressed_tensors:fp8")
+          if not args.schemes),
+    ]  # fmt: skip
     for part in parts:
         try:
             rows += part()
