@@ -28,7 +28,8 @@ SIZES = [
     for split in (1, 2, 4)
 ]
 
-WIDE = [WideSizes(256, 4, 8), WideSizes(128, 6, 16)]
+WIDE = [WideSizes(64, 8), WideSizes(64, 12, True), WideSizes(128, 6), WideSizes(128, 8, True),
+        WideSizes(256, 4)]  # fmt: skip
 
 
 def eight_bit_plan(kind: str, n: int, k: int) -> ScaledPlan:
@@ -132,8 +133,9 @@ def check_ring(
         for m in rows:
             x = torch.randn(m, k, device="cuda").bfloat16()
             want = fake_quantize(x.float(), acts(kind)).double() @ w.t()
+            wide = [c for c in WIDE if kind != "block" or c.bm == 64]
             picked = (None,) if m <= MOST[kind] else ()  # more rows are not offered
-            some = (*picked, *SIZES[m % 3 :: 3], *(WIDE if kind == "int8" else ()))
+            some = (*picked, *SIZES[m % 3 :: 3], *wide)
             for c in only or some:
                 try:
                     y = run_ring(p, x, held, c)

@@ -19,6 +19,7 @@ __all__ = [
     "codes_us",
     "describe_scaled",
     "few_rows",
+    "product_us",
     "scaled_from_text",
     "scaled_us",
 ]
@@ -63,6 +64,28 @@ def codes_us(rows: int, k: int) -> float:
     return 1.2 + rows * k / 0.9e6 + (1.2 if k > 8192 else 0.0)
 
 
+SMS = 132  # multiprocessors of an H100: only costs and block counts depend on it
+
+
+def product_us(
+    n: int, k: int, rows: int, tile: tuple[int, int], alone: float, full: float
+) -> float:
+    """Microseconds of a product in tiles of ``tile`` outputs and tokens, fitted to an H100.
+
+    Args:
+        alone: of 128 columns of a tile while the card is almost idle.
+        full: the same on a full card.
+    """
+    tiles, groups = -(-n // tile[0]) * -(-rows // tile[1]), -(-k // 128)
+    turns, rest = divmod(tiles - 1, SMS)
+    work = groups * (turns * full + alone + (full - alone) * (rest + 1) / SMS)
+    return (work**2.2 + (n * k / 2.95e6) ** 2.2) ** (1 / 2.2)
+
+
+_TORCH = {"fp8": (4.4, 0.218, 0.431), "block": (4.1, 0.271, 0.394)}  # start; alone, full
+_SCALES_US = 4.0  # of making float32 scales for torch of stored ones
+
+
 def scaled_us(p: ScaledPlan, rows: int) -> float:
     """Microseconds of ``rows`` tokens in ``triton_scaled``, fitted to an H100."""
     size, few = p.n * p.k, few_rows(p.kind, p.n)
@@ -71,12 +94,12 @@ def scaled_us(p: ScaledPlan, rows: int) -> float:
     if rows <= few:
         start = 10.0 if p.kind == "block" else 7.0
         start += long * (14.0 if p.kind == "block" else 4.0)
-        return start + max(size / 2.4e6, work / (700.0 if p.kind == "int8" else 1150.0))
+        return start + max(size / 2.4e6, work / (350.0 if p.kind == "int8" else 1150.0))
     if p.kind == "int8":
         return 12.0 + codes_us(rows, p.k) + max(size / 2.4e6, work / 700.0)
-    rate = 1000.0 if rows <= 512 else 1150.0 if p.kind == "block" else 1230.0
-    read = size / 2.4e6 + long * 12.0
-    return 6.0 + codes_us(rows, p.k) + max(read, work / rate)
+    start, alone, full = _TORCH[p.kind]
+    start += codes_us(rows, p.k) + (p.types[0] != "f32") * _SCALES_US
+    return start + product_us(p.n, p.k, rows, (128, 128), alone, full)
 
 
 @functools.cache

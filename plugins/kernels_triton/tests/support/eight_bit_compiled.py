@@ -49,19 +49,19 @@ def compile_ring(kind: str, rows: int) -> None:
     )  # fmt: skip
     c, integer = ring_sizes(p, rows), kind == "int8"
     dtype, name = (gl.int8, "i8") if integer else (gl.float8e4nv, "fp8e4nv")
-    wide = isinstance(c, WideSizes)
+    outputs = c.outputs if isinstance(c, WideSizes) else 16 * c.warps
     types = {"Y": "*bf16", "COUNT": "*i32"} | dict.fromkeys("MNG", "i32")
     types |= dict.fromkeys(("SW", "SX", "BIAS", "PART"), "*fp32")
-    for at, size in (("wd", 128 if wide else 16 * c.warps), ("xd", c.bm)):
+    for at, size in (("wd", outputs), ("xd", c.bm)):
         layout = gl.NVMMASharedLayout.get_default_for([size, 128], dtype)
         types[at] = f"tensordesc<{name}[{size},128],{layout!r}>"
     held = {"PDL": True, "SINGLE": False, "HAS_BIAS": True, "ST": c.stages}
+    held |= {"INT": integer, "BLOCKED": kind == "block"}
     if isinstance(c, WideSizes):
-        held |= {"BT": c.bm, "GN": c.together}
+        held |= {"BT": c.bm, "GN": c.together, "PAIR": c.pair}
         ptx = _compile(scaled_specialized, types, held, 4)
     else:
         held |= {"BM": c.bm, "NW": c.warps, "KS": c.groups, "SPLIT": c.split, "GN": 8}
-        held |= {"INT": integer, "BLOCKED": kind == "block"}
         ptx = _compile(scaled_ring, types, held, c.warps)
     assert re.search(r"wgmma.mma_async.*(e4m3.e4m3|s8.s8)", ptx)
     print("ok")
