@@ -283,6 +283,21 @@ def test_other_inputs_are_taken_as_they_lie_or_watched_again(card):
         assert torch.equal(y, wanted(x, w))
 
 
+def test_an_op_replays_what_its_calls_did_unless_somebody_watches_them(card, monkeypatch):
+    w, calls, seen = torch.randn(64), [], [True]
+
+    def noted(x, tensors, name):
+        calls.append(name)
+        return run(x, tensors, name)
+
+    monkeypatch.setattr(replay, "unobserved", lambda x: seen[0])
+    op = replay.replayable(noted)
+    for seen[0] in (True, True, False, True):
+        x = torch.randn(3, 4)
+        assert torch.equal(op(x, [OTHER, w], "layer"), wanted(x, w))
+    assert len(calls) == 2
+
+
 def test_calls_run_with_the_device_of_x_as_the_current_one(card, monkeypatch):
     w, x, current = torch.randn(64), torch.randn(3, 4), [5]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant_core.kernels.calls import check_input, unobserved
 from quant_kernels_triton.mixed_plan import from_text
-from quant_kernels_triton.replay import kind_of, replayed
+from quant_kernels_triton.replay import kind_of, replayable, replayed
 
 __all__ = ["bound_grouped", "bound_linear"]
 
@@ -52,7 +52,7 @@ def _fake_grouped(x: Tensor, experts: Tensor, tensors: list[Tensor], plan: str) 
 
 
 for _name, _impl, _fake in (
-    ("mixed_linear", _linear, _fake_linear),
+    ("mixed_linear", replayable(_linear), _fake_linear),
     ("mixed_grouped", _grouped, _fake_grouped),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")

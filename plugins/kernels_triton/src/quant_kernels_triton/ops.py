@@ -21,7 +21,7 @@ from torch import Tensor
 from quant_core.kernels.calls import check_input, unobserved
 from quant_kernels_triton.plain_run import run_dense, run_embedding, run_gemm, run_grouped
 from quant_kernels_triton.recipe import Recipe, recipe_from_text
-from quant_kernels_triton.replay import kind_of, replayed
+from quant_kernels_triton.replay import kind_of, replayable, replayed
 from quant_kernels_triton.rounding_run import rounded
 from quant_kernels_triton.scaled_plan import scaled_from_text
 from quant_kernels_triton.scaled_run import run_scaled
@@ -112,10 +112,10 @@ def _fake_embedding(ids: Tensor, tensors: list[Tensor], recipe: str) -> Tensor:
 
 
 for _name, _impl, _fake in (
-    ("linear", _linear, _fake_linear),
+    ("linear", replayable(_linear), _fake_linear),
     ("grouped_linear", _grouped_linear, _fake_grouped),
-    ("scaled_linear", _scaled_linear, _fake_scaled),
-    ("scaled_ring", _scaled_ring, _fake_scaled),
+    ("scaled_linear", replayable(_scaled_linear), _fake_scaled),
+    ("scaled_ring", replayable(_scaled_ring), _fake_scaled),
     ("embedding", _embedding, _fake_embedding),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")

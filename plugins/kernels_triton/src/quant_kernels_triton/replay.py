@@ -12,6 +12,7 @@ fresh memory) is run as it is written each time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quant_core.kernels.calls import check_input, planned
+from quant_core.kernels.calls import check_input, planned, unobserved
 from quant_kernels_triton import gluon_counters
 from quant_kernels_triton.direct import Direct, here
 
-__all__ = ["Replay", "kind_of", "note_launch", "replayed"]
+__all__ = ["Replay", "kind_of", "note_launch", "replayable", "replayed"]
 
 _MAKES = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 _VIEWS = {"view", "_unsafe_view", "alias", "detach", "slice", "select", "split", "split_with_sizes",
@@ -218,14 +219,15 @@ _failed: dict[Hashable, int] = {}
 
 
 def replayed(
-    run: Callable[..., Tensor], names: tuple[Any, ...], tensors: Sequence[Any], x: Tensor, k: int
-) -> Tensor:
+    run: Callable[..., Tensor], names: tuple[Any, ...], tensors: Sequence[Any], x: Tensor,
+    k: int | None = None,
+) -> Tensor:  # fmt: skip
     """``run(x, tensors, *names)`` by the launches of an earlier call of this shape, if there was.
 
     Args:
         run: must launch the same whenever names, shape and dtype of x are the same.
         names: name the layer; with ``run`` they are the key of what is kept.
-        x: floats [..., K].
+        x: floats [..., K], which is checked; not where ``k`` is None.
 
     Raises:
         LayoutError: ``Q-LAYOUT-INPUT``.
@@ -242,7 +244,8 @@ def replayed(
         if x.is_contiguous() and (y := known(x, tensors)) is not None:
             return y
         return run(x, tensors, *names)
-    check_input(x, k)
+    if k is not None:
+        check_input(x, k)
     if _failed.get(key, 0) >= _ATTEMPTS or torch.cuda.is_current_stream_capturing():
         return run(x, tensors, *names)
     watch = _Watch()
@@ -263,3 +266,15 @@ def replayed(
             _replays.clear()
         _replays[key] = replay
     return y
+
+
+def replayable(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``run(x, tensors, *names)`` as what an op runs, in compiled models say: by ``replayed``."""
+
+    @functools.wraps(run)
+    def op(x: Tensor, tensors: Sequence[Any], *names: Any) -> Tensor:
+        if unobserved(x):
+            return replayed(run, names, tensors, x)
+        return run(x, tensors, *names)
+
+    return op
