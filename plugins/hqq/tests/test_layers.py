@@ -10,9 +10,10 @@ import torch
 from quant_core.build import Builder
 from quant_core.errors import LayoutError
 from quant_core.load import load_tensor, read_matrix
+from quant_core.packing import pack
 from quant_core.rewrites import slice_out
-from quant_core.spec import Zero
-from quant_plugin_hqq.layout import unpack_words
+from quant_core.spec import CANONICAL, Zero
+from quant_plugin_hqq.layout import codes_of, unpack_words
 from quant_plugin_hqq.meta import Meta
 
 
@@ -38,6 +39,20 @@ def test_four_bit_bytes_hold_rows_from_both_halves():
     words = torch.tensor([[0x1A], [0x2B], [0x3C]], dtype=torch.uint8)
     meta = Meta(bits=4, group_size=1, shape=(6, 1), packing="4bit_u8")
     assert unpack_words(words, meta, "w").flatten().tolist() == [1, 2, 3, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(6, 64, 64), (640, 1024, 64), (3, 64, 32), (5, 6, 2)]
+)
+def test_four_bit_bytes_become_the_canonical_ones_of_their_codes(n, k, group):
+    meta = Meta(bits=4, group_size=group, shape=(n, k), packing="4bit_u8")
+    words = torch.randint(0, 256, (meta.word_rows, group), dtype=torch.uint8)
+    if 2 * meta.word_rows > meta.rows:
+        words[-1] &= 0xF0  # the second part is a row shorter
+    want = pack(unpack_words(words, meta, "w"), 4, CANONICAL)
+    assert torch.equal(codes_of(words, meta, "w"), want)
+    words[0, 0] ^= 0x10
+    assert not torch.equal(codes_of(words, meta, "w"), want)
 
 
 def test_three_bit_words_hold_ten_parts_from_bit_27_down():

@@ -34,7 +34,9 @@ from quant_core.tensors import LayerTensors, QuantizedTensor
 from quant_plugin_hqq.meta import Meta
 from quant_plugin_hqq.scheme import HqqScheme
 
-__all__ = ["canonicalize", "pack_words", "serialize", "unpack_words"]
+__all__ = ["canonicalize", "codes_of", "pack_words", "serialize", "unpack_words"]
+
+_PIECE = 1 << 17  # pairs of words in work at once
 
 
 def _code_error(where: str, found: str, expected: str) -> LayoutError:
@@ -65,6 +67,30 @@ def unpack_words(words: Tensor, meta: Meta, where: str) -> Tensor:
         found = f"a code of {int(codes.max())}"
         raise _code_error(where, found, f"at most {(1 << meta.bits) - 1} for nbits={meta.bits}")
     return codes
+
+
+def _canonical_nibbles(words: Tensor, meta: Meta) -> Tensor:
+    """Canonical codes of 4-bit words whose parts are whole: uint8 (N, K / 2).
+
+    A word holds a code of the first half of the matrix above one of the second; two neighbours
+    make a byte, 16 bits at a time, in pieces that stay in the cache.
+    """
+    pairs = words.reshape(-1).view(torch.int16)
+    out = torch.empty(2, pairs.numel(), dtype=torch.uint8, device=words.device)
+    for half, shift in enumerate(meta.order.shifts):
+        for start in range(0, pairs.numel(), _PIECE):
+            both = (pairs[start : start + _PIECE] >> shift) & 0x0F0F
+            out[half, start : start + _PIECE] = both | (both >> 4)  # the low byte
+    return out.view(meta.shape[0], -1)
+
+
+def codes_of(words: Tensor, meta: Meta, where: str) -> Tensor:
+    """Canonical codes of ``words``; raises as ``unpack_words``."""
+    whole = meta.packing == "4bit_u8" and 2 * meta.word_rows == meta.rows
+    whole = whole and meta.shape[1] % 2 == 0
+    if whole and words.numel() % 2 == 0 and words.storage_offset() % 2 == 0:
+        return _canonical_nibbles(words, meta)
+    return pack(unpack_words(words, meta, where), meta.bits, CANONICAL)
 
 
 def pack_words(codes: Tensor, meta: Meta) -> Tensor:
@@ -117,11 +143,10 @@ def canonicalize(scheme: HqqScheme, where: str, tensors: Mapping[str, Tensor]) -
     _check_meta(scheme, where, tensors)
     _check_zeros(tensors["zero"], where)
     words = tensors["W_q"].view(getattr(torch, meta.order.word))
-    codes = unpack_words(words, meta, where)
     weight = QuantizedTensor(
         spec=scheme.weight,
         shape=scheme.shape,
-        codes=pack(codes, meta.bits, CANONICAL),
+        codes=codes_of(words, meta, where),
         scales=(flat_to_grid(tensors["scale"].reshape(-1), meta.group_size, scheme.shape),),
         zeros=flat_to_grid(tensors["zero"].reshape(-1), meta.group_size, scheme.shape),
     )
