@@ -191,7 +191,7 @@ static void from_columns(uint32_t *blocks, const uint32_t *in, int64_t words, in
     }
 }
 
-#define TILE 16 /* blocks of rows written side by side: their streams stay few */
+#define TILE 8 /* blocks of rows written side by side: 16 often share lines of the first-level cache */
 
 /* Rows [first, first + n) of K columns. QK_ACROSS needs first and n multiples of 8, K too. */
 void qk_load_by(void *blocks, const void *stored, int64_t first, int64_t n, const qk_source *s,
