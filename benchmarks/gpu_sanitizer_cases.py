@@ -127,7 +127,7 @@ def scaled(kind: str) -> list[str]:
     """``scaled_ring`` and ``scaled_ws`` on row-major codes."""
     from gpu_eight_bits import SIZES, WIDE, check_ring
 
-    some = [*SIZES[::5], *(WIDE if kind == "int8" else ())]
+    some = [*SIZES[::5], *(c for c in WIDE if kind != "block" or c.bm == 64)]
     return [str(b) for b in check_ring(kind, ((200, 544),), (5, 100), some)["bad"]]
 
 
