@@ -49,9 +49,6 @@ def _typed(loose: Container[str], names: Sequence[str], args: Sequence[Any]) -> 
         elif isinstance(a, Descriptor):
             order = "plain" if a.plain else "swizzled"
             types.append(f"tensordesc<{_NAMES[a.dtype]}[{','.join(map(str, a.box))}],{order}>")
-        elif hasattr(a, "block_shape") and hasattr(a, "layout"):  # Triton's own
-            box = ",".join(map(str, a.block_shape))
-            types.append(f"tensordesc<{_NAMES[a.base.dtype]}[{box}],{a.layout!r}>")
         else:
             return None
         if at is not None and at % 16 == 0:
@@ -60,17 +57,15 @@ def _typed(loose: Container[str], names: Sequence[str], args: Sequence[Any]) -> 
 
 
 def source_of(
-    fn: Any, args: Sequence[Any], constants: dict[str, Any], options: dict[str, Any],
+    fn: Jitted, args: Sequence[Any], constants: dict[str, Any], options: dict[str, Any],
     capability: int,
 ) -> Source | None:  # fmt: skip
     """What the code of ``fn`` for arguments like ``args`` is made of; None if Triton has to type
     them.
 
     Args:
-        fn: ``Jitted``, or the function itself.
         args: run-time arguments; only their types, and whether they are multiples of 16, matter.
     """
-    fn = Jitted.of(fn)
     typed = _typed(fn.loose, fn.names, args)
     if typed is None:
         return None
@@ -85,7 +80,7 @@ _locks: dict[Path, threading.Lock] = {}
 
 
 def code_of(
-    fn: Any, args: Sequence[Any], constants: dict[str, Any], options: dict[str, Any],
+    fn: Jitted, args: Sequence[Any], constants: dict[str, Any], options: dict[str, Any],
     capability: int,
 ) -> Code | None:  # fmt: skip
     """The code of ``fn`` for arguments like ``args``, see ``source_of``.

@@ -88,15 +88,6 @@ def _layer(recipe: Recipe) -> _Layer:
     return _Layer(recipe)
 
 
-class _Desc:
-    """A descriptor of a kernel that is compiled: no box is asked for any more."""
-
-    __slots__ = ("base", "shape", "strides")
-
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int]) -> None:
-        self.base, self.shape, self.strides = base, shape, strides
-
-
 def _run_ring(held: _Layer, x: Tensor, tensors: Sequence[Tensor], y: Tensor, c: Ring) -> None:
     r, device, m = held.recipe, x.device.index, x.shape[0]
     blocks = -(-m // c.bm) * -(-held.sizes[1] // (16 * c.warps))

@@ -46,13 +46,6 @@ class Jitted:
         self.loose = frozenset(ast.literal_eval(given[0])) if given else frozenset[str]()
         return getattr(self, attribute)
 
-    @staticmethod
-    def of(fn: Any) -> Jitted:
-        """The name of a function of this package that is imported already."""
-        if isinstance(fn, Jitted):
-            return fn
-        return Jitted(fn.__module__.rpartition(".")[2], fn.__name__)
-
     def function(self) -> Any:
         """The function itself."""
         return getattr(import_module(f"quant_kernels_triton.{self.module}"), self.name)

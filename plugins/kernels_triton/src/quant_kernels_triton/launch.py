@@ -25,7 +25,7 @@ from quant_kernels_triton.direct import available, prepare
 from quant_kernels_triton.jitted import Descriptor, Jitted
 from quant_kernels_triton.replay import note_launch
 
-__all__ = ["Build", "Start", "aligned", "is_compiled", "launch"]
+__all__ = ["Build", "Start", "aligned", "launch"]
 
 Start = Callable[[tuple[int, int], int, Sequence[Any]], None]
 """grid, stream, arguments: addresses, numbers and descriptors"""
@@ -48,20 +48,15 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def is_compiled(key: Hashable, device: int | None) -> bool:
-    """Whether ``launch`` will find the kernel of ``key``."""
-    return (key, device) in _compiled
-
-
-def _triton(fn: Any, grid: tuple[int, int], args: Sequence[Any], b: Build) -> Start | None:
+def _triton(fn: Jitted, grid: tuple[int, int], args: Sequence[Any], b: Build) -> Start | None:
     """Launch by Triton, and its launcher for later calls; None in the interpreter."""
-    fn = fn.function() if isinstance(fn, Jitted) else fn
+    jitted = fn.function()
     args = [a.triton() if isinstance(a, Descriptor) else a for a in args]
-    compiled = fn[grid](*args, **b.constants, **b.options)
+    compiled = jitted[grid](*args, **b.constants, **b.options)
     if not hasattr(compiled, "run"):
         return None
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    values = tuple(b.constants[name] for name in fn.arg_names[len(args) :])
+    values = tuple(b.constants[name] for name in jitted.arg_names[len(args) :])
 
     def start(grid: tuple[int, int], stream: int, args: Sequence[Any]) -> None:
         args = [a.triton() if isinstance(a, Descriptor) else a for a in args]
@@ -70,7 +65,7 @@ def _triton(fn: Any, grid: tuple[int, int], args: Sequence[Any], b: Build) -> St
     return start
 
 
-def _own(fn: Any, args: Sequence[Any], b: Build, device: int | None) -> Start | None:
+def _own(fn: Jitted, args: Sequence[Any], b: Build, device: int | None) -> Start | None:
     """The kernel past Triton's launcher, or None where that is needed."""
     found = capability(device)
     if device is None or not found or not available():  # no CUDA device, or the interpreter
@@ -80,7 +75,7 @@ def _own(fn: Any, args: Sequence[Any], b: Build, device: int | None) -> Start | 
 
 
 def launch(
-    fn: Any,
+    fn: Jitted,
     key: Hashable,
     grid: tuple[int, int],
     args: tuple[Any, ...],
@@ -90,7 +85,7 @@ def launch(
     """Run ``fn`` on the current stream of ``device``.
 
     Args:
-        fn: a jitted function whose constants come after its arguments, or its name.
+        fn: a jitted function whose constants come after its arguments.
         key: with the device, everything that the build and the kinds and the divisibility of
             ``args`` depend on.
         args: run-time arguments; integers that change between calls of one key must be marked
