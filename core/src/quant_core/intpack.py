@@ -147,7 +147,7 @@ def from_groups(
     ``spec`` is taken as it is but for the element of its one scale, which follows the stored
     dtype, and for the gather.
 
-    Shapes:  scales float (G, N), zeros uint8 (G, N) or None  ->  (N, G) each
+    Shapes:  scales float (G, N), zeros uint8 (G, N) or None  ->  (N, G) each, views of them
     """
     level = replace(spec.scales[0], element=SCALE_ELEMENTS[str(scales.dtype)[6:]])
     return QuantizedTensor(
@@ -155,8 +155,8 @@ def from_groups(
         shape=shape,
         codes=codes,
         packing=packing,
-        scales=(scales.t().contiguous(),),
-        zeros=None if zeros is None else zeros.t().contiguous(),
+        scales=(scales.t(),),
+        zeros=None if zeros is None else zeros.t(),
         gather=gather,
     )
 

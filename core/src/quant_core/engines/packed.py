@@ -29,7 +29,7 @@ from quant_core.kernels.base import Kernel
 from quant_core.kernels.choose import choose
 from quant_core.kernels.routed import ExpertsRun
 from quant_core.load import read_matrix, read_parameter
-from quant_core.nn import with_packing
+from quant_core.nn import load_part_
 from quant_core.plan import Member
 from quant_core.scheme import Scheme
 from quant_core.spec import OpSpec
@@ -123,7 +123,7 @@ def _bind(
     choice = choose(op, builder.plan.registry, kernels=builder.kernels)
     builder.choices.append((name, choice))
     buffers = choice.kernel.allocate(choice.op, builder.device)
-    choice.kernel.load_(buffers, choice.op, with_packing(lt, choice.op.packing), {"row": 0})
+    load_part_(choice, buffers, lt, {"row": 0})
     as_linear = replace(choice.op, op="linear")
     return Bound(
         run=choice.kernel.bind(choice.op),
@@ -220,8 +220,7 @@ def bind_stack(builder: Builder, name: str, piece: Piece, experts: Sequence[int]
                 expected=first.weight.spec.label,
                 actual=lt.weight.spec.label,
             )
-        part = with_packing(lt, choice.op.packing)
-        choice.kernel.load_(buffers, choice.op, part, {"row": 0, "expert": slot})
+        load_part_(choice, buffers, lt, {"row": 0, "expert": slot})
     return Bound(
         run=choice.kernel.bind(choice.op),
         tensors=buffers,
