@@ -79,6 +79,8 @@ def ring_sizes(p: ScaledPlan, rows: int) -> RingSizes | WideSizes:
     if rows <= 16:
         if tiles > 2 * SMS:
             return RingSizes(16, 8, 2, 3, 1)
+        if tiles <= SMS and p.kind != "block":
+            return RingSizes(16, 4, 2, 8, _split(tiles, groups, SMS // 2, 16))
         return RingSizes(16, 4, 2, 4, _split(tiles, groups, 2 * SMS, 16))
     bm = 32 if rows <= 32 else 64
     if crowded and bm == 64:
