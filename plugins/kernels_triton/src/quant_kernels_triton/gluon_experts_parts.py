@@ -144,7 +144,7 @@ def few_rows(words, xs, full, empty, Q, pt, sub, lane, sa, sb, ta, tb, acc, st, 
 @gluon.jit
 def many_rows(words, xs, xt, full, empty, Q, pt, sub, lane, sa, sb, ta, tb, acc, acc2, st, ph, k0,
               k1, G, K, ROW: gl.constexpr, NC: gl.constexpr, ST: gl.constexpr, H: gl.constexpr,
-              HC: gl.constexpr, B2: gl.constexpr, GATHER: gl.constexpr, PIN: gl.constexpr,
+              HC: gl.constexpr, B2: gl.constexpr, GATHER: gl.constexpr,
               ACC: gl.constexpr, BYTES: gl.constexpr, BF16: gl.constexpr, C0: gl.constexpr,
               C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr,
               DM: gl.constexpr, ZERO: gl.constexpr, SPG: gl.constexpr, ASM: gl.constexpr,
@@ -178,8 +178,6 @@ def many_rows(words, xs, xt, full, empty, Q, pt, sub, lane, sa, sb, ta, tb, acc,
                      ZERO, ASM, REGS, AL, W6, SB)  # fmt: skip
         if NC == 2:
             a = _ready(a)
-        if PIN:  # passes at once, and nothing behind is done before ``a``
-            mbarrier.wait(full.index(sn), pp)
         d, e = _wait_for(0, d, e, B2)
         if ACC:
             f = row_factor(sa[0], sa[1], C0, C1, 4, gl.SliceLayout(1, mma))

@@ -55,7 +55,7 @@ def multiply(
 
     def build() -> Build:
         more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "GN": _TOGETHER}
-        more |= {"H": c.halves, "FEW": c.few, "PIN": c.pin}
+        more |= {"H": c.halves, "FEW": c.few}
         more |= {"GATHER": c.gather, "SORTED": in_order, "ACC": c.acc}
         more |= dict(zip(("KEEP", "FETCH"), c.registers, strict=True))
         b = held.build(x, 4, 0 if c.acc else held.plan.mode, more, first=3)

@@ -32,8 +32,7 @@ _SHARED = 196 * 1024  # bytes of stages
 class Stack:
     """Block sizes: two tiles of rows, consumers (64 outputs each), whether sums are scaled, whether
     rows of x are gathered while they are fetched (or copied by expert before), how many times 64
-    columns a stage holds, whether mma.sync multiplies (or wgmma), whether the next operand is made
-    before a product is waited for, stages."""
+    columns a stage holds, whether mma.sync multiplies (or wgmma), stages."""
 
     b1: int
     b2: int
@@ -42,7 +41,6 @@ class Stack:
     gather: bool = False
     halves: int = 1
     few: bool = False
-    pin: bool = False
     stages: int = 0
 
     @property
@@ -76,7 +74,7 @@ WAYS = (
 )
 _TILE, _STORED = 0.8, 1.6e4  # microseconds of a tile besides, and sums that take one more
 _READ = 2.8e6  # bytes a microsecond, of codes
-_START = 6.5  # microseconds of a launch, and of what the last tiles wait for
+_START = 7.5  # microseconds of a launch, and of what the last tiles wait for
 _COPY, _COPY_BYTES = 2.0, 2.8e6  # the same of copying rows by expert: bytes read and written
 
 

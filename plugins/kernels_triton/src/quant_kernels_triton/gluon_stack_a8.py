@@ -55,10 +55,10 @@ WAYS = (
     (StackA8(4, 64, 0, 2), 0.94),
     (StackA8(4, 64, 32, 2), 1.15),
 )
-_READ = 2.95e6  # bytes a microsecond, of codes and rows
+_READ = 3.05e6  # bytes a microsecond, of codes and rows
 _APART = 0.15  # of the shorter of reading and multiplying, what the other does not hide
 _TILE = 2.5 / 36864  # microseconds of storing a sum: 128 outputs of 288 rows take 2.5
-_START = 4.0  # microseconds of a launch, and of what the last tiles wait for
+_START = 7.5  # microseconds of a launch, and of what the last tiles wait for
 
 
 def _slower(p: MixedPlan) -> float:

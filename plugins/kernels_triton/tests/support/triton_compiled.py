@@ -119,7 +119,7 @@ def compile_stack(name: str, act: str, rows: int) -> None:
     c = stack_config(p, replace(r, experts=16), rows)
     assert isinstance(c, Stack)
     more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "ST": c.stages, "ACC": c.acc, "GN": 64}
-    more |= {"GATHER": c.gather, "SORTED": False, "H": c.halves, "FEW": c.few, "PIN": c.pin}
+    more |= {"GATHER": c.gather, "SORTED": False, "H": c.halves, "FEW": c.few}
     more |= dict(zip(("KEEP", "FETCH"), c.registers, strict=True))
     boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
     _compile(grouped, boxes, p, r, 4, 0 if c.acc else p.mode, more)
