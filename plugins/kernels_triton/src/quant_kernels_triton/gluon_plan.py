@@ -234,20 +234,20 @@ WAYS = (
     (Specialized(64, 0, 3, 1, False), 0.765),
     (Specialized(64, 0, 2, 2, True), 1.044),
     (Specialized(64, 0, 2, 2, False), 1.03),
-    (Specialized(64, 32, 2, 1, True), 0.70),
-    (Specialized(64, 32, 2, 1, False), 0.70),
+    (Specialized(64, 32, 2, 1, True), 0.71),
+    (Specialized(64, 32, 2, 1, False), 0.72),
     (Specialized(64, 32, 3, 1, False), 0.97),
-    (Specialized(128, 0, 2, 1, True), 0.83),
+    (Specialized(128, 0, 2, 1, True), 0.825),
     (Specialized(128, 0, 2, 1, False), 0.775),
-    (Specialized(128, 0, 3, 1, False), 1.11),
+    (Specialized(128, 0, 3, 1, False), 1.13),
     (Specialized(128, 0, 2, 2, False), 1.53),
     (Specialized(128, 64, 2, 1, False), 1.10),
-    (Specialized(256, 0, 2, 1, False), 1.36),
+    (Specialized(256, 0, 2, 1, False), 1.34),
 )
 # microseconds: of a launch; of splitting tiles, and for each part of 128 x 128 sums; between two
 # tiles of a program, and between two programs of one tile
 _START, _SPLIT, _PART, _TILE, _NEXT = 3.8, 1.6, 0.9, 1.5, 5.5
-_CROSS, _CROSS_ROWS = 0.5, 75.0  # of shares that run over the ends of tiles; rows that add one
+_CROSS, _CROSS_ROWS = 0.5, 70.0  # of shares that run over the ends of tiles; rows that add one
 # how much slower tiles are that are cut at different columns, by what of x the cache does not hold
 _APART, _CACHE, _BEYOND = 0.4, 45e6, 60e6
 _READ = 2.6e6  # bytes a microsecond
@@ -323,12 +323,13 @@ def specialized(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[Specialized, f
     """The quickest way for ``rows`` rows and its microseconds by a model of tiles and rounds.
 
     One that scales sums, which rounds less, goes before one that scales weights where it takes
-    less than a twentieth more.
+    little more.
     """
     groups, held = recipe.groups, []
     for way, unit in WAYS:
         if (p.sums or not way.acc) and _fits(p, way):
             twice = groups % 2 == 0 and way.wide == 1 and not (way.acc and way.bm >= 128)
+            twice = twice and way.bm > (128 if p.early else 64 if p.bytes else 0)
             way = replace(way, stages=stages(p, way), unroll=1 + twice)
             tiles = way.tiles(max(rows, 1), recipe.rows)
             for programs in _programs(tiles, groups // way.unroll):

@@ -181,6 +181,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
                     e, e2 = multiply(a, xs.index(slot), xt.index(slot), e, e2, False, B2, AL2)
                 if not EARLY:
                     issued()
+                if not EARLY or q % 2 == 1:
                     w, fs, fp = _next(q + 1, ws, hs, ms, P, full, fs, fp, t0, last, g,
                                       n + 1 < total, G, K, ST, PER, U, R, BITS, HAS_P, SPG, C0,
                                       C1, C2, C3, C4)  # fmt: skip
@@ -191,7 +192,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
                 if q > 0 and q % R == 0 and (PER == 1 or q // R % 2 == 0):
                     mbarrier.arrive(empty.index(here), count=1)
                 a = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
-                if EARLY:
+                if EARLY and q % 2 == 1:
                     w, fs, fp = _next(q + 2, ws, hs, ms, P, full, fs, fp, t0, last, g,
                                       n + 1 < total, G, K, ST, PER, U, R, BITS, HAS_P, SPG, C0,
                                       C1, C2, C3, C4)  # fmt: skip
