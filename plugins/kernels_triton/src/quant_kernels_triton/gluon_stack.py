@@ -99,7 +99,7 @@ def sort_us(rows: int) -> float:
 def _slower(p: GluonPlan, c: Stack) -> float:
     """What dequantizing other than int4 with one scale for 128 columns costs."""
     more = 0.3 if p.spg >= 8 or p.mode == 3 else 0.13 if p.spg > 1 else 0.0
-    more += 0.14 if p.early and not c.few else 0.1 if p.bytes else 0.0
+    more += 0.14 if p.early and not c.few else 0.22 if p.bytes else 0.0
     return 1.0 + more * (1.0 if c.bm < 256 else 0.3)
 
 
@@ -119,8 +119,9 @@ def _quickest(p: GluonPlan, recipe: Recipe, rows: int) -> tuple[float, Stack]:
     held = []
     for way, unit in WAYS:
         c = way if sums or not way.acc else replace(way, acc=False)
-        if p.bytes:
-            c = replace(c, halves=1, few=False)
+        if p.bytes and c.few:  # not measured
+            continue
+        c = replace(c, halves=1) if p.bytes else c
         held.append((_us(p, recipe, c, unit, rows), c.fitted(p)))
     return min(held, key=lambda h: h[0])
 
