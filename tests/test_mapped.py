@@ -45,7 +45,7 @@ def packed(model: PreTrainedModel) -> dict[str, QuantModule]:
 
 def mapped_ranges(folder: Path) -> list[tuple[int, int]]:
     lines = Path("/proc/self/maps").read_text().splitlines()
-    found = [line.split()[0].split("-") for line in lines if str(folder) in line]
+    found = [line.split()[0].split("-") for line in lines if str(folder.resolve()) in line]
     return [(int(first, 16), int(last, 16)) for first, last in found]
 
 
