@@ -11,6 +11,7 @@ pass over it. Small buffers are poisoned always.
 
 from __future__ import annotations
 
+import gc
 import math
 import mmap
 import threading
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["MAPPED_BYTES", "empty", "map_bytes", "poisoned", "written_whole"]
+__all__ = ["MAPPED_BYTES", "collector_paused", "empty", "map_bytes", "poisoned", "written_whole"]
 
 MAPPED_BYTES = 2 << 20  # one huge page: smaller tensors stay on torch's heap
 
@@ -92,3 +93,15 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") ->
     if dtype.is_floating_point:
         return out.fill_(float("nan"))
     return out.fill_(-1 if dtype.is_signed else 255)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No search for cycles meanwhile: for work whose many small objects stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

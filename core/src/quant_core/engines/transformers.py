@@ -5,7 +5,6 @@ Both end in ``transformers_quantizer``. transformers itself is imported on first
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant_core.errors import ConfigError, PluginError, printable, summarize
+from quant_core.memory import collector_paused
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -311,7 +311,7 @@ def load_model(
             online_options=online_options,
             requantize=requantize,
         )
-        with _ONE_AT_A_TIME, _quiet(), _collector_paused(), opened_for(where, checkpoint):
+        with _ONE_AT_A_TIME, _quiet(), collector_paused(), opened_for(where, checkpoint):
             model = _model_class(config, path).from_pretrained(
                 None,
                 config=config,
@@ -327,18 +327,6 @@ def load_model(
 # model, and puts back what it found: of two threads, the later one would put back the first one's
 # replacement, and no model after that would be tied (transformers 5.23, initialization.py).
 _ONE_AT_A_TIME = threading.RLock()
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No search for cycles among the many small objects of a plan and a model, which all stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

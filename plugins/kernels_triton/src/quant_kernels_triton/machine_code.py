@@ -17,20 +17,18 @@ package, types, constants, options, compute capability, Triton's version and env
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import json
 import os
 import re
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from quant_core.cache import cache_folder, keep, kept
+from quant_core.memory import collector_paused
 from quant_kernels_triton.jitted import Jitted, layout_of
 
 __all__ = ["Code", "Map", "Source", "Typed", "lowered", "stored"]
@@ -172,7 +170,7 @@ def lowered(source: Source, file: Path) -> Code | None:
     Returns:
         None if the result needs what only Triton's launcher gives.
     """
-    with _without_collection():
+    with collector_paused():  # the front end makes a million objects: looking took a fifth
         code = _lowered(source)
     if code is not None:
         keep(file, code.to_bytes())
@@ -231,15 +229,3 @@ def _lowered(made_of: Source) -> Code | None:
         name=meta["name"], kinds=kinds, maps=maps, threads=32 * meta["num_warps"],
         shared=meta["shared"], dependent=bool(held.launch_pdl), cubin=bytes(module),
     )  # fmt: skip
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Triton's front end makes a million objects and no garbage: looking for it takes a fifth."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
