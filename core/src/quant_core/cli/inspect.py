@@ -7,14 +7,13 @@ keys and values are quantized, warnings
 from __future__ import annotations
 
 import argparse
-import gc
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from quant_core.cli.output import emit, escaped, size, table
+from quant_core.memory import collector_paused
 
 if TYPE_CHECKING:
     from quant_core.plan import Member, Plan
@@ -298,24 +297,13 @@ def _cache_row(name: str, one: Mapping[str, Any]) -> tuple[object, ...]:
     return (name, "attention", one["scheme"], roles, f"at the {one['site']}", one["stored_bytes"])
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """A plan is many small objects without cycles; looking for some took a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def run(args: argparse.Namespace) -> int:
     """Plan the checkpoint and print the summary."""
     from quant_core.checkpoint.open import open_checkpoint
     from quant_core.plan import plan
 
-    with _no_collection(), open_checkpoint(args.path) as checkpoint:
+    # a plan is many small objects: looking for cycles took a third of the time
+    with collector_paused(), open_checkpoint(args.path) as checkpoint:
         data = summary(plan(checkpoint, format=args.format), ranks=args.tp, layers=args.layers)
     emit(args, data, _render(data))
     return 0
