@@ -160,10 +160,13 @@ FAULTS: dict[str, str] = {
     "E03": "core:test_plugin_of_newer_api_is_set_aside_with_both_versions_and_a_fix",
     "E04": "core:test_malformed_plugin_is_rejected_whole_and_others_load",
     "E05": "core:test_two_dists_with_one_id_neither_wins "
-    "core:test_block_type_of_two_plugins_conflicts",
+    "core:test_block_type_of_two_plugins_is_used_of_neither_and_others_load",
     "E06": "core:test_detect_format_with_a_wrong_result_is_a_plugin_error "
-    "core:test_hook_that_raises_is_named_and_does_not_hide_others",
-    "E07": "tests:test_e07_scheme_that_raises_midway_is_named_with_its_layer "
+    "core:test_hook_that_raises_is_named_and_does_not_hide_others "
+    "core:test_answer_of_another_type_names_plugin_hook_and_what_was_expected "
+    "core:test_plugin_whose_block_types_fail_is_set_aside_and_others_load",
+    "E07": "core:test_kernel_that_fails_to_answer_is_left_out_with_a_warning "
+    "tests:test_e07_scheme_that_raises_midway_is_named_with_its_layer "
     "core:test_make_scheme_that_returns_none_is_a_plugin_error",
     "E08": "tests:test_e08_installed_plugins_leave_the_process_as_they_find_it "
     "tests:test_config_is_read_only",

@@ -11,7 +11,7 @@ import toy
 from made_layers import SPECS, make_layer, make_op
 from quant_core.dequantize import dense_weight
 from quant_core.errors import KernelError, LayoutError
-from quant_core.kernels import reference
+from quant_core.kernels import measured, reference
 from quant_core.kernels.base import Accepted, Kernel, Rejected
 from quant_core.kernels.choose import choose
 from quant_core.kernels.reference import ReferenceKernel
@@ -177,6 +177,8 @@ class _Fast:
         self.answer = answer
 
     def accepts(self, op):
+        if isinstance(self.answer, Exception):
+            raise self.answer
         return self.answer(op) if callable(self.answer) else self.answer
 
 
@@ -199,6 +201,22 @@ def test_rejected_kernel_leaves_the_reference_with_the_reason():
     assert choice.kernel.name == "torch_ref"
     assert "fast" in choice.table
     assert "device: needs cuda, found cpu" in choice.table
+
+
+@pytest.mark.parametrize("answer", [KeyError("inside"), None, 3.0], ids=repr)
+def test_kernel_that_fails_to_answer_is_left_out_with_a_warning(answer, caplog, monkeypatch):
+    measured._warn_of.cache_clear()
+    caplog.set_level("WARNING", "quant_core")
+    for _ in range(2):
+        choice = choose(_op(), _registry(answer))
+    assert choice.kernel.name == "torch_ref"
+    what = "KeyError: 'inside'" if isinstance(answer, Exception) else type(answer).__name__
+    (said,) = [d for d in choice.trace if d.kernel == "fast"]
+    assert isinstance(said.answer, Rejected)
+    assert what in str(said)
+    (record,) = caplog.records
+    assert "'fast'" in record.getMessage()
+    assert what in record.getMessage()
 
 
 def test_kernel_that_cannot_read_the_packing_gets_the_canonical_one():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import subprocess
 import sys
@@ -8,8 +10,10 @@ import threading
 import pytest
 
 import toy
+from quant_core import hookspecs
 from quant_core.errors import PluginError
 from quant_core.hookspecs import hookimpl
+from quant_core.kernels.reference import ReferenceKernel
 from quant_core.registry import load_registry
 from quant_core.spec import PLUGIN_API, BlockType, PluginInfo
 
@@ -142,17 +146,101 @@ def test_hook_that_raises_is_named_and_does_not_hide_others():
     assert isinstance(e.value.__cause__, KeyError)
 
 
-def test_block_type_of_two_plugins_conflicts():
-    def types():
-        return {"x": BlockType(name="x", weights=32, bytes=18, target="m:f")}
+def _types():
+    return {"x": BlockType(name="x", weights=32, bytes=18, target="m:f")}
 
-    with pytest.raises(PluginError) as e:
-        load_registry([toy.candidate(toy.toy_module(n, block_types=types), n) for n in ("a", "b")])
-    assert e.value.code == "Q-PLUGIN-CONFLICT"
-    one = load_registry([toy.candidate(toy.toy_module(block_types=types))])
+
+def test_block_type_of_two_plugins_is_used_of_neither_and_others_load():
+    reg = load_registry(
+        [toy.candidate(toy.toy_module(n, block_types=_types), n) for n in ("a", "b")]
+        + [toy.candidate(toy.toy_module("c"), "c")]
+    )
+    assert list(reg.plugins) == ["c"]
+    assert {(p.id, p.code) for p in reg.set_aside} == {
+        ("a", "Q-PLUGIN-CONFLICT"),
+        ("b", "Q-PLUGIN-CONFLICT"),
+    }
+    assert all("a and b" in p.cause for p in reg.set_aside)
+    with pytest.raises(PluginError, match="not known"):
+        reg.block_type("x")
+    one = load_registry([toy.candidate(toy.toy_module(block_types=_types))])
     assert one.block_type("x").bytes == 18
     with pytest.raises(PluginError, match="not known"):
         one.block_type("y")
+
+
+def _raise():
+    raise KeyError("inside")
+
+
+def _exit():
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("types", [_raise, _exit, lambda: ["x"], lambda: {"x": 3}])
+def test_plugin_whose_block_types_fail_is_set_aside_and_others_load(types):
+    good = toy.toy_module("good", block_types=_types)
+    bad = toy.toy_module("bad", block_types=types)
+    reg = load_registry([toy.candidate(bad, "bad"), toy.candidate(good, "good")])
+    assert list(reg.plugins) == ["good"]
+    assert [(p.id, p.code) for p in reg.set_aside] == [("bad", "Q-PLUGIN-RESULT")]
+    assert "block_types" in reg.set_aside[0].cause
+    assert reg.block_type("x").bytes == 18
+    assert [i for i, _ in reg.implementations("detect_format")] == ["good"]
+
+
+def _midway():
+    yield ReferenceKernel()
+    raise KeyError("midway")
+
+
+_WRONG = {
+    "open_checkpoint": [3, "x"],
+    "detect_format": [3, {"a": 1}],
+    "split_modules": [3, "x", {"a": 3}, {"a": [3]}],
+    "attention_schemes": [3, {"a": 3}],
+    "create_weights": [3, "x", [3], {"a": 3}],
+    "apply": [3, "x", [3], {"a": 3}, [ReferenceKernel]],
+    "make_config": [3, "x", [("a", 3)], {1: 2}],
+    "make_extras": [3, {"a": 1}],
+    "cache_form": [3],
+    "settle_options": [3, {1: 2}],
+    "write_checkpoint": [3, "x", ["a"]],
+    "online_schemes": [3, ["a"], {"a": 3}],
+}
+
+
+def _ask(hook, answer):
+    """(a registry of one plugin that answers so, arguments of the hook)."""
+    names = ", ".join(inspect.signature(getattr(hookspecs, hook)).parameters)
+    made = eval(f"lambda {names}: answer()", {"answer": answer})
+    args = {n.strip(): None for n in names.split(",") if n}
+    return load_registry([toy.candidate(toy.toy_module("bad", **{hook: made}), "bad")]), args
+
+
+@pytest.mark.parametrize("hook", sorted(_WRONG))
+def test_answer_of_another_type_names_plugin_hook_and_what_was_expected(hook):
+    for answer in _WRONG[hook]:
+        reg, args = _ask(hook, lambda answer=answer: answer)
+        for ask in (functools.partial(reg.call_one, "bad"), reg.call_all):
+            with pytest.raises(PluginError, match=f"'bad' .*hook {hook} returned") as e:
+                ask(hook, **args)
+            assert (e.value.code, e.value.plugin) == ("Q-PLUGIN-RESULT", "bad")
+            assert ", expected " in str(e.value)
+
+
+def test_generator_that_fails_midway_is_its_plugins_failure():
+    reg, args = _ask("apply", _midway)
+    with pytest.raises(PluginError, match="hook apply raised KeyError") as e:
+        reg.call_all("apply", **args)
+    assert e.value.plugin == "bad"
+
+
+def test_every_hook_with_an_answer_is_checked():
+    """``plugin_info`` is checked when plugins are loaded; the other two with their layer's name."""
+    elsewhere = {"plugin_info", "make_scheme", "fit_scheme"}
+    hooks = {n for n, f in vars(hookspecs).items() if hasattr(f, "quant_core_spec")}
+    assert hooks - elsewhere == {*_WRONG, "block_types"}
 
 
 def test_registry_is_loaded_once_under_threads(monkeypatch):

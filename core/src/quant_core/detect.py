@@ -92,14 +92,14 @@ def _unknown(checkpoint: Checkpoint, registry: Registry, found: str, method: str
     )
 
 
-def _checked(plugin_id: str, answer: object) -> FormatMatch:
-    if not isinstance(answer, FormatMatch) or answer.plugin != plugin_id:
+def _checked(plugin_id: str, answer: FormatMatch) -> FormatMatch:
+    if answer.plugin != plugin_id:
         raise PluginError(
             f"plugin {plugin_id!r}: detect_format returned {printable(repr(answer), 80)}, expected "
             f"None or a FormatMatch with plugin={plugin_id!r}. This is a bug of the plugin.",
             code="Q-PLUGIN-RESULT",
             plugin=plugin_id,
-            actual=type(answer).__name__,
+            actual=answer.plugin,
         )
     return answer
 

@@ -28,12 +28,15 @@ from typing import Any
 import pluggy
 
 from quant_core import hookspecs
+from quant_core.answers import WrongAnswerError, checked
 from quant_core.errors import PluginError, QuantError, printable, summarize
 from quant_core.spec import PLUGIN_API, BlockType, PluginInfo
 
 __all__ = ["Plugin", "Registry", "SetAside", "load_registry", "registry"]
 
 log = logging.getLogger("quant_core")
+
+_FAILURES = (Exception, SystemExit)  # a plugin that exits has failed like one that raises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +74,16 @@ class Registry:
     """The plugins of this process. Read-only after construction."""
 
     def __init__(
-        self, plugins: Iterable[Plugin], set_aside: Iterable[SetAside], pm: pluggy.PluginManager
+        self,
+        plugins: Iterable[Plugin],
+        set_aside: Iterable[SetAside],
+        pm: pluggy.PluginManager,
+        block_types: Mapping[str, BlockType],
     ) -> None:
         self._pm = pm
         self.plugins: Mapping[str, Plugin] = MappingProxyType({p.id: p for p in plugins})
         self.set_aside = tuple(set_aside)
-        self._block_types = self._collect_block_types()
+        self._block_types = MappingProxyType(dict(block_types))
 
     def implementations(self, hook: str) -> list[tuple[str, Any]]:
         """(plugin id, implementation) of a hook, sorted by plugin id."""
@@ -88,32 +95,37 @@ class Registry:
         return any(name == plugin_id for name, _ in self.implementations(hook))
 
     @staticmethod
-    def _invoke(impl: Any, kwargs: Mapping[str, Any]) -> Any:
-        return impl.function(*[kwargs[a] for a in impl.argnames])
+    def _invoke(hook: str, impl: Any, kwargs: Mapping[str, Any]) -> Any:
+        return checked(hook, impl.function(*[kwargs[a] for a in impl.argnames]))
 
-    def call_all(self, hook: str, **kwargs: Any) -> list[tuple[str, Any]]:
-        """Answers of all plugins, sorted by id, None dropped.
-
-        A ``QuantError`` is the plugin's considered answer and passes through; any other
-        exception is wrapped in ``PluginError`` ``Q-PLUGIN-RESULT`` after all others were asked.
-        """
+    def _ask(self, hook: str, kwargs: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+        """(plugin id, answer) of those that answered; (plugin id, error) of those that failed."""
         answers, broken = [], []
         for plugin_id, impl in self.implementations(hook):
             try:
-                answer = self._invoke(impl, kwargs)
+                answer = self._invoke(hook, impl, kwargs)
             except QuantError:
                 raise
-            except Exception as err:
+            except _FAILURES as err:
                 broken.append((plugin_id, err))
                 continue
             if answer is not None:
                 answers.append((plugin_id, answer))
+        return answers, broken
+
+    def call_all(self, hook: str, **kwargs: Any) -> list[tuple[str, Any]]:
+        """Answers of all plugins, sorted by id, None dropped.
+
+        A ``QuantError`` is the plugin's considered answer and passes through. Any other exception,
+        or an answer of another type, is warned about if other plugins answered, and else
+        ``PluginError`` ``Q-PLUGIN-RESULT``.
+        """
+        answers, broken = self._ask(hook, kwargs)
         for plugin_id, error in broken:
+            problem = self._result_error(plugin_id, hook, error)
             if not answers:
-                raise self._result_error(plugin_id, hook, error) from error
-            log.warning(
-                "plugin %r: hook %s raised %r; ignored, others answered", plugin_id, hook, error
-            )
+                raise problem from error
+            log.warning("%s Its answer is ignored; others answered.", problem)
         return answers
 
     def call_one(self, plugin_id: str, hook: str, **kwargs: Any) -> Any:
@@ -121,18 +133,20 @@ class Registry:
         for name, impl in self.implementations(hook):
             if name == plugin_id:
                 try:
-                    return self._invoke(impl, kwargs)
+                    return self._invoke(hook, impl, kwargs)
                 except QuantError:
                     raise
-                except Exception as err:
+                except _FAILURES as err:
                     raise self._result_error(plugin_id, hook, err) from err
         return None
 
-    def _result_error(self, plugin_id: str, hook: str, err: Exception) -> PluginError:
+    def _result_error(self, plugin_id: str, hook: str, err: BaseException) -> PluginError:
         p = self.plugins[plugin_id]
+        what = f"raised {type(err).__name__}: {printable(err)}"
+        if isinstance(err, WrongAnswerError):
+            what = f"returned {printable(err)}"
         return PluginError(
-            f"plugin {plugin_id!r} ({p.dist} {p.version}): hook {hook} raised "
-            f"{type(err).__name__}: {printable(err)}. "
+            f"plugin {plugin_id!r} ({p.dist} {p.version}): hook {hook} {what}. "
             "This is a bug of the plugin; report it there.",
             code="Q-PLUGIN-RESULT",
             plugin=plugin_id,
@@ -160,24 +174,12 @@ class Registry:
                 actual=name,
             ) from None
 
-    def _collect_block_types(self) -> Mapping[str, BlockType]:
-        out: dict[str, BlockType] = {}
-        owner: dict[str, str] = {}
-        for plugin_id, types in self.call_all("block_types"):
-            for name, block_type in types.items():
-                if name in out:
-                    raise PluginError(
-                        f"block type {name!r} is registered by plugins {owner[name]!r} and "
-                        f"{plugin_id!r}, expected one. Uninstall one of them.",
-                        code="Q-PLUGIN-CONFLICT",
-                        plugin=plugin_id,
-                        actual=name,
-                    )
-                out[name], owner[name] = block_type, plugin_id
-        return MappingProxyType(out)
-
 
 # ------------------------------------------------------------------------------------- loading
+
+
+_Problem = tuple[str, str]
+"""Code and cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,7 @@ def _check_info(c: _Candidate, module: Any) -> PluginInfo | SetAside:
         return c.aside("Q-PLUGIN-RESULT", "has no plugin_info hook; add one")
     try:
         info = module.plugin_info()
-    except Exception as err:
+    except _FAILURES as err:
         return c.aside("Q-PLUGIN-RESULT", f"plugin_info raised {err!r}")
     if not isinstance(info, PluginInfo):
         return c.aside("Q-PLUGIN-RESULT", f"plugin_info returned {type(info).__name__}")
@@ -257,6 +259,65 @@ def _register(pm: pluggy.PluginManager, c: _Candidate, module: Any) -> SetAside 
     return None
 
 
+def _load(pm: pluggy.PluginManager, c: _Candidate) -> Plugin | SetAside:
+    start = time.perf_counter()
+    try:
+        module = c.load()
+    except _FAILURES as err:
+        return c.aside("Q-PLUGIN-IMPORT", f"import raised {err!r}")
+    ms = (time.perf_counter() - start) * 1e3
+    info = _check_info(c, module)
+    if isinstance(info, SetAside):
+        return info
+    if problem := _register(pm, c, module):
+        return problem
+    return Plugin(
+        info=info, dist=c.dist, version=c.version, target=c.target, module=module, import_ms=ms
+    )
+
+
+def _block_types(pm: pluggy.PluginManager) -> tuple[dict[str, BlockType], dict[str, _Problem]]:
+    """All block types, and the plugins whose own cannot be used: id -> (code, cause)."""
+    types: dict[str, dict[str, BlockType]] = {}
+    problems: dict[str, _Problem] = {}
+    for impl in sorted(pm.hook.block_types.get_hookimpls(), key=lambda i: i.plugin_name):
+        try:
+            types[impl.plugin_name] = checked("block_types", impl.function()) or {}
+        except WrongAnswerError as err:
+            problems[impl.plugin_name] = ("Q-PLUGIN-RESULT", f"block_types returned {err}")
+        except _FAILURES as err:
+            problems[impl.plugin_name] = ("Q-PLUGIN-RESULT", f"block_types raised {err!r}")
+    owners: dict[str, list[str]] = {}
+    for plugin_id, mine in types.items():
+        for name in mine:
+            owners.setdefault(name, []).append(plugin_id)
+    for name, ids in owners.items():
+        if len(ids) > 1:
+            cause = f"block type {name!r} is registered by {' and '.join(ids)}; uninstall one"
+            problems |= dict.fromkeys(ids, ("Q-PLUGIN-CONFLICT", cause))
+    used = (mine for plugin_id, mine in types.items() if plugin_id not in problems)
+    return {name: t for mine in used for name, t in mine.items()}, problems
+
+
+def _wanted(candidates: Iterable[_Candidate], only: Iterable[str] | None) -> list[_Candidate]:
+    """The candidates to load, sorted; ``only`` as in ``load_registry``."""
+    cands = sorted(candidates, key=lambda c: (c.id, c.dist))
+    if only is None and os.environ.get("QUANT_PLUGINS"):
+        only = [p.strip() for p in os.environ["QUANT_PLUGINS"].split(",") if p.strip()]
+    if only is None:
+        return cands
+    wanted = set(only)
+    if missing := wanted - {c.id for c in cands}:
+        raise PluginError(
+            f"QUANT_PLUGINS names {summarize(sorted(missing))}, installed are "
+            f"{summarize(sorted({c.id for c in cands})) or 'none'}. "
+            "Install the plugin or correct the list.",
+            code="Q-PLUGIN-MISSING",
+            expected=sorted(missing),
+        )
+    return [c for c in cands if c.id in wanted]
+
+
 def load_registry(
     candidates: Iterable[_Candidate] | None = None, *, only: Iterable[str] | None = None
 ) -> Registry:
@@ -268,28 +329,12 @@ def load_registry(
     Raises:
         PluginError: ``Q-PLUGIN-MISSING`` if ``only`` names a plugin that is not installed.
     """
-    cands = sorted(
-        _candidates() if candidates is None else candidates, key=lambda c: (c.id, c.dist)
-    )
-    if only is None and os.environ.get("QUANT_PLUGINS"):
-        only = [p.strip() for p in os.environ["QUANT_PLUGINS"].split(",") if p.strip()]
-    if only is not None:
-        wanted = set(only)
-        if missing := wanted - {c.id for c in cands}:
-            raise PluginError(
-                f"QUANT_PLUGINS names {summarize(sorted(missing))}, installed are "
-                f"{summarize(sorted({c.id for c in cands})) or 'none'}. "
-                "Install the plugin or correct the list.",
-                code="Q-PLUGIN-MISSING",
-                expected=sorted(missing),
-            )
-        cands = [c for c in cands if c.id in wanted]
     pm = pluggy.PluginManager(hookspecs.GROUP)
     pm.add_hookspecs(hookspecs)
     plugins: list[Plugin] = []
     aside: list[SetAside] = []
     by_id: dict[str, list[_Candidate]] = {}
-    for c in cands:
+    for c in _wanted(_candidates() if candidates is None else candidates, only):
         by_id.setdefault(c.id, []).append(c)
     for same in by_id.values():
         if len(same) > 1:
@@ -297,34 +342,18 @@ def load_registry(
             cause = f"id is provided by {names}; uninstall one"
             aside += [c.aside("Q-PLUGIN-CONFLICT", cause) for c in same]
             continue
-        c = same[0]
-        start = time.perf_counter()
-        try:
-            module = c.load()
-        except (Exception, SystemExit) as err:
-            aside.append(c.aside("Q-PLUGIN-IMPORT", f"import raised {err!r}"))
-            continue
-        ms = (time.perf_counter() - start) * 1e3
-        info = _check_info(c, module)
-        if isinstance(info, SetAside):
-            aside.append(info)
-            continue
-        if problem := _register(pm, c, module):
-            aside.append(problem)
-            continue
-        plugins.append(
-            Plugin(
-                info=info,
-                dist=c.dist,
-                version=c.version,
-                target=c.target,
-                module=module,
-                import_ms=ms,
-            )
-        )
-    for problem in aside:
-        log.warning("set aside: %s", problem)
-    return Registry(plugins, aside, pm)
+        loaded = _load(pm, same[0])
+        if isinstance(loaded, SetAside):
+            aside.append(loaded)
+        else:
+            plugins.append(loaded)
+    types, problems = _block_types(pm)
+    for plugin_id, problem in problems.items():
+        pm.unregister(name=plugin_id)
+        aside.append(by_id[plugin_id][0].aside(*problem))
+    for one in aside:
+        log.warning("set aside: %s", one)
+    return Registry((p for p in plugins if p.id not in problems), aside, pm, types)
 
 
 _lock = threading.Lock()

@@ -471,6 +471,7 @@ class OpSpec:
         "gated",
         "attention_update",
         "hadamard",
+        "finite",
         "collective",
     ]
     operands: tuple[tuple[str, QuantSpec], ...]

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from quant_core.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, FormatError, PluginError
+from quant_core.registry import load_registry
+from toy import candidate, toy_module
 
 
 class Other(Checkpoint):
@@ -135,10 +137,12 @@ def test_open_claimed_by_two_plugins_is_ambiguous(tmp_path, plugins):
     assert "'one', 'two'" in str(caught.value)
 
 
-def test_open_plugin_answer_of_wrong_type_names_plugin(tmp_path, plugins):
-    plugins(bad=lambda path: {"tensors": 1})
+def test_open_plugin_answer_of_wrong_type_names_plugin(tmp_path, monkeypatch):
+    module = toy_module("bad", open_checkpoint=lambda path: {"tensors": 1})
+    found = load_registry([candidate(module, "bad")])
+    monkeypatch.setattr("quant_core.checkpoint.open.registry", lambda: found)
     put(tmp_path, "m.box")
-    with pytest.raises(PluginError) as caught:
+    with pytest.raises(PluginError, match="expected a Checkpoint or None") as caught:
         open_checkpoint(tmp_path)
     assert (caught.value.code, caught.value.plugin) == ("Q-PLUGIN-RESULT", "bad")
 

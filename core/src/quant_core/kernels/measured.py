@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quant_core.cache import cache_folder
+from quant_core.errors import QuantError, printable
 from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
 from quant_core.spec import CANONICAL, OpSpec
 from quant_core.spec_json import to_text
@@ -130,9 +131,35 @@ def _measured(given: Accepted, pairs: Sequence[Sequence[float]]) -> Accepted:
     return replace(given, costs=tuple(out), cost=out[0][1], note=note)
 
 
+@functools.lru_cache(maxsize=256)
+def _warn_of(kernel: str, found: str) -> None:
+    log.warning(
+        "kernel %r is left out: %s, expected Accepted or Rejected. This is a bug of the package "
+        "that has it (`quant explain` names it); report it there.",
+        kernel,
+        found,
+    )
+
+
+def _said(kernel: Kernel, op: OpSpec) -> Accepted | Rejected:
+    """A kernel that fails to answer is left out, with one warning; it hides no other."""
+    try:
+        said = kernel.accepts(op)
+    except QuantError:
+        raise
+    except Exception as err:
+        found = f"accepts raised {type(err).__name__}: {printable(err)}"
+    else:
+        if isinstance(said, Accepted | Rejected):
+            return said
+        found = f"accepts returned {type(said).__name__}"
+    _warn_of(kernel.name, found)
+    return Rejected(axis="kernel", have=found, need="an answer")
+
+
 def answer(kernel: Kernel, op: OpSpec) -> Accepted | Rejected:
     """What the kernel says, with measured costs where there are any."""
-    said = kernel.accepts(op)
+    said = _said(kernel, op)
     if isinstance(said, Rejected) or os.environ.get("QUANT_MEASURED") == "off":
         return said
     if not cache_folder("kernels").is_dir():  # the usual case, and cheap
