@@ -471,7 +471,6 @@ class OpSpec:
         "gated",
         "attention_update",
         "hadamard",
-        "finite",
         "collective",
     ]
     operands: tuple[tuple[str, QuantSpec], ...]
