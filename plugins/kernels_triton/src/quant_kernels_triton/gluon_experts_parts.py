@@ -13,14 +13,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from quant_kernels_triton.gluon_parts import row_factor
-from quant_kernels_triton.gluon_tile import multiply, operand, raws
+from quant_kernels_triton.gluon_tile import multiply, operand, raws, waited
 
 __all__ = ["clear", "factors", "few_rows", "many_rows"]
 
@@ -56,17 +52,6 @@ def clear(Y, ORDER, COUNTS, T, N, E):
         for n0 in range(0, N, 512):
             n = n0 + gl.arange(0, 512, layout=L)
             gl.store(row + n, gl.zeros([512], Y.dtype.element_ty, L), mask=n < N)
-
-
-@gluon.jit
-def _wait_for(pending: gl.constexpr, d, e, B2: gl.constexpr):
-    """Sums of which the last ``pending`` products (of both tiles of rows) may still be underway."""
-    if B2:
-        d, e = warpgroup_mma_wait(2 * pending, deps=(d, e))
-    else:
-        d = warpgroup_mma_wait(pending, deps=(d,))
-        e = d
-    return d, e
 
 
 @gluon.jit
@@ -168,7 +153,7 @@ def many_rows(words, xs, xt, full, empty, Q, pt, sub, lane, sa, sb, ta, tb, acc,
                      DM, ZERO, ASM, REGS, AL, W6, SB)  # fmt: skip
         d, e = multiply(b, xs.index(at), xt.index(at), d, e, False, B2, AL2)
         if H == 1:
-            d, e = _wait_for(1, d, e, B2)
+            d, e = waited(d, e, B2, 1)
             mbarrier.arrive(empty.index(st), count=1)
         st, ph = _next(sn, pp, ST)
         # behind the last group stands the next tile's: its own stage is read again instead
@@ -178,7 +163,7 @@ def many_rows(words, xs, xt, full, empty, Q, pt, sub, lane, sa, sb, ta, tb, acc,
                      ZERO, ASM, REGS, AL, W6, SB)  # fmt: skip
         if NC == 2:
             a = _ready(a)
-        d, e = _wait_for(0, d, e, B2)
+        d, e = waited(d, e, B2, 0)
         if ACC:
             f = row_factor(sa[0], sa[1], C0, C1, 4, gl.SliceLayout(1, mma))
             acc += d * f[:, None]

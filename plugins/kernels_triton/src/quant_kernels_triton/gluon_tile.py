@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from quant_kernels_triton.gluon_parts import dequantize, outer_factors, parameters, raw_factor
 
-__all__ = ["multiply", "operand", "raws", "store", "sums"]
+__all__ = ["multiply", "operand", "raws", "store", "sums", "waited"]
 
 
 @gluon.jit
@@ -64,6 +64,17 @@ def multiply(a, x1, x2, acc, acc2, FIRST: gl.constexpr, B2: gl.constexpr, AL2: g
     if B2:
         a2 = gl.convert_layout(a, AL2, assert_trivial=True)
         e = warpgroup_mma(a2, x2.permute((1, 0)), acc2, use_acc=not FIRST, is_async=True)
+    return d, e
+
+
+@gluon.jit
+def waited(d, e, B2: gl.constexpr, LEFT: gl.constexpr):
+    """Sums of both tiles of rows; products of the last LEFT operands may still be under way."""
+    if B2:
+        d, e = warpgroup_mma_wait(2 * LEFT, deps=(d, e))
+    else:
+        d = warpgroup_mma_wait(LEFT, deps=(d,))
+        e = d
     return d, e
 
 

@@ -38,24 +38,14 @@ from quant_kernels_triton.gluon_parts import (
 from quant_kernels_triton.gluon_share import beginner, groups_of, segment, segments
 from quant_kernels_triton.gluon_stages import advanced, buffers, fetch, make, producer, scales
 from quant_kernels_triton.gluon_sums import give, take
-from quant_kernels_triton.gluon_tile import multiply, store
+from quant_kernels_triton.gluon_tile import multiply, store, waited
 
 __all__ = ["specialized"]
 
 
 @gluon.jit
-def _wait(d, e, B2: gl.constexpr, LEFT: gl.constexpr):
-    """Until the products of at most LEFT operands are under way."""
-    if B2:
-        d, e = warpgroup_mma_wait(2 * LEFT, deps=(d, e))
-    else:
-        d = warpgroup_mma_wait(LEFT, deps=(d,))
-        e = d
-    return d, e
-
-
-@gluon.jit
 def _wait4(d, d2, e, e2, B2: gl.constexpr, LEFT: gl.constexpr):
+    """``waited`` for the sums of two tiles of outputs."""
     if B2:
         d, d2, e, e2 = warpgroup_mma_wait(2 * LEFT, deps=(d, d2, e, e2))
     else:
@@ -188,7 +178,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
                 if q > 0 and (R == 2 or (ACC and q % 2 == 0)):
                     d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 1)
                 elif q > 0:
-                    d, d2 = _wait(d, d2, B2, 1)
+                    d, d2 = waited(d, d2, B2, 1)
                 if q > 0 and q % R == 0 and (PER == 1 or q // R % 2 == 0):
                     mbarrier.arrive(empty.index(here), count=1)
                 a = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
@@ -213,14 +203,12 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
                 hp = ph
                 if q % R == R - 1 and (PER == 1 or q // R % 2 == 1):
                     st, ph = advanced(st, ph, ST)
-            if (
-                ACC
-            ):  # passes at once; without it ptxas puts the dequantization behind the wait below
+            if ACC:  # passes at once; without it ptxas puts the dequantization behind the wait
                 mbarrier.wait(full.index(here), hp)
             if R == 2:
                 d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 0)
             else:
-                d, d2 = _wait(d, d2, B2, 0)
+                d, d2 = waited(d, d2, B2, 0)
             mbarrier.arrive(empty.index(here), count=1)
             if ACC and R == 2:
                 low, low2 = _scaled(low, low2, e, e2, f1, B2, mmb)
