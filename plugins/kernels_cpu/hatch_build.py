@@ -31,6 +31,7 @@ _NEEDED = {
     "rows": [*_AVX2, "-ffp-contract=off"],
     "load": _AVX2,
     "load_streams": _AVX2,
+    "finite": _AVX2,
     "stored": [*_AVX2, "-mbmi2"],
     "kernel_avx2": _AVX2,
     "kernel_avx2_float8": _AVX2,
@@ -54,7 +55,7 @@ _OPTIONAL = {
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 17  # of the C interface; library.py checks it
+_VERSION = 18  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from quant_core.dequantize import level_values
 from quant_core.errors import LayoutError
+from quant_core.kernels.finite import Look, all_finite
 from quant_core.spec import TENSOR, LayerDesc, Scale
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = ["check_matrix", "odd_codes"]
 
 _PIECE = 1 << 19  # bytes, so that the copy of a piece stays in the cache
-_ROWS = 1 << 10  # of scales: likewise
 _LEAST = {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}  # without the sign; what is not below is no number
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _NEGATIVE_ZERO = ("fp8_e4m3_fnuz", "fp8_e5m2_fnuz")
 
 
@@ -81,14 +82,6 @@ def _check_codes(where: str, qt: QuantizedTensor, stored: Mapping[str, Tensor]) 
     raise _error(f"{where}.{leaf}" if leaf else where, bad, "weights", "Q-VALUE-WEIGHT")
 
 
-_EXPONENT = {
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float32: (torch.int32, 0x7F800000),
-}
-"""Integers of a float's size, and the bits of its exponent: all set in what is no finite number."""
-
-
 @functools.cache
 def _odd_scales(element: str) -> tuple[int, ...]:
     """Bytes that are no finite scale."""
@@ -106,22 +99,11 @@ def _bytes_finite(values: Tensor, element: str) -> bool:
     return not odd or (_known(element) and odd_codes(values, element) is None)
 
 
-def _all_finite(values: Tensor) -> bool:
-    """Whether no float is infinite or NaN, by their bits: no float32 copy is made."""
-    kind, exponent = _EXPONENT.get(values.dtype, (None, 0))
-    if kind is None or values.numel() == 0:
-        return False
-    bits = values.view(kind)
-    return all(int((p & exponent).amax()) < exponent for p in bits.split(_ROWS) if p.numel())
-
-
 def _check_level(
     where: str, name: str, values: Tensor, scale: Scale, codebook: tuple[Tensor, ...]
 ) -> None:
-    if values.dtype == torch.uint8 and scale.element != "lut8":
-        if _bytes_finite(values, scale.element):
-            return
-    elif values.is_floating_point() and _all_finite(values):
+    of_bytes = values.dtype == torch.uint8 and scale.element != "lut8"
+    if of_bytes and _bytes_finite(values, scale.element):
         return
     decoded = level_values(values, scale, codebook)
     if decoded.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(decoded))).all()):
@@ -131,26 +113,36 @@ def _check_level(
         raise _error(where, bad, f"{name} values", "Q-VALUE-SCALE")
 
 
-def check_matrix(layer: LayerDesc, lt: LayerTensors, stored: Mapping[str, Tensor]) -> None:
+def check_matrix(
+    layer: LayerDesc,
+    lt: LayerTensors,
+    stored: Mapping[str, Tensor],
+    look: Look = all_finite,
+) -> None:
     """Codes, scales, offsets and bias of one matrix are finite.
 
     Args:
         stored: the tensors it was read from, to name the one that is not.
+        look: who looks at floats first; what it finds is looked for again, and named.
 
     Raises:
         LayoutError: ``Q-VALUE-WEIGHT`` for codes and bias, ``Q-VALUE-SCALE`` for scales and
             offsets, with the number of values and the place of the first.
     """
     where = layer.stored
+    levels = []
     for qt in lt.operands.values():
         if qt.spec.blocks:
             continue
-        for values, scale in zip(qt.scales, qt.spec.scales, strict=True):
-            _check_level(where, "scale", values, scale, qt.codebook)
-        levels = qt.spec.zero.levels if qt.spec.zero is not None else ()
-        for values, scale in zip(qt.offset, levels, strict=True):
-            _check_level(where, "offset", values, scale, qt.codebook)
+        levels += [("scale", qt, *pair) for pair in zip(qt.scales, qt.spec.scales, strict=True)]
+        minima = qt.spec.zero.levels if qt.spec.zero is not None else ()
+        levels += [("offset", qt, *pair) for pair in zip(qt.offset, minima, strict=True)]
         _check_codes(where, qt, stored)
+    floats = [values for _, _, values, _ in levels if values.dtype in _FLOATS]
+    finite = not floats or look(floats)
+    for name, qt, values, scale in levels:
+        if not (finite and values.dtype in _FLOATS):
+            _check_level(where, name, values, scale, qt.codebook)
     if lt.bias is not None:
         bad = ~torch.isfinite(lt.bias.float())
         if bool(bad.any()):

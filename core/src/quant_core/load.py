@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quant_core.errors import FormatError, printable
 from quant_core.finite import check_matrix
+from quant_core.kernels.finite import look_of
 from quant_core.plan import Member, Plan, param_sources
 from quant_core.plan import plan as make_plan
 from quant_core.scheme import Scheme
@@ -61,7 +62,7 @@ def read_matrix(
     if expert is not None:
         one = replace(layer, stored=layer.stored.format(expert=expert), experts=())
     lt = scheme.canonicalize(one, tensors)
-    check_matrix(one, lt, tensors)
+    check_matrix(one, lt, tensors, look_of(plan.registry))
     return lt
 
 

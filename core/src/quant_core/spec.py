@@ -453,8 +453,7 @@ class OpSpec:
     from ``k`` only with gather), ``experts``, ``top_k``.
     Features: "bias", "acc_bias", "gather", "tied:embedding", ... Tensor j of transform i is the
     feature "transform_<i>_<j>:<dtype>:<shape, x between sizes>", see ``kernels.transforms``.
-    Operations between layers have no operands; their features are those of
-    ``kernels.between``.
+    Operations between layers have no operands; their features are in ``kernels.between``.
     """
 
     op: Literal[
@@ -471,6 +470,7 @@ class OpSpec:
         "gated",
         "attention_update",
         "hadamard",
+        "finite",
         "collective",
     ]
     operands: tuple[tuple[str, QuantSpec], ...]

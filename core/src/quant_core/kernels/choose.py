@@ -120,6 +120,10 @@ def _candidates(registry: Registry, op: OpSpec) -> list[tuple[str, Kernel]]:
         from quant_core.kernels.hadamard import TorchHadamard
 
         reference = TorchHadamard()
+    elif op.op == "finite":
+        from quant_core.kernels.finite import TorchFinite
+
+        reference = TorchFinite()
     found: list[tuple[str, Kernel]] = [("quant-core", reference)]
     for plugin_id, kernels in registry.call_all("apply", op=op):
         found += [(plugin_id, k) for k in kernels]

@@ -4,7 +4,8 @@
                                  scales: finest first, [N, K / weights per scale]
                                  offset: float16 minima (negated for K-quants), and their codes
 
-Codes stay where they are. Scales are moved as raw bits: NaN payloads survive.
+Codes stay where they are, and so do scales and minima that are float16 as they are: views of the
+rows. Others are moved as raw bits: NaN payloads survive.
 """
 
 from __future__ import annotations
@@ -69,20 +70,22 @@ def _put_sub_(blocks: Tensor, layout: BlockLayout, values: Tensor) -> None:
 # --------------------------------------------------------------------------------------- rows
 
 
-def _halves(blocks: Tensor, layout: BlockLayout) -> tuple[Tensor | None, Tensor | None]:
-    """float16 scale and minimum of each block [B, bytes], raw bits; minima of K-quants with their
-    sign bit flipped. They lie side by side: one pass over all lines of a matrix takes both.
+def _halves(rows: Tensor, layout: BlockLayout) -> tuple[Tensor | None, Tensor | None]:
+    """float16 scale and minimum of each block of rows [N, row_bytes]: where they lie, as views.
+
+    Minima of K-quants have their sign bit flipped, so theirs are copies, taken in one pass.
     """
     d, m = layout.d, layout.m
     if d is None:
         return None, None
-    if m is None:
-        return bytes_at(blocks, d, 2).view(torch.float16), None
-    both = bytes_at(blocks, min(d, m), 4).view(torch.int16)
-    minima = both[:, int(m > d)]
-    if layout.sub_mins:
-        minima = minima ^ -0x8000
-    return both[:, int(d > m)].view(torch.float16), minima.view(torch.float16)
+    if not layout.sub_mins:
+        halves, step = rows.view(torch.float16), layout.nbytes // 2
+        return halves[:, d // 2 :: step], None if m is None else halves[:, m // 2 :: step]
+    assert m is not None, "finer minima are factors of one"
+    n = rows.shape[0]
+    both = bytes_at(rows.view(-1, layout.nbytes), min(d, m), 4).view(torch.int16)
+    scales, minima = both[:, int(d > m)], both[:, int(m > d)] ^ -0x8000
+    return scales.view(torch.float16).view(n, -1), minima.view(torch.float16).view(n, -1)
 
 
 def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
@@ -109,9 +112,9 @@ def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
         scales.append(fine.reshape(n, -1))
         if layout.sub_mins:
             offset.append(minima.reshape(n, -1))
-    coarse, minimum = _halves(blocks, layout)
-    scales += [] if coarse is None else [coarse.view(n, per_row)]
-    offset += [] if minimum is None else [minimum.view(n, per_row)]
+    coarse, minimum = _halves(rows, layout)
+    scales += [] if coarse is None else [coarse]
+    offset += [] if minimum is None else [minimum]
     codebook: tuple[Tensor, ...] = ()
     if layout.codebook:
         codebook = (torch.tensor(layout.codebook, dtype=torch.float32, device=rows.device),)

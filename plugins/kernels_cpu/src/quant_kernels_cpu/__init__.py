@@ -39,4 +39,8 @@ def apply(op: OpSpec) -> Iterable[Kernel]:
         from quant_kernels_cpu.rounding import ROUND
 
         return (ROUND,)
+    if op.op == "finite":
+        from quant_kernels_cpu.finite import FINITE
+
+        return (FINITE,)
     return (*KERNELS, STORED)
