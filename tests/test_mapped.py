@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -153,6 +155,20 @@ def test_file_that_changed_since_it_was_opened_is_refused(tmp_path: Path) -> Non
         with pytest.raises(CheckpointError) as err:
             checkpoint.mapped(name)
     assert err.value.code == "Q-CKPT-CHANGED"
+
+
+def test_file_that_the_system_does_not_map_says_what_works_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr("quant_core.checkpoint.mapped.map_file", refuse)
+    with pytest.raises(CheckpointError, match=r"No such device.*load without mmap=True") as err:
+        load(AWQ, mmap=True)
+    assert err.value.code == "Q-CKPT-IO"
+    assert Path(err.value.path).name == "model.safetensors"
+    assert within(load(AWQ), AWQ)
 
 
 def test_mmap_goes_neither_with_prepared_weights_nor_with_another_device(tmp_path: Path) -> None:

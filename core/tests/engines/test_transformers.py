@@ -292,6 +292,18 @@ def test_config_that_transformers_rejects_names_the_checkpoint(
     assert err.value.code == "Q-ENGINE-CONFIG"
 
 
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_weights_without_a_config_say_what_to_put_beside_them(
+    name: str, toy: None, tmp_path: Path
+) -> None:
+    _write(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"there is no config\.json.*beside the weights") as err:
+        load_model(tmp_path / name)
+    assert err.value.code == "Q-CFG-MISSING"
+    assert err.value.path == str(tmp_path)
+
+
 def test_container_states_settings_only_where_no_config_file_does(
     toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

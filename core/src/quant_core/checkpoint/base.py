@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_core.errors import LimitError, printable
+from quant_core.errors import ConfigError, LimitError, printable
 from quant_core.spec import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "Index"]
+__all__ = ["Checkpoint", "Index", "no_config"]
 
 _SMALL_BYTES = 1 << 16
 
@@ -183,3 +183,14 @@ class Checkpoint(ABC):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def no_config(checkpoint: Checkpoint, why: str) -> ConfigError:
+    """``Q-CFG-MISSING``: nothing beside the weights, or in them, says which model they are."""
+    return ConfigError(
+        f"{printable(checkpoint.folder)}: {why}, expected the model's config. "
+        "Put the model's config.json beside the weights.",
+        code="Q-CFG-MISSING",
+        path=checkpoint.folder,
+        tensor="config.json",
+    )

@@ -15,9 +15,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant_core.checkpoint.files import FileState, OpenFile, io_error
+from quant_core.checkpoint.files import FileState, OpenFile
 from quant_core.checkpoint.sniff import changed_error
-from quant_core.prepared.pages import map_file
+from quant_core.prepared.pages import map_error, map_file
 from quant_core.spec import TensorInfo
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class FileMaps:
                     raise changed_error(path, info.file, expected, file.state.size, info.name)
                 mapping = map_file(path, file.fd)
             except OSError as err:
-                raise io_error(path, err, "cannot be mapped") from err
+                instead = "load without mmap=True (--mmap)"
+                raise map_error(path, state.size, err, instead) from err
             finally:
                 os.close(file.fd)
             self._maps[path] = mapping

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_core.errors import ConfigError, printable
+from quant_core.checkpoint.base import no_config
+from quant_core.errors import printable
 
 if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
@@ -54,24 +55,14 @@ def model_config(source: Plan, *, needed: bool = True) -> dict[str, Any]:
 def _converted_config(checkpoint: Checkpoint) -> dict[str, Any]:
     args = dict(checkpoint.pretrained_args())
     if len(args) < 2:
-        raise _no_config(checkpoint, "there is no config.json")
+        raise no_config(checkpoint, "there is no config.json")
     try:
         from transformers import AutoConfig
 
         config: dict[str, Any] = AutoConfig.from_pretrained(**args).to_dict()
     except (ImportError, OSError, ValueError, KeyError) as err:
-        raise _no_config(checkpoint, f"transformers cannot make one ({printable(err)})") from err
+        raise no_config(checkpoint, f"transformers cannot make one ({printable(err)})") from err
     return json.loads(json.dumps(config, default=str))  # type: ignore[no-any-return]
-
-
-def _no_config(checkpoint: Checkpoint, why: str) -> ConfigError:
-    return ConfigError(
-        f"{printable(checkpoint.folder)}: {why}, expected the model's config. "
-        "Put the model's config.json beside the weights.",
-        code="Q-CFG-MISSING",
-        path=checkpoint.folder,
-        tensor="config.json",
-    )
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

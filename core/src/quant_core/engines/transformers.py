@@ -139,8 +139,8 @@ def as_config(
     Raises:
         PluginError: ``Q-ENGINE-MISSING``, ``Q-ENGINE-VERSION``.
         ConfigError: ``Q-CFG-KEY`` for an override that the config class does not have,
-            ``Q-ENGINE-CONFIG`` if transformers rejects the config, ``Q-CFG-CONFLICT`` for
-            settings of online quantization without ``online``.
+            ``Q-CFG-MISSING`` if there is none, ``Q-ENGINE-CONFIG`` if transformers rejects it,
+            ``Q-CFG-CONFLICT`` for settings of online quantization without ``online``.
         CheckpointError: the checkpoint cannot be opened.
     """
     _check_version()
@@ -170,6 +170,8 @@ def _config_of(
     checkpoint: Checkpoint, config_overrides: Mapping[str, Any], **options: Any
 ) -> PreTrainedConfig:
     """``as_config`` of an opened checkpoint; ``options`` are those of ``QuantCoreConfig``."""
+    from quant_core.checkpoint.base import no_config
+
     _register()
     where = Path(options["path"])
     with ExitStack() as files:
@@ -179,6 +181,9 @@ def _config_of(
             settings = dict(config_overrides)
         else:
             arguments = dict(files.enter_context(checkpoint.config_args()))
+            here = (checkpoint.folder / "config.json").exists()
+            if len(arguments) < 2 and not here:  # nor does the container hold a config
+                raise no_config(checkpoint, "there is no config.json")
             settings = {**checkpoint.config_overrides(), **config_overrides}
         config, unused = _config(where, arguments, settings)
     config.name_or_path = named
@@ -210,7 +215,7 @@ def _config(
         )
     except Exception as err:  # transformers raises a dozen types here
         raise ConfigError(
-            f"{where}: transformers rejects the model's config: {printable(err, 300)}; expected "
+            f"{where}: transformers rejects the model's config ({printable(err, 300)}), expected "
             "one it can build. Restore config.json, or correct the settings passed.",
             code="Q-ENGINE-CONFIG",
             path=where,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -28,13 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_core.checkpoint.files import OpenFile, io_error
+from quant_core.checkpoint.files import OpenFile
 from quant_core.checkpoint.header import MAX_HEADER_BYTES, MAX_TENSORS
 from quant_core.checkpoint.sniff import read_header
-from quant_core.errors import CheckpointError, printable
+from quant_core.errors import CheckpointError, LimitError, printable
 from quant_core.prepared.folder import BUFFERS
 from quant_core.prepared.key import Key
-from quant_core.prepared.pages import ALIGN, MAPPED_BYTES, map_file
+from quant_core.prepared.pages import ALIGN, MAPPED_BYTES, map_error, map_file
 from quant_core.spec import OpSpec, Packing, TensorInfo
 from quant_core.spec_json import from_text, op_from_text, to_text
 
@@ -52,6 +53,8 @@ __all__ = [
     "read_key",
     "write_entry",
 ]
+
+log = logging.getLogger("quant_core")
 
 
 def entry_error(path: Path, found: str, expected: str) -> CheckpointError:
@@ -112,7 +115,10 @@ def float_name(parameter: str) -> str:
 def _open(path: Path) -> tuple[OpenFile, Mapping[str, TensorInfo], Mapping[str, str]]:
     file = OpenFile(path)
     try:
-        header = read_header(file, path.name, MAX_HEADER_BYTES, MAX_TENSORS)
+        try:
+            header = read_header(file, path.name, MAX_HEADER_BYTES, MAX_TENSORS)
+        except (CheckpointError, LimitError) as err:
+            raise entry_error(path, f"a damaged file ({err.code})", "the one written") from err
         metadata = dict(header.metadata)
         if not {"key", "modules", "ops", "sum"} <= set(metadata):
             raise entry_error(path, f"metadata {sorted(metadata)}", "key, modules, ops and sum")
@@ -157,14 +163,18 @@ class Entry:
                 raise entry_error(self.path, "the key of another load", "this one's")
             self._modules: dict[str, tuple[str, list[Any]]] = json.loads(metadata["modules"])
             self._ops: list[str] = json.loads(metadata["ops"])
-            if map_it:
-                self._mapping = map_file(self.path, self._file.fd)
-        except OSError as err:
-            self._file.close()
-            raise io_error(self.path, err, "cannot be mapped") from err
         except BaseException:
             self._file.close()
             raise
+        if map_it:
+            self._map()
+
+    def _map(self) -> None:
+        try:
+            self._mapping = map_file(self.path, self._file.fd)
+        except OSError as err:  # it is read instead: slower, the same bytes
+            size = self._file.state.size
+            log.warning("%s", map_error(self.path, size, err, "set QUANT_PREPARED_MAP=0"))
 
     def module(self, name: str) -> Module:
         """How a module is made of parts; no parts if the entry does not hold it."""

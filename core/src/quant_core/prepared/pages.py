@@ -20,9 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from quant_core.checkpoint.ahead import start_reading
-from quant_core.errors import ConfigError, printable
+from quant_core.errors import CheckpointError, ConfigError, printable
 
-__all__ = ["ALIGN", "MAPPED_BYTES", "map_file", "mapping_wanted"]
+__all__ = ["ALIGN", "MAPPED_BYTES", "map_error", "map_file", "mapping_wanted"]
 
 ALIGN = 64  # bytes of a cache line
 MAPPED_BYTES = 64 << 10  # smaller buffers are read: they share pages with others
@@ -66,6 +66,18 @@ def _file_system(folder: Path, table: str = "/proc/self/mountinfo") -> str:
         if inside and len(point) >= best:  # a later mount hides an earlier one
             best, found = len(point), fields[fields.index("-") + 1]
     return found
+
+
+def map_error(path: Path, nbytes: int, err: OSError, instead: str) -> CheckpointError:
+    """``Q-CKPT-IO``: the system does not map this file; ``instead`` is what works without."""
+    reason = err.strerror or str(err)
+    return CheckpointError(
+        f"{printable(path)}: cannot be mapped: {reason}, expected a file system that maps files "
+        f"and {nbytes} bytes of address space. Copy it to a local disk, or {instead}.",
+        code="Q-CKPT-IO",
+        path=path,
+        actual=reason,
+    )
 
 
 def map_file(path: Path, fd: int) -> mmap.mmap:
