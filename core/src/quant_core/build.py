@@ -37,7 +37,7 @@ from quant_core.scheme import Scheme
 from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
-__all__ = ["Builder", "op_spec"]
+__all__ = ["Builder", "check_size", "op_spec"]
 
 _LARGE = 1 << 20  # weights of a layer that takes long enough to load for compiling beside it
 
@@ -85,9 +85,12 @@ def op_spec(
     )  # fmt: skip
 
 
-def _check_size(
-    name: str, qt: QuantizedTensor, n: int | None, k: int | None, scheme_k: int
-) -> None:
+def check_size(name: str, qt: QuantizedTensor, n: int | None, k: int | None, scheme_k: int) -> None:
+    """The matrix has the sizes of the engine's layer, where those are given.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-SHAPE``.
+    """
     found = (qt.shape[0], scheme_k)
     if (n, k) != (None, None) and found != (n, k):
         raise LayoutError(
@@ -229,7 +232,7 @@ class Builder:
             rows = stop
             loaded.append(lt)
         if len(members) == 1:
-            _check_size(name, loaded[0].weight, n, k, k_model)
+            check_size(name, loaded[0].weight, n, k, k_model)
             return self._bind(
                 QuantLinear, name, self.op_for("linear", loaded[0], members[0]), loaded[0], bound
             )
@@ -253,7 +256,7 @@ class Builder:
         """An embedding table; its kernel also serves a tied lm_head."""
         lt = self.matrix(member)
         k_model = member.scheme.shape[1]  # type: ignore[union-attr]
-        _check_size(name, lt.weight, n, k, k_model)
+        check_size(name, lt.weight, n, k, k_model)
         bound = BoundMember(
             name=member.layer.name, start=0, stop=lt.weight.shape[0], packing=lt.weight.packing
         )

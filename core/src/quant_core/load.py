@@ -32,6 +32,7 @@ def read_matrix(
     *,
     bias: bool = True,
     mapped: bool = False,
+    in_place: bool = False,
 ) -> LayerTensors:
     """One matrix of a quantized member in canonical form.
 
@@ -39,6 +40,7 @@ def read_matrix(
         expert: which one of a stack; None for a plain layer.
         bias: False leaves a stored bias unread.
         mapped: whole stored tensors may be pages of their files, ``Checkpoint.mapped``.
+        in_place: rows stay in the order in which they are stored, ``Scheme.row_order``.
 
     Raises:
         CheckpointError: the file changed or cannot be read.
@@ -61,7 +63,7 @@ def read_matrix(
     one = layer
     if expert is not None:
         one = replace(layer, stored=layer.stored.format(expert=expert), experts=())
-    lt = scheme.canonicalize(one, tensors)
+    lt = (scheme.canonicalize_in_place if in_place else scheme.canonicalize)(one, tensors)
     check_matrix(one, lt, tensors, look_of(plan.registry))
     return lt
 

@@ -9,14 +9,14 @@ into memory of its own. Float parameters in the model's own dtype are pages of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from quant_core.build import Builder
+from quant_core.build import Builder, check_size
 from quant_core.kernels.choose import Choice, choose_in_place
 from quant_core.load import read_matrix, read_parameter
-from quant_core.nn import BoundMember, QuantModule
+from quant_core.nn import BoundMember, QuantLinear, QuantModule
 from quant_core.plan import Member
 from quant_core.prepared.pages import MAPPED_BYTES
 from quant_core.spec import OpSpec
@@ -47,17 +47,49 @@ class MappedBuilder(Builder):
                 return value
         return read_parameter(self.plan, name)
 
+    def linear(
+        self, name: str, members: Sequence[Member], *, n: int | None = None, k: int | None = None
+    ) -> nn.Module:
+        if len(members) == 1 and members[0].scheme.row_order:  # type: ignore[union-attr]
+            module = self._in_stored_order(name, members[0], n, k)
+            if module is not None:
+                return module
+        return super(MappedBuilder, self).linear(name, members, n=n, k=k)
+
+    def _in_stored_order(
+        self, name: str, member: Member, n: int | None, k: int | None
+    ) -> QuantModule | None:
+        """A layer whose rows a file has in another order than the model, if a kernel runs it so."""
+        lt = read_matrix(self.plan, member, mapped=True, in_place=True)
+        check_size(name, lt.weight, n, k, member.scheme.shape[1])  # type: ignore[union-attr]
+        op = self.op_for("linear", lt, member)
+        order = member.scheme.row_order  # type: ignore[union-attr]
+        rows, packing = lt.weight.shape[0], lt.weight.packing
+        bound = BoundMember(name=member.layer.name, start=0, stop=rows, packing=packing)
+        op = replace(op, features=op.features | {order})
+        return self._adopted(QuantLinear, name, op, lt, [bound])
+
+    def _adopted(
+        self, cls: type[QuantModule], name: str, op: OpSpec, lt: LayerTensors,
+        members: Sequence[BoundMember],
+    ) -> QuantModule | None:  # fmt: skip
+        """The layer on the tensors where they are; None if no kernel runs it so."""
+        choice = choose_in_place(
+            op, self.plan.registry, kernels=self.kernels, module=name, memo=self.places
+        )
+        if choice is None:
+            return None
+        buffers = choice.kernel.adopt(choice.op, lt)  # type: ignore[attr-defined]
+        if buffers is None:
+            return None
+        self.choices.append((name, choice))
+        return cls(choice, buffers, members, self._chooser(name))
+
     def _bind(
         self, cls: type[QuantModule], name: str, op: OpSpec, lt: LayerTensors,
         members: Sequence[BoundMember],
     ) -> QuantModule:  # fmt: skip
-        chooser = self._chooser(name)
-        choice = choose_in_place(
-            op, self.plan.registry, kernels=self.kernels, module=name, memo=self.places
-        )
-        if choice is not None:
-            buffers = choice.kernel.adopt(choice.op, lt)  # type: ignore[attr-defined]
-            if buffers is not None:
-                self.choices.append((name, choice))
-                return cls(choice, buffers, members, chooser)
+        module = self._adopted(cls, name, op, lt, members)
+        if module is not None:
+            return module
         return super(MappedBuilder, self)._bind(cls, name, op, lt, members)

@@ -20,6 +20,7 @@ from quant_core.kernels.choose import Choice, Decision
 from quant_core.kernels.device import device_key
 from quant_core.kernels.routed import ExpertsRun
 from quant_core.packing import repack
+from quant_core.row_order import in_model_order
 from quant_core.shared import MOST_TOKENS, SharedGroup, Siblings, together, weights_changed
 from quant_core.spec import OpSpec, Packing
 from quant_core.tensors import LayerTensors
@@ -124,7 +125,8 @@ class QuantModule(nn.Module):
         """
         assert self._rechoose is not None
         canonical = self.restore()
-        choice = self._rechoose(replace(self.op, device=device_key(str(device))))
+        op = in_model_order(self.op)
+        choice = self._rechoose(replace(op, device=device_key(str(device))))
         buffers = choice.kernel.allocate(choice.op, str(device))
         for expert, part in matrices(canonical, self.op.size("experts", 0)):
             at = {"row": 0} if expert is None else {"row": 0, "expert": expert}

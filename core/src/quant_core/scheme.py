@@ -55,6 +55,20 @@ class Scheme(ABC):
             LayoutError: values that the format does not allow.
         """
 
+    @property
+    def row_order(self) -> str:
+        """The feature (``quant_core.row_order``) of rows stored in another order; "" if none."""
+        return ""
+
+    def canonicalize_in_place(
+        self, layer: LayerDesc, tensors: Mapping[str, Tensor]
+    ) -> LayerTensors:
+        """As ``canonicalize``, but rows of the weight stay in the order that ``row_order`` says.
+
+        Asked of schemes with a ``row_order`` only, where weights are to stay pages of a file.
+        """
+        return self.canonicalize(layer, tensors)
+
     def serialize(self, layer: LayerDesc, tensors: LayerTensors) -> dict[str, Tensor]:
         """Exact inverse of ``canonicalize``: param name -> tensor as stored.
 

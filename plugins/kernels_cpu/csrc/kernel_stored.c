@@ -68,9 +68,16 @@ static void by_rows(const qk_call *c, room *m, int64_t from, int64_t to) {
             some_rows(op, t, &m->a, &w, first + r, m->acc + r, rows, c->count);
             r += rows;
         }
-        for (int64_t i = 0; i < c->count; i++)
-            qk_store(m->acc + i * QK_ROWS, count, t->bias, op->bias_type, c->y, c->xtype,
-                     i * op->n + first, first);
+        for (int64_t i = 0; i < c->count; i++) {
+            const float *sums = m->acc + i * QK_ROWS;
+            if (!op->head)
+                qk_store(sums, count, t->bias, op->bias_type, c->y, c->xtype, i * op->n + first, first);
+            else
+                for (int64_t r = 0; r < count; r++) {
+                    const int64_t row = qk_row_at(op, first + r);
+                    qk_store(sums + r, 1, t->bias, op->bias_type, c->y, c->xtype, i * op->n + row, row);
+                }
+        }
     }
 }
 

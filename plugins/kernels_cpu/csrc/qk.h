@@ -50,7 +50,7 @@ typedef struct {
     qk_factor scale[2], offset[2];
     float table[16];
     float bias, shift;
-    int64_t order, block, at; /* where codes lie in files (stored.h); 0: in blocks of 32 rows */
+    int64_t order, block, at, head; /* where codes lie in files (stored.h); 0: in blocks of 32 rows */
 } qk_op;
 
 typedef struct {

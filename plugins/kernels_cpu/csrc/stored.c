@@ -31,11 +31,12 @@ static void fetch_rows(const qk_op *op, const uint8_t *codes, int64_t rows, uint
         }
 }
 
-static void fetch_fields(const qk_op *op, const uint8_t *codes, int64_t rows, uint32_t *out) {
+static void fetch_fields(const qk_op *op, const uint8_t *codes, const int64_t *place, int64_t rows,
+                         uint32_t *out) {
     const int64_t blocks = op->k / 32, words = op->width; /* of a block */
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t r = 0; r < rows; r++) {
-            const uint8_t *at = codes + (r * blocks + b) * op->block + op->at;
+            const uint8_t *at = codes + (place[r] * blocks + b) * op->block + op->at;
             uint32_t *to = out + b * words * QK_ROWS + r;
             uint64_t half[2];
             memcpy(half, at, sizeof half);
@@ -83,12 +84,12 @@ static void fetch_across(const qk_op *op, const uint8_t *codes, int64_t rows, ui
         }
 }
 
-/* Values of `size` bytes, `row` and `column` apart, into [groups][32]. */
-static void fetch_grid(const uint8_t *in, int64_t size, int64_t row, int64_t column, int64_t rows,
-                       int64_t groups, uint8_t *out) {
+/* Values of `size` bytes, `row` and `column` apart, of the rows at `place`, into [groups][32]. */
+static void fetch_grid(const uint8_t *in, int64_t size, int64_t row, int64_t column,
+                       const int64_t *place, int64_t rows, int64_t groups, uint8_t *out) {
     for (int64_t q = 0; q < groups; q++)
         for (int64_t r = 0; r < rows; r++) {
-            const uint8_t *from = in + r * row + q * column;
+            const uint8_t *from = in + place[r] * row + q * column;
             uint8_t *to = out + (q * QK_ROWS + r) * size;
             if (size == 1) *to = *from;
             else if (size == 2) memcpy(to, from, 2);
@@ -109,12 +110,17 @@ int64_t qk_fetch_bytes(const qk_op *op, int64_t blocks) {
            (op->offset[0].type ? grid_bytes(op, blocks, qk_size(op->offset[0].type)) : 0);
 }
 
+static void places(const qk_op *op, int64_t first, int64_t rows, int64_t *out) {
+    for (int64_t r = 0; r < rows; r++) out[r] = qk_place_of(op, first + r);
+}
+
 qk_tensors qk_fetch(const qk_op *op, const qk_tensors *t, int64_t row, int64_t rows, void *room) {
     const int64_t groups = qk_div_up(op->k, op->group), blocks = qk_div_up(rows, QK_ROWS);
     const int across = op->order == QK_WORDS_STORED || op->order == QK_ACROSS_STORED;
     const int fields = op->order == QK_FIELDS_STORED;
     const int64_t row_bytes = fields ? op->k / 32 * op->block : op->k * op->width / 8;
     uint8_t *at = room;
+    int64_t place[QK_ROWS];
     qk_tensors out = *t;
     if (rows % QK_ROWS) memset(room, 0, qk_fetch_bytes(op, blocks));
     out.codes = at;
@@ -124,7 +130,10 @@ qk_tensors qk_fetch(const qk_op *op, const qk_tensors *t, int64_t row, int64_t r
         uint32_t *to = (uint32_t *)at;
         if (op->order == QK_WORDS_STORED) fetch_words(op, codes + first * 4, count, to);
         else if (op->order == QK_ACROSS_STORED) fetch_across(op, codes + first / 2, count, to);
-        else if (fields) fetch_fields(op, codes + first * row_bytes, count, to);
+        else if (fields) {
+            places(op, first, count, place);
+            fetch_fields(op, codes, place, count, to);
+        }
         else fetch_rows(op, codes + first * row_bytes, count, to);
     }
     at = (uint8_t *)room + qk_div_up(blocks * code_bytes(op), 64) * 64;
@@ -142,8 +151,8 @@ qk_tensors qk_fetch(const qk_op *op, const qk_tensors *t, int64_t row, int64_t r
         const uint8_t *in = fields ? (const uint8_t *)t->codes + grids[i].place : *grids[i].tensor;
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t first = row + b * QK_ROWS, count = qk_min(QK_ROWS, row + rows - first);
-            fetch_grid(in + first * by_row, size, by_row, by_group, count, groups,
-                       at + b * groups * QK_ROWS * size);
+            places(op, first, count, place);
+            fetch_grid(in, size, by_row, by_group, place, count, groups, at + b * groups * QK_ROWS * size);
         }
         *grids[i].tensor = at;
         at += grid_bytes(op, blocks, size);

@@ -8,13 +8,26 @@
  *                                       byte i holds code i and, above it, code 16 + i
  *
  * Scales and zero points lie [N][groups]; beside words and across [groups][N]; in fields they are
- * those of the blocks. */
+ * those of the blocks. Rows of fields may lie in heads of `head` rows whose halves are interleaved: row
+ * i of a head at 2 i, row head / 2 + i at 2 i + 1. x, y and the bias are in order. */
 #ifndef QK_STORED_H
 #define QK_STORED_H
 
 #include "qk.h"
 
 enum { QK_BLOCKS, QK_ROWS_STORED, QK_WORDS_STORED, QK_ACROSS_STORED, QK_FIELDS_STORED };
+
+/* Where row `r` is stored, and which row is stored at `at`. */
+static inline int64_t qk_place_of(const qk_op *op, int64_t r) {
+    if (!op->head) return r;
+    const int64_t half = op->head / 2, i = r % op->head;
+    return r - i + 2 * (i % half) + i / half;
+}
+static inline int64_t qk_row_at(const qk_op *op, int64_t at) {
+    if (!op->head) return at;
+    const int64_t i = at % op->head;
+    return at - i + i % 2 * (op->head / 2) + i / 2;
+}
 
 /* Bytes that `qk_fetch` needs for `blocks` blocks of rows. */
 int64_t qk_fetch_bytes(const qk_op *, int64_t blocks);

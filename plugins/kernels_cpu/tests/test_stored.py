@@ -12,8 +12,10 @@ from quant_core.dequantize import dense_weight
 from quant_core.errors import LayoutError
 from quant_core.kernels.base import Rejected
 from quant_core.packing import repack
+from quant_core.row_order import row_pairs
 from quant_core.spec import CHANNEL, Element, Field, Packing, QuantSpec, Scale, Zero, group
 from quant_core.tensors import LayerTensors
+from quant_kernels_cpu.kernel import KERNELS
 from quant_kernels_cpu.stored_kernel import STORED
 
 ROWS = Packing(word="int32")
@@ -262,3 +264,51 @@ def test_parts_of_another_layer_are_refused():
     op, buffers = _loaded(_stored(*across, 64, 512))
     with pytest.raises(LayoutError, match="multiples of 8"):
         STORED.load_(buffers, op, _stored(*across, 8, 512), {"row": 4})
+
+
+def _in_heads(lt: LayerTensors, head: int) -> LayerTensors:
+    """The layer as a file has it that keeps row i of each half of a head at 2 i and 2 i + 1."""
+    n, half = lt.weight.shape[0], head // 2
+    at = [
+        h + i + half * second for h in range(0, n, head) for i in range(half) for second in (0, 1)
+    ]
+    t = {name: value[at] for name, value in lt.weight.tensors().items()}
+    return replace(lt, operands={"weight": lt.weight.with_tensors(t)})
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize(("n", "head"), [(64, 64), (96, 32), (240, 6), (200, 40), (2, 2)])
+def test_rows_of_heads_stay_where_they_are_and_results_are_in_order(isa, name, n, head):
+    lt = _stored(*CASES[name], n, 416, bias=torch.float16)
+    op = replace(_op(lt), features=_op(lt).features | {row_pairs(head)})
+    stored = _in_heads(lt, head)
+    buffers = STORED.adopt(op, stored)
+    assert buffers is not None
+    assert buffers["codes"].data_ptr() == stored.weight.codes.data_ptr()
+    w, run = dense_weight(lt.weight, 416), STORED.bind(op)
+    for m in (1, 2, 4, 5, 9, 100):
+        for dtype in HALF_ULP:
+            x = torch.randn(m, 416).to(dtype)
+            y = run(list(buffers.values()), x)
+            assert excess(y, x, w, lt.bias) <= 1, (m, dtype)
+            plain = STORED.bind(_op(lt))(list(STORED.adopt(_op(lt), lt).values()), x)
+            assert torch.equal(y, plain), (m, dtype)
+            if head > 2:  # two rows are in order either way
+                wrong = STORED.bind(_op(lt))(list(buffers.values()), x)
+                assert excess(wrong, x, w, lt.bias) > 1, "the order of rows has no effect"
+    for tensors in (buffers, STORED.allocate(op)):
+        STORED.load_(tensors, op, lt, {"row": 0})
+        assert all(torch.equal(tensors[k], buffers[k]) for k in buffers)
+        back = STORED.restore(tensors, op)
+        assert all(torch.equal(v, back.weight.tensors()[k]) for k, v in lt.weight.tensors().items())
+        assert torch.equal(back.bias, lt.bias)
+
+
+def test_rows_of_heads_are_taken_by_no_other_kernel_and_no_other_order():
+    lt = _stored(*CASES["20 bytes"], 64, 416)
+    for head, fits in ((64, True), (32, True), (48, False), (7, False)):
+        op = replace(_op(lt), features=frozenset({row_pairs(head)}))
+        assert isinstance(STORED.accepts(op), Rejected) != fits, head
+        assert all(isinstance(k.accepts(op), Rejected) for k in KERNELS)
+    other = _op(_stored(*CASES["rows g128 bf16 const"], 64, 416))
+    assert isinstance(STORED.accepts(replace(other, features=frozenset({row_pairs(64)}))), Rejected)

@@ -82,7 +82,8 @@ class Kernel(Protocol):
                 them contiguous first.
     adopt       adopt(op, part) -> buffers | None: those of ``allocate``, made of the tensors of a
                 part that is the whole layer, its codes not copied; ``op.packing`` is the part's.
-                Asked where weights are pages of a file (``mapped``). None: not this part.
+                Asked where weights are pages of a file (``mapped``). None: not this part. Rows may
+                lie as a feature of ``row_order`` says; ``load_`` and ``restore`` put them in order.
     bind_shared bind_shared(ops) -> run | None: linear layers of one input as one call,
                 run([[buffers of a layer...], ...], x) -> [y, ...], each y as ``bind`` gives it (up
                 to the order of float32 sums); layers that quantize x alike share that. None: not

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import CheckpointError, LayoutError, printable
+from quant_core.row_order import row_pairs
 from quant_core.scheme import Scheme
 from quant_core.spec import (
     EXPERT,
@@ -188,6 +189,24 @@ class GgufScheme(Scheme):
         Raises:
             LayoutError: ``Q-LAYOUT-SHAPE``; ``Q-VALUE-SCALE`` for NVFP4 scales with a sign.
         """
+        return self._canonical(layer, tensors, in_place=False)
+
+    @property
+    def row_order(self) -> str:
+        """See ``Scheme.row_order``. Heads that do not fit are for ``canonicalize`` to refuse."""
+        rows = self.shape[0]
+        fits = self.heads and not self.stacked and rows % (2 * self.heads) == 0
+        return row_pairs(rows // self.heads) if fits else ""
+
+    def canonicalize_in_place(
+        self, layer: LayerDesc, tensors: Mapping[str, Tensor]
+    ) -> LayerTensors:
+        """See ``Scheme.canonicalize_in_place``."""
+        return self._canonical(layer, tensors, in_place=True)
+
+    def _canonical(
+        self, layer: LayerDesc, tensors: Mapping[str, Tensor], *, in_place: bool
+    ) -> LayerTensors:
         from quant_core.tensors import LayerTensors
         from quant_plugin_gguf.blocks import check_scales, split_rows
         from quant_plugin_gguf.rows import to_public_rows
@@ -205,7 +224,8 @@ class GgufScheme(Scheme):
                 actual=tuple(rows.shape),
             )
         if self.heads:
-            rows = to_public_rows(rows, self.heads, f"{self.module}.weight")
+            if not in_place:
+                rows = to_public_rows(rows, self.heads, f"{self.module}.weight")
             bias = None if bias is None else to_public_rows(bias, self.heads, f"{self.module}.bias")
         weight = split_rows(rows, self.name)
         if weight.scales:

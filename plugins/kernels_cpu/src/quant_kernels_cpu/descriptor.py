@@ -48,7 +48,7 @@ class _Op(ctypes.Structure):
         ("table", ctypes.c_float * 16),
         ("bias", ctypes.c_float),
         ("shift", ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ("order", "block", "at")),
+        *((name, ctypes.c_int64) for name in ("order", "block", "at", "head")),
     ]
 
 
@@ -162,6 +162,7 @@ def c_op(layout: Layout) -> _Op:
         order=ORDERS.index(layout.order),
         block=layout.block,
         at=layout.at,
+        head=layout.head,
     )
     if layout.element in FLOAT8:
         op.float8 = ctypes.addressof(_float8(layout.element))

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quant_core.kernels.base import Rejected
+from quant_core.row_order import head_of, in_model_order
 from quant_core.spec import CANONICAL, OpSpec, Packing, QuantSpec
 from quant_kernels_cpu.support import (
     ZERO_CODE,
@@ -99,7 +100,8 @@ def _fields_problem(layout: Layout, packing: Packing, spec: QuantSpec) -> Reject
 
 def stored_layout(op: OpSpec, *, ops: tuple[str, ...]) -> Layout | Rejected:
     """What C needs to know of ``op``, whose codes are in ``op.packing``, or why it cannot run."""
-    found = describe(replace(op, packing=CANONICAL), ops=ops)
+    head = head_of(op)
+    found = describe(replace(in_model_order(op), packing=CANONICAL), ops=ops)
     if isinstance(found, Rejected):
         return found
     spec = op.weight
@@ -108,11 +110,15 @@ def stored_layout(op: OpSpec, *, ops: tuple[str, ...]) -> Layout | Rejected:
         return Rejected(axis="packing", have=str(op.packing), need="an order that files have")
     if problem := _problem(order, found, spec):
         return problem
+    if head and (order != "fields" or head % 2 or found.n % head or found.op != "linear"):
+        have = f"{order} in heads of {head}"
+        return Rejected(axis="features", have=have, need="whole even heads of fields")
     if order != "fields":
         return replace(found, order=order)
     if problem := _fields_problem(found, op.packing, spec):
         return problem
-    return replace(found, order=order, block=op.packing.block, at=op.packing.fields[0].at)
+    at = op.packing.fields[0].at
+    return replace(found, order=order, block=op.packing.block, at=at, head=head)
 
 
 def stored_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

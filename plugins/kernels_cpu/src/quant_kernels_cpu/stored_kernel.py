@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from quant_core.errors import LayoutError
 from quant_core.kernels.base import Accepted, Rejected
+from quant_core.row_order import stored_rows
 from quant_core.spec import OpSpec, Packing
 from quant_kernels_cpu.kernel import WnA16
 from quant_kernels_cpu.library import ISAS, library, unavailable
@@ -90,15 +91,21 @@ class Stored(WnA16):
                 expected=8,
                 actual=(row, rows),
             )
+        if layout.order == "fields":
+            codes = _stored("codes", tensors["codes"], layout).clone()
+            for blocks, values in _halves(layout, {**tensors, "codes": codes}):
+                blocks.copy_(values)
+            if layout.head:
+                buffers["codes"][stored_rows(layout.n, layout.head)[row : row + rows]] = codes
+            else:
+                buffers["codes"][row : row + rows].copy_(codes)
         for name, target in buffers.items():
+            if layout.order == "fields" and name == "codes":
+                continue
             axis = 1 if layout.order in ("words", "across") and name != "bias" else 0
             per = Fraction(target.shape[axis], layout.n)  # bytes or values of a row
             first, size = int(row * per), int(rows * per)
             target.narrow(axis, first, size).copy_(_stored(name, tensors[name], layout))
-        if layout.order == "fields":
-            there = tensors | {"codes": buffers["codes"][row : row + rows]}
-            for blocks, values in _halves(layout, there):
-                blocks.copy_(values)
 
     def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
         from quant_core.packing import WORD_DTYPES
@@ -106,7 +113,8 @@ class Stored(WnA16):
 
         layout = self._bound(op)
         grids = {n: _stored(n, buffers[n], layout).clone() for n in _GRIDS if n in buffers}
-        codes = buffers["codes"].clone()
+        codes = buffers["codes"]
+        codes = codes[stored_rows(layout.n, layout.head)] if layout.head else codes.clone()
         if layout.order == "fields":
             halves = _blocks(layout, codes)
             grids["scales_0"] = halves[..., 0].clone()

@@ -93,6 +93,7 @@ class Layout:
     order: str = ""  # of ORDERS
     block: int = 0  # bytes of a block of fields
     at: int = 0  # of codes in it
+    head: int = 0  # rows of a head whose halves are stored interleaved
 
     @property
     def blocks(self) -> int:
