@@ -1,12 +1,14 @@
 """Seconds to the first result of a packed layer in a new process with empty caches, on a GPU.
 
-    python benchmarks/gpu_cold.py --json out.json [--jobs 1] [--again]
+    python benchmarks/gpu_cold.py --json out.json [--jobs 1] [--again] [--fork]
 
 A process of its own for every scheme and number of rows, with fresh folders in place of Triton's
 cache and this project's. The clock starts where torch is imported and its CUDA context and cuBLAS
 stand, and covers importing quant_core, choosing a kernel, storing 4096 x 4096 weights that were
 quantized before, compiling, and the call. ``--again``: the same in a further process that finds
 those caches filled. Compiling takes one processor; more jobs than half of them disturb each other.
+``--fork``: the processes are copies of one that has imported torch and done nothing else, which
+saves the seconds of that import.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +72,47 @@ def once(scheme: str, rows: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def apart(scheme: str, rows: int, processes: int) -> dict[str, Any]:
+def _started(scheme: str, rows: int, env: Mapping[str, str]) -> dict[str, Any]:
+    """``once`` in a process that starts from nothing."""
+    got = subprocess.run(
+        [sys.executable, __file__, "--once", scheme, str(rows)], env={**os.environ, **env},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if got.returncode:
+        return {"scheme": scheme, "rows": rows, "problem": got.stderr[-500:]}
+    said: dict[str, Any] = json.loads(got.stdout.strip().splitlines()[-1])
+    return said
+
+
+def _forked(scheme: str, rows: int, env: Mapping[str, str]) -> dict[str, Any]:
+    """``once`` in a copy of this process, which has imported torch but not touched the device."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.environ.update(env)
+        try:
+            said = once(scheme, rows)
+        except Exception as err:
+            said = {"scheme": scheme, "rows": rows, "problem": f"{type(err).__name__}: {err}"}
+        with os.fdopen(writing, "w") as out:
+            out.write(json.dumps(said))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as held:
+        text = held.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {"scheme": scheme, "rows": rows, "problem": "it died"}
+
+
+def apart(scheme: str, rows: int, processes: int, fork: bool) -> dict[str, Any]:
     """``once`` in a new process with empty caches, and in those after it."""
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"TRITON_CACHE_DIR": f"{folder}/triton", "QUANT_CACHE": f"{folder}/own"}
-        said: list[dict[str, Any]] = []
+        env = {"TRITON_CACHE_DIR": f"{folder}/triton", "QUANT_CACHE": f"{folder}/own"}
+        said = []
         for _ in range(processes):
-            got = subprocess.run(
-                [sys.executable, __file__, "--once", scheme, str(rows)], env=env,
-                capture_output=True, text=True, timeout=120,
-            )  # fmt: skip
-            if got.returncode:
-                return {"scheme": scheme, "rows": rows, "problem": got.stderr[-500:]}
-            said.append(json.loads(got.stdout.strip().splitlines()[-1]))
+            said.append((_forked if fork else _started)(scheme, rows, env))
+            if "problem" in said[-1]:
+                return said[-1]
     return said[0] | {f"again_{i}_s": s["total_s"] for i, s in enumerate(said) if i}
 
 
@@ -92,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--fork", action="store_true", help="copies of one process; one job")
     parser.add_argument("--once", nargs=2)
     args = parser.parse_args()
     if args.once:
@@ -99,8 +132,12 @@ def main() -> None:
         return
     work = [(s, int(m)) for s in args.schemes.split(",") for m in args.rows.split(",")]
     rows = []
+    if args.fork:
+        import torch  # noqa: F401
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda w: apart(*w, 1 + args.again), work):
+        each = partial(apart, processes=1 + args.again, fork=args.fork)
+        answers = (each(*w) for w in work) if args.fork else pool.map(lambda w: each(*w), work)
+        for row in answers:
             rows.append(row)
             print(json.dumps(row), flush=True)
             if args.json:

@@ -1,15 +1,19 @@
 """What an eager call costs the host, and whether joined layers and graphs give the same numbers.
 
-    python benchmarks/gpu_host.py --json out.json [--schemes int4,w4a8]
+    python benchmarks/gpu_host.py --json out.json [--schemes int4,w4a8] [--shape 14336x4096]
 
-Microseconds of one call without waiting for the device: least mean of 60 rounds of 60 calls. Each
-kernel through its bound function, the module around it, ``F.linear`` beside them.
+Microseconds of one call without waiting for the device; least mean of 60 rounds of 60 calls. Each
+kernel through its bound function, the module around it, and ``F.linear`` in bf16 in turn with them:
+what other programs cost the host, all of them pay. ``median_us`` is the median of the rounds,
+``replayed`` whether Triton's part of a call is done by the launches of an earlier one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +31,11 @@ from quant_core.dequantize import dense_weight  # noqa: E402
 from quant_core.live import linear_of  # noqa: E402
 from quant_core.shared import joined, share_inputs  # noqa: E402
 
-N = K = 4096
+N = K = 4096  # of q, k and v
 KERNELS = (
     ("int4", "cuda_decode", (1, 16)),
     ("int4", "gluon_wna16", (1, 32, 300)),
-    ("int4", "tiles16", (1, 32)),
+    ("int4", "tiles16", (1, 32, 64)),
     ("compressed_tensors:fp8", "triton_scaled", (1,)),
     ("compressed_tensors:fp8", "gluon_scaled", (1, 64)),
     ("compressed_tensors:fp8", "gluon_a8", (1, 64)),
@@ -43,6 +47,7 @@ KERNELS = (
     ("w4a8", "gluon_a8", (1, 64)),
     ("w4a8-int8", "gluon_a8", (1, 64)),
     ("nvfp4", "", (1, 64)),
+    ("mxfp4", "", (1, 64)),
 )
 NAMED = {"w4a8": ("int4", {"activations": "fp8"}), "w4a8-int8": ("int4", {"activations": "int8"})}
 
@@ -58,6 +63,26 @@ def host_us(call: Callable[[], Any], calls: int = 60) -> float:
         rounds.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
     return min(rounds)
+
+
+def beside_us(calls: dict[str, Callable[[], Any]], count: int = 60) -> dict[str, list[float]]:
+    """Mean of every round of every call, rounds in turn; the device is idle when one begins."""
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(60):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            rounds[name].append((time.perf_counter() - start) / count * 1e6)
+    torch.cuda.synchronize()
+    return rounds
+
+
+def _replays() -> int:
+    """Calls that this process can replay."""
+    held = sys.modules.get("quant_kernels_triton.replay")
+    return len(held._replays) if held else 0
 
 
 def _graph_equals(call: Callable[[], Tensor]) -> bool:
@@ -81,18 +106,24 @@ def kernel_rows(scheme: str, kernels: str, rows: tuple[int, ...], weight: Tensor
     online, options = NAMED.get(scheme, (scheme, {}))
     layer = linear_of(online, weight, kernels=kernels or None, options=options)
     restored = layer.restore().weight
-    dense = dense_weight(restored, K).double().to(weight.device)
+    dense = dense_weight(restored, weight.shape[1]).double().to(weight.device)
     for m in rows:
-        x = torch.randn(m, K, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(m, weight.shape[1], dtype=torch.bfloat16, device="cuda")
         values = layer._values()
         row = {"scheme": scheme, "kernel": layer.kernel.name, "asked": kernels, "rows": m}
+        known = _replays()
         y = layer(x)
         row["error"] = _error(y, x.double() @ dense.T)
         row["graph_and_repeat_equal"] = _graph_equals(lambda x=x: layer(x))
         fresh = x.clone()
         row["other_address_equal"] = torch.equal(layer(fresh), y)
-        row["bound_us"] = host_us(lambda x=x, v=values: layer._run(v, x))
-        row["module_us"] = host_us(lambda x=x: layer(x))
+        calls = {"bound": lambda x=x, v=values: layer._run(v, x), "module": lambda x=x: layer(x),
+                 "bf16": lambda x=x: F.linear(x, weight)}  # fmt: skip
+        rounds = beside_us(calls)
+        row |= {f"{name}_us": min(us) for name, us in rounds.items()}
+        row["median_us"] = statistics.median(rounds["bound"])
+        row["bf16_median_us"] = statistics.median(rounds["bf16"])
+        row["replayed"] = _replays() > known
         out.append(row)
         print(json.dumps(row), flush=True)
     return out
@@ -140,11 +171,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--schemes", default="", help="only these")
+    parser.add_argument("--shape", default="4096x4096", help="K x N of the layer")
     parser.add_argument("--profile", action="store_true", help="where a Gluon call spends it")
     args = parser.parse_args()
     torch.manual_seed(0)
-    weight = torch.randn(N, K, dtype=torch.bfloat16, device="cuda") * 0.02
-    x = torch.randn(1, K, dtype=torch.bfloat16, device="cuda")
+    k, n = map(int, args.shape.split("x"))
+    weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") * 0.02
+    x = torch.randn(1, k, dtype=torch.bfloat16, device="cuda")
     rows: list[Any] = [{"kernel": "F.linear", "bound_us": host_us(lambda: F.linear(x, weight))}]
     parts: list[Callable[[], list[Any]]] = [
         *(lambda s=s, k=k, m=m: kernel_rows(s, k, m, weight) for s, k, m in KERNELS
