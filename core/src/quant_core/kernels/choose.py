@@ -29,6 +29,7 @@ from quant_core.errors import ConfigError, KernelError
 from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
 from quant_core.kernels.family import Bucket, Family, RestoredReference, layout_of, uncovered
 from quant_core.kernels.measured import answer as answer_of
+from quant_core.memory import collector_paused
 from quant_core.registry import Registry
 from quant_core.spec import CANONICAL, OpSpec
 
@@ -125,8 +126,9 @@ def _candidates(registry: Registry, op: OpSpec) -> list[tuple[str, Kernel]]:
 
         reference = TorchFinite()
     found: list[tuple[str, Kernel]] = [("quant-core", reference)]
-    for plugin_id, kernels in registry.call_all("apply", op=op):
-        found += [(plugin_id, k) for k in kernels]
+    with collector_paused():  # the first of a process imports their modules
+        for plugin_id, kernels in registry.call_all("apply", op=op):
+            found += [(plugin_id, k) for k in kernels]
     return found
 
 
