@@ -53,13 +53,14 @@ def model_config(source: Plan, *, needed: bool = True) -> dict[str, Any]:
 
 
 def _converted_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    args = dict(checkpoint.pretrained_args())
-    if len(args) < 2:
+    if len(checkpoint.pretrained_args()) < 2:
         raise no_config(checkpoint, "there is no config.json")
     try:
         from transformers import AutoConfig
 
-        config: dict[str, Any] = AutoConfig.from_pretrained(**args).to_dict()
+        with checkpoint.config_args() as args:
+            settings = {**args, **checkpoint.config_overrides()}
+            config: dict[str, Any] = AutoConfig.from_pretrained(**settings).to_dict()
     except (ImportError, OSError, ValueError, KeyError) as err:
         raise no_config(checkpoint, f"transformers cannot make one ({printable(err)})") from err
     return json.loads(json.dumps(config, default=str))  # type: ignore[no-any-return]
