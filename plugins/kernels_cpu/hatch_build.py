@@ -55,7 +55,7 @@ _OPTIONAL = {
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 19  # of the C interface; library.py checks it
+_VERSION = 20  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:
@@ -95,7 +95,7 @@ def build_library(target: Path) -> str:
         for name, (unit, flags) in _OPTIONAL.items():
             if not compile_unit(unit, flags):
                 defines.append(f"-DQK_HAVE_{name}")
-        for unit in ("cpu", "load_calls", "between", "dispatch", "dispatch_layer"):
+        for unit in ("cpu", "load_calls", "between", "blocks", "dispatch", "dispatch_layer"):
             if error := compile_unit(unit, [*defines, "-fexceptions"]):
                 raise RuntimeError(f"{unit}.c does not compile with {cc[0]}:\n{error}")
         fresh = Path(folder) / "kernels.so"  # moved into place whole: a loaded one stays intact

@@ -13,7 +13,6 @@
 #include "common.h"
 #include "step.h"
 
-#define MAX_SIDE 8   /* query heads at a time */
 #define MAX_DIM 512  /* features of a head */
 #define AHEAD 16     /* positions between what is fetched and what is used */
 
@@ -133,6 +132,17 @@ QK_INLINE void NAME(typed)(const qk_step *s, int64_t b, int64_t h, int side, con
             FIXED_CASE(2, 128)
         }
     NAME(heads)(s, b, h, side, type, s->dim, s->value_dim, 1, scores);
+}
+
+void NAME(qk_step_heads)(const qk_step *s, int64_t from, int64_t to, float *scores) {
+    const int64_t repeat = s->heads / s->kv_heads;
+    for (int64_t at = from, side; at < to; at += side) {
+        const int64_t b = at / s->heads, h = at % s->heads;
+        /* as many as share keys with this one */
+        side = qk_min(qk_min(repeat - h % repeat, to - at), MAX_SIDE);
+        if (s->type == QK_BF16) NAME(typed)(s, b, h, (int)side, QK_BF16, scores);
+        else NAME(typed)(s, b, h, (int)side, QK_F16, scores);
+    }
 }
 
 int NAME(qk_step)(const qk_step *s, int64_t threads) {

@@ -4,19 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "between_calls.h"
+#include "blocks.h"
 #include "round_calls.h"
-#include "step.h"
-
-enum { ISA_AVX2 = 1, ISA_AVX512 }; /* as in cpu.c */
 
 int qk_linear(const qk_call *), qk_linear_shared(const qk_call *, int64_t), qk_attention(const qk_step *);
-
-#ifdef QK_HAVE_STEP_AVX512
-#define UNIT(name, isa) ((isa) >= ISA_AVX512 ? name##_avx512 : name##_avx2)
-#else
-#define UNIT(name, isa) name##_avx2
-#endif
 
 int qk_rms_norm(const qk_norm *c) { return UNIT(qk_norm, c->isa)(c, omp_get_max_threads()); }
 
@@ -35,13 +26,6 @@ int qk_round(const qk_round_call *c) {
     if (c->isa >= ISA_AVX512) return qk_round_avx512(c, omp_get_max_threads());
 #endif
     return qk_round_avx2(c, omp_get_max_threads());
-}
-
-/* `call` for `count` rows of x. */
-static qk_call for_x(const qk_call *call, const void *x, void *y, int64_t type, int64_t count) {
-    qk_call c = *call;
-    c.x = x, c.y = y, c.xtype = type, c.count = count, c.segments = NULL;
-    return c;
 }
 
 /* Scratch memory of `sizes` numbers each, in lines of 64 bytes; parts[0] is to be freed. */
@@ -64,15 +48,15 @@ static int mlp_into(const qk_mlp *c, char *gate, void *gated) {
     const int64_t wide = wide_of(c), half = wide * qk_size(c->type);
     char *up = gate + half * c->count;
     if (c->sides == 2) {
-        const qk_call both[2] = {for_x(&c->calls[0], c->x, gate, c->type, c->count),
-                                 for_x(&c->calls[1], c->x, up, c->type, c->count)};
+        const qk_call both[2] = {qk_for_x(&c->calls[0], c->x, gate, c->type, c->count),
+                                 qk_for_x(&c->calls[1], c->x, up, c->type, c->count)};
         const int status = qk_linear_shared(both, 2);
         if (status) return status;
         const qk_gate g = {gate, up, gate, c->type, c->act, c->count * wide, c->isa};
         qk_gated(&g);
         gated = gate;
     } else {
-        const qk_call both = for_x(&c->calls[0], c->x, gate, c->type, c->count);
+        const qk_call both = qk_for_x(&c->calls[0], c->x, gate, c->type, c->count);
         const int status = qk_linear(&both);
         if (status) return status;
         for (int64_t row = 0; row < c->count; row++) {
@@ -82,7 +66,7 @@ static int mlp_into(const qk_mlp *c, char *gate, void *gated) {
             qk_gated(&g);
         }
     }
-    const qk_call down = for_x(&c->calls[c->sides], gated, c->y, c->type, c->count);
+    const qk_call down = qk_for_x(&c->calls[c->sides], gated, c->y, c->type, c->count);
     return qk_linear(&down);
 }
 
@@ -94,12 +78,6 @@ int qk_gated_mlp(const qk_mlp *c) {
     free(parts[0]);
     return status;
 }
-
-/* Queries, keys and values of the new tokens: where they lie, and how far those of two sequences. */
-typedef struct {
-    char *q, *k, *v;
-    int64_t q_row, kv_row;
-} heads_of_token;
 
 /* One norm for each head, in place. */
 static int norm_heads(const qk_block *c, int which, char *x, int64_t row, int64_t heads) {
@@ -113,22 +91,12 @@ static int norm_heads(const qk_block *c, int which, char *x, int64_t row, int64_
 }
 
 /* Queries turned in place; keys turned into the cache, values copied there. */
-static void into_cache(const qk_block *c, int64_t last, const heads_of_token *t) {
-    const int64_t size = qk_size(c->type);
-    const qk_rotate queries = {
-        t->q, c->cos, c->sin, t->q, c->type, c->batch, c->heads, 1, c->dim, c->rotated,
-        {t->q_row, c->dim, 0}, {t->q_row, c->dim, 0}, {c->angle_stride, 0}, c->isa};
-    const qk_rotate keys = {
-        t->k, c->cos, c->sin, (char *)c->keys + last * c->k_stride[2] * size, c->type, c->batch,
-        c->kv_heads, 1, c->dim, c->rotated,
-        {t->kv_row, c->dim, 0}, {c->k_stride[0], c->k_stride[1], 0}, {c->angle_stride, 0}, c->isa};
+static void into_cache(const qk_block *c, int64_t last, const qk_heads *t) {
+    const qk_rotate queries = qk_queries_of(c, t), keys = qk_keys_of(c, t, last);
     qk_rotary(&queries);
     qk_rotary(&keys);
     for (int64_t b = 0; b < c->batch; b++)
-        for (int64_t h = 0; h < c->kv_heads; h++) {
-            const int64_t to = b * c->v_stride[0] + h * c->v_stride[1] + last * c->v_stride[2];
-            memcpy((char *)c->values + to * size, t->v + (b * t->kv_row + h * c->dim) * size, c->dim * size);
-        }
+        for (int64_t h = 0; h < c->kv_heads; h++) qk_copy_value(c, t, last, b, h);
 }
 
 /* Whether the mask shows the positions to `last`, all of them and no other: what a causal mask over
@@ -145,13 +113,19 @@ static int shows_all(const qk_block *c, int64_t last) {
     return 1;
 }
 
-int qk_decoder_block(const qk_block *c) {
-    const int64_t last = c->at ? *c->at : c->length - 1;
-    if (last < 0 || last >= c->length) return QK_OUTSIDE;
-    /* a mask over room that is not in use yet is obeyed, in whatever way is the fastest */
-    const int plain = c->at && c->mask && shows_all(c, last);
-    const void *mask = plain ? NULL : c->mask;
-    const int64_t seen = plain ? last + 1 : c->length;
+int qk_look(const qk_block *c, int64_t *last, int64_t *seen, const void **mask) {
+    *last = c->at ? *c->at : c->length - 1;
+    if (*last < 0 || *last >= c->length) return 1;
+    const int plain = c->at && c->mask && shows_all(c, *last);
+    *mask = plain ? NULL : c->mask;
+    *seen = plain ? *last + 1 : c->length;
+    return 0;
+}
+
+static int one_layer(const qk_block *c, const void *x, void *y) {
+    const void *mask;
+    int64_t last, seen;
+    if (qk_look(c, &last, &seen, &mask)) return QK_OUTSIDE;
     const qk_call *o = c->calls + c->qkv;
     const int64_t rows = c->batch, type = c->type, hidden = c->calls->op->k_in;
     const int64_t q_n = c->heads * c->dim, kv_n = c->kv_heads * c->dim, all = q_n + 2 * kv_n;
@@ -163,35 +137,35 @@ int qk_decoder_block(const qk_block *c) {
     char *p[PARTS];
     int status;
     if (parts_of(p, sizes, PARTS, type)) return 1;
-    const qk_norm first = {c->norm[0], c->x, NULL, NULL, p[NORMED], type, c->form[0],
+    const qk_norm first = {c->norm[0], x, NULL, NULL, p[NORMED], type, c->form[0],
                            rows, hidden, c->eps[0], c->isa};
     if ((status = qk_rms_norm(&first))) goto done;
-    /* one layer gives rows of all heads, three give the queries of all rows, then the keys, ... */
-    const int64_t one = c->qkv == 1, size = qk_size(type);
-    heads_of_token t = {p[HEADS], NULL, NULL, one ? all : q_n, one ? all : kv_n};
-    t.k = t.q + (one ? 1 : rows) * q_n * size, t.v = t.k + (one ? 1 : rows) * kv_n * size;
+    const int64_t one = c->qkv == 1;
+    const qk_heads t = qk_heads_of(c, p[HEADS]);
     char *const to[3] = {t.q, t.k, t.v};
     qk_call qkv[3];
-    for (int64_t i = 0; i < c->qkv; i++) qkv[i] = for_x(&c->calls[i], p[NORMED], to[i], type, rows);
+    for (int64_t i = 0; i < c->qkv; i++) qkv[i] = qk_for_x(&c->calls[i], p[NORMED], to[i], type, rows);
     if ((status = one ? qk_linear(qkv) : qk_linear_shared(qkv, 3))) goto done;
     if ((status = norm_heads(c, 2, t.q, t.q_row, c->heads))) goto done;
     if ((status = norm_heads(c, 3, t.k, t.kv_row, c->kv_heads))) goto done;
     into_cache(c, last, &t);
-    const qk_step step = {
-        t.q, c->keys, c->values, mask, p[MIXED], type, c->mask_type,
-        rows, c->heads, c->kv_heads, seen, c->dim, c->dim, {t.q_row, c->dim},
-        {c->k_stride[0], c->k_stride[1], c->k_stride[2]},
-        {c->v_stride[0], c->v_stride[1], c->v_stride[2]},
-        {c->mask_stride[0], c->mask_stride[1], c->mask_stride[2]}, c->scale, c->isa};
-    const qk_call out = for_x(o, p[MIXED], p[NORMED], type, rows);
+    const qk_step step = qk_step_of(c, &t, p[MIXED], mask, seen);
+    const qk_call out = qk_for_x(o, p[MIXED], p[NORMED], type, rows);
     if ((status = qk_attention(&step)) || (status = qk_linear(&out))) goto done;
     /* the sum goes where x + o(a) is kept, its norm over o(a) itself */
-    const qk_norm second = {c->norm[1], c->x, p[NORMED], p[SUM], p[NORMED], type, c->form[1],
+    const qk_norm second = {c->norm[1], x, p[NORMED], p[SUM], p[NORMED], type, c->form[1],
                             rows, hidden, c->eps[1], c->isa};
     mlp.x = p[NORMED], mlp.y = p[OUT];
     if ((status = qk_rms_norm(&second)) || (status = mlp_into(&mlp, p[SIDES], p[GATED]))) goto done;
-    UNIT(qk_add, c->isa)(p[SUM], p[OUT], c->y, type, rows * hidden);
+    UNIT(qk_add, c->isa)(p[SUM], p[OUT], y, type, rows * hidden);
 done:
     free(p[0]);
+    return status;
+}
+
+int qk_decoder_chain(const qk_block *c, int64_t n) {
+    int status = 0;
+    for (int64_t i = 0; i < n && !status; i++) /* all but the first in place: y is written last */
+        status = one_layer(&c[i], i ? c[n - 1].y : c->x, c[n - 1].y);
     return status;
 }

@@ -86,20 +86,26 @@ QK_INLINE void NAME(norm_row)(const qk_norm *c, const int type, int64_t row, flo
     NAME(narrow)(x, c->y, type, at, k);
 }
 
+QK_INLINE void NAME(norm_typed)(const qk_norm *c, int64_t row, float *room) {
+    if (c->type == QK_F32) NAME(norm_row)(c, QK_F32, row, room, room + c->k);
+    else if (c->type == QK_F16) NAME(norm_row)(c, QK_F16, row, room, room + c->k);
+    else NAME(norm_row)(c, QK_BF16, row, room, room + c->k);
+}
+
+void NAME(qk_norm_rows)(const qk_norm *c, float *room) {
+    for (int64_t row = 0; row < c->rows; row++) NAME(norm_typed)(c, row, room);
+}
+
 int NAME(qk_norm)(const qk_norm *c, int64_t threads) {
     int failed = 0;
     if (c->rows * c->k < 1 << 15) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        float *x = qk_alloc(2 * c->k * (int64_t)sizeof(float)), *w = x + c->k;
+        float *x = qk_alloc(2 * c->k * (int64_t)sizeof(float));
         failed |= x == NULL;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < c->rows; row++) {
-            if (!x) continue;
-            if (c->type == QK_F32) NAME(norm_row)(c, QK_F32, row, x, w);
-            else if (c->type == QK_F16) NAME(norm_row)(c, QK_F16, row, x, w);
-            else NAME(norm_row)(c, QK_BF16, row, x, w);
-        }
+        for (int64_t row = 0; row < c->rows; row++)
+            if (x) NAME(norm_typed)(c, row, x);
         free(x);
     }
     return failed;
@@ -124,17 +130,22 @@ QK_INLINE void NAME(gate_part)(const qk_gate *c, const int type, const int tanh_
     NAME(narrow)(g, c->y, type, at, count);
 }
 
-void NAME(qk_gate)(const qk_gate *c, int64_t threads) {
-    if (c->count < 1 << 15) threads = 1;
-    const int64_t parts = qk_div_up(c->count, GATE_STEP);
+void NAME(qk_gate_some)(const qk_gate *c, int64_t from, int64_t to) {
     const int tanh_form = c->act == QK_GELU_TANH;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t part = 0; part < parts; part++) {
-        const int64_t at = part * GATE_STEP, count = qk_min(GATE_STEP, c->count - at);
+    for (int64_t at = from; at < to; at += GATE_STEP) {
+        const int64_t count = qk_min(GATE_STEP, to - at);
         if (c->type == QK_F32) NAME(gate_part)(c, QK_F32, tanh_form, at, count);
         else if (c->type == QK_F16) NAME(gate_part)(c, QK_F16, tanh_form, at, count);
         else NAME(gate_part)(c, QK_BF16, tanh_form, at, count);
     }
+}
+
+void NAME(qk_gate)(const qk_gate *c, int64_t threads) {
+    if (c->count < 1 << 15) threads = 1;
+    const int64_t parts = qk_div_up(c->count, GATE_STEP);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t part = 0; part < parts; part++)
+        NAME(qk_gate_some)(c, part * GATE_STEP, qk_min((part + 1) * GATE_STEP, c->count));
 }
 
 #define MAX_ROTATED 512
@@ -156,20 +167,25 @@ QK_INLINE void NAME(rotate_row)(const qk_rotate *c, const int type, int64_t from
     memmove((char *)c->y + (to + r) * size, (const char *)c->x + (from + r) * size, (c->dim - r) * size);
 }
 
+/* Rows [from, to) of [batch, heads, tokens]. */
+void NAME(qk_rotate_some)(const qk_rotate *c, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; row++) {
+        const int64_t t = row % c->tokens, h = row / c->tokens % c->heads;
+        const int64_t b = row / c->tokens / c->heads;
+        const int64_t at = b * c->x_stride[0] + h * c->x_stride[1] + t * c->x_stride[2];
+        const int64_t into = b * c->y_stride[0] + h * c->y_stride[1] + t * c->y_stride[2];
+        const int64_t angle = b * c->angle_stride[0] + t * c->angle_stride[1];
+        if (c->type == QK_F32) NAME(rotate_row)(c, QK_F32, at, into, angle);
+        else if (c->type == QK_F16) NAME(rotate_row)(c, QK_F16, at, into, angle);
+        else NAME(rotate_row)(c, QK_BF16, at, into, angle);
+    }
+}
+
 void NAME(qk_rotate)(const qk_rotate *c, int64_t threads) {
     const int64_t rows = c->batch * c->heads * c->tokens;
     if (rows * c->dim < 1 << 15) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
-        const int64_t t = row % c->tokens, h = row / c->tokens % c->heads;
-        const int64_t b = row / c->tokens / c->heads;
-        const int64_t from = b * c->x_stride[0] + h * c->x_stride[1] + t * c->x_stride[2];
-        const int64_t to = b * c->y_stride[0] + h * c->y_stride[1] + t * c->y_stride[2];
-        const int64_t angle = b * c->angle_stride[0] + t * c->angle_stride[1];
-        if (c->type == QK_F32) NAME(rotate_row)(c, QK_F32, from, to, angle);
-        else if (c->type == QK_F16) NAME(rotate_row)(c, QK_F16, from, to, angle);
-        else NAME(rotate_row)(c, QK_BF16, from, to, angle);
-    }
+    for (int64_t row = 0; row < rows; row++) NAME(qk_rotate_some)(c, row, row + 1);
 }
 
 /* y = a + b, rounded; count numbers. */

@@ -58,9 +58,18 @@ typedef struct {
     int64_t isa;
 } qk_block;
 
-/* 0, or why nothing was computed: 1 for want of memory, or QK_OUTSIDE. */
+/* `n` layers, each on the y of the one before: of all but the first x, and of all but the last y, is
+ * not looked at. They agree in all but calls, norms, eps, the cache and what is read of it. 0, or why
+ * nothing was computed: 1 for want of memory, or QK_OUTSIDE. */
+int qk_decoder_blocks(const qk_block *, int64_t n);
 int qk_decoder_block(const qk_block *);
 enum { QK_OUTSIDE = 2 }; /* the position lies outside of the cache */
+
+/* Parts of the calls below, by the calling thread; `room`: 2 k numbers. */
+void qk_norm_rows_avx2(const qk_norm *, float *room), qk_norm_rows_avx512(const qk_norm *, float *room);
+void qk_gate_some_avx2(const qk_gate *, int64_t, int64_t), qk_gate_some_avx512(const qk_gate *, int64_t, int64_t);
+void qk_rotate_some_avx2(const qk_rotate *, int64_t, int64_t);
+void qk_rotate_some_avx512(const qk_rotate *, int64_t, int64_t);
 
 int qk_norm_avx2(const qk_norm *, int64_t threads);
 int qk_norm_avx512(const qk_norm *, int64_t threads);

@@ -1,6 +1,7 @@
 /* Run-time dispatch; the only unit compiled for the baseline instruction set. */
 #include <cpuid.h>
 #include <omp.h>
+#include <stddef.h>
 
 #include "int8.h"
 #include "step.h"
@@ -58,20 +59,23 @@ typedef struct {
     qk_linear_fn *linear;
     qk_shared_fn *shared;
     int64_t (*most)(void);
+    qk_part_fn *part; /* NULL: a shared call cannot be had in parts */
 } unit;
+
+#define UNIT(name) (unit){qk_linear_##name, qk_shared_##name, qk_most_shared_##name, qk_part_##name}
 
 /* The unit that runs a call of 8-bit floats. */
 static unit float8_unit(const qk_call *c) {
 #ifdef QK_HAVE_BF16_FLOAT8
     if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && __builtin_cpu_supports("avx512vbmi"))
-        return (unit){qk_linear_bf16_float8, qk_shared_bf16_float8, qk_most_shared_bf16_float8};
+        return UNIT(bf16_float8);
 #endif
 #ifdef QK_HAVE_AVX512_FLOAT8
     if (c->isa >= ISA_AVX512)
-        return (unit){qk_linear_avx512_float8, qk_shared_avx512_float8, qk_most_shared_avx512_float8};
+        return UNIT(avx512_float8);
 #endif
     if (c->isa >= ISA_AVX2)
-        return (unit){qk_linear_avx2_float8, qk_shared_avx2_float8, qk_most_shared_avx2_float8};
+        return UNIT(avx2_float8);
     return (unit){0};
 }
 
@@ -82,18 +86,18 @@ static unit unit_of(const qk_call *c) {
     if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c)) {
 #ifdef QK_HAVE_STORED
         if (c->op->order && qk_fits_stored(c->op) && __builtin_cpu_supports("avx512vbmi"))
-            return (unit){qk_linear_bf16, qk_shared_stored, qk_most_stored};
+            return (unit){qk_linear_bf16, qk_shared_stored, qk_most_stored, NULL};
 #endif
-        return (unit){qk_linear_bf16, qk_shared_bf16, qk_most_shared_bf16};
+        return UNIT(bf16);
     }
 #endif
 #ifdef QK_HAVE_AVX512
     if (c->isa >= ISA_AVX512)
-        return (unit){qk_linear_avx512, qk_shared_avx512, qk_most_shared_avx512};
+        return UNIT(avx512);
 #endif
     if (c->isa >= ISA_AVX2 && c->op->lut)
-        return (unit){qk_linear_avx2_lookup, qk_shared_avx2_lookup, qk_most_shared_avx2_lookup};
-    if (c->isa >= ISA_AVX2) return (unit){qk_linear_avx2, qk_shared_avx2, qk_most_shared_avx2};
+        return UNIT(avx2_lookup);
+    if (c->isa >= ISA_AVX2) return UNIT(avx2);
     return (unit){0};
 }
 
@@ -106,6 +110,13 @@ int qk_linear(const qk_call *c) {
     const qk_segment one = {0, 0, c->count}, *segs = c->segments ? c->segments : &one;
     const int64_t n = c->segments ? c->count : 1;
     return u.linear(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
+}
+
+qk_part_fn *qk_part_of(const qk_call *calls, int64_t n) {
+    const unit u = unit_of(calls);
+    for (int64_t i = 0; i < n; i++)
+        if (unit_of(calls + i).shared != u.shared) return NULL;
+    return u.shared && calls->count <= u.most() ? u.part : NULL;
 }
 
 /* The same for `n` layers of one x; together where one unit runs them all, else in turn. */

@@ -39,6 +39,7 @@
 #define K_CHUNK 1024 /* columns of a panel: 64 KiB of bfloat16 a block of rows */
 #define M_SLAB 256   /* tokens whose accumulators are kept at once */
 #define SHORT_GROUP 128 /* groups below this are short: their ends weigh */
+#define AHEAD_BYTES 8192 /* of codes that are fetched ahead: what memory takes to answer */
 #define MAX_BLOCKS 4 /* blocks of rows that share one pass over x */
 
 /* What a packed code still lacks of c - z (or of c, where an offset follows): VW rows. */
@@ -108,7 +109,7 @@ QK_INLINE void NAME(decode_group)(const NAME(view) *v, const uint8_t *codes, int
     for (int64_t k = 0; k < columns; k += per, codes += QK_ROWS * 4) {
 #pragma GCC unroll 4
         for (int j = 0; j < NV; j++) {
-            _mm_prefetch((const char *)codes + 4096 + j * VW * 4, _MM_HINT_T0);
+            _mm_prefetch((const char *)codes + AHEAD_BYTES + j * VW * 4, _MM_HINT_T0);
             const vi w = vload_codes(codes + j * VW * 4);
 #pragma GCC unroll 8
             for (int s = 0; s < per / KP; s++) {
@@ -434,10 +435,9 @@ static void NAME(prepare)(const NAME(view) *v, const qk_segment *seg, const void
 
 #define STACK_BYTES 8192 /* what a thread prepares of x without asking for memory */
 
-/* One thread's share of a shared call: blocks [from, to) of all layers' blocks in a row. Every
- * thread prepares x for itself, which takes less time than waiting for another to do it. Returns 0,
- * or 1 when memory is not there. */
-static int NAME(shared_part)(const qk_call *calls, int64_t n, int64_t from, int64_t to) {
+/* See qk.h. Every thread prepares x for itself, which takes less time than waiting for another to do
+ * it. Returns 0, or 1 when memory is not there. */
+int NAME(qk_part)(const qk_call *calls, int64_t n, int64_t from, int64_t to) {
     const int64_t tokens = calls->count, xtype = calls->xtype, k = calls->op->k_in;
     float acc[MAX_DECODE * QK_ROWS] __attribute__((aligned(64)));
     char stack[STACK_BYTES] __attribute__((aligned(64))), *scratch = stack;
@@ -501,11 +501,11 @@ int NAME(qk_shared)(const qk_call *calls, int64_t n, int64_t threads) {
         blocks += qk_blocks(calls[i].op);
         work += calls[i].op->n * calls[i].op->k * calls->count;
     }
-    if (work < 1 << 16) return NAME(shared_part)(calls, n, 0, blocks);
+    if (work < 1 << 16) return NAME(qk_part)(calls, n, 0, blocks);
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-        failed |= NAME(shared_part)(calls, n, blocks * id / team, blocks * (id + 1) / team);
+        failed |= NAME(qk_part)(calls, n, blocks * id / team, blocks * (id + 1) / team);
     }
     return failed;
 }

@@ -93,6 +93,16 @@ typedef int qk_shared_fn(const qk_call *, int64_t n, int64_t threads);
 
 qk_shared_fn qk_shared_avx2, qk_shared_avx512, qk_shared_bf16;
 qk_shared_fn qk_shared_avx2_lookup, qk_shared_avx2_float8, qk_shared_avx512_float8, qk_shared_bf16_float8;
+/* One thread's share of a shared call: blocks [from, to) of all layers' blocks in a row. */
+typedef int qk_part_fn(const qk_call *, int64_t n, int64_t from, int64_t to);
+
+qk_part_fn qk_part_avx2, qk_part_avx512, qk_part_bf16;
+qk_part_fn qk_part_avx2_lookup, qk_part_avx2_float8, qk_part_avx512_float8, qk_part_bf16_float8;
+
+/* The part function of the unit that runs all of them as one shared call; NULL where none does, or
+ * only as a whole. */
+qk_part_fn *qk_part_of(const qk_call *calls, int64_t n);
+
 int64_t qk_most_shared_avx2(void), qk_most_shared_avx512(void), qk_most_shared_bf16(void);
 int64_t qk_most_shared_avx2_float8(void), qk_most_shared_avx512_float8(void);
 int64_t qk_most_shared_bf16_float8(void), qk_most_shared_avx2_lookup(void);

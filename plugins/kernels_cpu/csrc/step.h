@@ -19,4 +19,11 @@ typedef struct {
 int qk_step_avx2(const qk_step *, int64_t threads);
 int qk_step_avx512(const qk_step *, int64_t threads);
 
+/* Heads [from, to) of all sequences' heads in a row; `scores`: qk_step_room numbers. */
+void qk_step_heads_avx2(const qk_step *, int64_t from, int64_t to, float *scores);
+void qk_step_heads_avx512(const qk_step *, int64_t from, int64_t to, float *scores);
+
+#define MAX_SIDE 8 /* query heads at a time */
+static inline int64_t qk_step_room(int64_t length) { return MAX_SIDE * length; }
+
 #endif
