@@ -395,3 +395,19 @@ def test_view_as_single_word_with_an_odd_stride_is_read(step):
     words = torch.tensor([[0, 0x04030201, 9, 9, 9, 9]], dtype=torch.int32)[:, 1::step][:, :1]
     assert view_as(words, torch.uint8).tolist() == [[1, 2, 3, 4]]
     assert view_as(words.t(), torch.uint8).tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("count", [8, 13, 16, 200])
+def test_interleaved_words_of_rows_hold_even_columns_below_odd_ones(count: int) -> None:
+    """AWQ's zeros as rows: written out for every column, sign bits set among the words."""
+    g = torch.Generator().manual_seed(count)
+    words = torch.randint(-(2**31), 2**31, (5, -(-count // 8)), generator=g).to(torch.int32)
+    place = (0, 4, 1, 5, 2, 6, 3, 7)
+    want = [
+        [(int(row[c // 8]) & 0xFFFFFFFF) >> 4 * place[c % 8] & 15 for c in range(count)]
+        for row in words
+    ]
+    packing = Packing(word="int32", order=place)
+    codes = unpack(words, 4, (5, count), packing)
+    assert codes.tolist() == want
+    assert unpack(words, 4, (5, count), Packing(word="int32")).tolist() != want

@@ -18,6 +18,7 @@ AutoRound 0.16.1 ``auto_round_extension/torch/qlinear_torch_zp.py``.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import replace
 
@@ -72,6 +73,13 @@ def write_zeros(zeros: Tensor, bits: int, packing: Packing, *, minus_one: bool) 
     return _add_words(words, -_ones(bits)) if minus_one and bits in _WORD_BITS else words
 
 
+@functools.lru_cache(maxsize=64)
+def _half_zeros(bits: int, n: int, packing: Packing, minus_one: bool) -> Tensor:
+    """The words of one group whose zeros all are 2**(bits-1)."""
+    row = torch.full((1, n), 1 << (bits - 1), dtype=torch.uint8, device="cpu")
+    return write_zeros(row, bits, packing, minus_one=minus_one)
+
+
 def check_symmetric(
     qzeros: Tensor,
     bits: int,
@@ -101,8 +109,7 @@ def check_symmetric(
         ConfigError: ``Q-CFG-CONFLICT`` if zeros have other values.
     """
     half = 1 << (bits - 1)
-    row = torch.full((1, n), half, dtype=torch.uint8)
-    if bool((qzeros == write_zeros(row, bits, packing, minus_one=minus_one)).all()):
+    if bool((qzeros == _half_zeros(bits, n, packing, minus_one)).all()):
         return  # the usual case: equal words, nothing to unpack
     zeros = read_zeros(qzeros, bits, n, packing, minus_one=minus_one)
     if bool((zeros == half).all()):

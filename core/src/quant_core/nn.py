@@ -62,6 +62,8 @@ class QuantModule(nn.Module):
     kernel: Kernel
     trace: tuple[Decision, ...]
     members: tuple[BoundMember, ...]
+    _rechoose: Rechoose | None
+    _names: tuple[str, ...]
 
     def __init__(
         self,
@@ -71,16 +73,20 @@ class QuantModule(nn.Module):
         rechoose: Rechoose | None = None,
     ) -> None:
         super().__init__()
-        self.op, self.kernel, self.trace = choice.op, choice.kernel, choice.trace
-        self.members = tuple(members)
-        self._rechoose = rechoose
-        self._names = tuple(buffers)
+        self.__dict__.update(  # no tensors, no modules: nothing that setattr would look for
+            op=choice.op,
+            kernel=choice.kernel,
+            trace=choice.trace,
+            members=tuple(members),
+            _rechoose=rechoose,
+            _names=tuple(buffers),
+        )
         for name, value in buffers.items():
             self.register_buffer(name, value)
         self._bind()
 
     def _bind(self) -> None:
-        self._run = self.kernel.bind(self.op)
+        self.__dict__["_run"] = self.kernel.bind(self.op)
 
     @property
     def owns_buffers(self) -> bool:
@@ -267,7 +273,7 @@ class QuantLinear(QuantModule):
 
     def _bind(self) -> None:
         super()._bind()
-        self._most = MOST_TOKENS * self.op.size("k")
+        self.__dict__["_most"] = MOST_TOKENS * self.op.size("k")
         if self._shared is not None:
             self._shared[0].bind()
 

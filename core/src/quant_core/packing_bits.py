@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant_core.intspec import INTERLEAVE
 from quant_core.packing_words import WORD_BITS, WORD_DTYPES, view_as
 from quant_core.spec import Packing
 
@@ -121,10 +122,24 @@ def _order(codes: Tensor, order: tuple[int, ...], *, inverse: bool) -> Tensor:
     return codes.reshape(codes.shape[0], -1, len(order))[..., index].flatten(-2)
 
 
+def _unpack_interleaved(words: Tensor, count: int) -> Tensor:
+    """Nibbles 0 to 3 are columns 0 2 4 6, nibbles 4 to 7 columns 1 3 5 7: [R, W] -> [R, count].
+
+    Shifting by 4 j leaves columns 2 j and 2 j + 1 at the bottom of both halves of a word.
+    """
+    pairs = torch.empty(*words.shape, 4, dtype=torch.int16, device=words.device)
+    for j in range(4):
+        both = (words >> (4 * j)).bitwise_and_(0x000F000F)
+        pairs[..., j] = both | (both >> 8)  # the low 16 bits
+    return view_as(pairs.flatten(-2), torch.uint8)[:, :count]
+
+
 def unpack_rows(words: Tensor, bits: int, count: int, packing: Packing) -> Tensor:
     """Codes of rows whose packed axis is last: [R, W] words -> uint8 [R, count]."""
     if packing.order is None:
         return _slots(words, bits, count, packing)
+    if packing.order == INTERLEAVE and bits == 4 and packing.word == "int32" and not packing.planes:
+        return _unpack_interleaved(words, count)
     slots = _slots(words, bits, count + -count % len(packing.order), packing)
     return _order(slots, packing.order, inverse=True)[:, :count]
 

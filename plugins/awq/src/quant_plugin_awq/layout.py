@@ -81,11 +81,13 @@ def pack_tiles(codes: Tensor) -> Tensor:
 
 
 def unpad_groups(values: Tensor, groups: int, tensor: str) -> Tensor:
-    """The first ``groups`` columns of (N, padded); the rest must be zero.
+    """The first ``groups`` columns of (N, padded), a view; the rest must be zero.
 
     Raises:
         LayoutError: ``Q-LAYOUT-GROUP`` if padding holds values.
     """
+    if values.shape[1] == groups:
+        return values
     used = values[:, groups:].ne(0).any(dim=0).nonzero()
     if len(used):
         found = groups + 1 + int(used[-1])
@@ -98,7 +100,7 @@ def unpad_groups(values: Tensor, groups: int, tensor: str) -> Tensor:
             actual=found,
             plugin="awq",
         )
-    return values[:, :groups].contiguous()
+    return values[:, :groups]
 
 
 def pad_groups(values: Tensor, width: int) -> Tensor:
@@ -166,7 +168,8 @@ def canonicalize(
     elif scheme.zeros:
         stored = tensors[scheme.zeros]
         if scheme.layout == "gemm":
-            zeros = unpack(stored, scheme.bits, (n, groups), scheme.packing).contiguous()
+            by_group = Packing(word="int32", order=scheme.packing.order)  # packed along N
+            zeros = unpack(stored, scheme.bits, (groups, n), by_group).t()
         else:
             packed = unpack(stored, 4, (n, 8 * stored.shape[1]), Packing(word="int32"))
             zeros = unpad_groups(packed, groups, zeros_name)

@@ -18,7 +18,7 @@ from quant_core.packing import repack
 from quant_core.packing_fields import bytes_at, put_, take
 from quant_core.packing_words import view_as
 from quant_core.tensors import QuantizedTensor
-from quant_plugin_gguf.layouts import LAYOUTS, BlockLayout, spec_of
+from quant_plugin_gguf.layouts import LAYOUTS, BlockLayout, packing_of, spec_of
 from quant_plugin_gguf.types import BY_NAME
 
 __all__ = ["check_scales", "dequantize_rows", "join_rows", "split_rows"]
@@ -122,7 +122,7 @@ def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
         spec=spec,
         shape=shape,
         codes=rows,
-        packing=layout.packing,
+        packing=packing_of(name),
         scales=tuple(scales),
         offset=tuple(offset),
         codebook=codebook,

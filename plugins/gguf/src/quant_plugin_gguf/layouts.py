@@ -14,13 +14,14 @@ Source: gguf 0.19.0, quants.py, against which every type is tested bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quant_core.spec import Element, Field, Packing, QuantSpec, Scale, Zero
 from quant_plugin_gguf.types import BY_NAME
 
-__all__ = ["LAYOUTS", "BlockLayout", "spec_of"]
+__all__ = ["LAYOUTS", "BlockLayout", "packing_of", "spec_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +187,13 @@ LAYOUTS: Mapping[str, BlockLayout] = {
 }
 
 
+@functools.cache
+def packing_of(name: str) -> Packing:
+    """Order of the canonical codes of a scaled type; one object, which compares fast."""
+    return LAYOUTS[name].packing
+
+
+@functools.cache
 def spec_of(name: str) -> QuantSpec:
     """Canonical meaning of a scaled or opaque block type ("q4_k", "iq3_s")."""
     if BY_NAME[name].kind == "opaque":

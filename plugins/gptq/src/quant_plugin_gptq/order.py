@@ -14,6 +14,8 @@ A last short group needs no padding. Source of the meaning of g_idx: GPTQModel 7
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,12 @@ def _bad_g_idx(where: str, found: str, expected: str, actual: object) -> LayoutE
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _in_order(k: int, group_size: int) -> Tensor:
+    """The g_idx of columns in order."""
+    return torch.arange(k, dtype=torch.int32, device="cpu") // group_size
+
+
 def gather_of(
     g_idx: Tensor, group_size: int, groups: int, *, ordered: bool, where: str
 ) -> tuple[Tensor, Tensor] | None:
@@ -63,6 +71,8 @@ def gather_of(
             are out of order where they must not be; ``Q-LAYOUT-GROUP`` for another group size.
     """
     k = g_idx.numel()
+    if groups >= -(-k // group_size) and torch.equal(g_idx, _in_order(k, group_size)):
+        return None
     index = g_idx.to(torch.int64)
     bad = ((index < 0) | (index >= groups)).nonzero().flatten()
     if bad.numel():
@@ -70,8 +80,6 @@ def gather_of(
         found = f"has {bad.numel()} values out of range (index {at}: {int(index[at])})"
         raise _bad_g_idx(where, found, f"0..{groups - 1}", int(index[at]))
     positions = torch.arange(k)
-    if torch.equal(index, positions // group_size):
-        return None
     if ordered:
         if k % groups == 0 and torch.equal(index, positions // (k // groups)):
             raise LayoutError(

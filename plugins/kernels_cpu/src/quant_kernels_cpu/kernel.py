@@ -30,6 +30,11 @@ __all__ = ["KERNELS", "W4A8", "WnA16"]
 
 _BEHIND = 1e5  # more than any exact kernel of this package costs, less than the reference
 _BYTES_PER_US = 15e3  # 15 GB/s: codes read by two cores of a server
+_MOST_BOUND = 1024
+
+_bound: dict[tuple[str, int], tuple[OpSpec, Layout]] = {}
+"""(kernel, identity of an operation) -> it, and its layout: layers of one kind share the object,
+and to hash one takes longer than to ask it all."""
 
 
 class WnA16:
@@ -48,9 +53,16 @@ class WnA16:
         return describe(op, ops=self.OPS)
 
     def _bound(self, op: OpSpec) -> Layout:
+        """The layout of an operation that was accepted, looked up once per object."""
+        known = _bound.get((self.name, id(op)))
+        if known is not None and known[0] is op:
+            return known[1]
         layout = self._layout(op)
         if isinstance(layout, Rejected):
             raise misused(self.name, layout)
+        if len(_bound) >= _MOST_BOUND:
+            _bound.clear()
+        _bound[self.name, id(op)] = op, layout
         return layout
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
