@@ -81,14 +81,19 @@ class Registry:
         block_types: Mapping[str, BlockType],
     ) -> None:
         self._pm = pm
+        self._sorted: dict[str, list[tuple[str, Any]]] = {}
         self.plugins: Mapping[str, Plugin] = MappingProxyType({p.id: p for p in plugins})
         self.set_aside = tuple(set_aside)
         self._block_types = MappingProxyType(dict(block_types))
 
     def implementations(self, hook: str) -> list[tuple[str, Any]]:
         """(plugin id, implementation) of a hook, sorted by plugin id."""
-        impls = getattr(self._pm.hook, hook).get_hookimpls()
-        return sorted(((i.plugin_name, i) for i in impls), key=lambda pair: pair[0])
+        found = self._sorted.get(hook)
+        if found is None:  # asked for every layer of a model
+            impls = getattr(self._pm.hook, hook).get_hookimpls()
+            found = sorted(((i.plugin_name, i) for i in impls), key=lambda pair: pair[0])
+            self._sorted[hook] = found
+        return found
 
     def implements(self, plugin_id: str, hook: str) -> bool:
         """Whether the plugin has that hook."""

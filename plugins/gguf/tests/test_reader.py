@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import struct
+import sys
 import time
 
 import pytest
@@ -278,3 +280,40 @@ def test_missing_file_and_folder_are_io_errors(tmp_path):
         with pytest.raises(CheckpointError) as err:
             read_header(path)
         assert err.value.code == "Q-CKPT-IO"
+
+
+# --------------------------------------------------------------------------- arrays of strings
+
+
+def _vocabularies():
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcé<0x00>Ġ", k=rng.randint(1, 12))) for _ in range(60000)]
+    odd = list(words)
+    for at in (0, 1, 70, 300, 30000, 30001, 59998, 59999):
+        odd[at] = rng.choice(
+            ["", "\0", "\0" * 9, "x" * 255, "y" * 256, "z" * 70000, "\1" + "\0" * 7]
+        )
+    zeros = ["\0" * (i % 19) for i in range(3000)]
+    fakes = ["ab" + "\3" + "\0" * 7 + "abc"] * 500  # what lies inside looks like a length
+    return {"words": words, "odd": odd, "zeros": zeros, "fakes": fakes, "long": ["w" * 300] * 2000,
+            "empty": [""] * 5000, "few": ["a", "b"], "none of many": ["v" * 255] * 65}  # fmt: skip
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["numpy", "no numpy"])
+@pytest.mark.parametrize("name", _vocabularies())
+def test_arrays_of_strings_of_every_length_end_where_they_end(gguf, monkeypatch, name, loaded):
+    if not loaded:
+        monkeypatch.setitem(sys.modules, "numpy", None)
+    strings = _vocabularies()[name]
+    meta = {"general.architecture": "qwen2", "a.strings": strings, "b.after": 7, "c.more": ["end"]}
+    found = read_header(gguf.write(gguf.model(OK, meta))).metadata
+    assert list(found["a.strings"]) == strings
+    assert (found["b.after"], list(found["c.more"])) == (7, ["end"])
+
+
+def test_array_of_strings_that_is_cut_short_is_truncated(gguf):
+    meta = {"general.architecture": "qwen2", "a.strings": ["abcd"] * 20000}
+    data = gguf.model(OK, meta)
+    for size in (165000, 200003):
+        _fails(gguf.write(data[:size]), "Q-CKPT-TRUNCATED")
+    _fails(gguf.write(data[:70001]), "Q-GGUF-KV")

@@ -5,9 +5,10 @@ Both end in ``transformers_quantizer``. transformers itself is imported on first
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -39,9 +40,15 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _check_version() -> None:
+    _check_by(metadata.version)
+
+
+@functools.lru_cache(maxsize=1)
+def _check_by(version: Callable[[str], str]) -> None:
+    """Once a process where it is fine: to read a package's metadata takes 2 ms."""
     low, high = SUPPORTED
     try:
-        found = metadata.version("transformers")
+        found = version("transformers")
     except metadata.PackageNotFoundError:
         found = ""
     if not found or not _version(low) <= _version(found) < _version(high):

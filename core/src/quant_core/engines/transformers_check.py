@@ -50,7 +50,11 @@ class Check:
     def __init__(self, plan: Plan, model: PreTrainedModel, layout: Layout, tied: Tied) -> None:
         self.plan, self.model, self.layout, self.tied = plan, model, layout, tied
         self.ledger = plan.ledger
-        self.computed = {name for name, _ in model.named_non_persistent_buffers()}
+        self.computed = {
+            f"{module}.{name}" if module else name
+            for module, own in layout.modules.items()
+            for name in own._non_persistent_buffers_set
+        }
         self.listed = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
         self.layers = self._announced_layers()
         self.skipped: dict[str, list[str]] = {}

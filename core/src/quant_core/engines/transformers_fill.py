@@ -83,10 +83,12 @@ def fill_model(
         else:
             continue
         check_bias(plan, old, module, members)
-        model.set_submodule(module, new)
+        parent, _, leaf = module.rpartition(".")
+        setattr(layout.modules[parent], leaf, new)
+        layout.modules[module] = new
         filled.members |= {m.layer.name: m for m in members}
     attach_caches(model, plan, layout, mode=kv_cache, device=builder.device, beyond=check.rule)
-    _fill_dense(model, plan, layout, builder, dtypes)
+    _fill_dense(plan, layout, builder, dtypes)
     tied.apply()
     share_inputs(model)
     attach_attention(
@@ -142,7 +144,6 @@ def _wanted_dtype(name: str, old: Tensor, dtypes: Mapping[str, torch.dtype]) -> 
 
 
 def _fill_dense(
-    model: PreTrainedModel,
     plan: Plan,
     layout: Layout,
     builder: Builder,
@@ -159,7 +160,7 @@ def _fill_dense(
             found = builder.taken(slot.target, tuple(old.shape), dtype)
             taken[slot.target] = found
             if found is not None:
-                _set(model, slot.target, old, found)
+                _set(layout, slot.target, old, found)
         if taken[slot.target] is not None:
             plan.ledger.load((plan.dense[name], ()))
             continue
@@ -187,19 +188,19 @@ def _fill_dense(
             )
         if not slot.index:
             value = value.to(device=device, dtype=dtype)
-            _set(model, slot.target, old, value)
+            _set(layout, slot.target, old, value)
             builder.filled(slot.target, value)
             continue
         if slot.target not in new:
             new[slot.target] = torch.empty(old.shape, dtype=dtype, device=device)
-            _set(model, slot.target, old, new[slot.target])
+            _set(layout, slot.target, old, new[slot.target])
             builder.filled(slot.target, new[slot.target])
         new[slot.target][slot.index].copy_(value)
 
 
-def _set(model: nn.Module, name: str, old: Tensor, value: Tensor) -> None:
+def _set(layout: Layout, name: str, old: Tensor, value: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(module)
+    parent = layout.modules[module]
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=old.requires_grad)
         parent._parameters[leaf] = value

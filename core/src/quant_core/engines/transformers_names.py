@@ -53,7 +53,7 @@ class Layout:
     stray_members: list[Member] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)  # public names that a merge lacks
     state: Mapping[str, Any] = field(default_factory=dict)  # the skeleton's parameters and buffers
-    modules: Mapping[str, Any] = field(default_factory=dict)  # and its own modules, by name
+    modules: dict[str, Any] = field(default_factory=dict)  # and its own modules, by name
 
     def members(self, module: str) -> list[Member]:
         """The members of a linear layer or embedding, in row order."""

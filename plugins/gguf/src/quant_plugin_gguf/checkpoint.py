@@ -62,6 +62,7 @@ class GgufCheckpoint(Checkpoint):
         self.version = headers[0].version
         self.config: Mapping[str, Any] = self.side_file("config.json") or {}
         self._states = {p.name: h.state for p, h in zip(parts, headers, strict=True)}
+        self._paths = {p.name: self.folder / p.name for p in parts}
         self._pool = FilePool()
         self._buffers = BufferPool()
         self._maps = FileMaps()
@@ -205,7 +206,7 @@ class GgufCheckpoint(Checkpoint):
         plain = ggml.kind == "plain"
         shape = info.shape if plain else (*info.shape[:-1], ggml.row_bytes(info.shape[-1]))
         dtype: torch.dtype = getattr(torch, info.dtype) if plain else torch.uint8
-        path, state = self.folder / info.file, self._states[info.file]
+        path, state = self._paths[info.file], self._states[info.file]
         return self._maps.tensor(path, state, info, dtype, shape)
 
     def _read(self, name: str, index: Index, buffers: BufferPool) -> Tensor:

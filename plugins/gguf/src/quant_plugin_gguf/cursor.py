@@ -7,6 +7,7 @@ file. Every count is compared with the bytes that are left before anything loops
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -18,6 +19,8 @@ __all__ = ["DAMAGED", "Cursor", "LazyArray", "type_name"]
 DAMAGED = "The file is damaged or was not written by a GGUF tool; download it again."
 MAX_HEADER_BYTES = 1 << 30  # real headers are a few MB, most of it the vocabulary
 _FIRST_READ = 64 << 10
+_WINDOW = 256 << 10  # bytes in which strings are told at once
+_SINGLE = 64  # strings that are read one by one where they cannot be
 _ARRAY, _STRING = 9, 8
 
 _SCALARS = {
@@ -91,6 +94,33 @@ class LazyArray(Sequence[Any]):
             else:
                 self._items = tuple(v for (v,) in _SCALARS[self.kind].iter_unpack(self._data))
         return self._items
+
+
+def _leap(buffer: bytearray, at: int, count: int) -> tuple[int, int]:
+    """Past as many of ``count`` strings as can be told at once; (offset, strings that are left).
+
+    Lengths below 256 show by their seven zero bytes. Where every place that looks like a length is
+    the one that the length before it leads to, those are the lengths; what else there may be
+    (longer or empty strings, zeros inside of one) is left to the caller. Needs numpy, and does
+    nothing where nobody has loaded it: a header is opened without.
+    """
+    np = sys.modules.get("numpy")
+    data = buffer[at : at + _WINDOW]
+    if np is None or len(data) < 8:
+        return at, count
+    values = np.frombuffer(data, dtype=np.uint8)
+    zero = values == 0
+    known = zero[1:-6].copy()
+    for i in range(2, 8):
+        known &= zero[i : len(zero) - 7 + i]
+    places = np.flatnonzero(known)
+    if not len(places) or places[0]:
+        return at, count
+    ends = places + 8 + values[places]
+    broken = np.flatnonzero(ends[:-1] != places[1:])
+    told = int(broken[0]) + 1 if len(broken) else len(places)
+    told = min(told, count) - int(ends[min(told, count) - 1] > len(data))
+    return (at + int(ends[told - 1]), count - told) if told else (at, count)
 
 
 class Cursor:
@@ -229,7 +259,16 @@ class Cursor:
         """The stored bytes of ``count`` strings: only their lengths are looked at."""
         start, unpack = self.at, _U64.unpack_from
         at, buffer, have = start, self._buffer, len(self._buffer)
-        for _ in range(count):
+        left, pause = count, _SINGLE
+        next_leap = count if count > pause else 0
+        while left:
+            if left <= next_leap:
+                before = left
+                at, left = _leap(buffer, at, left)
+                pause = _SINGLE if before - left > pause else 2 * pause
+                next_leap = left - pause
+                continue
+            left -= 1
             end = at + 8
             if end <= have:
                 end += unpack(buffer, at)[0]
