@@ -6,6 +6,7 @@ and for holes in the allocator's heap (measured: 3 to 17 MiB).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -73,8 +74,9 @@ def write_model(folder: Path, layers: int) -> Path:
         tensors = {}
         for module, (n, k) in SHAPES.items():
             prefix = f"model.layers.{layer}.{module}"
-            words = torch.randint(-(2**31), 2**31, (k // 8, n), generator=g)
-            tensors[f"{prefix}.qweight"] = words.to(torch.int32)
+            tensors[f"{prefix}.qweight"] = torch.randint(
+                -(2**31), 2**31 - 1, (k // 8, n), generator=g, dtype=torch.int32
+            )
             tensors[f"{prefix}.qzeros"] = torch.full((k // GROUP, n // 8), 0x77777777).int()
             tensors[f"{prefix}.scales"] = torch.rand(k // GROUP, n, generator=g).half()
             tensors[f"{prefix}.g_idx"] = (torch.arange(k) // GROUP).int()
@@ -105,6 +107,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_model(root / "small", 1), write_model(root / "large", LAYERS)
 
 
+@functools.cache
 def measure(models: tuple[Path, Path], kernels: str, mode: str = "load") -> dict[str, int]:
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"QUANT_KERNELS": kernels} if kernels else {})
     command = [sys.executable, "-c", PROBE, *map(str, models), mode]

@@ -338,18 +338,34 @@ def test_second_writer_leaves_the_first_alone(
     assert warnings(caplog) == []
 
 
+AT_ONCE = """
+import os, sys, torch, quant_core
+from transformers import LlamaForCausalLM
+torch.set_num_threads(1)
+go, start = os.pipe()
+children = []
+for _ in range(3):
+    if pid := os.fork():
+        children.append(pid)
+        continue
+    os.close(start)
+    os.read(go, 1)  # until all are there
+    model = quant_core.load_model(sys.argv[1], dtype=torch.float32, prepared=sys.argv[2])
+    print(sum(b.float().nansum().item() for b in model.buffers()), flush=True)
+    os._exit(0)
+os.close(start)
+sys.exit(max(os.waitpid(pid, 0)[1] for pid in children) != 0)
+"""
+
+
 @pytest.mark.slow
 def test_processes_that_load_at_once_all_succeed(cache: Path) -> None:
-    code = (
-        "import sys, torch, quant_core; torch.set_num_threads(1)\n"
-        "m = quant_core.load_model(sys.argv[1], dtype=torch.float32, prepared=sys.argv[2])\n"
-        "print(sum(b.float().nansum().item() for b in m.buffers()))"
-    )
-    command = [sys.executable, "-c", code, str(ONE), str(cache)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    printed = {p.communicate()[0].strip() for p in running}
-    assert [p.returncode for p in running] == [0, 0, 0]
-    assert len(printed) == 1
+    command = [sys.executable, "-c", AT_ONCE, str(ONE), str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sums = done.stdout.split()
+    assert len(sums) == 3
+    assert len(set(sums)) == 1
     assert len(folder.entries(cache)) == 1
     names = sorted(p.name for p in only_entry(cache).parent.iterdir())
     assert names == [folder.BUFFERS]
