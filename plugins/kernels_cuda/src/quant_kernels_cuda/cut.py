@@ -21,7 +21,7 @@ class Schedule:
     cluster: int
     slice: int  # groups of 128 per block
     span: int  # groups per phase
-    run: int  # log2 of the chunks that a warp takes at once (resident: stages before x)
+    run: int  # log2 of the chunks that a warp takes at once (resident: stages before x, 0: half)
     batch: int  # tiles (of 16 rt rows) per barrier
     slots: int  # warps that share a tile, at most
     tiles: int

@@ -75,7 +75,7 @@ def _resident(v: Variant, s: Schedule) -> float:
     us = _most(read, turns, issued) + s.m * s.slice * s.sets * 256 / _X_PER_US + _RESIDENT_US
     if s.cluster > 1:
         us += _JOIN_US + _JOIN_BLOCK_US * max(0, s.cluster - _JOIN_FREE)
-    if s.run > 1:
+    if s.run * s.gpc > 3:
         limit = _DEEP_US[s.nt] + (s.nt == 2) * (v.parts > 1)
         us += max(_DEEP_LEAST, min(_DEEP_MOST, limit - _DEEP_PER_US * (read - issued)))
     return us

@@ -107,7 +107,7 @@ decode_kernel(const __grid_constant__ Args A) {
     }
   };
 
-  const u32 zero = minus_zero(ZERO);
+  const u32 zero = minus_zero(ZERO), own = IN_WEIGHT ? keep(Group::own(lane)) : 0;
   At now = {0, 0, warp, 0};
   int stage = 0;
   settle(now);
@@ -232,7 +232,8 @@ decode_kernel(const __grid_constant__ Args A) {
               float part[RT][NT][4] = {};
               Group group[RT];
 #pragma unroll
-              for (int r = 0; r < RT; r++) Group::start(group[r], at + r * TILE, q, lane, zero);
+              for (int r = 0; r < RT; r++)
+                Group::start(group[r], at + r * TILE, q, lane, own, zero);
               u32 b[2][NT][4];
               const u32 x_group = (chunk * GPC + q) * 256;
 #pragma unroll

@@ -47,7 +47,7 @@ struct Args {
   int each, extra;     // tiles per block (cluster); the first ``extra`` have one more
   int cluster, slice;  // blocks that share K, groups of each
   // groups of a phase (a multiple of GPC), log2 of the chunks of a run (resident.cu: stages
-  // asked for before x)
+  // asked for before x, 0: half of one)
   int span, run;
   int batch, slots;   // tiles per barrier, most warps that share a tile
   int coarse, shift;  // groups per row and log2 of 128-column groups per value of G_COARSE
@@ -68,20 +68,27 @@ struct Args {
 struct Sources {
   const char *codes, *high, *s0, *s1, *z, *o0, *o1;
 };
-DEVICE void copy_chunk(u32 to, const Sources& s, const Place& p) {
+template <int FIRST, int END>  // of the chunk's groups
+DEVICE void copy_codes(u32 to, const Sources& s, const Place& p) {
   const char* from = s.codes + (u64)p.index * (PLANES16 * 512);
 #pragma unroll
-  for (int i = 0; i < PIECES; i++)
+  for (int i = FIRST * PLANES16; i < END * PLANES16; i++)
     copy16(to + i * 512, from + i * 512, GPC == 1 || i / PLANES16 < p.valid ? 16 : 0);
 #pragma unroll
-  for (int q = 0; q < HIGH; q++)
+  for (int q = FIRST; q < (HIGH ? END : FIRST); q++)
     copy8(to + AT_HIGH + q * 256 - p.lane * 8, s.high + (u64)(p.index + q) * 256,
           GPC == 1 || q < p.valid ? 8 : 0);
+}
+DEVICE void copy_factors(u32 to, const Sources& s, const Place& p) {
   S0::copy(to + AT_S0, s.s0, p);
   S1::copy(to + AT_S1, s.s1, p);
   ZF::copy(to + AT_Z, s.z, p);
   O0::copy(to + AT_O0, s.o0, p);
   O1::copy(to + AT_O1, s.o1, p);
+}
+DEVICE void copy_chunk(u32 to, const Sources& s, const Place& p) {
+  copy_codes<0, GPC>(to, s, p);
+  copy_factors(to, s, p);
 }
 DEVICE Sources sources(const Args& A, u64 expert, int lane) {
   return {A.codes + expert * A.step[0] + lane * 16, A.high + expert * A.step[1] + lane * 8,
@@ -111,17 +118,19 @@ DEVICE float2 factor_and_bias(const Args& A, u64 expert, int out) {
 struct Group {
   u32 zero0, zero1, scale0, scale1, held[2];
   const char* factors;  // of the tile, in the ring
-  int q, row, lane;
+  int q, row;
 
+  // Bytes from a group's scales to those that this lane decodes for its quad (IN_WEIGHT)
+  MEMBER u32 own(int lane) { return ((lane >> 2) + (lane & 3) % S0_SUBS * 8) * 2; }
   // A group's scales in the weight: each lane of a quad decodes some, the others ask it for them
-  MEMBER void start(Group& g, const char* factors, int q, int lane, u32 zero) {
-    g.factors = factors, g.q = q, g.row = lane >> 2, g.lane = lane;
+  MEMBER void start(Group& g, const char* factors, int q, int lane, u32 own, u32 zero) {
+    g.factors = factors, g.q = q, g.row = lane >> 2;
     g.zero0 = g.zero1 = zero, g.scale0 = g.scale1 = WEIGHT_CONST;
     if (IN_WEIGHT) {
-      const u16* s = (const u16*)(factors + AT_S0) + q * S0_SUBS * 8 + g.row;
+      const char* const s = factors + AT_S0 + q * S0_SUBS * 16 + own;
 #pragma unroll
       for (int i = 0; i < (S0_SUBS + 3) / 4; i++)
-        g.held[i] = weight_scales<S0_TYPE>(s[(i * 4 + (lane & 3) % S0_SUBS) * 8]);
+        g.held[i] = weight_scales<S0_TYPE>(*(const u16*)(s + i * 64));
     }
   }
   // The weights of one step from the codes of this group.
@@ -133,7 +142,7 @@ struct Group {
     }
     if (IN_WEIGHT && step % (8 / S0_SUBS) == 0) {
       const int sub = step * S0_SUBS / 8;
-      const u32 both = __shfl_sync(~0u, g.held[sub / 4], (g.lane & 28) | sub % 4);
+      const u32 both = __shfl_sync(~0u, g.held[sub / 4], sub % 4, 4);
       g.scale0 = low2(both), g.scale1 = high2(both);
     }
     if (CODE_BITS >= 5) {

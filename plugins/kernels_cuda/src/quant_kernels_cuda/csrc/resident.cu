@@ -8,7 +8,8 @@
 //     ``sets`` such teams take turns with its tiles. The loop has no address to compute but the
 //     weights', and reads nothing but weights.
 //   * blocks of a cluster share K, up to 8 of them: each needs a part of x only.
-//   * only ``run`` stages are asked for before x: the first of them must not keep x waiting.
+//   * only ``run`` stages are asked for before x, of stages of 4 groups half of one: the first of
+//     them must not keep x waiting.
 //   * warps leave their sums of a tile in shared memory and go on. After a batch of tiles they
 //     arrive at a barrier; a batch later, when all have long arrived, they add the sums up, in a
 //     fixed order. Sums of a cluster are sent to the block that owns the tile (its number modulo
@@ -45,7 +46,8 @@ resident_kernel(const __grid_constant__ Args A) {
   const int g0 = rank * A.slice, g1 = min(A.groups, g0 + A.slice);
   // the block's groups go to ``slots`` warps, to the first ``more`` one more than to the others
   const int count = g1 - g0, slots = min(A.slots, count);
-  const int few = (count >= slots) + (count >= 2 * slots) + (count >= 3 * slots);
+  const int few = (count >= slots) + (count >= 2 * slots) + (count >= 3 * slots) +
+                  (count >= 4 * slots);
   const int more = count - few * slots;
   const int set = divided(warp, A.by_slots), slot = warp - set * A.slots;
   const int group = g0 + slot * few + min(slot, more);
@@ -79,18 +81,23 @@ resident_kernel(const __grid_constant__ Args A) {
   // what is asked for next, and how much is left to ask for
   u32 tile_next = tile_of(0), index_next = tile_next * A.groups + group;
   const u32 tile_step = A.sets * stride, index_step = tile_step * A.groups;
-  int ask = mine;
-  auto issue = [&](u32 stage) {
-    if (ask > 0) {
-      const Place place = {tile_next, index_next, (u32)A.coarse, (u32)group, valid, A.shift, lane};
-      copy_chunk(ring_at + stage, from, place);
-      tile_next += tile_step, index_next += index_step, ask--;
+  auto next = [&] {
+    return Place{tile_next, index_next, (u32)A.coarse, (u32)group, valid, A.shift, lane};
+  };
+  constexpr int HALF = GPC / 2;
+  auto issue = [&](u32 stage, bool more, bool begun = false) {  // begun: HALF of it is asked for
+    if (more) {
+      if (!begun) copy_codes<0, HALF>(ring_at + stage, from, next());
+      copy_codes<HALF, GPC>(ring_at + stage, from, next());
+      copy_factors(ring_at + stage, from, next());
+      tile_next += tile_step, index_next += index_step;
     }
     copies_commit();
   };
   // what is asked for first comes first: x waits for every copy before it
+  if (GPC > 3 && A.run == 0 && mine > 0) copy_codes<0, HALF>(ring_at, from, next());
 #pragma unroll 1
-  for (int s = 0; s < A.run; s++) issue(s * STAGE);
+  for (int s = 0; s < A.run; s++) issue(s * STAGE, s < mine);
   float scale_next[GPC] = {};
   auto block_scales = [&](int i) {
 #pragma unroll
@@ -98,7 +105,7 @@ resident_kernel(const __grid_constant__ Args A) {
       scale_next[q] = i < mine ? block_scale(A, from.s0, tile_of(i), group + q) : 0.f;
   };
   if (S0_GRAIN == G_BLOCK) block_scales(0);
-  const u32 zero = minus_zero(ZERO);
+  const u32 zero = minus_zero(ZERO), own = IN_WEIGHT ? spare(Group::own(lane)) : 0;
   __syncthreads();  // the barriers exist
 
   wait_then_release_dependents();
@@ -119,7 +126,7 @@ resident_kernel(const __grid_constant__ Args A) {
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
       }
 #pragma unroll 1
-    for (int s = A.run; s < ST - 1; s++) issue(s * STAGE);
+    for (int s = A.run; s < ST - 1; s++) issue(s * STAGE, s < mine, GPC > 3 && s == 0);
     if (set < A.sets) {
       // columns 32 p.. of the 64 in the place of buffer p: 4 pieces of 16 bytes a row, exchanged
       char* const own = (char*)(sums + (set * A.slots + slot) * SUMS);
@@ -221,7 +228,7 @@ resident_kernel(const __grid_constant__ Args A) {
   // 8 floats beside (an exchanged bit), of row + 8 8 MC beyond
   const u32 lane_sums = (set * A.slots + slot) * SUMS + piece(row, quad >> 1) + (quad & 1) * 2;
   const u32 sums_step = A.sets * A.slots * SUMS;
-  u32 put = spare(lane_sums), stage = 0;
+  u32 put = spare(lane_sums), stage = 0, before = (ST - 1) * STAGE;  // stages in use, used
   int batch = 0, left = per, todo = mine;
 #pragma unroll 1
   for (;; todo--) {
@@ -236,7 +243,8 @@ resident_kernel(const __grid_constant__ Args A) {
       for (int p = 0; p < PIECES; p++) w[p] = *(const uint4*)(at + p * 512 + lane * 16);
 #pragma unroll
       for (int p = 0; p < HIGH; p++) h[p] = *(const uint2*)(at + AT_HIGH + p * 256 + lane * 8);
-      issue(stage ? stage - STAGE : (ST - 1) * STAGE);
+      issue(before, todo >= ST);
+      before = stage;
       float scale_now[GPC];
 #pragma unroll
       for (int q = 0; q < GPC; q++) scale_now[q] = scale_next[q];
@@ -246,7 +254,7 @@ resident_kernel(const __grid_constant__ Args A) {
         if (q > 0 && q >= valid) break;
         float part[NT][4] = {};
         Group g;
-        Group::start(g, at, q, lane, zero);
+        Group::start(g, at, q, lane, own, zero);
 #pragma unroll
         for (int step = 0; step < 8; step++) {
           u32 a[4];
