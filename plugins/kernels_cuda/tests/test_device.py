@@ -45,7 +45,9 @@ def test_products_match_float64(name, act):
         assert (y - reference).norm() / reference.norm() <= 2.2e-3
 
 
-@pytest.mark.parametrize("name", ["int4_g128", "int4_two_level", "fp4_e4m3_g16", "fp8_block"])
+@pytest.mark.parametrize(
+    "name", ["int4_g128", "int4_two_level", "fp4_e4m3_g16", "fp4_e8m0_g32", "fp8_block"]
+)
 @pytest.mark.parametrize("rows", [3, 13])
 def test_cuts_of_every_kernel_and_cluster_match_float64(name, rows, monkeypatch):
     n, k = 1000, 3072
@@ -61,7 +63,8 @@ def test_cuts_of_every_kernel_and_cluster_match_float64(name, rows, monkeypatch)
     reference = x.double() @ dense_weight(lt.weight, k).double().T + lt.bias.double()
     cuts = {}
     for _, s in candidates(v, rows, *driver.device_limits(0)[:3]):
-        cuts.setdefault((s.kernel, s.cluster, s.gpc), s)
+        half = s.kernel == "resident" and s.run == 0
+        cuts.setdefault((s.kernel, s.cluster, s.gpc, half), s)
     assert {"decode", "resident"} == {kind for kind, *_ in cuts}
     for s in cuts.values():
         monkeypatch.setattr(ops, "schedule", lambda *_a, s=s: s)
