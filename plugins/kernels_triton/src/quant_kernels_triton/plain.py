@@ -14,7 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant_kernels_triton.plain_parts import code_at, dot, factor, factor_at, tile_codes, to_values
+from quant_kernels_triton.plain_parts import (
+    code_at,
+    dot,
+    factor,
+    factor_at,
+    scaled,
+    tile_codes,
+    to_values,
+)
 
 __all__ = ["dense", "embed", "gemm"]
 
@@ -30,17 +38,19 @@ def _scaled(v, row, group, expert, S0, S1, S2, Z, O0, O1, NP, G, N, K,
         v = v - factor(Z, row, group, expert, NP, G, N, K, ZF)
     elif ZV != 0:
         v = v - ZV
-    s = factor(S0, row, group, expert, NP, G, N, K, SF0)
+    f0 = factor(S0, row, group, expert, NP, G, N, K, SF0)
+    f1 = f0
+    f2 = f0
     if SF1 != 7:
-        s = factor(S1, row, group, expert, NP, G, N, K, SF1) * s
+        f1 = factor(S1, row, group, expert, NP, G, N, K, SF1)
     if SF2 != 7:
-        s = factor(S2, row, group, expert, NP, G, N, K, SF2) * s
-    v = v * s
+        f2 = factor(S2, row, group, expert, NP, G, N, K, SF2)
+    v = scaled(v, f0, f1, f2, SF0, SF1, SF2)
     if ZERO == 2:
-        o = factor(O0, row, group, expert, NP, G, N, K, OF0)
+        f0 = factor(O0, row, group, expert, NP, G, N, K, OF0)
         if OF1 != 7:
-            o = factor(O1, row, group, expert, NP, G, N, K, OF1) * o
-        v = v + o
+            f1 = factor(O1, row, group, expert, NP, G, N, K, OF1)
+        v = v + scaled(1.0, f0, f1, f1, OF0, OF1, 7)
     return v
 
 
@@ -157,16 +167,18 @@ def embed(IDS, W, HIGH, S0, S1, S2, Z, O0, O1, BOOK, OUT, N, NP, K, G,
         v = v - factor_at(Z, row, k, 0, NP, G, N, K, ZF)
     elif ZV != 0:
         v = v - ZV
-    s = factor_at(S0, row, k, 0, NP, G, N, K, SF0)
+    f0 = factor_at(S0, row, k, 0, NP, G, N, K, SF0)
+    f1 = f0
+    f2 = f0
     if SF1 != 7:
-        s = factor_at(S1, row, k, 0, NP, G, N, K, SF1) * s
+        f1 = factor_at(S1, row, k, 0, NP, G, N, K, SF1)
     if SF2 != 7:
-        s = factor_at(S2, row, k, 0, NP, G, N, K, SF2) * s
-    v = v * s
+        f2 = factor_at(S2, row, k, 0, NP, G, N, K, SF2)
+    v = scaled(v, f0, f1, f2, SF0, SF1, SF2)
     if ZERO == 2:
-        o = factor_at(O0, row, k, 0, NP, G, N, K, OF0)
+        f0 = factor_at(O0, row, k, 0, NP, G, N, K, OF0)
         if OF1 != 7:
-            o = factor_at(O1, row, k, 0, NP, G, N, K, OF1) * o
-        v = v + o
+            f1 = factor_at(O1, row, k, 0, NP, G, N, K, OF1)
+        v = v + scaled(1.0, f0, f1, f1, OF0, OF1, 7)
     v = tl.where(known, v, float("nan"))
     tl.store(OUT + t.to(tl.int64) * K + k, v.to(OUT.dtype.element_ty), mask=k < K)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["code_at", "dot", "factor", "factor_at", "tile_codes", "to_values"]
+__all__ = ["code_at", "dot", "factor", "factor_at", "scaled", "tile_codes", "to_values"]
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _decode(v, ELEMENT: tl.constexpr):
 
 @triton.jit
 def factor_at(P, row, k, expert, NP, G, N, K, F: tl.constexpr):
-    """One factor at (row, k), element by element; ``F`` is ``Factor.constant``."""
+    """One factor as it is stored at (row, k), element by element; ``F`` is ``Factor.constant``."""
     KIND: tl.constexpr = F & 7
     ROWS: tl.constexpr = ((F >> 8) & 0xFFF) * 16
     COLS: tl.constexpr = (F >> 20) * 16
@@ -148,15 +148,12 @@ def factor_at(P, row, k, expert, NP, G, N, K, F: tl.constexpr):
         down, across = (N + ROWS - 1) // ROWS, (K + COLS - 1) // COLS
         at = (expert * down + tl.minimum(row // ROWS, down - 1)) * across
         v = tl.load(P + at + tl.minimum(k // COLS, across - 1))
-    v = _decode(v, (F >> 3) & 7)
-    if (F >> 6) & 1:
-        v = 1.0 / v
-    return v
+    return _decode(v, (F >> 3) & 7)
 
 
 @triton.jit
 def factor(P, row, group, expert, NP, G, N, K, F: tl.constexpr):
-    """One factor over rows [B] and one group of 128 columns: [B, 1] or [B, 128]."""
+    """One factor as stored, over rows [B] and a group of 128 columns: [B, 1] or [B, 128]."""
     COLS: tl.constexpr = (F >> 20) * 16
     if (F & 7) == 2 and COLS < 128:
         PER: tl.constexpr = 128 // COLS
@@ -167,3 +164,28 @@ def factor(P, row, group, expert, NP, G, N, K, F: tl.constexpr):
     else:
         at = row[:, None]
         return factor_at(P, at, at * 0 + group * 128, expert, NP, G, N, K, F)
+
+
+@triton.jit
+def applied(v, f, F: tl.constexpr):
+    """v times a factor, or divided by an inverse one, correctly rounded."""
+    if (F >> 6) & 1:
+        return tl.div_rn(v, f)
+    else:
+        return v * f
+
+
+@triton.jit
+def scaled(v, f0, f1, f2, F0: tl.constexpr, F1: tl.constexpr, F2: tl.constexpr):
+    """v times its factors, the coarsest first, rounded as in ``quant_core.dequantize``.
+
+    F1 or F2 of 7: there is no such factor.
+    """
+    if F1 == 7:
+        return applied(v, f0, F0)
+    else:
+        if F2 == 7:
+            s = applied(1.0, f1, F1)
+        else:
+            s = applied(applied(1.0, f2, F2), f1, F1)
+        return v * applied(s, f0, F0)

@@ -51,6 +51,13 @@ SPECS = {
     "uint4 two-level offset": _uint(4, *_Q4K, zero=Zero(kind="offset", levels=_Q4K)),
     "uint4 g128 gather": _uint(4, _s("f16", group(128)), zero=_MID, gather=True),
     "uint4 inverse": _uint(4, Scale(element="f32", grain=group(128), inverse=True), zero=_MID),
+    "uint4 three factors": _uint(
+        4,
+        _s("f32", group(128)),
+        Scale(element="f32", grain=TENSOR, inverse=True),
+        _s("f32", TENSOR),
+        zero=_MID,
+    ),
     "uint2 g64 code": _uint(2, _s("f16", group(64)), zero=Zero(kind="code", element="uint2")),
     "uint3 g128": _uint(3, _s("f16", group(128)), zero=Zero(kind="const", value=4)),
     "uint5 g32": _uint(5, _s("f16", group(32)), zero=Zero(kind="const", value=16)),
