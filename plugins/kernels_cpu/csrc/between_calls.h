@@ -59,7 +59,7 @@ typedef struct {
 } qk_block;
 
 /* `n` layers, each on the y of the one before: of all but the first x, and of all but the last y, is
- * not looked at. They agree in all but calls, norms, eps, the cache and what is read of it. 0, or why
+ * not looked at. They agree in all but calls, norms, eps, cache, mask and position. 0, or why
  * nothing was computed: 1 for want of memory, or QK_OUTSIDE. */
 int qk_decoder_blocks(const qk_block *, int64_t n);
 int qk_decoder_block(const qk_block *);

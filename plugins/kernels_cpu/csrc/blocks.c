@@ -186,9 +186,11 @@ static int run(const layer *l, int64_t n) {
     enum { NORMED = COMMON, SUM, ROOM, SCORES, ALL };
     const qk_block *c = l->c;
     const int64_t rows = c->batch, hidden = c->calls->op->k_in, size = qk_size(c->type);
-    const int64_t wide = c->calls[c->qkv + 1].op->n * c->sides / 2;
-    int64_t seen = 0, own_bytes = 0, common_bytes = 0, at[ALL];
-    for (int64_t i = 0; i < n; i++) seen = seen < l[i].seen ? l[i].seen : seen;
+    int64_t seen = 0, wide = 0, own_bytes = 0, common_bytes = 0, at[ALL];
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t mine = l[i].c->calls[c->qkv + 1].op->n * c->sides / 2;
+        seen = seen < l[i].seen ? l[i].seen : seen, wide = wide < mine ? mine : wide;
+    }
     const int64_t bytes[ALL] = {
         rows * (c->heads + 2 * c->kv_heads) * c->dim * size, rows * c->heads * c->dim * size,
         rows * hidden * size, 2 * rows * wide * size, rows * wide * size, rows * hidden * size,

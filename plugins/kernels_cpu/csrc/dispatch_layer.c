@@ -1,12 +1,13 @@
-/* The operator of a decoder layer; layer.py says what it does. Written like dispatch.c. */
+/* The operators of decoder layers; layer.py says what they do. Written like dispatch.c. */
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "dispatch.h"
 
-/* What a decoder layer is given; in the order of the operator. */
+/* What a decoder layer is given; in the order of the operators. */
 enum { X, TABLE, NORMS, TEXT, COS, SIN, KEYS, VALUES, MASK, AT, SCALE, EPS };
-enum { MOST_NORMS = 4 };
+enum { MOST_NORMS = 4, MOST_BLOCKS = 64 };
 
 /* A table of weights is one tensor of int64: where it lies, when it was filled, for which layers, then
  * their packed calls. Python fills it (layer.py), again after weights have changed. */
@@ -92,61 +93,40 @@ static const char *types_differ(const block *b, const handle *h) {
     return NULL;
 }
 
-/* All that a call takes from the stack, besides the tensors that lie there. */
+/* What one layer is given. Nothing here is owned but `copies`. */
 typedef struct {
-    handle norms[MOST_NORMS], copies[MOST_NORMS + 4];
+    const block *b;
+    handle h[AT + 1], norm[MOST_NORMS], copies[MOST_NORMS + 4];
     double eps[MOST_NORMS];
-    size_t norm_count, eps_count;
-} taken;
+    int64_t norms, eps_count;
+} given;
 
-static void take_lists(const value *stack, taken *t) {
-    const handle norms = (handle)(uintptr_t)stack[NORMS], eps = (handle)(uintptr_t)stack[EPS];
-    torch.list_size(norms, &t->norm_count);
-    torch.list_size(eps, &t->eps_count);
-    for (size_t i = 0; i < t->norm_count; i++) {
-        value item;
-        torch.list_item(norms, i, &item);
-        if (i < MOST_NORMS) t->norms[i] = (handle)(uintptr_t)item;
-        else torch.drop((handle)(uintptr_t)item);
-    }
-    for (size_t i = 0; i < t->eps_count && i < MOST_NORMS; i++) {
-        value item;
-        torch.list_item(eps, i, &item);
-        t->eps[i] = number_of(item);
-    }
-    torch.list_drop(norms);
-    torch.list_drop(eps);
-}
-
-static const char *norms_differ(const block *b, const taken *t) {
-    if ((int64_t)t->norm_count != b->norms || t->eps_count != t->norm_count)
+static const char *norms_differ(const block *b, const given *g) {
+    if (g->norms != b->norms || g->eps_count != g->norms)
         return "decoder layer: another number of norms";
     for (int i = 0; i < b->norms; i++)
-        if (qk_type_of(t->norms[i]) != b->type || !has(t->norms[i], 1, i < 2 ? &b->head.k : &b->dim, 0))
+        if (qk_type_of(g->norm[i]) != b->type || !has(g->norm[i], 1, i < 2 ? &b->head.k : &b->dim, 0))
             return "decoder layer: a norm has another size or dtype";
     return NULL;
 }
 
-/* NULL, or what is wrong. */
-static const char *run_block(const block *b, const value *stack, taken *t, handle *out) {
-    handle h[AT + 1];
-    for (int i = X; i <= AT; i++) h[i] = (handle)(uintptr_t)stack[i];
+/* The call of one layer; NULL, or what is wrong. */
+static const char *pack(given *g, qk_block *out) {
+    const block *b = g->b;
+    handle *h = g->h;
     int64_t *sizes, *strides;
-    int32_t number;
     const void *table, *at;
     const char *error = types_differ(b, h);
-    if (error || (error = norms_differ(b, t))) return error;
+    if (error || (error = norms_differ(b, g))) return error;
     if (!has(h[X], 3, (int64_t[]){-1, 1, b->head.k}, 0)) return "decoder layer: x has other sizes";
     torch.sizes(h[X], &sizes);
-    torch.dtype(h[X], &number);
     qk_block c = {.isa = qk_limit, .type = b->type, .act = b->act, .batch = sizes[0], .heads = b->heads,
                   .kv_heads = b->kv_heads, .dim = b->dim, .rotated = b->rotated, .qkv = b->qkv,
-                  .sides = b->sides, .up_first = b->up_first, .scale = number_of(stack[SCALE])};
+                  .sides = b->sides, .up_first = b->up_first};
     memcpy(c.form, b->form, sizeof c.form);
-    memcpy(c.eps, t->eps, sizeof c.eps);
+    memcpy(c.eps, g->eps, sizeof c.eps);
     if ((error = sizes_differ(b, h, c.batch))) return error;
     if (!has(h[TABLE], 1, (int64_t[]){b->head.n}, 0)) return "decoder layer: this is no table of weights";
-    if (qk_new_like(3, sizes, number, out)) return "decoder layer: no memory";
     torch.sizes(h[COS], &sizes);
     c.angle_stride = sizes[0] > 1 ? b->rotated : 0;
     torch.sizes(h[KEYS], &sizes);
@@ -158,36 +138,168 @@ static const char *run_block(const block *b, const value *stack, taken *t, handl
     torch.data(h[MASK], (void **)&c.mask);
     if (cache_of(h[KEYS], c.k_stride, &c.keys) || cache_of(h[VALUES], c.v_stride, &c.values))
         return "decoder layer: features of the cache do not lie together";
-    handle *spare = t->copies;
-    int failed = numbers_of(h[X], spare++, &c.x) | numbers_of(h[COS], spare++, &c.cos);
-    failed |= numbers_of(h[SIN], spare++, &c.sin) | numbers_of(h[TABLE], spare++, &table);
-    for (int i = 0; i < b->norms; i++) failed |= numbers_of(t->norms[i], spare++, &c.norm[i]);
+    handle *spare = g->copies;
+    int failed = numbers_of(h[X], spare, &c.x);
+    failed |= numbers_of(h[COS], spare + 1, &c.cos);
+    failed |= numbers_of(h[SIN], spare + 2, &c.sin);
+    failed |= numbers_of(h[TABLE], spare + 3, &table);
+    for (int i = 0; i < b->norms; i++) failed |= numbers_of(g->norm[i], spare + 4 + i, &c.norm[i]);
     if (failed) return "decoder layer: no memory";
     torch.data(h[AT], (void **)&at);
-    torch.data(*out, &c.y);
     c.at = at, c.calls = (const qk_call *)filled(table, b->mark);
     if (!c.calls) return "decoder layer: its weights are not those that the graph was made for";
-    if (!c.batch) return NULL;
-    const int status = qk_decoder_block(&c);
-    if (status == QK_OUTSIDE) return "decoder layer: the position is outside of the cache";
-    return status ? "decoder layer: no memory for the kernel's scratch space" : NULL;
+    *out = c;
+    return NULL;
+}
+
+/* All layers, each on the y of the one before; NULL, or what is wrong. */
+static const char *run_blocks(given *g, int64_t n, double scale, handle *out) {
+    qk_block *c = malloc((size_t)n * sizeof *c);
+    const char *error = c ? NULL : "decoder layer: no memory";
+    int64_t *sizes;
+    int32_t number;
+    for (int64_t i = 0; i < n && !error; i++) {
+        error = pack(&g[i], &c[i]);
+        c[i].scale = scale;
+    }
+    if (!error) {
+        torch.sizes(g->h[X], &sizes);
+        torch.dtype(g->h[X], &number);
+        if (qk_new_like(3, sizes, number, out)) error = "decoder layer: no memory";
+    }
+    if (!error && c->batch) {
+        torch.data(*out, &c[n - 1].y);
+        const int status = qk_decoder_blocks(c, n);
+        if (status == QK_OUTSIDE) error = "decoder layer: the position is outside of the cache";
+        else if (status) error = "decoder layer: no memory for the kernel's scratch space";
+    }
+    free(c);
+    return error;
+}
+
+/* All that a call takes from the stack. Lists that are longer than they can be are cut: their counts
+ * say so. */
+typedef struct {
+    handle tensors[MOST_BLOCKS * (4 + MOST_NORMS) + MASK];
+    int64_t count;
+} taken;
+
+static handle take(taken *t, value v) { return t->tensors[t->count++] = (handle)(uintptr_t)v; }
+
+static int64_t take_list(taken *t, value v, handle *out, int64_t most) {
+    const handle list = (handle)(uintptr_t)v;
+    size_t count;
+    torch.list_size(list, &count);
+    for (size_t i = 0; i < count; i++) {
+        value item;
+        torch.list_item(list, i, &item);
+        if ((int64_t)i < most) out[i] = take(t, item);
+        else torch.drop((handle)(uintptr_t)item);
+    }
+    torch.list_drop(list);
+    return (int64_t)count;
+}
+
+static int64_t take_numbers(value v, double *out, int64_t most) {
+    const handle list = (handle)(uintptr_t)v;
+    size_t count;
+    torch.list_size(list, &count);
+    for (size_t i = 0; i < count && (int64_t)i < most; i++) {
+        value item;
+        torch.list_item(list, i, &item);
+        out[i] = number_of(item);
+    }
+    torch.list_drop(list);
+    return (int64_t)count;
+}
+
+static const block *block_of(handle string) {
+    const block *b = (const block *)qk_layout_of(string, BLOCK);
+    torch.string_drop(string);
+    return b;
+}
+
+static void finish(value *stack, taken *t, given *g, int64_t n, const char *error, handle out) {
+    for (int64_t i = 0; i < t->count; i++) torch.drop(t->tensors[i]);
+    for (int64_t i = 0; i < n; i++)
+        for (int j = 0; j < MOST_NORMS + 4; j++)
+            if (g[i].copies[j]) torch.drop(g[i].copies[j]);
+    if (error && out) torch.drop(out);
+    if (error) qk_fail(error);
+    stack[0] = (value)(uintptr_t)out;
 }
 
 void qk_op_decoder_layer(value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    handle string = (handle)(uintptr_t)stack[TEXT], out = NULL;
-    taken t = {{NULL}};
-    take_lists(stack, &t);
-    const layout *l = qk_layout_of(string, BLOCK);
-    const char *error = l ? run_block((const block *)l, stack, &t, &out) : "decoder layer: the layout cannot be read";
-    torch.string_drop(string);
+    handle out = NULL;
+    given g = {0};
+    taken t;
+    t.count = 0;
+    g.b = block_of((handle)(uintptr_t)stack[TEXT]);
     for (int i = X; i <= AT; i++)
-        if (i != TEXT && i != NORMS) torch.drop((handle)(uintptr_t)stack[i]);
-    for (int i = 0; i < MOST_NORMS; i++)
-        if (t.norms[i]) torch.drop(t.norms[i]);
-    for (int i = 0; i < MOST_NORMS + 4; i++)
-        if (t.copies[i]) torch.drop(t.copies[i]);
-    if (error && out) torch.drop(out);
-    if (error) qk_fail(error);
-    stack[0] = (value)(uintptr_t)out;
+        if (i != TEXT && i != NORMS) g.h[i] = take(&t, stack[i]);
+    g.norms = take_list(&t, stack[NORMS], g.norm, MOST_NORMS);
+    g.eps_count = take_numbers(stack[EPS], g.eps, MOST_NORMS);
+    const char *error = "decoder layer: the layout cannot be read";
+    if (g.b) error = run_blocks(&g, 1, number_of(stack[SCALE]), &out);
+    finish(stack, &t, &g, 1, error, out);
+}
+
+/* Norms and eps of all layers, which lie behind each other. */
+static const char *share_out(given *g, int64_t n, handle *norms, int64_t norm_count, const double *eps,
+                             int64_t eps_count) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < n; i++) at += g[i].b->norms;
+    if (at != norm_count || at != eps_count) return "decoder layers: another number of norms";
+    for (int64_t i = 0; i < n; norms += g[i].norms, eps += g[i].norms, i++) {
+        g[i].norms = g[i].eps_count = g[i].b->norms;
+        memcpy(g[i].norm, norms, (size_t)g[i].norms * sizeof *norms);
+        memcpy(g[i].eps, eps, (size_t)g[i].norms * sizeof *eps);
+    }
+    return NULL;
+}
+
+/* What `qk_decoder_blocks` takes for granted. */
+static int alike(const block *a, const block *b) {
+    return a->head.k == b->head.k && a->type == b->type && a->heads == b->heads && a->act == b->act &&
+           a->kv_heads == b->kv_heads && a->dim == b->dim && a->rotated == b->rotated &&
+           a->norms == b->norms && a->qkv == b->qkv && a->sides == b->sides &&
+           a->up_first == b->up_first && !memcmp(a->form, b->form, sizeof a->form);
+}
+
+void qk_op_decoder_layers(value *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    handle out = NULL, lists[AT + 1][MOST_BLOCKS], norms[MOST_BLOCKS * MOST_NORMS];
+    double eps[MOST_BLOCKS * MOST_NORMS];
+    given g[MOST_BLOCKS];
+    taken t;
+    t.count = 0;
+    const handle x = take(&t, stack[X]), cos = take(&t, stack[COS]), sin = take(&t, stack[SIN]);
+    const handle mask = take(&t, stack[MASK]);
+    const int64_t n = take_list(&t, stack[TABLE], lists[TABLE], MOST_BLOCKS);
+    int as_many = n > 0 && n <= MOST_BLOCKS;
+    for (int i = KEYS; i <= AT; i++)
+        if (i != MASK) as_many &= take_list(&t, stack[i], lists[i], MOST_BLOCKS) == n;
+    const int64_t norm_count = take_list(&t, stack[NORMS], norms, MOST_BLOCKS * MOST_NORMS);
+    const int64_t eps_count = take_numbers(stack[EPS], eps, MOST_BLOCKS * MOST_NORMS);
+    const handle texts = (handle)(uintptr_t)stack[TEXT];
+    size_t text_count;
+    torch.list_size(texts, &text_count);
+    as_many &= (int64_t)text_count == n;
+    const char *error = as_many ? NULL : "decoder layers: 1 to 64 layers with as many of each thing";
+    for (int64_t i = 0; i < n && !error; i++) {
+        value text;
+        torch.list_item(texts, i, &text);
+        g[i] = (given){.b = block_of((handle)(uintptr_t)text)};
+        if (!g[i].b) error = "decoder layers: the layout cannot be read";
+        else if (!alike(g[0].b, g[i].b)) error = "decoder layers: they differ in more than their weights";
+        const handle h[AT + 1] = {[X] = x, [COS] = cos, [SIN] = sin, [MASK] = mask, [TABLE] = lists[TABLE][i],
+                                  [KEYS] = lists[KEYS][i], [VALUES] = lists[VALUES][i], [AT] = lists[AT][i]};
+        memcpy(g[i].h, h, sizeof h);
+    }
+    torch.list_drop(texts);
+    const int whole = !error;
+    if (!error) error = share_out(g, n, norms, norm_count, eps, eps_count);
+    if (!error) error = run_blocks(g, n, number_of(stack[SCALE]), &out);
+    finish(stack, &t, g, whole ? n : 0, error, out);
 }

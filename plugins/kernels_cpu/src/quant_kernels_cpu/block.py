@@ -185,10 +185,19 @@ class BlockRun:
             return None
         if not self._takes_mask(x.shape[0], keys.shape[2], mask):
             return None
+        _join_layers()
         op = torch.ops.quant_cpu.decoder_layer.default
         return op(  # type: ignore[no-any-return]
             x, table, list(norms), self.text, cos, sin, keys, values, mask, at, scale, list(eps)
         )
+
+
+@torch.compiler.assume_constant_result
+def _join_layers() -> None:
+    """Asked for while a graph is traced, since it imports the compiler."""
+    from quant_kernels_cpu.join import join_layers
+
+    join_layers()
 
 
 def _is_position(at: Tensor) -> bool:

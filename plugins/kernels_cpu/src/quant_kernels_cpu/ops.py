@@ -9,6 +9,7 @@
     quant_cpu::linear_wide, linear_shared_wide   what csrc/dispatch.c leaves to matrix units
     quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
     quant_cpu::decoder_layer(...) -> y                           see layer.py
+    quant_cpu::decoder_layers(...) -> y                          see layers.py
 
 ``layout`` is ``Layout.text()`` (w8a8: ``Int8Layout.text()``); ``tensors`` are the buffers in the
 order of ``buffer_shapes`` (``int8_buffer_shapes``), those of several layers one after another.
@@ -42,6 +43,7 @@ from quant_kernels_cpu.layer import (
     run_layer,
     table_numbers,
 )
+from quant_kernels_cpu.layers import LAYERS_SCHEMA, fake_layers, run_layers
 from quant_kernels_cpu.library import AMX_TOKENS, Library, library, unavailable
 from quant_kernels_cpu.native import BLOCK, INT8, Block, Layer, register_native
 from quant_kernels_cpu.support import ROWS, layout_from_text
@@ -294,9 +296,14 @@ _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
         _fake_embedding,
     ),
     ("decoder_layer", LAYER_SCHEMA, run_layer, fake_layer),
+    ("decoder_layers", LAYERS_SCHEMA, run_layers, fake_layers),
 )
-_TAGS = {"decoder_layer": (torch.Tag.flexible_layout,)}  # its inputs are shared, not copied
-_NATIVE = ("linear", "linear_shared", "linear_w8a8", "linear_w8a8_shared", "decoder_layer")
+# their inputs are shared, not copied
+_TAGS = dict.fromkeys(("decoder_layer", "decoder_layers"), (torch.Tag.flexible_layout,))
+_NATIVE = (
+    *("linear", "linear_shared", "linear_w8a8", "linear_w8a8_shared"),
+    *("decoder_layer", "decoder_layers"),
+)
 _lib = torch.library.Library("quant_cpu", "DEF")
 for _name, _schema, _, _ in _OPS:
     _lib.define(_name + _schema, tags=_TAGS.get(_name, ()))
