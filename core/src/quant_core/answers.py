@@ -1,4 +1,4 @@
-"""What a hook may answer. The registry asks here, so that a wrong answer names its plugin.
+"""What hooks and schemes may answer, so that a wrong answer names the plugin that gave it.
 
 Iterables are walked here as well: what a generator raises is then the hook's own failure. Whether
 None is an answer is for each hook's caller to judge.
@@ -6,14 +6,16 @@ None is an answer is for each hook's caller to judge.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from quant_core.errors import PluginError, QuantError, printable
 from quant_core.spec import BlockType, FormatMatch, LayerDesc, ParamSpec
 
-__all__ = ["WrongAnswerError", "checked"]
+__all__ = ["WrongAnswerError", "ask_scheme", "checked"]
 
 Check = Callable[[Any], Any]
 """Gives the answer as core uses it; None if it is of another type."""
@@ -65,6 +67,24 @@ def _named(each: Check) -> Check:
     return check
 
 
+def _layer_tensors(answer: Any) -> Any:
+    """Every operand has the scales and offsets that its spec names."""
+    good = _one("tensors:LayerTensors")(answer)
+    for qt in good.operands.values() if good is not None else ():
+        minima = qt.spec.zero.levels if qt.spec.zero is not None else ()
+        if (len(qt.scales), len(qt.offset)) != (len(qt.spec.scales), len(minima)):
+            return None
+    return good
+
+
+def _json(answer: Any) -> Any:
+    try:
+        json.dumps(answer)
+    except (TypeError, ValueError):
+        return None
+    return _settings(answer)
+
+
 def _settings(answer: Any) -> Any:
     good = isinstance(answer, Mapping) and all(isinstance(name, str) for name in answer)
     return answer if good else None
@@ -81,7 +101,7 @@ _CHECKS: Mapping[str, tuple[str, Check]] = {
     "create_weights": ("a sequence of ParamSpec", _several(_one(ParamSpec))),
     "apply": ("an iterable of kernels, which have a name and accepts()", _several(_kernel)),
     "block_types": ("names with a BlockType each", _named(_one(BlockType))),
-    "make_config": ("the block, a mapping with string keys", _settings),
+    "make_config": ("the block, JSON with string keys", _json),
     "make_extras": ("Extras or None", _one("describe:Extras")),
     "cache_form": ("a CacheForm or None", _one("kv_cache:CacheForm")),
     "settle_options": ("options, a mapping with string keys", _settings),
@@ -103,3 +123,53 @@ def checked(hook: str, answer: Any) -> Any:
     if good is None:
         raise WrongAnswerError(f"{answer!r:.120}, expected {expected}")
     return good
+
+
+_METHODS: Mapping[str, tuple[str, Check]] = {
+    "params": ("a sequence of ParamSpec", _several(_one(ParamSpec))),
+    "canonicalize": ("LayerTensors with all scales of the spec", _layer_tensors),
+    "canonicalize_in_place": ("LayerTensors with all scales of the spec", _layer_tensors),
+    "serialize": ("tensors by the names of params", _named(lambda value: value)),
+}
+
+
+def ask_scheme(scheme: Any, method: str, layer: LayerDesc, *args: Any) -> Any:
+    """What a scheme's method gives for a layer.
+
+    Raises:
+        PluginError: ``Q-PLUGIN-RESULT`` if it raises anything but a ``QuantError`` or a lack of
+            memory, or gives something of another type.
+    """
+    expected, check = _METHODS[method]
+    try:
+        answer = getattr(scheme, method)(layer, *args)
+        good = check(answer)
+    except (QuantError, MemoryError):
+        raise
+    except Exception as err:
+        if _no_memory(err):
+            raise
+        found = f"raised {type(err).__name__}: {printable(err)}"
+        raise _scheme_error(scheme, method, layer, found) from err
+    if good is None:
+        found = f"returned {printable(repr(answer), 120)}, expected {expected}"
+        raise _scheme_error(scheme, method, layer, found)
+    return good
+
+
+def _no_memory(err: Exception) -> bool:
+    """What torch's allocators raise is a plain RuntimeError on the CPU."""
+    return type(err).__name__ == "OutOfMemoryError" or "allocate memory" in str(err)
+
+
+def _scheme_error(scheme: Any, method: str, layer: LayerDesc, found: str) -> PluginError:
+    owner = type(scheme).__module__.partition(".")[0]
+    name = getattr(scheme, "name", type(scheme).__name__)
+    return PluginError(
+        f"{printable(layer.stored)}: {method} of scheme {name!r} ({owner}) {found}. "
+        "This is a bug of the plugin; report it there.",
+        code="Q-PLUGIN-RESULT",
+        plugin=owner,
+        tensor=layer.stored,
+        actual=found,
+    )

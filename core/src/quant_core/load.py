@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quant_core.answers import ask_scheme
 from quant_core.errors import FormatError, printable
 from quant_core.finite import check_matrix
 from quant_core.kernels.finite import look_of
@@ -63,7 +64,8 @@ def read_matrix(
     one = layer
     if expert is not None:
         one = replace(layer, stored=layer.stored.format(expert=expert), experts=())
-    lt = (scheme.canonicalize_in_place if in_place else scheme.canonicalize)(one, tensors)
+    method = "canonicalize_in_place" if in_place else "canonicalize"
+    lt: LayerTensors = ask_scheme(scheme, method, one, tensors)
     check_matrix(one, lt, tensors, look_of(plan.registry))
     return lt
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from quant_core.answers import ask_scheme
 from quant_core.checkpoint.base import Checkpoint, Index
 from quant_core.detect import FLOAT_DTYPES, PLAIN_DTYPES, detect
 from quant_core.errors import CheckpointError, LayoutError, PluginError, printable, summarize
@@ -426,7 +427,7 @@ def _attention(
     for path, scheme in found.items():
         name = checkpoint.public_name(f"{path}.weight").removesuffix(".weight")
         layer = LayerDesc(kind="attention", name=name, stored=path)
-        out[name] = Member(layer=layer, scheme=scheme, params=tuple(scheme.params(layer)))
+        out[name] = Member(layer=layer, scheme=scheme, params=ask_scheme(scheme, "params", layer))
     return out
 
 
@@ -444,8 +445,8 @@ def _plan_member(
     layer = _sized(layer, scheme)
     params = registry.call_one(match.plugin, "create_weights", scheme=scheme, layer=layer)
     if params is None:
-        params = scheme.params(layer)
-    return Member(layer=layer, scheme=scheme, params=tuple(params))
+        params = ask_scheme(scheme, "params", layer)
+    return Member(layer=layer, scheme=scheme, params=params)
 
 
 def _names(members: Mapping[str, Member]) -> list[str]:

@@ -1,8 +1,9 @@
 """``quant verify``: read and check every tensor without running the model.
 
-Each matrix is brought to canonical form, which checks its values; opaque blocks are dequantized,
-float tensors must be finite; in the end every stored tensor is used or skipped by a named rule.
-All problems are listed, not the first only.
+Each matrix is brought to canonical form, which checks its values; opaque blocks, and one matrix of
+every kind, are dequantized, so that codes and scales fit each other; float tensors must be finite;
+in the end every stored tensor is used or skipped by a named rule. All problems are listed, not the
+first only.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from quant_core.cli.inspect import add_path
 from quant_core.cli.output import Progress, emit, escaped, size
-from quant_core.errors import LayoutError, QuantError
+from quant_core.errors import LayoutError, PluginError, QuantError, printable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quant_core.plan import Member, Plan
+    from quant_core.tensors import LayerTensors
 
 __all__ = ["HELP", "add_arguments", "run", "verify"]
 
@@ -29,15 +33,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="count warnings as problems")
 
 
-def _check_matrix(plan: Plan, member: Member, expert: int | None) -> None:
+def _dense(member: Member, matrix: LayerTensors) -> Tensor:
+    """The weights; tensors that do not fit each other are the scheme's fault."""
+    try:
+        return matrix.dequantize()
+    except QuantError as err:
+        found = str(err)
+        cause: Exception = err
+    except (RuntimeError, ValueError, IndexError, TypeError) as err:
+        found = f"{type(err).__name__}: {printable(err)}"
+        cause = err
+    raise PluginError(
+        f"{member.layer.stored}: what its scheme ({type(member.scheme).__module__}) makes of the "
+        f"stored tensors cannot be dequantized ({found.rstrip('.')}), expected codes and scales "
+        "that fit its shape. This is a bug of the plugin; report it there.",
+        code="Q-PLUGIN-RESULT",
+        tensor=member.layer.stored,
+    ) from cause
+
+
+def _check_matrix(plan: Plan, member: Member, expert: int | None, seen: set[object]) -> None:
+    import torch
+
     from quant_core.load import read_matrix
 
     matrix = read_matrix(plan, member, expert)
-    if not matrix.weight.spec.blocks:
+    kind = (type(member.scheme), matrix.weight.spec, matrix.weight.packing, matrix.weight.shape)
+    if kind in seen and not matrix.weight.spec.blocks:
         return
-    import torch
-
-    bad = int((~torch.isfinite(matrix.dequantize())).sum())
+    seen.add(kind)
+    bad = int((~torch.isfinite(_dense(member, matrix))).sum())
     if bad:
         raise LayoutError(
             f"{member.layer.stored}: {bad} weights are NaN or infinite, expected finite numbers. "
@@ -76,10 +101,11 @@ def _check_cache(plan: Plan, member: Any) -> None:
 
 def _steps(plan: Plan) -> Iterator[tuple[str, Any]]:
     """(what, check) for everything there is to read."""
+    seen: set[object] = set()
     for name, member in plan.quantized.items():
         for expert in member.layer.experts or (None,):
             what = name if expert is None else f"{name}[{expert}]"
-            yield what, lambda m=member, e=expert: _check_matrix(plan, m, e)
+            yield what, lambda m=member, e=expert: _check_matrix(plan, m, e, seen)
     for name, member in plan.attention.items():
         yield name, lambda m=member: _check_cache(plan, m)
     for public in plan.dense:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from quant_core.answers import ask_scheme
 from quant_core.convert.cache import cache_label, check_cache, fit_cache
 from quant_core.convert.fit import Fit, cannot_hold
 from quant_core.convert.measure import Distance, distance
@@ -178,9 +179,9 @@ class _Pass:
         """Serialize, read back, compare."""
         scheme, layer = fit.scheme, target_layer(member.layer)
         assert scheme is not None
-        stored = scheme.serialize(layer, fit.tensors)
+        stored = ask_scheme(scheme, "serialize", layer, fit.tensors)
         one = layer if expert is None else replace(layer, experts=())
-        back = scheme.canonicalize(one, stored)
+        back = ask_scheme(scheme, "canonicalize", one, stored)
         before = total.squared
         distance(lt.weight, back.weight, scheme.shape[1], total)
         differ = [
@@ -201,7 +202,7 @@ class _Pass:
                 plugin=self.format,
                 tensor=layer.name,
             )
-        for param in scheme.params(layer):
+        for param in ask_scheme(scheme, "params", layer):
             if param.name in stored:
                 value = stored[param.name]
                 for name, index in param_sources(layer, param, expert):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quant_core.answers import ask_scheme
 from quant_core.checkpoint.base import Checkpoint, Index
 from quant_core.errors import CheckpointError, PluginError
 from quant_core.kv_cache import CacheScheme
@@ -134,7 +135,8 @@ class Target:
         )
         member = self.plan.members[name]
         assert isinstance(member.scheme, Scheme)
-        return member.scheme.serialize(member.layer, fit.tensors)
+        made: dict[str, Tensor] = ask_scheme(member.scheme, "serialize", member.layer, fit.tensors)
+        return made
 
     def cache(self, name: str) -> dict[str, Tensor]:
         """Stored name -> tensor of the scales of keys and values of one attention module."""

@@ -208,6 +208,13 @@ def write_target(
             files = registry.call_one(
                 target.format, "write_checkpoint", target=target, folder=folder
             )
+            if not files:
+                raise PluginError(
+                    f"plugin {target.format!r}: hook write_checkpoint named no file, expected the "
+                    "paths of the files written. This is a bug of the plugin; report it there.",
+                    code="Q-PLUGIN-RESULT",
+                    plugin=target.format,
+                )
             if _single_file(target, path):
                 warnings = _check_result(target, Path(files[0]))
                 _place(Path(files[0]), path)

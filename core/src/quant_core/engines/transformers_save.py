@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quant_core.answers import ask_scheme
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.checkpoint.write import write_safetensors
 from quant_core.engines.transformers_names import Slot
@@ -274,8 +275,8 @@ def _member(
         one = layer
         if expert is not None:
             one = replace(layer, stored=layer.stored.format(expert=expert), experts=())
-        values = scheme.serialize(one, _as_stored(part, bound))
-        for param in scheme.params(layer):
+        values = ask_scheme(scheme, "serialize", one, _as_stored(part, bound))
+        for param in ask_scheme(scheme, "params", layer):
             if param.name in values:
                 sources = param_sources(layer, param, expert)
                 yield from _split(p, values[param.name], sources, shared)
