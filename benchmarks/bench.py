@@ -11,7 +11,8 @@ slows all of them alike. Times are whole steps: Python, attention, sampling by a
 
 Where other work shares the cores, ``best`` (the fastest single decode step of all rounds) and
 ``cpu ms`` (processor time of a step, all threads together, least of all rounds) say more than wall
-time. With ``--compiled`` torch.compile runs the decode steps too, over a static cache.
+time. With ``--compiled`` torch.compile runs the decode steps too, over a static cache, each with
+its argmax as one graph.
 
 Where ``llama-cpp-python`` is installed from its source (``pip install --no-binary :all:
 llama-cpp-python``, which compiles llama.cpp for this processor; ten minutes), that build runs too.
@@ -85,18 +86,19 @@ def smollm2() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+def next_token(model: Any, **inputs: Any) -> torch.Tensor:
+    """The greedy choice behind the last position."""
+    return model(**inputs).logits[:, -1].argmax(-1, keepdim=True)
+
+
 def compiled(model: Any) -> Callable[..., Any]:
-    """The model's forward as one graph.
+    """``next_token`` of a model as one graph.
 
     Compiled code belongs to a code object, and ``COMPILE`` drops the checks that tell two models of
     one class apart: each gets a code object of its own.
     """
-    forward = type(model).forward
-    code = forward.__code__.replace(co_name=f"forward_{id(model)}")
-    own = types.FunctionType(
-        code, forward.__globals__, code.co_name, forward.__defaults__, forward.__closure__
-    )
-    own.__kwdefaults__ = forward.__kwdefaults__
+    code = next_token.__code__.replace(co_name=f"next_token_{id(model)}")
+    own = types.FunctionType(code, globals(), code.co_name)
     options = dict(COMPILE)  # torch.compile takes entries out of it
     run = torch.compile(own, fullgraph=True, dynamic=False, options=options)
     return functools.partial(run, model)
@@ -110,10 +112,10 @@ def transformers_step(model: Any, *, context: int = 0) -> Step:
     """
     from transformers import DynamicCache, StaticCache
 
-    forward, fixed = model, None
+    choose, fixed = functools.partial(next_token, model), None
     if context:
         fixed = StaticCache(config=model.config, max_cache_len=context)
-        forward = compiled(model)
+        choose = compiled(model)
 
     @torch.inference_mode()
     def step(prompt: list[int], count: int) -> Round:
@@ -121,15 +123,13 @@ def transformers_step(model: Any, *, context: int = 0) -> Step:
         if fixed is not None:
             fixed.reset()
         start = time.perf_counter()
-        logits = model(
-            input_ids=torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1
-        ).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
+        token = next_token(
+            model, input_ids=torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1
+        )
 
         def one(_: int) -> None:
             nonlocal token
-            logits = forward(input_ids=token, past_key_values=cache).logits
-            token = logits[:, -1].argmax(-1, keepdim=True)
+            token = choose(input_ids=token, past_key_values=cache)
 
         return timed_steps(count, one, start)
 
