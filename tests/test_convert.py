@@ -178,6 +178,19 @@ def test_unknown_target_lists_the_known_ones(fixtures, tmp_path):
         convert(fixtures / AWQ, tmp_path / "out", to="nonsense")
     assert caught.value.code == "Q-FMT-TARGET"
     assert "gptq" in str(caught.value)
+    assert "Install the plugin" in str(caught.value)
+
+
+def test_installed_plugin_that_writes_nothing_is_said_to_be_one(fixtures, tmp_path):
+    with pytest.raises(FormatError, match="'kernels_torch', whose plugin has no hook fit_scheme"):
+        convert(fixtures / AWQ, tmp_path / "out", to="kernels_torch")
+
+
+def test_float_checkpoint_has_nothing_to_convert(write, tmp_path):
+    source = write({"m.weight": torch.zeros(2, 2)})
+    with pytest.raises(FormatError, match=r"nothing to convert.*Quantize the model first") as caught:
+        convert(source.path, tmp_path / "out", to="gptq")
+    assert caught.value.code == "Q-FMT-TARGET"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from quant_core.errors import FormatError, printable, summarize
 if TYPE_CHECKING:
     from quant_core.convert.compare import diff
     from quant_core.convert.survey import LayerReport
+    from quant_core.plan import Plan
     from quant_core.registry import Registry
 
 _CONTAINER = "write_checkpoint"  # the hook of formats whose container keeps its own metadata
@@ -63,6 +64,24 @@ class Result:
 def targets(registry: Registry) -> list[str]:
     """Ids of the formats that can be written."""
     return [i for i in registry.plugins if registry.implements(i, "fit_scheme")]
+
+
+def _target_error(source: Plan, to: str, known: list[str]) -> FormatError:
+    problem, fix = f"cannot be written as {printable(to)!r}", "Install the plugin of the format."
+    if source.match is None:
+        problem = "is not quantized and has nothing to convert"
+        fix = "Quantize the model first (`online=` of load_model)."
+    elif to in source.registry.plugins:
+        problem += ", whose plugin has no hook fit_scheme"
+        fix = "Choose another target."
+    return FormatError(
+        f"{printable(source.checkpoint.path)}: {problem}, expected a quantized checkpoint and "
+        f"one of {summarize(known) or 'no format (none installed)'}. {fix}",
+        code="Q-FMT-TARGET",
+        path=source.checkpoint.path,
+        expected=known,
+        actual=to,
+    )
 
 
 def convert(
@@ -111,18 +130,7 @@ def convert(
         source = plan(checkpoint)
         known = targets(source.registry)
         if to not in known or source.match is None:
-            problem = f"cannot be written as {printable(to)!r}"
-            if source.match is None:
-                problem = "is not quantized and has nothing to convert"
-            raise FormatError(
-                f"{printable(checkpoint.path)}: {problem}, expected a quantized checkpoint and "
-                f"one of {summarize(known) or 'no format (none installed)'}. "
-                "Install the plugin of the format, or quantize the model first.",
-                code="Q-FMT-TARGET",
-                path=checkpoint.path,
-                expected=known,
-                actual=to,
-            )
+            raise _target_error(source, to, known)
         check_destination(path)
         total = len(source.quantized)
         found = survey(
