@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import mmap
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +49,34 @@ def test_empty_large_outlives_its_maker_and_copies_like_any_tensor() -> None:
     expected = torch.arange(MAPPED_BYTES + 5, MAPPED_BYTES + 9, dtype=torch.int32)
     assert torch.equal(view, expected)
     assert torch.equal(pickle.loads(pickle.dumps(view.clone())), expected)
+
+
+def test_smaller_buffers_share_a_mapping_but_no_byte() -> None:
+    made = [poisoned((100, 333), torch.uint8) for _ in range(600)]  # more than two mappings
+    for i, one in enumerate(made):
+        one.fill_(i % 251)
+    assert all(bool((one == i % 251).all()) for i, one in enumerate(made))
+    assert all(one.data_ptr() % 64 == 0 for one in made)
+    steps = [b.data_ptr() - a.data_ptr() for a, b in itertools.pairwise(made)]
+    assert steps.count(33344) > 590  # side by side, in lines of 64 bytes
+    assert {one.untyped_storage().nbytes() for one in made} == {33300}
+    kept = made[300].clone()
+    last = made[300]
+    del made, one
+    assert torch.equal(last, kept)
+    assert torch.equal(pickle.loads(pickle.dumps(last)), kept)
+
+
+def test_memory_of_buffers_that_are_gone_is_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before = resident()
+    made = [poisoned((200_000,), torch.uint8) for _ in range(500)]
+    assert resident() - before > 90_000_000
+    del made
+    gc.collect()
+    assert resident() - before < 40_000_000
 
 
 def test_empty_is_on_the_device_asked_for_under_another_default() -> None:
