@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -149,3 +150,14 @@ def test_a_lost_scale_and_an_unknown_key_are_errors(site, checkpoint, tmp_path):
     odd = quant(site, "verify", tmp_path, check=False)
     assert odd.returncode == 1
     assert "quantization_config: found bits" in odd.stderr
+
+
+def test_a_kernel_that_breaks_is_named_with_its_package(site, checkpoint, tmp_path):
+    broken = shutil.copytree(site, tmp_path / "site")
+    file = broken / "quant_kernels_rows8" / "kernel.py"
+    file.write_text(file.read_text().replace("codes, scales = buffers", "buffers['codes']"))
+    done = quant(
+        broken, "bench", checkpoint[0], "--rows", "1", "--kernels", "rows8_mm", check=False
+    )
+    assert done.returncode == 3
+    assert "in plugin 'kernels_rows8' (quant-kernels-rows8 0.1.0): TypeError" in done.stderr

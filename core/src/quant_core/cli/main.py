@@ -96,13 +96,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as err:
         if args.traceback:
             traceback.print_exc()
-        kind = type(err).__name__
+        kind, owner = type(err).__name__, _owner(err)
+        where, bug, there = "", "a bug", ""
+        if owner:
+            where, bug, there = f" in plugin {owner}", "a bug of the plugin", " there"
         print(
-            f"quant: internal error: {kind}: {escaped(err)}. This is a bug; "
-            "run again with --traceback and report it.",
+            f"quant: internal error{where}: {kind}: {escaped(err)}. This is {bug}; "
+            f"run again with --traceback and report it{there}.",
             file=sys.stderr,
         )
         return INTERNAL
+
+
+def _owner(err: Exception) -> str:
+    """The plugin whose code was the last to run before ``err``; "" if none of it was on the way."""
+    from quant_core.registry import registry
+
+    packages = {p.target.split(":")[0].split(".")[0]: p for p in registry().plugins.values()}
+    names = (str(f.f_globals.get("__name__")) for f, _ in traceback.walk_tb(err.__traceback__))
+    met = [p for name in names if (p := packages.get(name.split(".")[0])) is not None]
+    return f"{met[-1].id!r} ({met[-1].dist} {met[-1].version})" if met else ""
 
 
 if __name__ == "__main__":
