@@ -18,6 +18,8 @@ each, without touching anybody else's):
     opened  the same without summing up: when ``load_model`` returns
     mapped  ``load_model(mmap=True)``, a first load that uses the checkpoint's own pages, and then
             every byte of the model summed up
+    placed  the same without summing up: when ``load_model(mmap=True)`` returns. Where scales lie in
+            blocks beside the codes every line of the file has been read then, to look at them
 
 Reported are the fastest round of each and the processor time (user + system) of the cheapest, which
 other work on the machine disturbs less. Weights are random; only their sizes and layouts matter.
@@ -133,7 +135,7 @@ MADE: dict[str, tuple[Callable[[int, int], dict[str, torch.Tensor]], dict[str, A
     "ct-w8a8": (_int8, _groups(_W8, _A8, "int-quantized")),
 }  # fmt: skip
 KINDS = (*MADE, "gguf-q4_1", "smollm2")
-WAYS = ("touch", "copy", "load", "read", "warm", "opened", "mapped")
+WAYS = ("touch", "copy", "load", "read", "warm", "opened", "mapped", "placed")
 
 
 def make(folder: Path, kind: str, layers: int, shape: Shape = SHAPES["small"]) -> Path:
@@ -270,6 +272,10 @@ def mapped(path: Path) -> Any:
     return model, _touched(model)
 
 
+def placed(path: Path) -> Any:
+    return quant_core.load_model(path, prepared="off", mmap=True)
+
+
 def opened(path: Path, cache: Path) -> Any:
     with _mapping("1"):
         return quant_core.load_model(path, prepared=cache)
@@ -309,6 +315,7 @@ def measure(
         "warm": lambda: warm(path, cache),
         "opened": lambda: opened(path, cache),
         "mapped": lambda: mapped(path),
+        "placed": lambda: placed(path),
     }
     needs_entry = {"read", "warm", "opened"} & set(chosen)
     # imports, page cache, and the entry

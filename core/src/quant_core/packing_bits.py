@@ -125,13 +125,15 @@ def _order(codes: Tensor, order: tuple[int, ...], *, inverse: bool) -> Tensor:
 def _unpack_interleaved(words: Tensor, count: int) -> Tensor:
     """Nibbles 0 to 3 are columns 0 2 4 6, nibbles 4 to 7 columns 1 3 5 7: [R, W] -> [R, count].
 
-    Shifting by 4 j leaves columns 2 j and 2 j + 1 at the bottom of both halves of a word.
+    0 2 4 6 1 3 5 7  ->  0 2 1 3 4 6 5 7  ->  0 1 2 3 4 5 6 7: the middle bytes change places,
+    then the middle nibbles of both halves.
     """
-    pairs = torch.empty(*words.shape, 4, dtype=torch.int16, device=words.device)
-    for j in range(4):
-        both = (words >> (4 * j)).bitwise_and_(0x000F000F)
-        pairs[..., j] = both | (both >> 8)  # the low 16 bits
-    return view_as(pairs.flatten(-2), torch.uint8)[:, :count]
+    stream = words.clone()
+    for shift, middle in ((8, 0x0000FF00), (4, 0x00F000F0)):
+        other = (stream >> shift).bitwise_xor_(stream).bitwise_and_(middle)
+        stream ^= other
+        stream ^= other.bitwise_left_shift_(shift)
+    return unpack_stream(view_as(stream, torch.uint8), 4, count)
 
 
 def unpack_rows(words: Tensor, bits: int, count: int, packing: Packing) -> Tensor:
