@@ -18,7 +18,7 @@ from checkpoint_sets import FIXTURES, checkpoint_dirs
 from producers import expected, within
 from quant_core import as_config, load_model
 from quant_core.checkpoint.open import open_checkpoint
-from quant_core.errors import CheckpointError, ConfigError
+from quant_core.errors import CheckpointError, ConfigError, LayoutError
 from quant_core.nn import QuantModule
 from quant_core.row_order import head_of, in_model_order
 from quant_kernels_cpu.library import unavailable
@@ -108,6 +108,46 @@ def test_saved_model_holds_what_the_checkpoint_holds(tmp_path: Path) -> None:
         got = load_file(next((tmp_path / path.name).glob("model*.safetensors")))
         assert got.keys() == want.keys()
         assert all(torch.equal(got[n], t) for n, t in want.items())
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("name", ["gptqmodel-awq-gemm-g128", "ct-w4a16-awq-asym"])
+def test_scale_that_is_no_number_is_refused_and_named(name: str, place: str, tmp_path) -> None:
+    shutil.copytree(FIXTURES / name, path := tmp_path / name)
+    file = next(path.glob("model*.safetensors"))
+    tensors = load_file(file)
+    scales = [n for n in tensors if n.endswith((".scales", ".weight_scale"))]
+    bad = scales[0 if place == "first" else -1]
+    tensors[bad].view(-1)[-1] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(LayoutError, match=r"1 of \d+ scale values are NaN") as err:
+        load(path, mmap=True)
+    assert err.value.code == "Q-VALUE-SCALE"
+    assert bad.startswith(str(err.value.tensor))
+
+
+@pytest.mark.parametrize("leaf", ["attn_q", "attn_k", "ffn_down"])
+@pytest.mark.parametrize(
+    "path", checkpoint_dirs(("gguf-llama-q4_0", "gguf-llama-q8_0")), ids=lambda p: p.name
+)
+def test_scale_in_a_block_is_looked_at_where_it_lies(path: Path, leaf: str, tmp_path) -> None:
+    shutil.copytree(path, copied := tmp_path / path.name)
+    file = next(copied.glob("*.gguf"))
+    with open_checkpoint(copied) as checkpoint:
+        info = checkpoint.tensors[f"blk.1.{leaf}.weight"]
+    block = {"q4_0": 18, "q8_0": 34}[info.dtype]
+    data = bytearray(file.read_bytes())
+    at = info.offset + info.nbytes - block  # the last block: a float16, then codes
+    for value, refused in ((0x7BFF, False), (0xFC00, True), (0x7E01, True)):
+        data[at : at + 2] = value.to_bytes(2, "little")
+        file.write_bytes(data)
+        if not refused:
+            load(copied, mmap=True)
+            continue
+        with pytest.raises(LayoutError) as err:
+            load(copied, mmap=True)
+        assert (err.value.code, err.value.actual) == ("Q-VALUE-SCALE", 1)
+        assert leaf in str(err.value.tensor)
 
 
 @pytest.mark.parametrize("path", checkpoint_dirs(("gguf-llama-q4_0",)), ids=lambda p: p.name)

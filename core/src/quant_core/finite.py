@@ -14,7 +14,7 @@ bytes in each of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from quant_core.kernels.finite import Look, all_finite
 from quant_core.spec import TENSOR, LayerDesc, Scale
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
-__all__ = ["check_matrix", "odd_codes"]
+__all__ = ["Read", "check_matrices", "check_matrix", "odd_codes"]
 
 _PIECE = 1 << 19  # bytes, so that the copy of a piece stays in the cache
 _LEAST = {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}  # without the sign; what is not below is no number
@@ -113,37 +113,54 @@ def _check_level(
         raise _error(where, bad, f"{name} values", "Q-VALUE-SCALE")
 
 
-def check_matrix(
-    layer: LayerDesc,
-    lt: LayerTensors,
-    stored: Mapping[str, Tensor],
-    look: Look = all_finite,
-) -> None:
-    """Codes, scales, offsets and bias of one matrix are finite.
+Read = tuple[LayerDesc, LayerTensors, Mapping[str, Tensor]]
+"""A matrix as it was read: its layer, its tensors, and the stored ones that it was made of."""
+
+
+def check_matrices(read: Sequence[Read], look: Look = all_finite) -> None:
+    """Codes, scales, offsets and bias of every matrix are finite.
 
     Args:
-        stored: the tensors it was read from, to name the one that is not.
-        look: who looks at floats first; what it finds is looked for again, and named.
+        read: stored tensors are those that an error names.
+        look: who looks at floats first, of all matrices at once; what it finds is looked for
+            again, and named.
 
     Raises:
         LayoutError: ``Q-VALUE-WEIGHT`` for codes and bias, ``Q-VALUE-SCALE`` for scales and
             offsets, with the number of values and the place of the first.
     """
-    where = layer.stored
-    levels = []
+    levels = [list(_levels(lt)) for _, lt, _ in read]
+    floats = [v for found in levels for _, _, v, _ in found if v.dtype in _FLOATS]
+    floats += [lt.bias for _, lt, _ in read if lt.bias is not None and lt.bias.dtype in _FLOATS]
+    finite = not floats or look(floats)
+    for (layer, lt, stored), found in zip(read, levels, strict=True):
+        where = layer.stored
+        for qt in lt.operands.values():
+            if not qt.spec.blocks:
+                _check_codes(where, qt, stored)
+        for name, qt, values, scale in found:
+            if not (finite and values.dtype in _FLOATS):
+                _check_level(where, name, values, scale, qt.codebook)
+        if lt.bias is not None and not (finite and lt.bias.dtype in _FLOATS):
+            bad = ~torch.isfinite(lt.bias.float())
+            if bool(bad.any()):
+                raise _error(f"{where}.bias", bad, "values", "Q-VALUE-WEIGHT")
+
+
+def _levels(lt: LayerTensors) -> Iterator[tuple[str, QuantizedTensor, Tensor, Scale]]:
+    """What it is, whose, its values and their meaning: of all scales and offsets."""
     for qt in lt.operands.values():
         if qt.spec.blocks:
             continue
-        levels += [("scale", qt, *pair) for pair in zip(qt.scales, qt.spec.scales, strict=True)]
+        for values, scale in zip(qt.scales, qt.spec.scales, strict=True):
+            yield "scale", qt, values, scale
         minima = qt.spec.zero.levels if qt.spec.zero is not None else ()
-        levels += [("offset", qt, *pair) for pair in zip(qt.offset, minima, strict=True)]
-        _check_codes(where, qt, stored)
-    floats = [values for _, _, values, _ in levels if values.dtype in _FLOATS]
-    finite = not floats or look(floats)
-    for name, qt, values, scale in levels:
-        if not (finite and values.dtype in _FLOATS):
-            _check_level(where, name, values, scale, qt.codebook)
-    if lt.bias is not None:
-        bad = ~torch.isfinite(lt.bias.float())
-        if bool(bad.any()):
-            raise _error(f"{where}.bias", bad, "values", "Q-VALUE-WEIGHT")
+        for values, scale in zip(qt.offset, minima, strict=True):
+            yield "offset", qt, values, scale
+
+
+def check_matrix(
+    layer: LayerDesc, lt: LayerTensors, stored: Mapping[str, Tensor], look: Look = all_finite
+) -> None:
+    """``check_matrices`` of one."""
+    check_matrices([(layer, lt, stored)], look)

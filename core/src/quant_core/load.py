@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant_core.answers import ask_scheme
 from quant_core.errors import FormatError, printable
-from quant_core.finite import check_matrix
+from quant_core.finite import Read, check_matrix
 from quant_core.kernels.finite import look_of
 from quant_core.plan import Member, Plan, param_sources
 from quant_core.plan import plan as make_plan
@@ -34,6 +34,7 @@ def read_matrix(
     bias: bool = True,
     mapped: bool = False,
     in_place: bool = False,
+    unlooked: list[Read] | None = None,
 ) -> LayerTensors:
     """One matrix of a quantized member in canonical form.
 
@@ -42,6 +43,8 @@ def read_matrix(
         bias: False leaves a stored bias unread.
         mapped: whole stored tensors may be pages of their files, ``Checkpoint.mapped``.
         in_place: rows stay in the order in which they are stored, ``Scheme.row_order``.
+        unlooked: takes what was read, for a caller who sees to ``check_matrices`` himself; None:
+            it is checked here.
 
     Raises:
         CheckpointError: the file changed or cannot be read.
@@ -66,7 +69,10 @@ def read_matrix(
         one = replace(layer, stored=layer.stored.format(expert=expert), experts=())
     method = "canonicalize_in_place" if in_place else "canonicalize"
     lt: LayerTensors = ask_scheme(scheme, method, one, tensors)
-    check_matrix(one, lt, tensors, look_of(plan.registry))
+    if unlooked is None:
+        check_matrix(one, lt, tensors, look_of(plan.registry))
+    else:
+        unlooked.append((one, lt, tensors))
     return lt
 
 

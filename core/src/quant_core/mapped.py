@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from quant_core.build import Builder, check_size
+from quant_core.finite import Read, check_matrices
 from quant_core.kernels.choose import Choice, choose_in_place
+from quant_core.kernels.finite import look_of
 from quant_core.load import read_matrix, read_parameter
 from quant_core.nn import BoundMember, QuantLinear, QuantModule
 from quant_core.plan import Member
@@ -31,12 +33,36 @@ class MappedBuilder(Builder):
 
     Attributes:
         places: who runs an operation in place, by operation and names allowed.
+
+    Whether numbers are finite is looked at in the end (``finish``), for all layers at once that
+    stay where they are, and for others before they are copied.
     """
 
     places: dict[tuple[OpSpec, frozenset[str]], Choice | None] = field(default_factory=dict)
+    _fresh: list[Read] = field(default_factory=list)  # read, and not bound yet
+    _unlooked: list[Read] = field(default_factory=list)  # bound where they are
 
     def matrix(self, member: Member) -> LayerTensors:
-        return read_matrix(self.plan, member, mapped=True)
+        return read_matrix(self.plan, member, mapped=True, unlooked=self._fresh)
+
+    def finish(self) -> None:
+        """Look at what is left to look at. Before that, nothing of this load may be used.
+
+        Raises:
+            LayoutError: as ``read_matrix``.
+        """
+        self._look([*self._fresh, *self._unlooked])
+        self._fresh, self._unlooked = [], []
+
+    def _look(self, read: Sequence[Read]) -> None:
+        if read:
+            check_matrices(read, look_of(self.plan.registry))
+
+    def _bound(self, lt: LayerTensors | None) -> None:
+        """Of what was read, ``lt`` stays where it is."""
+        self._unlooked += [r for r in self._fresh if r[1] is lt]
+        self._look([r for r in self._fresh if r[1] is not lt])
+        self._fresh = []
 
     def parameter(self, name: str) -> Tensor:
         stored = self.plan.dense[name]
@@ -60,14 +86,16 @@ class MappedBuilder(Builder):
         self, name: str, member: Member, n: int | None, k: int | None
     ) -> QuantModule | None:
         """A layer whose rows a file has in another order than the model, if a kernel runs it so."""
-        lt = read_matrix(self.plan, member, mapped=True, in_place=True)
+        lt = read_matrix(self.plan, member, mapped=True, in_place=True, unlooked=self._fresh)
         check_size(name, lt.weight, n, k, member.scheme.shape[1])  # type: ignore[union-attr]
         op = self.op_for("linear", lt, member)
         order = member.scheme.row_order  # type: ignore[union-attr]
         rows, packing = lt.weight.shape[0], lt.weight.packing
         bound = BoundMember(name=member.layer.name, start=0, stop=rows, packing=packing)
         op = replace(op, features=op.features | {order})
-        return self._adopted(QuantLinear, name, op, lt, [bound])
+        module = self._adopted(QuantLinear, name, op, lt, [bound])
+        self._bound(lt if module is not None else None)
+        return module
 
     def _adopted(
         self, cls: type[QuantModule], name: str, op: OpSpec, lt: LayerTensors,
@@ -90,6 +118,7 @@ class MappedBuilder(Builder):
         members: Sequence[BoundMember],
     ) -> QuantModule:  # fmt: skip
         module = self._adopted(cls, name, op, lt, members)
+        self._bound(lt if module is not None else None)
         if module is not None:
             return module
         return super(MappedBuilder, self)._bind(cls, name, op, lt, members)

@@ -10,6 +10,7 @@ typedef struct {
     int64_t type, rows, columns, span, row, column;
 } qk_floats;
 
-int qk_finite(const qk_floats *);
+/* 1 if every value of all `n` is finite, else 0. */
+int qk_all_finite(const qk_floats *, int64_t n);
 
 #endif

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from quant_core.prepared.folder import BUFFERS, folder_for, make_room, remove
 from quant_core.prepared.key import Key, key_of
 from quant_core.prepared.pages import MAPPED_BYTES, mapping_wanted
 from quant_core.spec import OpSpec
+
+if TYPE_CHECKING:
+    from quant_core.mapped import MappedBuilder
 
 __all__ = ["PreparedBuilder", "builder_for"]
 
@@ -252,7 +255,7 @@ def _parts(plan: Plan) -> list[tuple[str, int, int]]:
     return [(str(folder / t.file), t.offset, t.nbytes) for t in ordered]
 
 
-def _mapped_builder(folder: Path | None, settings: Mapping[str, Any]) -> Builder:
+def _mapped_builder(folder: Path | None, settings: Mapping[str, Any]) -> MappedBuilder:
     from quant_core.mapped import MappedBuilder
 
     builder = MappedBuilder(**settings)
@@ -285,7 +288,9 @@ def builder_for(
     """
     folder = folder_for(prepared)
     if mmap:
-        yield _mapped_builder(folder, settings)
+        mapped = _mapped_builder(folder, settings)
+        yield mapped
+        mapped.finish()
         return
     builder = Builder(**settings)
     files = _parts(builder.plan)

@@ -46,7 +46,7 @@ def _run(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
                 return False
         elif value.numel():
             places[value.data_ptr()] = _place(value)
-    look, seen = library().c.qk_finite, set()
+    found, seen = [], set()
     for at, place in sorted(places.items()):
         if at in seen:
             continue
@@ -54,10 +54,8 @@ def _run(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
         beside = along > size and places.get(at + size) == place
         if beside:  # in the same blocks: one pass over them
             seen.add(at + size)
-        floats = _Floats(at, kind, rows, columns, 1 + beside, across, along)
-        if not look(ctypes.byref(floats)):
-            return False
-    return True
+        found.append(_Floats(at, kind, rows, columns, 1 + beside, across, along))
+    return not found or bool(library().c.qk_all_finite((_Floats * len(found))(*found), len(found)))
 
 
 class CpuFinite(Weightless):

@@ -23,7 +23,7 @@ __all__ = ["AMX_TOKENS", "ISAS", "Library", "library", "unavailable"]
 AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
 ISAS = ("none", "avx2", "avx512", "bf16")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 21  # of the C interface, as in hatch_build.py
+_VERSION = 22  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _load() -> Library | str:
     c.qk_load.restype = None
     c.qk_load_grid.argtypes = [*[pointer] * 2, *[integer] * 2, pointer]
     c.qk_load_grid.restype = None
-    c.qk_finite.argtypes = [pointer]
+    c.qk_all_finite.argtypes = [pointer, integer]
     c.qk_unload.argtypes = [*[pointer] * 2, *[integer] * 4]
     c.qk_unload.restype = None
     isa = c.qk_isa()
