@@ -140,7 +140,9 @@ class LayerPart:
             return None
         cache, angles = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
         mask = kwargs.get("attention_mask")
-        if cache is None or angles is None or mask is None or not _known(kwargs):
+        if cache is None or angles is None or mask is None:
+            return None
+        if not _known_while_traced(kwargs):
             return None
         attention: Any = module._modules[self.names[0][0]]
         layer = _static_layer_of(cache, attention.layer_idx, mask)
@@ -173,6 +175,16 @@ def _known(kwargs: Mapping[str, Any]) -> bool:
     if kwargs.keys() <= _KNOWN:
         return True
     return all(v is None or v is False for n, v in kwargs.items() if n not in _KNOWN)
+
+
+def _known_while_traced(kwargs: Mapping[str, Any]) -> bool:
+    """The same with the names written out: a set would be guarded, name by name and layer by layer,
+    on every call of the graph."""
+    for n, v in kwargs.items():
+        known = n in ("attention_mask", "position_ids", "past_key_values", "use_cache")
+        if not (known or n == "position_embeddings" or v is None or v is False):
+            return False
+    return True
 
 
 def _below(module: nn.Module, path: tuple[str, ...]) -> Any:
