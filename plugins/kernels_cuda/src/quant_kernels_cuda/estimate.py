@@ -4,11 +4,14 @@
     + x  + what a kernel costs whatever it does
 
 ``max`` is the third root of the sum of cubes: near a tie each is felt. Instructions of a group of
-16 x 128 weights were counted in compiled code. The other constants are fitted to measured cuts of
-five layers of int4, fp4 and fp8, 1 to 16 rows: of 64 choices the mean is within 2 % of the best.
+16 x 128 weights were counted in compiled code. The other constants are fitted to measured cuts:
+of 4-bit codes to 619 of int4 and fp4 at five layers, 1 to 16 rows (of 58 choices the mean is within
+0.3 % of the best, one 2.1 %), of other weights to cuts of an earlier build (2 % in the mean).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from quant_kernels_cuda.cut import Schedule, sums_bytes
 from quant_kernels_cuda.variant import Variant
@@ -16,23 +19,72 @@ from quant_kernels_cuda.variant import Variant
 __all__ = ["estimate", "instructions"]
 
 _CODE = {"2": 89, "3": 142, "4": 77, "5": 79, "6": 79, "7": 79, "8": 79}  # by CODE_BITS
-_FLOAT_CODE = {"4": 134, "8": 135}
+_FLOAT_CODE = {"4": 141, "8": 135}
 _PER_US = 4 * 1755.0  # instructions of a multiprocessor: four schedulers at 1.755 GHz
 
-_BYTES_PER_US, _X_PER_US = 25e3, 40.3e3  # of a multiprocessor: weights, x
-_TURN_US, _INSTRUCTION_US, _TURN = 0.243, 0.00194, 102.0  # _TURN: instructions
-_RESIDENT_US = 2.24
-_JOIN_US, _JOIN_BLOCK_US, _JOIN_FREE = 0.3, 0.25, 4  # of a cluster, and of blocks beyond four
-# A deep ring helps where memory is the limit, and keeps x waiting: us, by tiles of 8 rows
-_DEEP_US, _DEEP_PER_US, _DEEP_MOST, _DEEP_LEAST = {1: 1.3, 2: 2.1}, 0.28, 0.9, -0.8
 
-_GENERAL_BYTES_PER_US, _GENERAL_X_PER_US = 25e3, 90.3e3
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fit:
+    """Constants; of rates that a multiprocessor has, per microsecond.
+
+    Attributes:
+        bytes, x: of weights and of x that resident.cu reads.
+        turn_us, instruction_us, turn: of a turn of its loop; what each instruction adds; how many
+            a turn has beside those for weights.
+        us: that a kernel costs whatever it does.
+        join_us, join_block_us: of a cluster, and of every block beyond four.
+        deep_us, deep_per_us, deep_most, deep_least: a deep ring helps where memory is the limit and
+            keeps x waiting; by tiles of 8 rows.
+        general_*: the same of decode.cu; ``wide``: with 16 rows.
+        chunk_us, chunk_instruction_us, chunk: of a chunk of its line.
+        fill_us, slot_us: of what its ring holds, of a warp that shares a tile.
+    """
+
+    bytes: float
+    x: float
+    turn_us: float
+    instruction_us: float
+    turn: float
+    us: float
+    join_us: float
+    join_block_us: float
+    deep_us: tuple[float, float]
+    deep_per_us: float
+    deep_most: float
+    deep_least: float
+    general_bytes: float
+    general_x: float
+    general_us: float
+    chunk_us: float = 0.0023
+    chunk_instruction_us: float
+    chunk: float
+    fill_us: float
+    slot_us: float
+    wide: float
+
+
+_FOUR = _Fit(
+    bytes=25.3e3, x=47.3e3, turn_us=0.177, instruction_us=0.00262, turn=63.1, us=2.35,
+    join_us=0.533, join_block_us=0.262,
+    deep_us=(1.98, 3.21), deep_per_us=0.399, deep_most=0.969, deep_least=-0.905,
+    general_bytes=20.7e3, general_x=91.4e3, general_us=0.988,
+    chunk_instruction_us=0.000127, chunk=106.0, fill_us=0.171, slot_us=0.0299, wide=1.12,
+)  # fmt: skip
+_OTHER = _Fit(
+    bytes=25e3, x=40.3e3, turn_us=0.243, instruction_us=0.00194, turn=102.0, us=2.24,
+    join_us=0.3, join_block_us=0.25,
+    deep_us=(1.3, 2.1), deep_per_us=0.28, deep_most=0.9, deep_least=-0.8,
+    general_bytes=25e3, general_x=90.3e3, general_us=1.74,
+    chunk_instruction_us=0.000129, chunk=127.0, fill_us=0.168, slot_us=0.0351, wide=1.15,
+)  # fmt: skip
+_JOIN_FREE = 4  # blocks of a cluster
 _SHARED_PER_US, _SUMS_PER_US = 695e3, 16.1e3  # bytes of shared memory; of warps' sums
-_IDLE, _PHASE_US, _CLUSTER_US, _FILL_US = 0.238, 2.7, 1.38, 0.168
-_CHUNK_US, _CHUNK_INSTRUCTION_US, _CHUNK = 0.0023, 0.000129, 127.0
-_GENERAL_US, _SLOT_US = 1.74, 0.0351
-_WIDE = 1.15  # 16 rows
+_IDLE, _PHASE_US, _CLUSTER_US = 0.238, 2.7, 1.38
 _MANY_US, _MANY_PER_US, _MANY_MOST, _MANY_LEAST = 2.9, 0.2, 1.8, -0.7  # more than 16 warps
+
+
+def _fit(v: Variant) -> _Fit:
+    return _FOUR if v.bits == 4 and not v.xsums else _OTHER
 
 
 def instructions(v: Variant, nt: int) -> float:
@@ -67,38 +119,38 @@ def _busiest(s: Schedule, slots: int) -> int:
 
 
 def _resident(v: Variant, s: Schedule) -> float:
-    each, groups = instructions(v, s.nt), s.mine * s.slice
-    read = groups * _per_group(v) / _BYTES_PER_US
+    f, each, groups = _fit(v), instructions(v, s.nt), s.mine * s.slice
+    read = groups * _per_group(v) / f.bytes
     together = s.gpc * _busiest(s, s.slots) / _busiest(s, -(-s.slice // s.gpc))
-    turns = -(-s.mine // s.sets) * (_TURN_US + together * each * _INSTRUCTION_US)
-    issued = groups * (each + _TURN / s.gpc) / _PER_US
-    us = _most(read, turns, issued) + s.m * s.slice * s.sets * 256 / _X_PER_US + _RESIDENT_US
+    turns = -(-s.mine // s.sets) * (f.turn_us + together * each * f.instruction_us)
+    issued = groups * (each + f.turn / s.gpc) / _PER_US
+    us = _most(read, turns, issued) + s.m * s.slice * s.sets * 256 / f.x + f.us
     if s.cluster > 1:
-        us += _JOIN_US + _JOIN_BLOCK_US * max(0, s.cluster - _JOIN_FREE)
-    if s.run * s.gpc > 3:
-        limit = _DEEP_US[s.nt] + (s.nt == 2) * (v.parts > 1)
-        us += max(_DEEP_LEAST, min(_DEEP_MOST, limit - _DEEP_PER_US * (read - issued)))
+        us += f.join_us + f.join_block_us * max(0, s.cluster - _JOIN_FREE)
+    if s.run > 1:
+        limit = f.deep_us[s.nt - 1] + (s.nt == 2) * (v.parts > 1)
+        us += max(f.deep_least, min(f.deep_most, limit - f.deep_per_us * (read - issued)))
     return us
 
 
 def _general(v: Variant, s: Schedule) -> float:
-    each, groups = instructions(v, s.nt) + 4 * s.nt, s.mine * s.slice
+    f, each, groups = _fit(v), instructions(v, s.nt) + 4 * s.nt, s.mine * s.slice
     per_group = _per_group(v) * s.rt
     chunks = s.mine * s.phases * -(-s.span // s.gpc)
     runs = s.mine * s.phases * -(-s.span // (s.gpc << s.run))
     turns = -(-runs // s.warps) << s.run
     idle = turns * s.warps / chunks - 1
-    read = groups * per_group / _GENERAL_BYTES_PER_US * (1 + _IDLE * idle)
+    read = groups * per_group / f.general_bytes * (1 + _IDLE * idle)
     moved = 2 * groups * (per_group + s.nt * 1024) / _SHARED_PER_US
     moved += 2 * s.mine * s.phases * sums_bytes(s) / _SUMS_PER_US
-    work = turns * (_CHUNK_US + s.gpc * s.rt * each * _CHUNK_INSTRUCTION_US)
-    issued = groups * s.rt * (each + _CHUNK / s.gpc / s.rt) / _PER_US
-    us = _most(read, moved, work, issued) + s.m * s.slice * 256 / _GENERAL_X_PER_US
+    work = turns * (f.chunk_us + s.gpc * s.rt * each * f.chunk_instruction_us)
+    issued = groups * s.rt * (each + f.chunk / s.gpc / s.rt) / _PER_US
+    us = _most(read, moved, work, issued) + s.m * s.slice * 256 / f.general_x
     us += _PHASE_US * (s.phases - 1) + -(-s.mine // s.batch) * _CLUSTER_US * (s.cluster > 1)
-    us += _FILL_US * s.stages * s.gpc * s.rt + _SLOT_US * s.slots + _GENERAL_US
+    us += f.fill_us * s.stages * s.gpc * s.rt + f.slot_us * s.slots + f.general_us
     if s.warps > 16:
         us += max(_MANY_LEAST, min(_MANY_MOST, _MANY_US - _MANY_PER_US * read))
-    return us * _WIDE if s.nt == 2 else us
+    return us * f.wide if s.nt == 2 else us
 
 
 def estimate(v: Variant, s: Schedule) -> float:

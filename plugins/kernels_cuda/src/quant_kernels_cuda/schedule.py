@@ -23,12 +23,11 @@ _WARPS = (16, 20)  # of a block of resident.cu: more have too few registers
 _DECODE_WARPS = (16,)  # of decode.cu
 _BYTES_WARPS = (16, 32)  # the same for codes of 8 bits, up to 8 rows
 _SHALLOW, _DEEP = (3, 1), (4, 2)  # stages, and those of them that are asked for before x
-_HALF = (3, 0), (2, 0)  # half a stage before x
+_HALF = (2, 0)  # half of a stage before x
 _RESIDENT = {  # by ``nt``: groups in registers, most warps, rings
-    1: ((1, 20, (_SHALLOW,)), (2, 20, (_SHALLOW, _DEEP)), (3, 16, (_SHALLOW,)),
-        (4, 16, (_SHALLOW, (2, 1), *_HALF))),
+    1: ((1, 20, (_SHALLOW,)), (2, 20, (_SHALLOW, _DEEP)), (3, 16, (_SHALLOW,)), (4, 16, (_HALF,))),
     2: ((1, 20, (_SHALLOW,)), (2, 16, (_SHALLOW, _DEEP))),
-}  # fmt: skip
+}
 _SUMS = 42 << 10  # bytes of warps' sums beyond which a batch does not grow
 _RINGS = {  # (tiles that a warp takes together, groups per chunk, stages)
     False: ((1, 2, 3), (1, 1, 3), (2, 1, 3)),
@@ -95,9 +94,9 @@ def _resident_cuts(
     if v.gather or v.op != "linear":
         return
     nt, tiles = 1 if m <= 8 else 2, -(-v.n // 16)
-    wide = v.bits == 4 and v.parts <= 1 and not v.xsums  # what has registers for 4 groups
+    fp4 = dict(v.defines)["IN_WEIGHT"] == "1" and v.bits == 4
     for cluster, (gpc, most, rings) in itertools.product(range(1, 9), _RESIDENT[nt]):
-        if gpc == 4 and not wide:
+        if gpc == 4 and not fp4:  # what has the registers, and arithmetic enough to gain
             continue
         slice_ = -(-v.groups // cluster)
         slots = -(-slice_ // gpc)
