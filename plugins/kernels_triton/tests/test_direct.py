@@ -46,12 +46,10 @@ class Driver:
         return ctypes.string_at(at, size)
 
 
-def made(
-    driver: Driver, kinds: list[str | None], boxes: tuple[list[int], ...] = (), cluster: int = 1
-) -> Direct:
+def made(driver: Driver, kinds: list[str | None], boxes: tuple[list[int], ...] = ()) -> Direct:
     maps = [direct._Maps(driver, "bf16", box, 3) for box in boxes]
     check = lambda result: direct._check(driver, result, "launching a kernel")  # noqa: E731
-    return Direct(kinds, maps, 0xF00, 128, 4096, True, driver.start, check, cluster)
+    return Direct(kinds, maps, 0xF00, 128, 4096, True, driver.start, check)
 
 
 def test_arguments_lie_where_the_parameters_point():
@@ -69,17 +67,6 @@ def test_arguments_lie_where_the_parameters_point():
     for i, (form, value) in enumerate(zip(formats, want, strict=True)):
         assert struct.unpack(form, driver.parameter(i, struct.calcsize(form))) == (value,)
     assert driver.parameter(6, 8) == driver.parameter(7, 8) == bytes(8)  # no scratch memory
-
-
-def test_programs_of_a_cluster_are_told_to_the_driver():
-    driver = Driver()
-    run = made(driver, ["*bf16"], cluster=2)
-    run((4, 1), 0xABC, (64,))
-    head = driver.launches[0]["config"]
-    assert head[9] == 2  # attributes
-    held = ctypes.string_at(head[8], 144)
-    assert struct.unpack("@iii60x", held[:72]) == (6, 0, 1)
-    assert struct.unpack("@iiiii52x", held[72:]) == (4, 0, 2, 1, 1)  # CLUSTER_DIMENSION: x, y, z
 
 
 def _tensor(address: int, shape: list[int]) -> SimpleNamespace:

@@ -32,7 +32,6 @@ _CONFIG = struct.Struct(
     "@7IQQI4x"
 )  # CUlaunchConfig: grid, block, shared, stream, attributes, count
 _DEPENDENT = struct.Struct("@iii60x")  # CUlaunchAttribute: programmatic stream serialization
-_CLUSTER = struct.Struct("@iiiii52x")  # CUlaunchAttribute: sizes of a cluster
 _SLOTS = {"i1": "b7x", "i8": "b7x", "i16": "h6x", "i32": "i4x", "i64": "q", "fp32": "f4x",
           "u1": "B7x", "u8": "B7x", "u16": "H6x", "u32": "I4x", "u64": "Q"}  # fmt: skip
 _BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "fp32": 4,
@@ -135,13 +134,11 @@ class Direct:
         kinds: Triton's type of every run-time argument, None for a constant.
         maps: for each descriptor among them, how it is made.
         start: cuLaunchKernelEx with (config, function, params, None).
-        cluster: programs of a cluster.
     """
 
     def __init__(
         self, kinds: Sequence[str | None], maps: Sequence[_Maps], function: int, threads: int,
         shared: int, dependent: bool, start: Callable[..., int], check: Callable[[int], None],
-        cluster: int = 1,
     ) -> None:  # fmt: skip
         self.kinds = tuple(kinds)
         runtime = [kind for kind in kinds if kind is not None]
@@ -167,10 +164,8 @@ class Direct:
         self._params = (ctypes.c_void_p * len(params))(
             *(None if s < 0 else first + 8 * s for s in params)
         )
-        held = _DEPENDENT.pack(6, 0, 1) if dependent else b""
-        held += _CLUSTER.pack(4, 0, cluster, 1, 1) if cluster > 1 else b""
-        self._attribute = ctypes.create_string_buffer(held, len(held) + 1)
-        self._attributes = ctypes.addressof(self._attribute), len(held) // _CLUSTER.size
+        self._attribute = ctypes.create_string_buffer(_DEPENDENT.pack(6, 0, 1), _DEPENDENT.size)
+        self._attributes = ctypes.addressof(self._attribute), int(dependent)
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._fixed = threads, 1, 1, shared
         self._start = functools.partial(
@@ -301,5 +296,5 @@ def prepare(code: Code, device: int) -> Direct | None:
     maps = [_Maps(cu, m.kind, m.box, m.swizzle) for m in code.maps]
     return Direct(
         code.kinds, maps, function, code.threads, code.shared, code.dependent, start,
-        functools.partial(_check, cu, what="launching a kernel"), code.cluster,
+        functools.partial(_check, cu, what="launching a kernel"),
     )  # fmt: skip

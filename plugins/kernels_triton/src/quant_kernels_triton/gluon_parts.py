@@ -18,8 +18,6 @@ from triton.experimental.gluon import language as gl
 __all__ = [
     "all_staged",
     "barrier",
-    "cluster_barrier",
-    "cluster_rank",
     "dequantize",
     "dequantize_few",
     "gdc_launch_dependents",
@@ -66,23 +64,6 @@ def gdc_wait():
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def cluster_rank():
-    """The number of this program in its cluster."""
-    return gl.inline_asm_elementwise(
-        "mov.u32 $0, %cluster_ctarank;", "=r", [], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def cluster_barrier():
-    """All threads of all programs of the cluster have come here."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; // dummy $0", "=r", [],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit

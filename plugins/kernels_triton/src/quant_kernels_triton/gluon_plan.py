@@ -31,7 +31,6 @@ __all__ = [
     "Specialized",
     "config",
     "cut",
-    "paired",
     "plan",
     "specialized",
     "stages",
@@ -176,8 +175,8 @@ class Ring:
 @dataclass(frozen=True, slots=True)
 class Specialized:
     """Block sizes of gluon_ws: two tiles of rows, consumers, tiles of 64 outputs of each, whether
-    sums are scaled, stages, how many programs share the work (0: one a tile), groups of 128
-    columns that a round of the loop takes, and programs of a cluster that bring x to each other."""
+    sums are scaled, stages, how many programs share the work (0: one a tile), and groups of 128
+    columns that a round of the loop takes."""
 
     b1: int
     b2: int
@@ -187,7 +186,6 @@ class Specialized:
     stages: int = 2
     programs: int = 0
     unroll: int = 1
-    cluster: int = 1
 
     @property
     def bm(self) -> int:
@@ -207,12 +205,6 @@ class Specialized:
     def tiles(self, rows: int, outputs: int) -> int:
         """Tiles of a product."""
         return -(-rows // self.bm) * -(-outputs // self.outputs)
-
-
-def paired(c: Specialized, outputs: int) -> bool:
-    """Whether two programs side by side may be a cluster: with blocks of outputs for both."""
-    even = c.programs % 2 == 0 and -(-outputs // c.outputs) % 2 == 0
-    return even and c.b2 == 0
 
 
 def cut(tiles: int, groups: int, programs: int) -> bool:

@@ -14,9 +14,8 @@ from torch import Tensor
 from quant_core.kernels.base import Rejected
 from quant_core.kernels.storage import misused
 from quant_kernels_triton.asm import constraints, dequant
-from quant_kernels_triton.clusters import CLUSTER
 from quant_kernels_triton.gluon_counters import counters
-from quant_kernels_triton.gluon_plan import Ring, Specialized, config, cut, paired, plan
+from quant_kernels_triton.gluon_plan import Ring, Specialized, config, cut, plan
 from quant_kernels_triton.jitted import Descriptor, Jitted
 from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.recipe import ELEMENTS, GROUP, Recipe
@@ -119,10 +118,9 @@ def _run_specialized(
     r, device = held.recipe, x.device.index
     m, shares = x.shape[0], r.groups // c.unroll
     tiles = c.tiles(m, held.sizes[1])
-    pair = c.cluster if paired(c, held.sizes[1]) else 1
     programs = min(c.programs, tiles * shares) or tiles
     part = count = tensors[held.buffers[0]]  # not read where no tile is cut
-    if cut(tiles // pair, shares, programs // pair):
+    if cut(tiles, shares, programs):
         counter = counters(device, programs * c.consumers)
         if counter is None:
             programs = tiles
@@ -130,17 +128,17 @@ def _run_specialized(
             count = counter
             sums = programs * c.consumers * 64 * c.wide * c.bm
             part = torch.empty(sums, dtype=torch.float32, device=x.device)
-    key = ("ws", r, c.b1, c.b2, c.consumers, c.wide, c.stages, c.unroll, c.acc, pair)
+    key = ("ws", r, c.b1, c.b2, c.consumers, c.wide, c.stages, c.unroll, c.acc)
 
     def build() -> Build:
         more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "R": c.wide, "ST": c.stages}
         more |= {"PER": c.per, "GN": 32, "ACC": c.acc, "BITS": held.plan.bits}
-        more |= {"U": c.unroll, "EARLY": held.plan.early and c.wide == 1, CLUSTER: pair}
+        more |= {"U": c.unroll, "EARLY": held.plan.early and c.wide == 1}
         b = held.build(x, 4, 0 if c.acc else held.plan.mode, more, first=2)
         at = 3 + len(held.buffers)
         return replace(b, views=b.views | {at: torch.float32, at + 1: torch.int32})
 
-    desc = Descriptor(x, (c.b1 // pair, 64))
+    desc = Descriptor(x, (c.b1, 64))
     rest = Descriptor(x, (c.b2, 64)) if c.b2 else desc
     high = tensors[r.buffers.index("codes_high" if held.plan.bits == 3 else "codes")]
     sizes = (m, *held.sizes)

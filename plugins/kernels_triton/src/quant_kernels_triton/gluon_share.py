@@ -5,9 +5,6 @@ With T tiles of G groups for P programs, every program computes T // P - 1 whole
 program r takes the r-th share. Shares are numbered against the programs: r = P - 1 - program, so a
 program that waits for shares behind its own waits for programs that were started before it. With as
 many programs as tiles a share is one whole tile.
-
-Programs of a cluster share together: what is a program and a tile here is then a cluster, and as
-many tiles side by side, one for each of its programs.
 """
 
 from __future__ import annotations
@@ -15,36 +12,19 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["beginner", "groups_of", "number", "segment", "segments", "share_start"]
+__all__ = ["beginner", "groups_of", "segment", "segments", "share_start"]
 
 
 @gluon.jit
-def _programs(CLUSTER: gl.constexpr):
-    if CLUSTER == 1:
-        return gl.num_programs(0)
-    else:
-        return gl.num_programs(0) // CLUSTER
+def _rounds(tiles):
+    return gl.maximum(tiles // gl.num_programs(0) - 1, 0)
 
 
 @gluon.jit
-def number(CLUSTER: gl.constexpr = 1):
-    """The share of this program, or of its cluster."""
-    if CLUSTER == 1:
-        return gl.num_programs(0) - 1 - gl.program_id(0)
-    else:
-        return _programs(CLUSTER) - 1 - gl.program_id(0) // CLUSTER
-
-
-@gluon.jit
-def _rounds(tiles, programs):
-    return gl.maximum(tiles // programs - 1, 0)
-
-
-@gluon.jit
-def share_start(r, tiles, G, programs):
+def share_start(r, tiles, G):
     """First group of share ``r`` in the line of what is cut."""
-    line = (tiles - _rounds(tiles, programs) * programs) * G
-    return r * (line // programs) + gl.minimum(r, line % programs)
+    line = (tiles - _rounds(tiles) * gl.num_programs(0)) * G
+    return r * (line // gl.num_programs(0)) + gl.minimum(r, line % gl.num_programs(0))
 
 
 @gluon.jit
@@ -56,34 +36,31 @@ def _holder(group, line, programs):
 
 
 @gluon.jit
-def segments(tiles, G, CLUSTER: gl.constexpr = 1):
+def segments(tiles, G):
     """How many tiles, whole or in part, this program computes."""
-    programs = _programs(CLUSTER)
-    r = number(CLUSTER)
-    u0 = share_start(r, tiles, G, programs)
-    u1 = share_start(r + 1, tiles, G, programs)
-    return _rounds(tiles, programs) + gl.where(u1 > u0, gl.cdiv(u1, G) - u0 // G, 0)
+    r = gl.num_programs(0) - 1 - gl.program_id(0)
+    u0 = share_start(r, tiles, G)
+    u1 = share_start(r + 1, tiles, G)
+    return _rounds(tiles) + gl.where(u1 > u0, gl.cdiv(u1, G) - u0 // G, 0)
 
 
 @gluon.jit
-def groups_of(tiles, G, CLUSTER: gl.constexpr = 1):
+def groups_of(tiles, G):
     """How many groups of columns this program computes."""
-    programs = _programs(CLUSTER)
-    r = number(CLUSTER)
-    cut = share_start(r + 1, tiles, G, programs) - share_start(r, tiles, G, programs)
-    return _rounds(tiles, programs) * G + cut
+    r = gl.num_programs(0) - 1 - gl.program_id(0)
+    return _rounds(tiles) * G + share_start(r + 1, tiles, G) - share_start(r, tiles, G)
 
 
 @gluon.jit
-def beginner(tiles, G, CLUSTER: gl.constexpr = 1):
+def beginner(tiles, G):
     """The share with the first group of the tile in which this program's share begins."""
-    programs = _programs(CLUSTER)
-    u0 = share_start(number(CLUSTER), tiles, G, programs)
-    return _holder(u0 // G * G, (tiles - _rounds(tiles, programs) * programs) * G, programs)
+    programs = gl.num_programs(0)
+    u0 = share_start(programs - 1 - gl.program_id(0), tiles, G)
+    return _holder(u0 // G * G, (tiles - _rounds(tiles) * programs) * G, programs)
 
 
 @gluon.jit
-def segment(s, nm, nn, G, GN: gl.constexpr, CLUSTER: gl.constexpr = 1):
+def segment(s, nm, nn, G, GN: gl.constexpr):
     """Segment ``s`` of this program.
 
     Returns:
@@ -91,11 +68,11 @@ def segment(s, nm, nn, G, GN: gl.constexpr, CLUSTER: gl.constexpr = 1):
         end here, the number of shares behind that hold the rest.
     """
     tiles = nm * nn
-    programs = _programs(CLUSTER)
-    r = number(CLUSTER)
-    rounds = _rounds(tiles, programs)
-    u0 = share_start(r, tiles, G, programs)
-    u1 = share_start(r + 1, tiles, G, programs)
+    programs = gl.num_programs(0)
+    r = programs - 1 - gl.program_id(0)
+    rounds = _rounds(tiles)
+    u0 = share_start(r, tiles, G)
+    u1 = share_start(r + 1, tiles, G)
     at = u0 // G + (s - rounds)
     whole = s < rounds
     tile = gl.where(whole, s * programs + r, rounds * programs + at)

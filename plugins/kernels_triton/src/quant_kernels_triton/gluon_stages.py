@@ -1,7 +1,6 @@
 """What a stage of ``gluon_ws`` holds: x, codes and factors of 64 columns, or of twice 64 (PER).
 
-    x      [B1, 64] and [B2, 64]                by TMA, one thread; of a cluster's two programs each
-                                                brings half of B1 to both (``clusters``)
+    x      [B1, 64] and [B2, 64]                by TMA, one thread
     codes  of each consumer, in stored order    by cp.async, all four warps of the producer
     factors by group, of each consumer          the same; those by rectangle are read from memory
 
@@ -18,8 +17,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from quant_kernels_triton.gluon_parts import (
-    cluster_barrier,
-    cluster_rank,
     dequantize,
     dequantize_few,
     gdc_wait,
@@ -149,41 +146,33 @@ def producer(xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G, B
              B2: gl.constexpr, ST: gl.constexpr, PER: gl.constexpr, NC: gl.constexpr,
              NT: gl.constexpr, BITS: gl.constexpr, SPG: gl.constexpr, C0: gl.constexpr,
              C1: gl.constexpr, C2: gl.constexpr, C3: gl.constexpr, C4: gl.constexpr,
-             GN: gl.constexpr, PDL: gl.constexpr, U: gl.constexpr,
-             CLUSTER: gl.constexpr):  # fmt: skip
+             GN: gl.constexpr, PDL: gl.constexpr, U: gl.constexpr):  # fmt: skip
     """Fill the stages of all segments of this program."""
-    BYTES: gl.constexpr = PER * 128 * (B1 + B2)
-    rank = 0
-    if CLUSTER == 2:
-        rank = cluster_rank()
+    BYTES: gl.constexpr = PER * (xd.block_type.nbytes // B1) * (B1 + B2)
     nm = gl.cdiv(M, B1 + B2)
-    nn = gl.cdiv(NP, NC * NT * 16) // CLUSTER
+    nn = gl.cdiv(NP, NC * NT * 16)
     GU = G // U  # shares are counted in rounds of the loop
     STEPS: gl.constexpr = 2 * U // PER  # stages of a round
     ahead = 0
     if PDL:  # weights do not depend on the kernel before: only x has to wait for it
-        pn, pm, k0, k1, _ = segment(0, nm, nn, GU, GN // CLUSTER, CLUSTER)
-        pn = pn * CLUSTER + rank
+        pn, pm, k0, k1, _ = segment(0, nm, nn, GU, GN)
         ahead = gl.minimum((k1 - k0) * STEPS, ST)
         for i in range(ahead):
             _bring_all(wss, hss, mss, full, W, HIGH, P, i, pn, (k0 * STEPS + i) * PER, NP, G, PER,
                        NC, NT, BITS, SPG, C0, C1, C2, C3, C4)  # fmt: skip
         gdc_wait()
-    if CLUSTER == 2:  # the other program's barriers are ready
-        cluster_barrier()
     st = 0
     ph = 1
     n = 0
-    for s in range(segments(nm * nn, GU, CLUSTER)):
-        pn, pm, k0, k1, _ = segment(s, nm, nn, GU, GN // CLUSTER, CLUSTER)
-        pn = pn * CLUSTER + rank
+    for s in range(segments(nm * nn, GU)):
+        pn, pm, k0, k1, _ = segment(s, nm, nn, GU, GN)
         m0 = pm * (B1 + B2)
         for i in range(k0 * STEPS, k1 * STEPS):
             mbarrier.wait(empty.index(st), ph)
             mbarrier.expect(full.index(st), BYTES)
             for h in gl.static_range(PER):
-                at = [m0 + rank * (B1 // CLUSTER), (i * PER + h) * 64]
-                to = xs.index((st * PER + h) * CLUSTER + rank)
+                at = [m0, (i * PER + h) * 64]
+                to = xs.index(st * PER + h)
                 tma.async_copy_global_to_shared(xd, at, full.index(st), to)
                 if B2:
                     at2 = [m0 + B1, (i * PER + h) * 64]
@@ -195,10 +184,6 @@ def producer(xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G, B
             n += 1
             st, ph = advanced(st, ph, ST)
     async_copy.wait_group(0)
-    if CLUSTER == 2:  # until nothing of the other program can arrive here any more
-        for _ in range(ST):
-            mbarrier.wait(empty.index(st), ph)
-            st, ph = advanced(st, ph, ST)
 
 
 @gluon.jit

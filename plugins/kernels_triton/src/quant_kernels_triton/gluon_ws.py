@@ -16,9 +16,6 @@ into equal shares (gluon_share), so that no processor waits for a round that is 
 share that ends inside a tile owns it: it adds the sums of the shares behind in their order, so
 results repeat bit for bit. It waits for blocks of smaller number only, which were started earlier:
 nothing is assumed about how many run at once.
-
-CLUSTER of 2: two programs compute tiles side by side and bring x to each other, which halves what
-the second cache has to deliver. They release a stage together.
 """
 
 from __future__ import annotations
@@ -34,13 +31,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from quant_kernels_triton.gluon_parts import (
     all_staged,
     barrier,
-    cluster_barrier,
-    cluster_rank,
     gdc_launch_dependents,
     gdc_wait,
     issued,
 )
-from quant_kernels_triton.gluon_share import beginner, groups_of, number, segment, segments
+from quant_kernels_triton.gluon_share import beginner, groups_of, segment, segments
 from quant_kernels_triton.gluon_stages import advanced, buffers, fetch, make, producer, scales
 from quant_kernels_triton.gluon_sums import give, take
 from quant_kernels_triton.gluon_tile import multiply, store, waited
@@ -100,9 +95,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
               C4: gl.constexpr, R0: gl.constexpr, R1: gl.constexpr, HAS_BIAS: gl.constexpr,
               ZERO: gl.constexpr, MODE: gl.constexpr, SPG: gl.constexpr, ASM: gl.constexpr,
               REGS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
-              U: gl.constexpr, CLUSTER: gl.constexpr):  # fmt: skip
-    if CLUSTER == 2:
-        cluster_barrier()
+              U: gl.constexpr):  # fmt: skip
     BM: gl.constexpr = B1 + B2
     DM: gl.constexpr = 0 if ACC else MODE
     mma: gl.constexpr = gl.NVMMADistributedLayout(
@@ -118,15 +111,10 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
     last = NP // 16 - 1
     nm = gl.cdiv(M, BM)
     nn = gl.cdiv(NP, NC * R * 64)
-    rank = 0
-    if CLUSTER > 1:
-        nn = nn // CLUSTER  # as many blocks of outputs side by side
-        rank = cluster_rank()
     GU = G // U  # shares are counted in rounds of the loop
-    count = segments(nm * nn, GU, CLUSTER)
-    total = groups_of(nm * nn, GU, CLUSTER)
-    pn, pm, k0, k1, other = segment(0, nm, nn, GU, GN // CLUSTER, CLUSTER)
-    pn = pn * CLUSTER + rank
+    count = segments(nm * nn, GU)
+    total = groups_of(nm * nn, GU)
+    pn, pm, k0, k1, other = segment(0, nm, nn, GU, GN)
     HAS_P: gl.constexpr = DM != 0 or ZERO != 0
     st = 0
     ph = 0
@@ -145,8 +133,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
                           R, BITS, HAS_P, SPG, C0, C1, C2, C3, C4)  # fmt: skip
     for s in range(count):
         # asked again, not carried: Triton 3.6 keeps a loop bound that is assigned under an ``if``
-        pn, pm, k0, k1, other = segment(s, nm, nn, GU, GN // CLUSTER, CLUSTER)
-        pn = pn * CLUSTER + rank
+        pn, pm, k0, k1, other = segment(s, nm, nn, GU, GN)
         m0 = pm * BM
         t0 = (pn * NC + ROW) * R * 4
         if not all_staged(SPG, C0, C1, C2, C3, C4):  # made ahead with factors of another tile
@@ -216,7 +203,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
                 hp = ph
                 if q % R == R - 1 and (PER == 1 or q // R % 2 == 1):
                     st, ph = advanced(st, ph, ST)
-            if ACC or U == 4:  # at once; without it ptxas puts the dequantization behind the wait
+            if ACC:  # passes at once; without it ptxas puts the dequantization behind the wait
                 mbarrier.wait(full.index(here), hp)
             if R == 2:
                 d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 0)
@@ -236,24 +223,23 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
             n += 1
         if PDL:
             gdc_wait()
-        own = number(CLUSTER)
+        own = gl.num_programs(0) - 1 - gl.program_id(0)
         SIZE: gl.constexpr = 64 * BM
         if k0 > 0:
-            slot = (own * CLUSTER + rank) * NC + ROW
+            slot = own * NC + ROW
             give(acc, acc2, PART + slot * (SIZE * R), B1, B2)
             if R == 2:
                 give(low, low2, PART + slot * (SIZE * R) + SIZE, B1, B2)
             barrier()
-            first = beginner(nm * nn, GU, CLUSTER)
-            gl.atomic_add(COUNT + (first * CLUSTER + rank) * NC + ROW, 1)
+            gl.atomic_add(COUNT + beginner(nm * nn, GU) * NC + ROW, 1)
         else:
             if other > 0:  # counts the shares that have handed over, and ends at zero
-                slot = (own * CLUSTER + rank) * NC + ROW
+                slot = own * NC + ROW
                 while gl.atomic_cas(COUNT + slot, other, 0) != other:
                     pass
                 barrier()
             for j in range(own + 1, own + 1 + other):
-                slot = (j * CLUSTER + rank) * NC + ROW
+                slot = j * NC + ROW
                 acc, acc2 = take(acc, acc2, PART + slot * (SIZE * R), B1, B2, mma, mmb)
                 if R == 2:
                     low, low2 = take(low, low2, PART + slot * (SIZE * R) + SIZE, B1, B2, mma, mmb)
@@ -279,16 +265,12 @@ def specialized(xd, xe, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
                 BF16: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr,
                 C3: gl.constexpr, C4: gl.constexpr, R0: gl.constexpr, R1: gl.constexpr,
                 HAS_BIAS: gl.constexpr, ZERO: gl.constexpr, MODE: gl.constexpr, SPG: gl.constexpr,
-                ASM: gl.constexpr, REGS: gl.constexpr, U: gl.constexpr,
-                CLUSTER: gl.constexpr):  # fmt: skip
+                ASM: gl.constexpr, REGS: gl.constexpr, U: gl.constexpr):  # fmt: skip
     ACT: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
     if BITS == 3:
         HIGH = HIGH.to(gl.pointer_type(gl.int32), bitcast=True)
     SLOTS: gl.constexpr = ST * PER
-    xh = gl.allocate_shared_memory(ACT, [SLOTS * CLUSTER, B1 // CLUSTER, 64], xd.layout)
-    xs = xh
-    if CLUSTER == 2:
-        xs = xh._reinterpret(ACT, [SLOTS, B1, 64], xd.layout)
+    xs = gl.allocate_shared_memory(ACT, [SLOTS, B1, 64], xd.layout)
     xt = xs
     if B2:
         xt = gl.allocate_shared_memory(ACT, [SLOTS, B2, 64], xe.layout)
@@ -305,7 +287,7 @@ def specialized(xd, xe, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
     empty = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(ST):
         mbarrier.init(full.index(i), count=1 + 128)
-        mbarrier.init(empty.index(i), count=NC * CLUSTER)
+        mbarrier.init(empty.index(i), count=NC)
     fence_async_shared()
     barrier()
     if PDL:
@@ -317,14 +299,13 @@ def specialized(xd, xe, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
                 (_consumer, (xs, xt, w0, h0, f0, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, M, N, NP, K, G, 0, B1, B2, ST, PER, NC, R, GN, ACC, BITS,
                              BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO, MODE, SPG,
-                             ASM, REGS, PDL, EARLY, U, CLUSTER)),
+                             ASM, REGS, PDL, EARLY, U)),
                 (_consumer, (xs, xt, w1, h1, f1, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, M, N, NP, K, G, 1, B1, B2, ST, PER, NC, R, GN, ACC, BITS,
                              BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO, MODE, SPG,
-                             ASM, REGS, PDL, EARLY, U, CLUSTER)),
-                (producer, (xd, xe, xh, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G, B1,
-                            B2, ST, PER, NC, NT, BITS, SPG, C0, C1, C2, C3, C4, GN, PDL, U,
-                            CLUSTER)),
+                             ASM, REGS, PDL, EARLY, U)),
+                (producer, (xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G, B1,
+                            B2, ST, PER, NC, NT, BITS, SPG, C0, C1, C2, C3, C4, GN, PDL, U)),
             ],
             [4, 4],
             [216, 56],
@@ -335,18 +316,17 @@ def specialized(xd, xe, W, S0, S1, Z, O0, O1, ROW0, ROW1, BIAS, Y, PART, COUNT, 
                 (_consumer, (xs, xt, w0, h0, f0, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, M, N, NP, K, G, 0, B1, B2, ST, PER, NC, R, GN, ACC, BITS,
                              BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO, MODE, SPG,
-                             ASM, REGS, PDL, EARLY, U, CLUSTER)),
+                             ASM, REGS, PDL, EARLY, U)),
                 (_consumer, (xs, xt, w1, h1, f1, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, M, N, NP, K, G, 1, B1, B2, ST, PER, NC, R, GN, ACC, BITS,
                              BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO, MODE, SPG,
-                             ASM, REGS, PDL, EARLY, U, CLUSTER)),
+                             ASM, REGS, PDL, EARLY, U)),
                 (_consumer, (xs, xt, w2, h2, f2, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART,
                              COUNT, M, N, NP, K, G, 2, B1, B2, ST, PER, NC, R, GN, ACC, BITS,
                              BYTES, BF16, C0, C1, C2, C3, C4, R0, R1, HAS_BIAS, ZERO, MODE, SPG,
-                             ASM, REGS, PDL, EARLY, U, CLUSTER)),
-                (producer, (xd, xe, xh, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G, B1,
-                            B2, ST, PER, NC, NT, BITS, SPG, C0, C1, C2, C3, C4, GN, PDL, U,
-                            CLUSTER)),
+                             ASM, REGS, PDL, EARLY, U)),
+                (producer, (xd, xe, xs, xt, wss, hss, mss, full, empty, W, HIGH, P, M, NP, G, B1,
+                            B2, ST, PER, NC, NT, BITS, SPG, C0, C1, C2, C3, C4, GN, PDL, U)),
             ],
             [4, 4, 4],
             [152, 152, 56],

@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_core.errors import KernelError
 from quant_core.kernels.calls import planned
 from quant_kernels_triton.ahead import ahead
 from quant_kernels_triton.arguments import capability
-from quant_kernels_triton.clusters import CLUSTER
 from quant_kernels_triton.compiler import code_of, source_of
 from quant_kernels_triton.direct import available, prepare
 from quant_kernels_triton.jitted import Descriptor, Jitted
@@ -106,12 +104,6 @@ def launch(
             planned.jobs += [] if source is None else [functools.partial(ahead, source)]
             return
         held = _own(fn, typed, b, device)
-        if held is None and b.constants.get(CLUSTER, 1) > 1:
-            raise KernelError(
-                f"{fn.name}: found no driver that launches its clusters, expected CUDA 12.4 or "
-                "newer. Update the driver, or choose another kernel with QUANT_KERNELS.",
-                code="Q-KERNEL-LAUNCH",
-            )
         if held is None:
             if (start := _triton(fn, grid, typed, b)) is not None:
                 _compiled[key, device] = start

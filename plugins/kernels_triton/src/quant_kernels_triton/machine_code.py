@@ -29,7 +29,6 @@ from typing import Any
 
 from quant_core.cache import cache_folder, keep, kept
 from quant_core.memory import collector_paused
-from quant_kernels_triton.clusters import CLUSTER, shared_copies
 from quant_kernels_triton.jitted import Jitted, layout_of
 
 __all__ = ["Code", "Map", "Source", "Typed", "lowered", "stored"]
@@ -57,7 +56,6 @@ class Code:
         kinds: Triton's type of every argument before the constants; None if it became one.
         maps: one for each descriptor among them.
         dependent: may be launched while the kernel before still runs.
-        cluster: programs of a cluster.
     """
 
     name: str
@@ -67,12 +65,11 @@ class Code:
     shared: int
     dependent: bool
     cubin: bytes
-    cluster: int = 1
 
     def to_bytes(self) -> bytes:
         """For the disk; inverse of ``from_bytes``."""
         maps = [(m.kind, m.box, m.swizzle) for m in self.maps]
-        rest = (self.name, self.kinds, self.threads, self.shared, self.dependent, self.cluster)
+        rest = (self.name, self.kinds, self.threads, self.shared, self.dependent)
         text = json.dumps([maps, *rest]).encode()
         return _HEAD.pack(len(text)) + text + self.cubin
 
@@ -80,11 +77,11 @@ class Code:
     def from_bytes(held: bytes) -> Code:
         """What ``to_bytes`` gave."""
         at = _HEAD.size + _HEAD.unpack_from(held)[0]
-        maps, name, kinds, threads, shared, dependent, cluster = json.loads(held[_HEAD.size : at])
+        maps, name, kinds, threads, shared, dependent = json.loads(held[_HEAD.size : at])
         return Code(
             name=name, kinds=tuple(kinds), threads=threads, shared=shared, dependent=dependent,
             maps=tuple(Map(kind=k, box=tuple(b), swizzle=s) for k, b, s in maps),
-            cluster=cluster, cubin=held[at:],
+            cubin=held[at:],
         )  # fmt: skip
 
 
@@ -215,11 +212,8 @@ def _lowered(made_of: Source) -> Code | None:
     backend.load_dialects(context)
     helpers, modules = backend.get_codegen_implementation(held), backend.get_module_map()
     module = source.make_ir(target, held, helpers, modules, context)
-    cluster = constants.get(CLUSTER, 1)
-    for name, stage in stages.items():
+    for stage in stages.values():
         module = stage(module, meta)
-        if name == "ptx" and cluster > 1:
-            module = shared_copies(module)
     boxes = list(meta.get("tensordesc_meta") or [])
     kinds = tuple(None if n in fixed else signature[n] for n in names[:count])
     described = [m[1] for k in kinds if k and (m := _DESCRIPTOR.match(k))]
@@ -234,6 +228,5 @@ def _lowered(made_of: Source) -> Code | None:
     )
     return Code(
         name=meta["name"], kinds=kinds, maps=maps, threads=32 * meta["num_warps"],
-        shared=meta["shared"], dependent=bool(held.launch_pdl), cluster=cluster,
-        cubin=bytes(module),
+        shared=meta["shared"], dependent=bool(held.launch_pdl), cubin=bytes(module),
     )  # fmt: skip

@@ -14,7 +14,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from quant_kernels_triton.asm import constraints, dequant
-from quant_kernels_triton.clusters import shared_copies
 from quant_kernels_triton.gluon_experts import grouped
 from quant_kernels_triton.gluon_plan import GluonPlan, Ring, Specialized, config, plan
 from quant_kernels_triton.gluon_ring import ring
@@ -70,8 +69,6 @@ def _compile(
     target = GPUTarget("cuda", 90, 32)
     made = triton.compile(source, target=target, options={"num_warps": warps, "launch_pdl": True})
     ptx = made.asm["ptx"]
-    if more.get("CLUSTER", 1) > 1:
-        ptx = shared_copies(ptx)
     assert ("mma.sync" if more.get("FEW") else "wgmma.mma_async") in ptx
     # what a warp group is started with, and the epilogue: no code passes through shared memory
     assert ptx.count("st.shared") <= 12, ptx.count("st.shared")
@@ -111,8 +108,7 @@ def compile_specialized(name: str, act: str, rows: int) -> None:
     assert isinstance(c, Specialized)
     more = {"B1": c.b1, "B2": c.b2, "NC": c.consumers, "R": c.wide, "ST": c.stages, "ACC": c.acc}
     more |= {"PER": c.per, "U": c.unroll, "EARLY": p.early and c.wide == 1, "BITS": p.bits}
-    more |= {"CLUSTER": c.cluster}
-    boxes = {"xd": [c.b1 // c.cluster, 64], "xe": [c.b2 or c.b1, 64]}
+    boxes = {"xd": [c.b1, 64], "xe": [c.b2 or c.b1, 64]}
     _compile(specialized, boxes, p, r, 4, 0 if c.acc else p.mode, more)
     print("specialized ok")
 
