@@ -32,6 +32,7 @@ int qk_linear(const qk_call *);
 int qk_linear_shared(const qk_call *, int64_t n);
 int qk_linear_w8a8(const qk_int8_call *);
 int qk_linear_w8a8_shared(const qk_int8_call *, int64_t n);
+int qk_rows(const qk_call *);
 
 /* Counts every change of what packed calls hold: addresses of weights, the instruction set. */
 static _Atomic int64_t weights_now = 1;
@@ -285,4 +286,54 @@ void qk_op_linear_w8a8(value *stack, uint64_t inputs, uint64_t outputs) {
 void qk_op_linear_w8a8_shared(value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     shared(stack, INT8, NULL);
+}
+
+/* What is wrong, or NULL; `o` holds the ids as x. */
+static const char *rows_of(owned *o, const layout *l, handle *out) {
+    int64_t dim, *sizes, *strides, shape[MOST_DIM], count = 1;
+    size_t given;
+    int32_t number, kind = -1;
+    void *x, *y, *at[8] = {NULL};
+    torch.dim(o->x, &dim);
+    torch.sizes(o->x, &sizes);
+    torch.strides(o->x, &strides);
+    torch.dtype(o->x, &number);
+    torch.list_size(o->list, &given);
+    for (int i = 0; i < 3; i++)
+        if (dtypes[i][1] == l->type) kind = (int32_t)dtypes[i][0];
+    if (dim >= MOST_DIM || kind < 0) return "embedding: ids have too many dimensions, or the layout no dtype";
+    if ((int64_t)given != l->buffers) return "embedding: the tensors are not those of the layout";
+    for (int64_t i = 0; i < dim; i++) shape[i] = sizes[i], count *= sizes[i];
+    shape[dim] = ((const qk_op *)l->op)->k;
+    if (number != qk_int64 || !qk_dense_strides(dim, sizes, strides)) {
+        if (qk_new_like(dim, sizes, (int32_t)qk_int64, &o->dense)) return "embedding: no memory";
+        if (torch.copy(o->dense, o->x, 0)) return "embedding: ids cannot be read";
+    }
+    if (qk_new_like(dim + 1, shape, kind, out)) return "embedding: no memory";
+    while (o->held < l->buffers)
+        if (take(o)) return "embedding: a tensor is missing";
+    for (int s = 0; s < 8; s++)
+        if (l->slots[s] >= 0) torch.data(o->tensors[l->slots[s]], &at[s]);
+    torch.data(o->dense ? o->dense : o->x, &x);
+    torch.data(*out, &y);
+    qk_call c = {.op = l->op, .x = x, .xtype = l->type, .y = y, .isa = qk_limit, .count = count};
+    memcpy(&c.tensors, at, sizeof at);
+    const int status = qk_rows(&c);
+    if (status == 2) return "embedding: an id is outside the table. Check the token ids.";
+    return status ? "embedding: no memory for the kernel's scratch space" : NULL;
+}
+
+/* (Tensor ids, Tensor[] tensors, str layout) -> Tensor */
+void qk_op_embedding(value *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    handle string = (handle)(uintptr_t)stack[2], out = NULL;
+    owned o;
+    hold(&o, stack);
+    const layout *l = qk_layout_of(string, FLOATS);
+    const char *error = l ? rows_of(&o, l, &out) : "embedding: the layout cannot be read";
+    torch.string_drop(string);
+    release(&o);
+    if (error && out) torch.drop(out);
+    if (error) qk_fail(error);
+    stack[0] = (value)(uintptr_t)out;
 }

@@ -30,12 +30,12 @@ typedef struct {
 } torch_api;
 
 /* What a layout text says: `slots` are the buffers of qk_tensors' (qk_int8_tensors') members. `kind`
- * is 0, or 1 for int8 activations. */
+ * is 0, or 1 for int8 activations; `type` that of the rows of an embedding. */
 typedef struct {
     const char *text;
     int64_t length, kind;
     const void *op;
-    int64_t slots[8], buffers, n, k;
+    int64_t slots[8], buffers, n, k, type;
 } layout;
 
 enum { FLOATS, INT8, BLOCK }; /* kinds */

@@ -188,17 +188,18 @@ def test_layers_of_one_cache_stay_apart():
     assert joined(stack, run) == [2]
 
 
-def test_the_pass_is_asked_for_once_and_beside_others(monkeypatch):
+def test_the_pass_is_asked_for_once_and_beside_others():
     def theirs(graph):
         return None
 
-    monkeypatch.setattr(config, "pre_grad_custom_pass", None)
-    join.join_layers()
-    first = config.pre_grad_custom_pass
-    assert isinstance(first, join.JoinLayers)
-    join.join_layers()
-    assert config.pre_grad_custom_pass is first
-    monkeypatch.setattr(config, "pre_grad_custom_pass", theirs)
-    join.join_layers()
-    join.join_layers()
-    assert [type(p).__name__ for p in config.pre_grad_custom_pass] == ["function", "JoinLayers"]
+    with config.patch(pre_grad_custom_pass=None):
+        join.join_layers()
+        first = config.pre_grad_custom_pass
+        assert isinstance(first, join.JoinLayers)
+        join.join_layers()
+        assert config.pre_grad_custom_pass is first
+    with config.patch(pre_grad_custom_pass=theirs):
+        join.join_layers()
+        join.join_layers()
+        found = [type(p).__name__ for p in config.pre_grad_custom_pass]
+        assert found == ["function", "JoinLayers"]

@@ -171,6 +171,14 @@ def test_embedding_rows_equal_the_oracle_bit_for_bit(isa, spec, dtype):
     for outside in (70, -1):
         with pytest.raises(IndexError):
             run(values, torch.tensor([0, outside]))
+    native, text = torch.ops.quant_cpu.embedding.default, WnA16()._bound(op).text()
+    for some in (ids, ids.int(), ids.T, ids[0, 0], ids[:0]):  # as a graph calls it
+        assert torch.equal(native(some, values, text), run(values, some))
+    for some in (torch.tensor([70]), torch.tensor([0, -1], dtype=torch.int32)):
+        with pytest.raises((RuntimeError, IndexError), match="outside the table"):
+            native(some, values, text)
+    with pytest.raises((RuntimeError, IndexError)):
+        native(ids, values[:1], text)
 
 
 def test_tied_head_reads_the_embeddings_buffers(isa, spec):

@@ -23,7 +23,7 @@ __all__ = ["AMX_TOKENS", "ISAS", "Library", "library", "unavailable"]
 AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
 ISAS = ("none", "avx2", "avx512", "bf16")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 22  # of the C interface, as in hatch_build.py
+_VERSION = 23  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)

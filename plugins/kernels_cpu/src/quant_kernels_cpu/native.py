@@ -49,7 +49,7 @@ class Layer(ctypes.Structure):
         ("kind", ctypes.c_int64),
         ("op", ctypes.c_void_p),
         ("slots", ctypes.c_int64 * 8),
-        *((name, ctypes.c_int64) for name in ("buffers", "n", "k")),
+        *((name, ctypes.c_int64) for name in ("buffers", "n", "k", "type")),
     ]
 
 

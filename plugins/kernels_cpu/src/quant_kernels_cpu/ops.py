@@ -278,6 +278,7 @@ _grouped_linear_w8a8 = functools.partial(_run_grouped, "qk_linear_w8a8", _call_w
 _LINEAR = "(Tensor x, Tensor[] tensors, str layout) -> Tensor"
 _SHARED = "(Tensor x, Tensor[] tensors, str[] layouts) -> Tensor"
 _GROUPED = "(Tensor x, Tensor experts, Tensor[] tensors, str layout) -> Tensor"
+_EMBEDDING = "(Tensor ids, Tensor[] tensors, str layout) -> Tensor"
 _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("linear", _LINEAR, _linear, _fake_linear),
     ("linear_shared", _SHARED, _linear_shared, _fake_shared),
@@ -289,12 +290,7 @@ _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("grouped_linear", _GROUPED, _grouped_linear, _fake_grouped),
     ("grouped_linear_int8", _GROUPED, _grouped_linear_int8, _fake_grouped),
     ("grouped_linear_w8a8", _GROUPED, _grouped_linear_w8a8, _fake_grouped_w8a8),
-    (
-        "embedding",
-        "(Tensor ids, Tensor[] tensors, str layout) -> Tensor",
-        _embedding,
-        _fake_embedding,
-    ),
+    ("embedding", _EMBEDDING, _embedding, _fake_embedding),
     ("decoder_layer", LAYER_SCHEMA, run_layer, fake_layer),
     ("decoder_layers", LAYERS_SCHEMA, run_layers, fake_layers),
 )
@@ -302,7 +298,7 @@ _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
 _TAGS = dict.fromkeys(("decoder_layer", "decoder_layers"), (torch.Tag.flexible_layout,))
 _NATIVE = (
     *("linear", "linear_shared", "linear_w8a8", "linear_w8a8_shared"),
-    *("decoder_layer", "decoder_layers"),
+    *("decoder_layer", "decoder_layers", "embedding"),
 )
 _lib = torch.library.Library("quant_cpu", "DEF")
 for _name, _schema, _, _ in _OPS:
@@ -316,6 +312,7 @@ def _layer(text: str, kind: int) -> Layer | Block:
     call = _call_w8a8(text) if kind == INT8 else _call(text)
     slots = [-1 if i is None else i for i in call.slots]
     made = Layer(op=call.address, buffers=call.buffers, n=call.n, k=call.k_in)
+    made.type = DTYPES[call.dtype]
     made.slots[:] = slots
     return made
 
@@ -416,4 +413,6 @@ def run_grouped_w8a8(
 
 
 def run_embedding(text: str, k: int, tensors: list[Tensor], ids: Tensor) -> Tensor:
-    return _embedding_op(ids, tensors, text)
+    if watched(ids, tensors[0]):
+        return _embedding_op(ids, tensors, text)
+    return _embedding(ids, tensors, text)
