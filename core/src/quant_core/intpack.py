@@ -18,7 +18,6 @@ AutoRound 0.16.1 ``auto_round_extension/torch/qlinear_torch_zp.py``.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from dataclasses import replace
 
@@ -73,10 +72,13 @@ def write_zeros(zeros: Tensor, bits: int, packing: Packing, *, minus_one: bool) 
     return _add_words(words, -_ones(bits)) if minus_one and bits in _WORD_BITS else words
 
 
-@functools.lru_cache(maxsize=64)
-def _half_zeros(bits: int, n: int, packing: Packing, minus_one: bool) -> Tensor:
-    """The words of one group whose zeros all are 2**(bits-1)."""
-    row = torch.full((1, n), 1 << (bits - 1), dtype=torch.uint8, device="cpu")
+def _half_zeros(bits: int, n: int, packing: Packing, minus_one: bool) -> Tensor | int:
+    """What every word of zeros that all are 2**(bits-1) is; else the words of one group."""
+    half = 1 << (bits - 1)
+    if bits in _WORD_BITS and n % (32 // bits) == 0 and packing.word == "int32":
+        word = (half - minus_one) * _ones(bits)
+        return word - ((word >> 31) << 32)
+    row = torch.full((1, n), half, dtype=torch.uint8, device="cpu")
     return write_zeros(row, bits, packing, minus_one=minus_one)
 
 
