@@ -1,8 +1,9 @@
 """Loading takes what the model keeps plus one matrix: peak memory of a child that loads 250 MB.
 
-Allowed above the final size: the largest stored matrix, and SLACK for the rows of one block in work
-(measured: 1 to 7 MiB). The child's allocator gives large blocks back at once: holes that glibc's heap
-keeps otherwise came to 0 to 150 MiB for one and the same load, by where small objects lay.
+Allowed above the final size: the largest stored matrix, and SLACK for the rows of one block in
+work (measured: 1 to 7 MiB). The child's allocator gives large blocks back at once: the holes that
+glibc's heap keeps otherwise came to 0 to 150 MiB for one and the same load, by where small objects
+lay.
 """
 
 from __future__ import annotations
