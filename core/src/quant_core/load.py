@@ -42,7 +42,8 @@ def read_matrix(
         expert: which one of a stack; None for a plain layer.
         bias: False leaves a stored bias unread.
         mapped: whole stored tensors may be pages of their files, ``Checkpoint.mapped``.
-        in_place: rows stay in the order in which they are stored, ``Scheme.row_order``.
+        in_place: rows stay in the order in which they are stored, ``Scheme.row_order``, and scales
+            where they can.
         unlooked: takes what was read, for a caller who sees to ``check_matrices`` himself; None:
             it is checked here.
 

@@ -43,7 +43,8 @@ class MappedBuilder(Builder):
     _unlooked: list[Read] = field(default_factory=list)  # bound where they are
 
     def matrix(self, member: Member) -> LayerTensors:
-        return read_matrix(self.plan, member, mapped=True, unlooked=self._fresh)
+        in_place = not member.scheme.row_order  # type: ignore[union-attr]
+        return read_matrix(self.plan, member, mapped=True, in_place=in_place, unlooked=self._fresh)
 
     def finish(self) -> None:
         """Look at what is left to look at. Before that, nothing of this load may be used.

@@ -63,9 +63,10 @@ class Scheme(ABC):
     def canonicalize_in_place(
         self, layer: LayerDesc, tensors: Mapping[str, Tensor]
     ) -> LayerTensors:
-        """As ``canonicalize``, but rows of the weight stay in the order that ``row_order`` says.
+        """As ``canonicalize``, but rows of the weight stay in the order that ``row_order`` says,
+        and what can be a view of the stored tensors is one.
 
-        Asked of schemes with a ``row_order`` only, where weights are to stay pages of a file.
+        Asked where weights are to stay pages of a file.
         """
         return self.canonicalize(layer, tensors)
 

@@ -184,3 +184,19 @@ def test_opaque_block_types_are_named_and_importable():
         module, _, attr = t.target.partition(":")
         assert module == "quant_plugin_gguf.opaque"
         assert callable(getattr(opaque, attr))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_tensors_in_place_are_the_same_bits_and_views_where_they_can_be(name, random_rows):
+    rows = torch.from_numpy(random_rows(name, BY_NAME[name].bytes, 5, 4, seed=1, halves=False))
+    copied, held = split_rows(rows, name), split_rows(rows, name, in_place=True)
+    assert (copied.spec, copied.packing) == (held.spec, held.packing)
+    for key, value in copied.tensors().items():
+        raw, there = (t.contiguous().view(torch.uint8) for t in (value, held.tensors()[key]))
+        assert torch.equal(raw, there), key
+    inside = range(rows.data_ptr(), rows.data_ptr() + rows.nbytes)
+    assert not any(t.data_ptr() in inside for t in (*copied.scales, *copied.offset))
+    if name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"):
+        assert all(t.data_ptr() in inside for t in (*held.scales, *held.offset))
+    rows.zero_()
+    assert not any(t.any() for t in held.scales if t.data_ptr() in inside)

@@ -4,8 +4,8 @@
                                  scales: finest first, [N, K / weights per scale]
                                  offset: float16 minima (negated for K-quants), and their codes
 
-Codes stay where they are, and so do scales and minima that are float16 as they are: views of the
-rows. Others are moved as raw bits: NaN payloads survive.
+Codes stay where they are. Scales are moved as raw bits, NaN payloads survive; where all is to stay
+in a mapped file, float16 scales and minima are views of the rows.
 """
 
 from __future__ import annotations
@@ -70,30 +70,38 @@ def _put_sub_(blocks: Tensor, layout: BlockLayout, values: Tensor) -> None:
 # --------------------------------------------------------------------------------------- rows
 
 
-def _halves(rows: Tensor, layout: BlockLayout) -> tuple[Tensor | None, Tensor | None]:
-    """float16 scale and minimum of each block of rows [N, row_bytes]: where they lie, as views.
+def _halves(
+    rows: Tensor, layout: BlockLayout, in_place: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """float16 scale and minimum of each block of rows [N, row_bytes], raw bits.
 
-    Minima of K-quants have their sign bit flipped, so theirs are copies, taken in one pass.
+    Minima of K-quants have their sign bit flipped. What is copied is taken in one pass over all
+    lines of a matrix: both lie side by side.
     """
-    d, m = layout.d, layout.m
+    d, m, n = layout.d, layout.m, rows.shape[0]
     if d is None:
         return None, None
-    if not layout.sub_mins:
+    if in_place and not layout.sub_mins:
         halves, step = rows.view(torch.float16), layout.nbytes // 2
         return halves[:, d // 2 :: step], None if m is None else halves[:, m // 2 :: step]
-    assert m is not None, "finer minima are factors of one"
-    n = rows.shape[0]
-    both = bytes_at(rows.view(-1, layout.nbytes), min(d, m), 4).view(torch.int16)
-    scales, minima = both[:, int(d > m)], both[:, int(m > d)] ^ -0x8000
-    return scales.view(torch.float16).view(n, -1), minima.view(torch.float16).view(n, -1)
+    blocks = rows.view(-1, layout.nbytes)
+    if m is None:
+        return bytes_at(blocks, d, 2).view(torch.float16).view(n, -1), None
+    both = bytes_at(blocks, min(d, m), 4).view(torch.int16)
+    minima = both[:, int(m > d)]
+    if layout.sub_mins:
+        minima = minima ^ -0x8000
+    scales = both[:, int(d > m)].view(torch.float16)
+    return scales.view(n, -1), minima.view(torch.float16).view(n, -1)
 
 
-def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
+def split_rows(rows: Tensor, name: str, *, in_place: bool = False) -> QuantizedTensor:
     """Canonical form of whole rows of blocks.
 
     Args:
         rows: uint8 [N, row_bytes], as stored.
         name: type name in lower case: "q4_k".
+        in_place: float16 scales and minima that are what they stand for are views of the rows.
 
     Returns:
         ``QuantizedTensor`` of shape (N, K); opaque types keep ``rows`` as their codes.
@@ -112,7 +120,7 @@ def split_rows(rows: Tensor, name: str) -> QuantizedTensor:
         scales.append(fine.reshape(n, -1))
         if layout.sub_mins:
             offset.append(minima.reshape(n, -1))
-    coarse, minimum = _halves(rows, layout)
+    coarse, minimum = _halves(rows, layout, in_place)
     scales += [] if coarse is None else [coarse]
     offset += [] if minimum is None else [minimum]
     codebook: tuple[Tensor, ...] = ()

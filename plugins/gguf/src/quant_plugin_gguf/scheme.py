@@ -227,7 +227,7 @@ class GgufScheme(Scheme):
             if not in_place:
                 rows = to_public_rows(rows, self.heads, f"{self.module}.weight")
             bias = None if bias is None else to_public_rows(bias, self.heads, f"{self.module}.bias")
-        weight = split_rows(rows, self.name)
+        weight = split_rows(rows, self.name, in_place=in_place)
         if weight.scales:
             check_scales(weight, f"{self.module}.weight")
         if "scale" in tensors:
