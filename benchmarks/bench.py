@@ -44,14 +44,11 @@ from quant_core.dense import dequantize_
 from quant_core.nn import QuantModule
 
 BASE = "transformers bf16"
-GUARDS = {
+COMPILE = {
     # No check on every call that no module was edited since: 3 of 10 ms where every module is in
     # the graph, else half of one. Weights that are loaded or moved are still seen.
-    "modules": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-    # None at all, for a loop over one cache: 0.2 to 0.3 ms more, for 30 layers of a cache.
-    "all": torch.compiler.skip_all_guards_unsafe,
+    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
 }
-COMPILE = {"guard_filter_fn": GUARDS["all"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,15 +272,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="decode steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compiled", action="store_true", help="torch.compile too (minutes)")
-    parser.add_argument(
-        "--skip-guards", choices=list(GUARDS), default="all", help="of compiled candidates"
-    )
     parser.add_argument("--no-reference", action="store_true", help="without the slow oracle")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="write a bar chart of decoding as SVG")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    COMPILE["guard_filter_fn"] = GUARDS[args.skip_guards]
     path = smollm2()
     context = args.prompt + args.tokens + 8
     steps = candidates(path, context, compiled=args.compiled, reference=not args.no_reference)
