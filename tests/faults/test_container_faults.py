@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -234,3 +235,12 @@ def test_a23_no_file_at_all(path: str):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     assert caught.value.code == "Q-CKPT-PATH"
+
+
+def test_long_path_is_named_whole(tmp_path: Path):
+    """The folders of a download cache alone have more than a hundred characters."""
+    folder = tmp_path / "snapshots" / ("0123456789" * 12) / ("0123456789" * 12)
+    folder.mkdir(parents=True)
+    with_model(folder, b"x")
+    with pytest.raises(CheckpointError, match=re.escape(str(folder))):
+        open_checkpoint(folder / "no-such.safetensors")

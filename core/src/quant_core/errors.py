@@ -16,6 +16,7 @@ stable, starts with ``Q-`` and has an entry in docs/errors.md.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 __all__ = [
@@ -105,7 +106,12 @@ class QuantWarning(UserWarning):
 
 
 def printable(text: object, limit: int = 120) -> str:
-    """``text`` safe for one line of a terminal: no control characters, at most ``limit`` long."""
+    """``text`` safe for one line of a terminal: no control characters, at most ``limit`` long.
+
+    Paths stay whole, as the system limits them: what tells files apart is at their end.
+    """
+    if isinstance(text, PurePath):
+        limit = 4096
     s = str(text)[: 4 * limit]
     if not s.isprintable():
         s = "".join(c if c.isprintable() else repr(c)[1:-1] for c in s)
