@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Round"]
 
-_US = 2.2  # of one small launch in a CUDA graph, and what its neighbours overlap no more
-_ROW_US = 0.12  # of each of the first 16 rows
+# Microseconds in front of a product in a CUDA graph, fitted to an H100 (benchmarks/gpu.py).
+_US = 1.3  # of one small launch, and what its neighbours overlap no more
+_COLUMN_US = 1.0e-4  # of each column of a row, which one program reads
+_ROW_US = 0.035  # of each of the first 64 rows
 _BYTES_PER_US = 2.0e6
 
 
@@ -44,9 +46,9 @@ class Round(Weightless):
         if isinstance(p, Rejected):
             return p
         each = op.size("k") * (2 if op.act_dtype != "float32" else 4) * (3 if p.first else 2)
-        launches = _US * (2 if p.first else 1)
+        launches = (_US + _COLUMN_US * op.size("k")) * (2 if p.first else 1)
         costs = tuple(
-            (m, round(launches + _ROW_US * min(m, 16) + min(m, 8192) * each / _BYTES_PER_US, 1))
+            (m, round(launches + _ROW_US * min(m, 64) + min(m, 8192) * each / _BYTES_PER_US, 1))
             for m in BUCKETS
         )
         return Accepted(cost=costs[0][1], costs=costs, note="one kernel" if not p.first else "two")
