@@ -70,7 +70,8 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def _measure(models: tuple[Path, Path], name: str, mode: str) -> dict[str, int]:
     command = [sys.executable, "-c", _PROBE, *map(str, models), name, mode]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # glibc gives blocks of this size back at once: else holes of its heap count, which differ by luck
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     used: dict[str, int] = json.loads(done.stdout)
@@ -79,11 +80,11 @@ def _measure(models: tuple[Path, Path], name: str, mode: str) -> dict[str, int]:
 
 
 def _allowed(got: Mapping[str, int]) -> int:
-    """The result, one float matrix, and what is in work of it, which leaves holes in the heap.
+    """The result, one float matrix, and what is in work of it.
 
-    Measured are 12 to 52 MiB above the result, of 217 MiB of floats.
+    Measured are 9 (int4) and 28 to 34 MiB (nvfp4) above the result, of 217 MiB of floats.
     """
-    return got["final"] + got["largest"] + 64 * 2**20
+    return got["final"] + got["largest"] + 40 * 2**20
 
 
 @pytest.mark.slow
