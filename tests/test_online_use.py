@@ -70,7 +70,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def _measure(models: tuple[Path, Path], name: str, mode: str) -> dict[str, int]:
     command = [sys.executable, "-c", _PROBE, *map(str, models), name, mode]
-    # glibc gives blocks of this size back at once: else holes of its heap count, which differ by luck
+    # glibc gives blocks of this size back at once: holes of its heap differ by luck
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
