@@ -241,9 +241,11 @@ def main() -> int:
     a.tools, a.out = a.tools.split(","), a.out.resolve()
     a.out.mkdir(parents=True, exist_ok=True)
     runner = Runner(a, time.monotonic() + a.seconds)
-    with ThreadPoolExecutor(a.jobs) as pool:
-        for done in [pool.submit(runner.one, name) for name in some]:
-            done.result()
+    apart = [n for n in some if CASES[n].alone]
+    for names, jobs in (([n for n in some if n not in apart], a.jobs), (apart, 1)):
+        with ThreadPoolExecutor(jobs) as pool:
+            for done in [pool.submit(runner.one, name) for name in names]:
+                done.result()
     print(table(runner.rows))
     fine = ("right", "clean", "dispatch", "handed", "dispatch, handed", "limit shown",
             "named, as it should")  # fmt: skip
