@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import cuda_cases as cases
 from quant_core.dequantize import dense_weight
 from quant_core.kernels import tiles
-from quant_core.nn import matrices
+from quant_core.parts import matrices
 from quant_kernels_cuda import driver, ops
 from quant_kernels_cuda.compiler import compile_cached
 from quant_kernels_cuda.cut import Schedule

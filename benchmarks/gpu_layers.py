@@ -16,7 +16,7 @@ from torch import Tensor
 from quant_core.build import op_spec
 from quant_core.kernels.activations import fake_quantize
 from quant_core.live import quantize_matrix
-from quant_core.nn import with_packing
+from quant_core.parts import with_packing
 from quant_core.spec import CHANNEL, Element, OpSpec, QuantSpec, Scale, Zero
 from quant_core.tensors import LayerTensors
 

@@ -166,6 +166,8 @@ FAULTS: dict[str, str] = {
     "core:test_answer_of_another_type_names_plugin_hook_and_what_was_expected "
     "core:test_plugin_whose_block_types_fail_is_set_aside_and_others_load",
     "E07": "core:test_kernel_that_fails_to_answer_is_left_out_with_a_warning "
+    "core:test_kernel_that_raises_is_named_with_its_layer_and_the_cause_chained "
+    "core:test_answer_of_another_form_is_named_too "
     "tests:test_e07_scheme_that_raises_midway_is_named_with_its_layer "
     "core:test_make_scheme_that_returns_none_is_a_plugin_error",
     "E08": "tests:test_e08_installed_plugins_leave_the_process_as_they_find_it "

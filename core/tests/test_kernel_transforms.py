@@ -16,7 +16,7 @@ from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.choose import choose
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.kernels.transforms import apply_transforms, transform_features
-from quant_core.nn import matrices
+from quant_core.parts import matrices
 from quant_core.rewrites.join import same_bytes
 from quant_core.spec import CHANNEL, Element, QuantSpec, Scale, Transform
 from quant_core.spec_json import op_from_text, to_text

@@ -13,7 +13,8 @@ import toy
 from made_layers import SPECS, make_layer, make_op
 from quant_core.kernels import reference
 from quant_core.kernels.choose import choose
-from quant_core.nn import QuantComposite, QuantLinear, load_part_
+from quant_core.nn import QuantComposite, QuantLinear
+from quant_core.parts import load_part_
 from quant_core.shared import MOST_TOKENS, share_inputs
 from quant_core.spec import CHANNEL, TENSOR, Element, QuantSpec, Scale
 from with_input import with_input

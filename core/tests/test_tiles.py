@@ -13,8 +13,8 @@ from made_layers import SPECS, make_layer, make_op
 from quant_core.errors import LayoutError
 from quant_core.kernels import tiles
 from quant_core.kernels.base import Rejected
-from quant_core.nn import matrices
 from quant_core.packing import pack
+from quant_core.parts import matrices
 from quant_core.rewrites.join import same_bytes
 from quant_core.spec import (
     CANONICAL,

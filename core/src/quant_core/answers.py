@@ -15,7 +15,7 @@ from typing import Any
 from quant_core.errors import PluginError, QuantError, printable
 from quant_core.spec import BlockType, FormatMatch, LayerDesc, ParamSpec
 
-__all__ = ["WrongAnswerError", "ask_scheme", "checked"]
+__all__ = ["WrongAnswerError", "ask_scheme", "checked", "no_memory"]
 
 Check = Callable[[Any], Any]
 """Gives the answer as core uses it; None if it is of another type."""
@@ -147,7 +147,7 @@ def ask_scheme(scheme: Any, method: str, layer: LayerDesc, *args: Any) -> Any:
     except (QuantError, MemoryError):
         raise
     except Exception as err:
-        if _no_memory(err):
+        if no_memory(err):
             raise
         found = f"raised {type(err).__name__}: {printable(err)}"
         raise _scheme_error(scheme, method, layer, found) from err
@@ -157,8 +157,8 @@ def ask_scheme(scheme: Any, method: str, layer: LayerDesc, *args: Any) -> Any:
     return good
 
 
-def _no_memory(err: Exception) -> bool:
-    """What torch's allocators raise is a plain RuntimeError on the CPU."""
+def no_memory(err: Exception) -> bool:
+    """Whether memory does not suffice: torch's allocator raises a plain RuntimeError on the CPU."""
     return type(err).__name__ == "OutOfMemoryError" or "allocate memory" in str(err)
 
 

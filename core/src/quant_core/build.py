@@ -17,6 +17,7 @@ from quant_core.fuse import Composite, fuse
 from quant_core.kernels.ahead import compile_ahead
 from quant_core.kernels.choose import Choice, Memo, choose
 from quant_core.kernels.device import device_key
+from quant_core.kernels.failed import allocated
 from quant_core.kernels.transforms import transform_features
 from quant_core.load import read_matrix, read_parameter
 from quant_core.memory import written_whole
@@ -28,8 +29,8 @@ from quant_core.nn import (
     QuantGrouped,
     QuantLinear,
     QuantModule,
-    load_part_,
 )
+from quant_core.parts import load_part_
 from quant_core.plan import Member, Plan
 from quant_core.registry import Registry
 from quant_core.registry import registry as default_registry
@@ -185,8 +186,8 @@ class Builder:
     ) -> QuantModule:  # fmt: skip
         choice, chooser = self._chosen(name, op)
         with written_whole():
-            buffers = choice.kernel.allocate(choice.op, self.device)
-        load_part_(choice, buffers, lt, {"row": 0})
+            buffers = allocated(choice.kernel, choice.op, self.device, name, choice.trace)
+        load_part_(choice, buffers, lt, {"row": 0}, name)
         return cls(choice, buffers, members, chooser)
 
     # ---------------------------------------------------------------------------------- floats
@@ -271,7 +272,7 @@ class Builder:
         op = self.op_for("grouped_linear", first, member, experts=len(ids))
         choice, chooser = self._chosen(name, op)
         with written_whole():  # every expert is loaded below
-            buffers = choice.kernel.allocate(choice.op, self.device)
+            buffers = allocated(choice.kernel, choice.op, self.device, name, choice.trace)
         for i, e in enumerate(ids):
             lt = first if i == 0 else read_matrix(self.plan, member, e)
             same = [t for t, _ in lt.transforms] == [t for t, _ in first.transforms]
@@ -288,7 +289,7 @@ class Builder:
                     expected=first.weight.spec.label,
                     actual=lt.weight.spec.label,
                 )
-            load_part_(choice, buffers, lt, {"row": 0, "expert": i})
+            load_part_(choice, buffers, lt, {"row": 0, "expert": i}, name)
         bound = BoundMember(
             name=member.layer.name, start=0, stop=first.weight.shape[0],
             packing=first.weight.packing,

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from quant_core.build import op_spec
 from quant_core.errors import LayoutError
 from quant_core.kernels.choose import choose
-from quant_core.nn import QuantLinear, with_packing
+from quant_core.kernels.failed import allocated, asked
+from quant_core.nn import QuantLinear
 from quant_core.online import SkipRules, find_online
+from quant_core.parts import with_packing
 from quant_core.registry import Registry
 from quant_core.registry import registry as default_registry
 from quant_core.scheme import Scheme
@@ -102,8 +104,9 @@ def linear_of(
     device = str(weight.device)
     op = op_spec("linear", lt, scheme, device=device, dtype=dtype or weight.dtype)
     choice = choose(op, reg, kernels=kernels, prefer=prefer, module=name)
-    buffers = choice.kernel.allocate(choice.op, device)
-    choice.kernel.load_(buffers, choice.op, with_packing(lt, choice.op.packing), {"row": 0})
+    buffers = allocated(choice.kernel, choice.op, device, name, choice.trace)
+    with asked("load_", choice.kernel, choice.op, name, choice.trace):
+        choice.kernel.load_(buffers, choice.op, with_packing(lt, choice.op.packing), {"row": 0})
     return QuantLinear(choice, buffers)
 
 

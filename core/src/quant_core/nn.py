@@ -18,8 +18,9 @@ from quant_core.gradients import grouped_with_grad, linear_with_grad, wants_grad
 from quant_core.kernels.base import Kernel
 from quant_core.kernels.choose import Choice, Decision
 from quant_core.kernels.device import device_key
+from quant_core.kernels.failed import allocated, asked, check_output, name_failure
 from quant_core.kernels.routed import ExpertsRun
-from quant_core.packing import repack
+from quant_core.parts import load_part_, matrices
 from quant_core.row_order import in_model_order
 from quant_core.shared import MOST_TOKENS, SharedGroup, Siblings, together, weights_changed
 from quant_core.spec import OpSpec, Packing
@@ -32,8 +33,6 @@ __all__ = [
     "QuantExperts",
     "QuantLinear",
     "QuantModule",
-    "load_part_",
-    "matrices",
     "moved",
 ]
 
@@ -64,6 +63,7 @@ class QuantModule(nn.Module):
     members: tuple[BoundMember, ...]
     _rechoose: Rechoose | None
     _names: tuple[str, ...]
+    _answered: object = None  # the run whose first answer was checked
 
     def __init__(
         self,
@@ -86,7 +86,28 @@ class QuantModule(nn.Module):
         self._bind()
 
     def _bind(self) -> None:
-        self.__dict__["_run"] = self.kernel.bind(self.op)
+        self.__dict__["_run"] = self._bound(self.op)
+
+    def _bound(self, op: OpSpec) -> Any:
+        with asked("bind", self.kernel, op, self.layer, self.trace):
+            return self.kernel.bind(op)
+
+    @property
+    def layer(self) -> str:
+        """Where it is from, for messages: its first member, and how many more there are."""
+        more = f" and {len(self.members) - 1} more" if len(self.members) > 1 else ""
+        return f"{self.members[0].name}{more}" if self.members else ""
+
+    def _name_failure(self, err: Exception, x: Tensor) -> None:
+        """Raise what says more than ``err`` of a call; nothing if ``err`` is fit to be seen."""
+        held: Mapping[str, Any] = self._buffers
+        values = list(held.values())
+        name_failure(err, self.kernel, self.op, self.layer, self.trace, values, x)
+
+    def _check(self, y: Any, x: Tensor) -> None:
+        """The first answer of what was bound is what was promised."""
+        check_output(y, x, self.kernel, self.op, self.layer, self.trace)
+        self.__dict__["_answered"] = self._run
 
     @property
     def owns_buffers(self) -> bool:
@@ -100,7 +121,8 @@ class QuantModule(nn.Module):
 
     def restore(self) -> LayerTensors:
         """Canonical tensors, bit for bit."""
-        return self.kernel.restore(self.tensors, self.op)
+        with asked("restore", self.kernel, self.op, self.layer, self.trace):
+            return self.kernel.restore(self.tensors, self.op)
 
     @property
     def nbytes(self) -> int:
@@ -133,10 +155,10 @@ class QuantModule(nn.Module):
         canonical = self.restore()
         op = in_model_order(self.op)
         choice = self._rechoose(replace(op, device=device_key(str(device))))
-        buffers = choice.kernel.allocate(choice.op, str(device))
+        buffers = allocated(choice.kernel, choice.op, str(device), self.layer, choice.trace)
         for expert, part in matrices(canonical, self.op.size("experts", 0)):
             at = {"row": 0} if expert is None else {"row": 0, "expert": expert}
-            load_part_(choice, buffers, part, at)
+            load_part_(choice, buffers, part, at, self.layer)
         for name in self._names:
             del self._buffers[name]
         for name, value in buffers.items():
@@ -176,57 +198,6 @@ def moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     return there.view(value.dtype)
 
 
-def _dense(lt: LayerTensors) -> LayerTensors:
-    """``lt`` with scales, zeros and offsets whose values follow each other in memory."""
-    qt = lt.weight
-    tensors = qt.tensors()
-    if all(t.is_contiguous() for t in tensors.values()):
-        return lt
-    made = qt.with_tensors({name: t.contiguous() for name, t in tensors.items()})
-    return replace(lt, operands={**lt.operands, "weight": made})
-
-
-def with_packing(lt: LayerTensors, packing: Packing) -> LayerTensors:
-    """``lt`` with its codes in another physical order, and all tensors contiguous; bit-exact."""
-    lt = _dense(lt)
-    qt = lt.weight
-    if qt.spec.blocks or qt.packing == packing:
-        return lt
-    n, k = qt.shape
-    codes = repack(qt.codes, qt.spec.element.bits, (n, k), qt.packing, packing)
-    return replace(
-        lt, operands={**lt.operands, "weight": replace(qt, codes=codes, packing=packing)}
-    )
-
-
-def load_part_(
-    choice: Choice, buffers: dict[str, Tensor], part: LayerTensors, at: Mapping[str, int]
-) -> None:
-    """Write ``part`` into a kernel's buffers, its codes in an order that the kernel reads."""
-    reads = getattr(choice.kernel, "reads", None)
-    if reads is None or not reads(choice.op, part.weight.packing):
-        part = with_packing(part, choice.op.packing)
-    elif not getattr(choice.kernel, "strided", False):
-        part = _dense(part)
-    choice.kernel.load_(buffers, choice.op, part, at)
-    weights_changed()
-
-
-def matrices(lt: LayerTensors, experts: int) -> Iterable[tuple[int | None, LayerTensors]]:
-    """The matrices of a stack of ``experts``, one by one; of a plain layer (0), itself."""
-    if not experts:
-        yield None, lt
-        return
-    qt = lt.weight
-    for e in range(experts):
-        tensors = {k: v if k.startswith("codebook") else v[e] for k, v in qt.tensors().items()}
-        one = qt.with_tensors(tensors, shape=qt.shape[1:])
-        names = ("bias", "acc_bias", "out_scale", "input_scale", "input_zero")
-        side = {n: None if (t := getattr(lt, n)) is None else t[e] for n in names}
-        transforms = tuple((t, tuple(v[e] for v in values)) for t, values in lt.transforms)
-        yield e, LayerTensors(operands={"weight": one}, transforms=transforms, **side)  # type: ignore[arg-type]
-
-
 class QuantLinear(QuantModule):
     """y = x W^T + bias. x [..., in_features] float -> [..., out_features] of x's dtype.
 
@@ -254,15 +225,26 @@ class QuantLinear(QuantModule):
         return self.op.size("n")
 
     def forward(self, x: Tensor) -> Tensor:
-        if wants_grad(x):
-            return linear_with_grad(self, *self._call(), x)
-        if not torch.compiler.is_compiling():
-            if self._siblings is not None:
-                self._siblings[0].note(self._siblings[1], x)
-            if self._shared is not None and x.numel() <= self._most:
-                return self._shared[0].take(self._shared[1], x)
-        run, values = self._call()
-        return run(values, x)  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            run, values = self._call()
+            return run(values, x)  # type: ignore[no-any-return]
+        try:
+            if wants_grad(x):
+                y = linear_with_grad(self, *self._call(), x)
+            else:
+                if self._siblings is not None:
+                    self._siblings[0].note(self._siblings[1], x)
+                if self._shared is not None and x.numel() <= self._most:
+                    y = self._shared[0].take(self._shared[1], x)
+                else:
+                    run, values = self._call()
+                    y = run(values, x)
+        except Exception as err:
+            self._name_failure(err, x)
+            raise
+        if self._answered is not self._run:
+            self._check(y, x)
+        return y
 
     def _call(self) -> tuple[Callable[..., Any], list[Tensor]]:
         """Who runs, and the buffers it takes."""
@@ -298,10 +280,19 @@ class QuantEmbedding(QuantModule):
 
     def _bind(self) -> None:
         super()._bind()
-        self._run_tied = self.kernel.bind(replace(self.op, op="linear"))
+        self._run_tied = self._bound(replace(self.op, op="linear"))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self._run(self._values(), ids)
+        if torch.compiler.is_compiling():
+            return self._run(self._values(), ids)
+        try:
+            y = self._run(self._values(), ids)
+        except Exception as err:
+            self._name_failure(err, ids)
+            raise
+        if self._answered is not self._run:
+            self._check(y, ids)
+        return y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
         """As for every module, and a float cast changes the dtype of the rows returned."""
@@ -348,9 +339,19 @@ class QuantGrouped(QuantModule):
     """One stack of experts: x [T, K], expert index [T] -> [T, N]."""
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        if wants_grad(x):
-            return grouped_with_grad(self, self._run, x, experts)
-        return self._run(self._values(), x, experts)
+        if torch.compiler.is_compiling():
+            return self._run(self._values(), x, experts)
+        try:
+            if wants_grad(x):
+                y = grouped_with_grad(self, self._run, x, experts)
+            else:
+                y = self._run(self._values(), x, experts)
+        except Exception as err:
+            self._name_failure(err, x)
+            raise
+        if self._answered is not self._run:
+            self._check(y, x)
+        return y
 
 
 class ClampedSwiglu(nn.Module):

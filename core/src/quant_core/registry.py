@@ -19,6 +19,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,7 +33,7 @@ from quant_core.answers import WrongAnswerError, checked
 from quant_core.errors import PluginError, QuantError, printable, summarize
 from quant_core.spec import PLUGIN_API, BlockType, PluginInfo
 
-__all__ = ["Plugin", "Registry", "SetAside", "load_registry", "registry"]
+__all__ = ["Plugin", "Registry", "SetAside", "load_registry", "owner_of", "registry"]
 
 log = logging.getLogger("quant_core")
 
@@ -373,3 +374,11 @@ def registry() -> Registry:
             if _registry is None:
                 _registry = load_registry()
     return _registry
+
+
+def owner_of(err: BaseException) -> Plugin | None:
+    """The plugin whose code was the last to run before ``err``; None if none was on the way."""
+    packages = {p.target.split(":")[0].split(".")[0]: p for p in registry().plugins.values()}
+    names = (str(f.f_globals.get("__name__")) for f, _ in traceback.walk_tb(err.__traceback__))
+    met = [p for name in names if (p := packages.get(name.split(".")[0])) is not None]
+    return met[-1] if met else None

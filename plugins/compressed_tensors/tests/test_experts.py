@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from quant_core.build import Builder
 from quant_core.kernels.activations import fake_quantize
 from quant_core.load import read_matrix
-from quant_core.nn import matrices
+from quant_core.parts import matrices
 
 E, H, INNER = 3, 32, 48
 STEM = "model.layers.0.mlp.experts"

@@ -15,8 +15,8 @@ from cpu_made import SPECS, make_layer, make_op
 from quant_core.errors import LayoutError
 from quant_core.intspec import INTERLEAVE, halves
 from quant_core.kernels.choose import Choice
-from quant_core.nn import load_part_
 from quant_core.packing import WORD_DTYPES, pack, packed_shape, unpack
+from quant_core.parts import load_part_
 from quant_core.spec import CANONICAL, Element, Field, OpSpec, Packing, QuantSpec
 from quant_core.tensors import LayerTensors
 from quant_kernels_cpu.blocks import write_grid_

@@ -16,7 +16,7 @@ from quant_core.checkpoint.open import open_checkpoint
 from quant_core.kernels.base import Accepted
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.load import read_matrix
-from quant_core.nn import with_packing
+from quant_core.parts import with_packing
 from quant_core.plan import plan
 from quant_core.spec import CANONICAL
 from quant_kernels_npu.kernel import KERNELS

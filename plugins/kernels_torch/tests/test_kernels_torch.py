@@ -11,8 +11,8 @@ from made_layers import SPECS, make_layer
 from quant_core.kernels.activations import fake_quantize
 from quant_core.kernels.base import ANY_ROWS, Accepted, Rejected
 from quant_core.kernels.reference import ReferenceKernel
-from quant_core.nn import matrices
 from quant_core.packing import pack
+from quant_core.parts import matrices
 from quant_core.spec import (
     CANONICAL,
     CHANNEL,

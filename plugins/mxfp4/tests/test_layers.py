@@ -10,7 +10,8 @@ import torch
 from quant_core.build import Builder
 from quant_core.errors import CheckpointError, LayoutError, QuantError
 from quant_core.load import load_tensor, read_matrix
-from quant_core.nn import ClampedSwiglu, matrices
+from quant_core.nn import ClampedSwiglu
+from quant_core.parts import matrices
 from quant_core.spec import Unquantized
 
 LEAVES = [f"{s}_{p}" for s in ("gate_up_proj", "down_proj") for p in ("blocks", "scales")]

@@ -109,7 +109,7 @@ def _calls(
     """Kernel name -> (answer, bound function, buffers of each copy)."""
     from quant_core.kernels.choose import accepting
     from quant_core.kernels.timing import copies_for
-    from quant_core.nn import with_packing
+    from quant_core.parts import with_packing
 
     out = {}
     for kernel, mine, said in accepting(op, registry, kernels=kernels, module=layer.name):

@@ -110,12 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _owner(err: Exception) -> str:
     """The plugin whose code was the last to run before ``err``; "" if none of it was on the way."""
-    from quant_core.registry import registry
+    from quant_core.registry import owner_of
 
-    packages = {p.target.split(":")[0].split(".")[0]: p for p in registry().plugins.values()}
-    names = (str(f.f_globals.get("__name__")) for f, _ in traceback.walk_tb(err.__traceback__))
-    met = [p for name in names if (p := packages.get(name.split(".")[0])) is not None]
-    return f"{met[-1].id!r} ({met[-1].dist} {met[-1].version})" if met else ""
+    plugin = owner_of(err)
+    return f"{plugin.id!r} ({plugin.dist} {plugin.version})" if plugin else ""
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ from quant_core.engines.sharing import Piece
 from quant_core.errors import LayoutError
 from quant_core.fuse import Composite, fuse
 from quant_core.kernels.base import Kernel
-from quant_core.kernels.choose import choose
+from quant_core.kernels.choose import Choice, choose
+from quant_core.kernels.failed import allocated, asked, name_failure
 from quant_core.kernels.routed import ExpertsRun
 from quant_core.load import read_matrix, read_parameter
-from quant_core.nn import load_part_
+from quant_core.parts import load_part_
 from quant_core.plan import Member
 from quant_core.scheme import Scheme
 from quant_core.spec import OpSpec
@@ -60,6 +61,7 @@ class Bound:
         op: what runs; None for a float matrix.
         run_linear: of an embedding: the same table as the weight of a linear layer.
         stack: of a stack of experts: its kernel.
+        choice: how the kernel was chosen; None for a float matrix.
     """
 
     run: Run
@@ -69,6 +71,7 @@ class Bound:
     kernel: str
     run_linear: Run | None = None
     stack: Kernel | None = None
+    choice: Choice | None = None
 
 
 @contextmanager
@@ -116,22 +119,28 @@ def read_piece(
     return cut(matrix, out=piece.out, inp=piece.inp)
 
 
+def _run_of(choice: Choice, op: OpSpec, name: str) -> Callable[..., Tensor]:
+    with asked("bind", choice.kernel, op, name, choice.trace):
+        return choice.kernel.bind(op)
+
+
 def _bind(
     builder: Builder, name: str, kind: str, lt: LayerTensors, member: Member, k: int
 ) -> Bound:
     op = builder.op_for(kind, lt, member, in_features=k)
     choice = choose(op, builder.plan.registry, kernels=builder.kernels)
     builder.choices.append((name, choice))
-    buffers = choice.kernel.allocate(choice.op, builder.device)
-    load_part_(choice, buffers, lt, {"row": 0})
+    buffers = allocated(choice.kernel, choice.op, builder.device, name, choice.trace)
+    load_part_(choice, buffers, lt, {"row": 0}, name)
     as_linear = replace(choice.op, op="linear")
     return Bound(
-        run=choice.kernel.bind(choice.op),
+        run=_run_of(choice, choice.op, name),
         tensors=buffers,
         rows=lt.weight.shape[0],
         op=choice.op,
         kernel=choice.kernel.name,
-        run_linear=choice.kernel.bind(as_linear) if kind == "embedding" else None,
+        choice=choice,
+        run_linear=_run_of(choice, as_linear, name) if kind == "embedding" else None,
     )
 
 
@@ -203,7 +212,7 @@ def bind_stack(builder: Builder, name: str, piece: Piece, experts: Sequence[int]
     )
     choice = choose(op, builder.plan.registry, kernels=builder.kernels)
     builder.choices.append((name, choice))
-    buffers = choice.kernel.allocate(choice.op, builder.device)
+    buffers = allocated(choice.kernel, choice.op, builder.device, name, choice.trace)
     for slot, expert in enumerate(experts):
         lt = first if slot == 0 else read_piece(builder, piece, expert)
         same = [t for t, _ in lt.transforms] == [t for t, _ in first.transforms]
@@ -220,13 +229,14 @@ def bind_stack(builder: Builder, name: str, piece: Piece, experts: Sequence[int]
                 expected=first.weight.spec.label,
                 actual=lt.weight.spec.label,
             )
-        load_part_(choice, buffers, lt, {"row": 0, "expert": slot})
+        load_part_(choice, buffers, lt, {"row": 0, "expert": slot}, name)
     return Bound(
-        run=choice.kernel.bind(choice.op),
+        run=_run_of(choice, choice.op, name),
         tensors=buffers,
         rows=first.weight.shape[0],
         op=choice.op,
         kernel=choice.kernel.name,
+        choice=choice,
         stack=choice.kernel,
     )
 
@@ -298,17 +308,27 @@ class Packed:
 
     def grouped(self, x: Tensor, experts: Tensor) -> Tensor:
         """Of a stack: x [T, K], expert's slot [T] -> [T, N]."""
-        return self.parts[0].run(self.values(0), x, experts)
+        return self._called(0, self.parts[0].run, x, experts)
 
     def linear(self, x: Tensor) -> Tensor:
         outs = [
-            (part.run if part.run_linear is None else part.run_linear)(self.values(i), x)
+            self._called(i, part.run if part.run_linear is None else part.run_linear, x)
             for i, part in enumerate(self.parts)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
     def embedding(self, ids: Tensor) -> Tensor:
-        return self.parts[0].run(self.values(0), ids)
+        return self._called(0, self.parts[0].run, ids)
+
+    def _called(self, index: int, run: Run, x: Tensor, *rest: Tensor) -> Tensor:
+        values = self.values(index)
+        try:
+            return run(values, x, *rest)
+        except Exception as err:
+            c = self.parts[index].choice
+            if c is not None:
+                name_failure(err, c.kernel, c.op, self.key, c.trace, values, x)
+            raise
 
     # the same as ops, which a traced graph keeps as they are
 

@@ -29,8 +29,9 @@ from quant_core.checkpoint.write import write_safetensors
 from quant_core.engines.transformers_names import Slot
 from quant_core.errors import ConfigError, LayoutError, QuantError, printable, summarize
 from quant_core.kv_states import QuantCache
-from quant_core.nn import BoundMember, QuantModule, matrices
+from quant_core.nn import BoundMember, QuantModule
 from quant_core.packing import repack
+from quant_core.parts import matrices
 from quant_core.plan import Member, Plan, member_parts, param_sources
 from quant_core.registry import registry
 from quant_core.rewrites import slice_out

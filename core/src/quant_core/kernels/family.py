@@ -380,7 +380,7 @@ def _run_restored(
     owner: Kernel, op: OpSpec, names: tuple[str, ...], values: list[Tensor], *inputs: Tensor
 ) -> Tensor:
     from quant_core.kernels.reference import ReferenceKernel
-    from quant_core.nn import matrices
+    from quant_core.parts import matrices
 
     held = owner.restore(dict(zip(names, values, strict=True)), op)
     op = replace(op, packing=held.weight.packing)

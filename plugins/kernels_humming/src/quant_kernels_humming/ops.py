@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quant_core.kernels.base import Rejected
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.kernels.storage import misused
-from quant_core.nn import matrices
+from quant_core.parts import matrices
 from quant_core.spec_json import op_from_text
 from quant_kernels_humming.layout import configs, tensors_of
 
