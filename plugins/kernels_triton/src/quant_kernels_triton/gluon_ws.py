@@ -86,6 +86,147 @@ def _next(S: gl.constexpr, ws, hs, ms, P, full, st, ph, t0, last, g, more, G, K,
     return w, st, ph
 
 
+@gluon.constexpr_function
+def _sums(b):
+    """The layout of the sums of ``b`` rows."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, int(b), 16]
+    )
+
+
+@gluon.jit
+def _round(a, w, acc, acc2, low, low2, st, ph, fs, fp, xs, xt, ws, hs, ms, P, full, empty, t0, last,
+           g, n, total, G, K, B1: gl.constexpr, B2: gl.constexpr, ST: gl.constexpr,
+           PER: gl.constexpr, R: gl.constexpr, ACC: gl.constexpr, BITS: gl.constexpr,
+           BF16: gl.constexpr, C0: gl.constexpr, C1: gl.constexpr, C2: gl.constexpr,
+           C3: gl.constexpr, C4: gl.constexpr, DM: gl.constexpr, ZERO: gl.constexpr,
+           SPG: gl.constexpr, ASM: gl.constexpr, REGS: gl.constexpr, EARLY: gl.constexpr,
+           U: gl.constexpr):  # fmt: skip
+    """Products of U groups of columns, and the operand of the next ones."""
+    mma: gl.constexpr = _sums(B1)
+    mmb: gl.constexpr = _sums(B2 if B2 else B1)
+    AL: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    AL2: gl.constexpr = gl.DotOperandLayout(0, mmb, 2)
+    RL: gl.constexpr = gl.SliceLayout(1, mma)
+    HAS_P: gl.constexpr = DM != 0 or ZERO != 0
+    here = st
+    hp = ph
+    f = gl.zeros([64], gl.float32, RL)
+    f1 = f
+    d = acc
+    d2 = acc2
+    e = low
+    e2 = low2
+    for q in gl.static_range(2 * U * R):
+        slot = st * PER + q // R % PER
+        if R == 1:
+            e = d  # sums of the group before
+            e2 = d2
+        if ACC and q // R % 2 == 0 and q % R == 0:
+            d, d2 = multiply(a, xs.index(slot), xt.index(slot), acc, acc2, True, B2, AL2)
+        elif ACC and q // R % 2 == 0:
+            e, e2 = multiply(a, xs.index(slot), xt.index(slot), low, low2, True, B2, AL2)
+        elif q % R == 0:
+            d, d2 = multiply(a, xs.index(slot), xt.index(slot), d, d2, False, B2, AL2)
+        else:
+            e, e2 = multiply(a, xs.index(slot), xt.index(slot), e, e2, False, B2, AL2)
+        if not EARLY:
+            issued()
+        if not EARLY or q % 2 == 1:
+            w, fs, fp = _next(q + 1, ws, hs, ms, P, full, fs, fp, t0, last, g, n + 1 < total,
+                              G, K, ST, PER, U, R, BITS, HAS_P, SPG, C0, C1, C2, C3,
+                              C4)  # fmt: skip
+        if q > 0 and (R == 2 or (ACC and q % 2 == 0)):
+            d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 1)
+        elif q > 0:
+            d, d2 = waited(d, d2, B2, 1)
+        if q > 0 and q % R == 0 and (PER == 1 or q // R % 2 == 0):
+            mbarrier.arrive(empty.index(here), count=1)
+        a = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
+        if EARLY and q % 2 == 1:
+            w, fs, fp = _next(q + 2, ws, hs, ms, P, full, fs, fp, t0, last, g, n + 1 < total,
+                              G, K, ST, PER, U, R, BITS, HAS_P, SPG, C0, C1, C2, C3,
+                              C4)  # fmt: skip
+        if ACC and R == 1 and q > 0 and q % 2 == 0:
+            acc, acc2 = _scaled(acc, acc2, e, e2, f, B2, mmb)
+        if ACC and R == 2 and q % 4 == 3:
+            acc, acc2 = _scaled(acc, acc2, d, d2, f, B2, mmb)
+        if ACC and R == 2 and q > 0 and q % 4 == 0:
+            low, low2 = _scaled(low, low2, e, e2, f1, B2, mmb)
+        if ACC and q // R % 2 == 1:
+            if q % R == 0:
+                f = scales(ms, P, slot, 0, t0, last, g * (2 * U) + q // R - 1, G, K, C0, C1, RL)
+            else:
+                f1 = scales(ms, P, slot, 4, t0 + 4, last, g * (2 * U) + q // R - 1, G, K, C0, C1,
+                            RL)  # fmt: skip
+        here = st
+        hp = ph
+        if q % R == R - 1 and (PER == 1 or q // R % 2 == 1):
+            st, ph = advanced(st, ph, ST)
+    if ACC:  # passes at once; without it ptxas puts the dequantization behind the wait
+        mbarrier.wait(full.index(here), hp)
+    if R == 2:
+        d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 0)
+    else:
+        d, d2 = waited(d, d2, B2, 0)
+    mbarrier.arrive(empty.index(here), count=1)
+    if ACC and R == 2:
+        low, low2 = _scaled(low, low2, e, e2, f1, B2, mmb)
+    elif ACC:
+        acc, acc2 = _scaled(acc, acc2, d, d2, f, B2, mmb)
+    else:
+        acc = d
+        acc2 = d2
+        if R == 2:
+            low = e
+            low2 = e2
+    return a, w, acc, acc2, low, low2, st, ph, fs, fp
+
+
+@gluon.jit
+def _ended(acc, acc2, low, low2, ROW0, ROW1, BIAS, Y, PART, COUNT, M, N, k0, other, pn, m0, nn, nm,
+           GU, ROW: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr, NC: gl.constexpr,
+           R: gl.constexpr, BF16: gl.constexpr, R0: gl.constexpr, R1: gl.constexpr,
+           HAS_BIAS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """Hand over the sums of a share, or add those behind and store a tile."""
+    mma: gl.constexpr = _sums(B1)
+    mmb: gl.constexpr = _sums(B2 if B2 else B1)
+    if PDL:
+        gdc_wait()
+    own = gl.num_programs(0) - 1 - gl.program_id(0)
+    SIZE: gl.constexpr = 64 * (B1 + B2)
+    if k0 > 0:
+        slot = own * NC + ROW
+        give(acc, acc2, PART + slot * (SIZE * R), B1, B2)
+        if R == 2:
+            give(low, low2, PART + slot * (SIZE * R) + SIZE, B1, B2)
+        barrier()
+        gl.atomic_add(COUNT + beginner(nm * nn, GU) * NC + ROW, 1)
+    else:
+        if other > 0:  # counts the shares that have handed over, and ends at zero
+            slot = own * NC + ROW
+            while gl.atomic_cas(COUNT + slot, other, 0) != other:
+                pass
+            barrier()
+        for j in range(own + 1, own + 1 + other):
+            slot = j * NC + ROW
+            acc, acc2 = take(acc, acc2, PART + slot * (SIZE * R), B1, B2, mma, mmb)
+            if R == 2:
+                low, low2 = take(low, low2, PART + slot * (SIZE * R) + SIZE, B1, B2, mma, mmb)
+        n0 = (pn * NC + ROW) * (64 * R)
+        store(acc, ROW0, ROW1, BIAS, Y, COUNT, m0, M, n0, N, B1, BF16, R0, R1, HAS_BIAS, False,
+              mma)  # fmt: skip
+        if B2:
+            store(acc2, ROW0, ROW1, BIAS, Y, COUNT, m0 + B1, M, n0, N, B2, BF16, R0, R1, HAS_BIAS,
+                  False, mmb)  # fmt: skip
+        if R == 2:
+            store(low, ROW0, ROW1, BIAS, Y, COUNT, m0, M, n0 + 64, N, B1, BF16, R0, R1, HAS_BIAS,
+                  False, mma)  # fmt: skip
+            if B2:
+                store(low2, ROW0, ROW1, BIAS, Y, COUNT, m0 + B1, M, n0 + 64, N, B2, BF16, R0, R1,
+                      HAS_BIAS, False, mmb)  # fmt: skip
+
+
 @gluon.jit
 def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, COUNT, M, N, NP, K,
               G, ROW: gl.constexpr, B1: gl.constexpr, B2: gl.constexpr, ST: gl.constexpr,
@@ -96,20 +237,13 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
               ZERO: gl.constexpr, MODE: gl.constexpr, SPG: gl.constexpr, ASM: gl.constexpr,
               REGS: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
               U: gl.constexpr):  # fmt: skip
-    BM: gl.constexpr = B1 + B2
+    # bodies of loops are functions: Triton goes through a loop twice, through each loop in it too
     DM: gl.constexpr = 0 if ACC else MODE
-    mma: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, B1, 16]
-    )
-    mmb: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, B2 if B2 else B1, 16]
-    )
+    mma: gl.constexpr = _sums(B1)
     AL: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    AL2: gl.constexpr = gl.DotOperandLayout(0, mmb, 2)
-    RL: gl.constexpr = gl.SliceLayout(1, mma)
     LAST: gl.constexpr = PER - 1
     last = NP // 16 - 1
-    nm = gl.cdiv(M, BM)
+    nm = gl.cdiv(M, B1 + B2)
     nn = gl.cdiv(NP, NC * R * 64)
     GU = G // U  # shares are counted in rounds of the loop
     count = segments(nm * nn, GU)
@@ -121,8 +255,6 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
     fs = 0  # the stage that was read last
     fp = 0
     n = 0
-    here = 0
-    hp = 0
     mbarrier.wait(full.index(0), 0)
     t0 = (pn * NC + ROW) * R * 4
     w = fetch(ws, hs, ms, P, 0, 0, t0, last, k0 * (2 * U), G, K, BITS, HAS_P, SPG, C0, C1, C2, C3,
@@ -134,7 +266,7 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
     for s in range(count):
         # asked again, not carried: Triton 3.6 keeps a loop bound that is assigned under an ``if``
         pn, pm, k0, k1, other = segment(s, nm, nn, GU, GN)
-        m0 = pm * BM
+        m0 = pm * (B1 + B2)
         t0 = (pn * NC + ROW) * R * 4
         if not all_staged(SPG, C0, C1, C2, C3, C4):  # made ahead with factors of another tile
             w = fetch(ws, hs, ms, P, st * PER, 0, t0, last, k0 * (2 * U), G, K, BITS, HAS_P, SPG,
@@ -146,115 +278,18 @@ def _consumer(xs, xt, ws, hs, ms, full, empty, W, P, ROW0, ROW1, BIAS, Y, PART, 
         acc = gl.zeros([64, B1], gl.float32, mma)
         acc2 = acc
         if B2:
-            acc2 = gl.zeros([64, B2], gl.float32, mmb)
+            acc2 = gl.zeros([64, B2], gl.float32, _sums(B2))
         low = acc
         low2 = acc2
-        f = gl.zeros([64], gl.float32, RL)
-        f1 = f
         for g in range(k0, k1):
-            d = acc
-            d2 = acc2
-            e = low
-            e2 = low2
-            for q in gl.static_range(2 * U * R):
-                slot = st * PER + q // R % PER
-                if R == 1:
-                    e = d  # sums of the group before
-                    e2 = d2
-                if ACC and q // R % 2 == 0 and q % R == 0:
-                    d, d2 = multiply(a, xs.index(slot), xt.index(slot), acc, acc2, True, B2, AL2)
-                elif ACC and q // R % 2 == 0:
-                    e, e2 = multiply(a, xs.index(slot), xt.index(slot), low, low2, True, B2, AL2)
-                elif q % R == 0:
-                    d, d2 = multiply(a, xs.index(slot), xt.index(slot), d, d2, False, B2, AL2)
-                else:
-                    e, e2 = multiply(a, xs.index(slot), xt.index(slot), e, e2, False, B2, AL2)
-                if not EARLY:
-                    issued()
-                if not EARLY or q % 2 == 1:
-                    w, fs, fp = _next(q + 1, ws, hs, ms, P, full, fs, fp, t0, last, g,
-                                      n + 1 < total, G, K, ST, PER, U, R, BITS, HAS_P, SPG, C0,
-                                      C1, C2, C3, C4)  # fmt: skip
-                if q > 0 and (R == 2 or (ACC and q % 2 == 0)):
-                    d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 1)
-                elif q > 0:
-                    d, d2 = waited(d, d2, B2, 1)
-                if q > 0 and q % R == 0 and (PER == 1 or q // R % 2 == 0):
-                    mbarrier.arrive(empty.index(here), count=1)
-                a = make(w, BITS, BF16, SPG, C0, C1, C3, C4, DM, ZERO, ASM, REGS, AL)
-                if EARLY and q % 2 == 1:
-                    w, fs, fp = _next(q + 2, ws, hs, ms, P, full, fs, fp, t0, last, g,
-                                      n + 1 < total, G, K, ST, PER, U, R, BITS, HAS_P, SPG, C0,
-                                      C1, C2, C3, C4)  # fmt: skip
-                if ACC and R == 1 and q > 0 and q % 2 == 0:
-                    acc, acc2 = _scaled(acc, acc2, e, e2, f, B2, mmb)
-                if ACC and R == 2 and q % 4 == 3:
-                    acc, acc2 = _scaled(acc, acc2, d, d2, f, B2, mmb)
-                if ACC and R == 2 and q > 0 and q % 4 == 0:
-                    low, low2 = _scaled(low, low2, e, e2, f1, B2, mmb)
-                if ACC and q // R % 2 == 1:
-                    if q % R == 0:
-                        f = scales(ms, P, slot, 0, t0, last, g * (2 * U) + q // R - 1, G, K, C0,
-                                   C1, RL)  # fmt: skip
-                    else:
-                        f1 = scales(ms, P, slot, 4, t0 + 4, last, g * (2 * U) + q // R - 1, G,
-                                    K, C0, C1, RL)  # fmt: skip
-                here = st
-                hp = ph
-                if q % R == R - 1 and (PER == 1 or q // R % 2 == 1):
-                    st, ph = advanced(st, ph, ST)
-            if ACC:  # passes at once; without it ptxas puts the dequantization behind the wait
-                mbarrier.wait(full.index(here), hp)
-            if R == 2:
-                d, d2, e, e2 = _wait4(d, d2, e, e2, B2, 0)
-            else:
-                d, d2 = waited(d, d2, B2, 0)
-            mbarrier.arrive(empty.index(here), count=1)
-            if ACC and R == 2:
-                low, low2 = _scaled(low, low2, e, e2, f1, B2, mmb)
-            elif ACC:
-                acc, acc2 = _scaled(acc, acc2, d, d2, f, B2, mmb)
-            else:
-                acc = d
-                acc2 = d2
-                if R == 2:
-                    low = e
-                    low2 = e2
+            a, w, acc, acc2, low, low2, st, ph, fs, fp = _round(
+                a, w, acc, acc2, low, low2, st, ph, fs, fp, xs, xt, ws, hs, ms, P, full, empty, t0,
+                last, g, n, total, G, K, B1, B2, ST, PER, R, ACC, BITS, BF16, C0, C1, C2, C3,
+                C4, DM, ZERO, SPG, ASM, REGS, EARLY, U,
+            )  # fmt: skip
             n += 1
-        if PDL:
-            gdc_wait()
-        own = gl.num_programs(0) - 1 - gl.program_id(0)
-        SIZE: gl.constexpr = 64 * BM
-        if k0 > 0:
-            slot = own * NC + ROW
-            give(acc, acc2, PART + slot * (SIZE * R), B1, B2)
-            if R == 2:
-                give(low, low2, PART + slot * (SIZE * R) + SIZE, B1, B2)
-            barrier()
-            gl.atomic_add(COUNT + beginner(nm * nn, GU) * NC + ROW, 1)
-        else:
-            if other > 0:  # counts the shares that have handed over, and ends at zero
-                slot = own * NC + ROW
-                while gl.atomic_cas(COUNT + slot, other, 0) != other:
-                    pass
-                barrier()
-            for j in range(own + 1, own + 1 + other):
-                slot = j * NC + ROW
-                acc, acc2 = take(acc, acc2, PART + slot * (SIZE * R), B1, B2, mma, mmb)
-                if R == 2:
-                    low, low2 = take(low, low2, PART + slot * (SIZE * R) + SIZE, B1, B2, mma, mmb)
-            n0 = (pn * NC + ROW) * (64 * R)
-            store(acc, ROW0, ROW1, BIAS, Y, COUNT, m0, M, n0, N, B1, BF16, R0, R1, HAS_BIAS,
-                  False, mma)  # fmt: skip
-            if B2:
-                store(acc2, ROW0, ROW1, BIAS, Y, COUNT, m0 + B1, M, n0, N, B2, BF16, R0, R1,
-                      HAS_BIAS, False, mmb)  # fmt: skip
-            if R == 2:
-                store(low, ROW0, ROW1, BIAS, Y, COUNT, m0, M, n0 + 64, N, B1, BF16, R0, R1,
-                      HAS_BIAS, False, mma)  # fmt: skip
-                if B2:
-                    store(low2, ROW0, ROW1, BIAS, Y, COUNT, m0 + B1, M, n0 + 64, N, B2, BF16, R0,
-                          R1, HAS_BIAS, False, mmb)  # fmt: skip
+        _ended(acc, acc2, low, low2, ROW0, ROW1, BIAS, Y, PART, COUNT, M, N, k0, other, pn, m0, nn,
+               nm, GU, ROW, B1, B2, NC, R, BF16, R0, R1, HAS_BIAS, PDL)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "G"])
