@@ -1,12 +1,16 @@
 """Seconds to the first result of a packed layer in a new process with empty caches, on a GPU.
 
-    python benchmarks/gpu_cold.py --json out.json [--jobs 1] [--again] [--fork]
+    python benchmarks/gpu_cold.py --json out.json [--jobs 1] [--first] [--again] [--fork]
 
 A process of its own for every scheme and number of rows, with fresh folders in place of Triton's
 cache and this project's. The clock starts where torch is imported and its CUDA context and cuBLAS
 stand, and covers importing quant_core, choosing a kernel, storing 4096 x 4096 weights that were
-quantized before, compiling, and the call. ``--again``: the same in a further process that finds
-those caches filled. Compiling takes one processor; more jobs than half of them disturb each other.
+quantized before, compiling, and the call. The table at the end says where the time went: stages
+are those of Triton's compiler and NVRTC, of all kernels that the call needs; "rest" is the call
+without them. A machine's first process reads the libraries from its disk: with ``--first`` one type
+runs once more before all others, and is not in the table. ``--again``: the same in a further
+process that finds those caches filled. Compiling takes one processor; more jobs than half of them
+disturb each other.
 ``--fork``: the processes are copies of one that has imported torch and done nothing else, which
 saves the seconds of that import.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +34,23 @@ from typing import Any
 SCHEMES = ("int4", "int4-g32", "mxfp4", "nvfp4", "int8a16", "fp8a16", "fp8", "fp8_block", "int8",
            "w4a8", "w4a8-int8", "mxfp8")  # fmt: skip
 ROWS = (1, 64, 1024)
+STAGES = ("import", "front end", "ttir", "ttgir", "llir", "ptx", "cubin", "NVRTC")
+
+
+class _Stages(logging.Handler):
+    """Adds up what compilations of this process report, and where they ran."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.seconds: dict[str, float] = {}
+        self.kernels: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stages: dict[str, float] | None = getattr(record, "stages", None)
+        if stages is not None:
+            self.kernels.append(str(record.args[0]) if isinstance(record.args, tuple) else "")
+            for stage, seconds in stages.items():
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def once(scheme: str, rows: int) -> dict[str, Any]:
@@ -44,6 +66,11 @@ def once(scheme: str, rows: int) -> dict[str, Any]:
     from quant_core.kernels.choose import choose
     from quant_core.registry import registry
 
+    stages = _Stages()
+    log = logging.getLogger("quant_core")
+    log.addHandler(stages)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
     known = registry()
     listed = time.perf_counter() - start
     from gpu_layers import make_case
@@ -68,7 +95,7 @@ def once(scheme: str, rows: int) -> dict[str, Any]:
         "scheme": scheme, "rows": rows, "kernel": choice.kernel.name, "plugins_s": listed,
         "choose_s": chosen, "load_s": loaded - chosen, "call_s": done - loaded,
         "total_s": listed + done, "second_call_s": time.perf_counter() - start,
-        "same": torch.equal(y, again),
+        "stages_s": stages.seconds, "compiled": stages.kernels, "same": torch.equal(y, again),
     }  # fmt: skip
 
 
@@ -116,6 +143,18 @@ def apart(scheme: str, rows: int, processes: int, fork: bool) -> dict[str, Any]:
     return said[0] | {f"again_{i}_s": s["total_s"] for i, s in enumerate(said) if i}
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Where the seconds went, a line for each process; the stages are parts of the call."""
+    used = [s for s in STAGES if any(s in r["stages_s"] for r in rows)]
+    lines = [["type", "rows", "total", "plugins", "choose", "load", "call", *used, "rest"]]
+    for r in rows:
+        parts = [r["stages_s"].get(s, 0.0) for s in used]
+        spent = [r[f"{n}_s"] for n in ("total", "plugins", "choose", "load", "call")]
+        numbers = [*spent, *parts, r["call_s"] - sum(parts)]
+        lines.append([r["scheme"], str(r["rows"]), *(f"{n:.2f}" for n in numbers)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def main() -> None:
     """All schemes, some at a time; the processor is shared among them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -123,6 +162,7 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--first", action="store_true", help="the first type once more before all")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--fork", action="store_true", help="copies of one process; one job")
     parser.add_argument("--once", nargs=2)
@@ -134,6 +174,8 @@ def main() -> None:
     rows = []
     if args.fork:
         import torch  # noqa: F401
+    if args.first:
+        print("first of the machine:", json.dumps(apart(*work[0], 1, args.fork)), flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         each = partial(apart, processes=1 + args.again, fork=args.fork)
         answers = (each(*w) for w in work) if args.fork else pool.map(lambda w: each(*w), work)
@@ -144,6 +186,7 @@ def main() -> None:
                 args.json.write_text(json.dumps(rows, indent=1))
     measured = [r for r in rows if "total_s" in r]
     if measured:
+        print(table(measured))
         worst = max(measured, key=lambda r: r["total_s"])
         print(f"worst of {len(measured)}: {worst['total_s']:.2f} s, {worst['scheme']}, "
               f"{worst['rows']} rows, {worst['kernel']}")  # fmt: skip

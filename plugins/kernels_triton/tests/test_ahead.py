@@ -161,3 +161,15 @@ def test_a_process_leaves_at_once_and_takes_its_workers_along(rest, tmp_path):
         while not gone(pid):
             assert time.monotonic() < end, "a worker is still there"
             time.sleep(0.05)
+
+
+def test_a_compilation_says_in_the_log_what_its_stages_took(pool, caplog):
+    made = source()
+    begun = time.perf_counter()
+    with caplog.at_level(logging.DEBUG, "quant_core"):
+        machine_code.lowered(made, made.file)
+    took = time.perf_counter() - begun
+    (said,) = [r for r in caplog.records if hasattr(r, "stages")]
+    assert list(said.stages) == ["import", "front end", "ttir", "ttgir", "llir", "ptx", "cubin"]
+    assert 0.5 * took < sum(said.stages.values()) <= took
+    assert "clear" in said.getMessage()

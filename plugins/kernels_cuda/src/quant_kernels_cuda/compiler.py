@@ -4,7 +4,8 @@ No compiler of the system, no headers and no GPU are needed: NVRTC is a library 
 torch's CUDA builds or with ``nvidia-cuda-nvrtc``. A compiled variant takes 0.3 to 0.7 s and 50 KB.
 
 The cache is a folder of files ``<key>.cubin`` as ``quant_core.cache`` keeps them. The key covers
-source, headers, options, architecture and the version of NVRTC.
+source, headers, options, architecture and the version of NVRTC. What compiling took is logged at
+level DEBUG, and is in the record's attribute ``stages``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,6 +178,9 @@ def compile_cached(name: str, defines: tuple[tuple[str, str], ...], arch: str) -
     with _locks.setdefault(file, threading.Lock()):
         held = kept(file)
         if held is None:
+            start = time.perf_counter()
             held = rtc.compile(f"{name}.cu", source, headers, options)
+            took = time.perf_counter() - start
+            log.debug("compiled %s, seconds: %.3f", name, took, extra={"stages": {"NVRTC": took}})
             keep(file, held)
     return held

@@ -12,6 +12,8 @@ to Triton.
 A code has no sizes in it but those that are constants, so layers of one type share it. The folder
 "triton" of the cache has one file for each, named by all that it depends on: the sources of this
 package, types, constants, options, compute capability, Triton's version and environment variables.
+
+What each stage took is logged at level DEBUG, and is the record's attribute ``stages``.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import struct
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +36,8 @@ from quant_core.memory import collector_paused
 from quant_kernels_triton.jitted import Jitted, layout_of
 
 __all__ = ["Code", "Map", "Source", "Typed", "lowered", "stored"]
+
+log = logging.getLogger("quant_core")
 
 _HEAD = struct.Struct("<I")  # bytes of the description, which the machine code follows
 _DESCRIPTOR = re.compile(r"tensordesc<([a-z0-9]+)\[")
@@ -177,7 +183,27 @@ def lowered(source: Source, file: Path) -> Code | None:
     return code
 
 
+class _Clock:
+    """Seconds of the stages of a compilation."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def done(self, stage: str) -> None:
+        """``stage`` is what was done since the one before."""
+        now = time.perf_counter()
+        self.stages[stage] = now - self._last
+        self._last = now
+
+    def report(self, name: str) -> None:
+        """One line of the log."""
+        text = ", ".join(f"{stage} {s:.3f}" for stage, s in self.stages.items())
+        log.debug("compiled %s, seconds: %s", name, text, extra={"stages": self.stages})
+
+
 def _lowered(made_of: Source) -> Code | None:
+    clock = _Clock()
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -190,6 +216,7 @@ def _lowered(made_of: Source) -> Code | None:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         source_of = GluonASTSource
+    clock.done("import")
     names, count = fn.arg_names, len(typed.types)
     fixed = {names[i]: 1 for i in typed.ones} | constants
     types = [_with_layout(t) for t in typed.types]
@@ -212,8 +239,11 @@ def _lowered(made_of: Source) -> Code | None:
     backend.load_dialects(context)
     helpers, modules = backend.get_codegen_implementation(held), backend.get_module_map()
     module = source.make_ir(target, held, helpers, modules, context)
-    for stage in stages.values():
+    clock.done("front end")
+    for name, stage in stages.items():
         module = stage(module, meta)
+        clock.done(name)
+    clock.report(made_of.name)
     boxes = list(meta.get("tensordesc_meta") or [])
     kinds = tuple(None if n in fixed else signature[n] for n in names[:count])
     described = [m[1] for k in kinds if k and (m := _DESCRIPTOR.match(k))]
