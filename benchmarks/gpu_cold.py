@@ -7,10 +7,11 @@ cache and this project's. The clock starts where torch is imported and its CUDA 
 stand, and covers importing quant_core, choosing a kernel, storing 4096 x 4096 weights that were
 quantized before, compiling, and the call. The table at the end says where the time went: stages
 are those of Triton's compiler and NVRTC, of all kernels that the call needs; "rest" is the call
-without them. A machine's first process reads the libraries from its disk: with ``--first`` one type
-runs once more before all others, and is not in the table. ``--again``: the same in a further
-process that finds those caches filled. Compiling takes one processor; more jobs than half of them
-disturb each other.
+without them; user and system are processor time of this process from choosing on, without ptxas.
+A machine's first process reads the libraries from its disk: with ``--first`` one type runs once
+more before all others, and is not in the table. ``--again``: the same in a further process that
+finds those caches filled. Compiling takes one processor; more jobs than half of them disturb each
+other.
 ``--fork``: the processes are copies of one that has imported torch and done nothing else, which
 saves the seconds of that import.
 """
@@ -21,6 +22,7 @@ import argparse
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -77,6 +79,7 @@ def once(scheme: str, rows: int) -> dict[str, Any]:
 
     case = make_case(scheme, "4096x4096")
     torch.cuda.synchronize()
+    before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
     choice = choose(case.op, known)
     chosen = time.perf_counter() - start
@@ -88,6 +91,7 @@ def once(scheme: str, rows: int) -> dict[str, Any]:
     y = run(list(buffers.values()), x)
     torch.cuda.synchronize()
     done = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
     again = run(list(buffers.values()), x)
     torch.cuda.synchronize()
@@ -95,6 +99,8 @@ def once(scheme: str, rows: int) -> dict[str, Any]:
         "scheme": scheme, "rows": rows, "kernel": choice.kernel.name, "plugins_s": listed,
         "choose_s": chosen, "load_s": loaded - chosen, "call_s": done - loaded,
         "total_s": listed + done, "second_call_s": time.perf_counter() - start,
+        "user_s": after.ru_utime - before.ru_utime, "system_s": after.ru_stime - before.ru_stime,
+        "read_from_disk": after.ru_majflt - before.ru_majflt,
         "stages_s": stages.seconds, "compiled": stages.kernels, "same": torch.equal(y, again),
     }  # fmt: skip
 
@@ -146,11 +152,12 @@ def apart(scheme: str, rows: int, processes: int, fork: bool) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Where the seconds went, a line for each process; the stages are parts of the call."""
     used = [s for s in STAGES if any(s in r["stages_s"] for r in rows)]
-    lines = [["type", "rows", "total", "plugins", "choose", "load", "call", *used, "rest"]]
+    lines = [["type", "rows", "total", "plugins", "choose", "load", "call", *used, "rest",
+              "user", "system"]]  # fmt: skip
     for r in rows:
         parts = [r["stages_s"].get(s, 0.0) for s in used]
         spent = [r[f"{n}_s"] for n in ("total", "plugins", "choose", "load", "call")]
-        numbers = [*spent, *parts, r["call_s"] - sum(parts)]
+        numbers = [*spent, *parts, r["call_s"] - sum(parts), r["user_s"], r["system_s"]]
         lines.append([r["scheme"], str(r["rows"]), *(f"{n:.2f}" for n in numbers)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
