@@ -20,24 +20,33 @@ each, without touching anybody else's):
             every byte of the model summed up
     placed  the same without summing up: when ``load_model(mmap=True)`` returns. Where scales lie in
             blocks beside the codes every line of the file has been read then, to look at them
+    resident  the same until every byte of the weights is resident and what can be wrong of it is
+            checked: the load checks, then pages that it did not come to are made the process' own
+            (``MADV_POPULATE_READ``). Proved by /proc/self/pagemap, outside of what is timed
+    skeleton  what is transformers' own of it: the modules of the same config on the meta device
 
-Reported are the fastest round of each and the processor time (user + system) of the cheapest, which
+"there" is how much of the weights is mapped into the process when ``placed`` returns. Reported are
+the fastest round of each and the processor time (user + system) of the cheapest, which
 other work on the machine disturbs less. Weights are random; only their sizes and layouts matter.
 """
 
 from __future__ import annotations
 
 import argparse
+import array
+import ctypes
 import gc
 import importlib.util
 import json
+import mmap
 import os
 import resource
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +55,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import quant_core
 from quant_core.memory import empty
@@ -83,6 +93,7 @@ class Shape:
 
 SHAPES = {"small": Shape(), "8b": Shape(inner=14336, vocab=128256, kv_heads=8, layers=32)}
 _PER_FILE = 4  # layers
+_PIECE = 16 << 20  # bytes that a thread takes at once
 _GEN = torch.Generator().manual_seed(0)
 
 
@@ -135,7 +146,10 @@ MADE: dict[str, tuple[Callable[[int, int], dict[str, torch.Tensor]], dict[str, A
     "ct-w8a8": (_int8, _groups(_W8, _A8, "int-quantized")),
 }  # fmt: skip
 KINDS = (*MADE, "gguf-q4_1", "smollm2")
-WAYS = ("touch", "copy", "load", "read", "warm", "opened", "mapped", "placed")
+WAYS = (
+    *("touch", "copy", "load", "read", "warm", "opened"),
+    *("mapped", "placed", "resident", "skeleton"),
+)
 
 
 def make(folder: Path, kind: str, layers: int, shape: Shape = SHAPES["small"]) -> Path:
@@ -234,8 +248,25 @@ def _int64(t: torch.Tensor) -> torch.Tensor:
     return raw[: raw.numel() // 8 * 8].view(torch.int64)
 
 
+def _summed(tensors: Iterable[torch.Tensor]) -> int:
+    """The sum of all their bytes as int64; threads take pieces as they come.
+
+    torch's own threads meet at the end of every tensor: on a busy machine each then waits for the
+    one that others keep from running, which took up to eight times as long.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return sum(int(_int64(t).sum()) for t in tensors if t.nbytes >= 8)
+    pieces = (p for t in tensors if t.nbytes >= 8 for p in _int64(t).split(_PIECE // 8))
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return sum(pool.map(lambda p: int(p.sum()), pieces))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def touch(path: Path) -> int:
-    return sum(int(_int64(t).sum()) for t in stored_tensors(path) if t.nbytes >= 8)
+    return _summed(stored_tensors(path))
 
 
 def copy(path: Path) -> list[torch.Tensor]:
@@ -263,8 +294,8 @@ def warm(path: Path, cache: Path) -> Any:
 
 
 def _touched(model: Any) -> int:
-    held = {t.data_ptr(): t for t in (*model.buffers(), *model.parameters())}
-    return sum(int(_int64(t.data).sum()) for t in held.values() if t.nbytes >= 8)
+    held = {t.data_ptr(): t.data for t in (*model.buffers(), *model.parameters())}
+    return _summed(held.values())
 
 
 def mapped(path: Path) -> Any:
@@ -274,6 +305,70 @@ def mapped(path: Path) -> Any:
 
 def placed(path: Path) -> Any:
     return quant_core.load_model(path, prepared="off", mmap=True)
+
+
+def _pages(model: Any) -> list[tuple[int, int]]:
+    """(first address, bytes) of whole pages, of all that the model holds; each once."""
+    page, taken = mmap.PAGESIZE, 0
+    held = sorted({(t.data_ptr(), t.nbytes) for t in (*model.buffers(), *model.parameters())})
+    out = []
+    for at, nbytes in held:
+        first, end = max(at // page * page, taken), -(-(at + nbytes) // page) * page
+        if nbytes and end > first:
+            out.append((first, end - first))
+            taken = end
+    return out
+
+
+def _there(at: int, nbytes: int) -> int:
+    """How many of these pages are mapped into this process."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as table:
+        table.seek(at // mmap.PAGESIZE * 8)
+        found = array.array("Q", table.read(nbytes // mmap.PAGESIZE * 8))
+    return sum(entry >> 63 for entry in found)
+
+
+def share_there(model: Any) -> float:
+    """How much of the model's weights lies in pages that are mapped into this process."""
+    pages = _pages(model)
+    there = sum(_there(at, nbytes) for at, nbytes in pages) * mmap.PAGESIZE
+    return there / max(sum(nbytes for _, nbytes in pages), 1)
+
+
+_POPULATE_READ = 22  # linux/mman.h, since Linux 5.14
+
+
+def _populate(piece: tuple[int, int]) -> None:
+    at, nbytes = piece
+    if _there(at + nbytes - mmap.PAGESIZE, mmap.PAGESIZE):
+        return
+    if _LIBC.madvise(ctypes.c_void_p(at), ctypes.c_size_t(nbytes), _POPULATE_READ):
+        raise SystemExit(f"MADV_POPULATE_READ: {os.strerror(ctypes.get_errno())}")
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def resident(path: Path) -> Any:
+    """Loaded, checked, and every page of the weights mapped.
+
+    Pieces whose last page is there are left alone; that all are is proved afterwards.
+    """
+    model = quant_core.load_model(path, prepared="off", mmap=True)
+    pieces = [
+        (at + i, min(_PIECE, nbytes - i))
+        for at, nbytes in _pages(model)
+        for i in range(0, nbytes, _PIECE)
+    ]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(_populate, pieces))
+    return model
+
+
+def skeleton(config: Any) -> Any:
+    """transformers' own modules of a config, without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def opened(path: Path, cache: Path) -> Any:
@@ -316,23 +411,33 @@ def measure(
         "opened": lambda: opened(path, cache),
         "mapped": lambda: mapped(path),
         "placed": lambda: placed(path),
+        "resident": lambda: resident(path),
+        "skeleton": lambda: skeleton(config),
     }
     needs_entry = {"read", "warm", "opened"} & set(chosen)
     # imports, page cache, and the entry
     model = ways["opened"]() if needs_entry else quant_core.load_model(path, mmap=True)
     kernels = sorted({m.kernel.name for m in model.modules() if isinstance(m, QuantModule)})
+    config = model.config.__class__.from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
     del model
     ways = {name: run for name, run in ways.items() if name in ("touch", *chosen)}
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    shares: dict[str, float] = {}
     for _ in range(rounds):
         for name, run in ways.items():
             if cold:
                 drop(path, cache)
             with _timed(runs[name]):
                 kept = run()
+            if name in ("placed", "resident"):
+                share = shares[name] = share_there(kept)
+                if name == "resident" and share < 1:
+                    raise SystemExit(f"{path}: {share:.1%} of the weights are resident, not all")
             del kept
     nbytes = sum(t.nbytes for t in stored_tensors(path))
-    row: dict[str, Any] = {"bytes": nbytes, "kernels": kernels, "cold": cold}
+    row: dict[str, Any] = {"bytes": nbytes, "kernels": kernels, "cold": cold, "there": shares}
     for name, times in runs.items():
         row[f"{name}_s"] = min(wall for wall, _ in times)
         row[f"{name}_median_s"] = statistics.median(wall for wall, _ in times)
@@ -378,6 +483,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             wall, cpu = row[f"{way}_s"], row[f"{way}_cpu_s"]
             ratio, cpu_ratio = row.get(f"{way}_ratio", 1.0), row.get(f"{way}_cpu_ratio", 1.0)
             cells.append(f"{way} {wall:.3f} ({ratio:.2f}) | {cpu:.3f} ({cpu_ratio:.2f})")
+        cells += (
+            [f"there when placed {row['there']['placed']:.0%}"] if "placed" in row["there"] else []
+        )
         print("   ".join(cells), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
