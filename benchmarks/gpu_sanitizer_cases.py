@@ -348,8 +348,8 @@ def decode(part: str, every_lane: bool = False) -> list[str]:
     elif part == "experts":
         cuda.experts("int4_g128")
         cuda.experts("fp4_e8m0_g32")
-    else:
-        cuda.every_cut("int4_g128", 168, 6144, (1, 9))
+    else:  # scales in the weights are exchanged by shuffles
+        cuda.every_cut("fp4_e4m3_g16" if part == "cuts of fp4" else "int4_g128", 168, 6144, (1, 9))
     return list(cuda.BAD)
 
 
@@ -405,7 +405,7 @@ def cases() -> dict[str, Case]:
         c[f"gluon_experts_a8 int8 {i}"] = Case(partial(stack_a8, "int8 channel", "int8", i, 2))
     for name, kind in ((_INT4, "fp8"), ("uint4 g32 bf16", "fp8")):
         c[f"mixed experts {name}"] = Case(partial(mixed_stack, name, kind))
-    for part in ("layers", "experts", "cuts"):
+    for part in ("layers", "experts", "cuts", "cuts of fp4"):
         c[f"cuda_decode {part}"] = Case(partial(decode, part), control="limit")
         c[f"cuda_decode {part}, every lane arrives"] = Case(
             partial(decode, part, True), ("racecheck",)
