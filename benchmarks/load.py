@@ -33,7 +33,6 @@ other work on the machine disturbs less. Weights are random; only their sizes an
 from __future__ import annotations
 
 import argparse
-import array
 import ctypes
 import gc
 import importlib.util
@@ -324,8 +323,8 @@ def _there(at: int, nbytes: int) -> int:
     """How many of these pages are mapped into this process."""
     with open("/proc/self/pagemap", "rb", buffering=0) as table:
         table.seek(at // mmap.PAGESIZE * 8)
-        found = array.array("Q", table.read(nbytes // mmap.PAGESIZE * 8))
-    return sum(entry >> 63 for entry in found)
+        entries = bytearray(table.read(nbytes // mmap.PAGESIZE * 8))
+    return int((torch.frombuffer(entries, dtype=torch.int64) < 0).sum())  # bit 63
 
 
 def share_there(model: Any) -> float:
@@ -340,7 +339,7 @@ _POPULATE_READ = 22  # linux/mman.h, since Linux 5.14
 
 def _populate(piece: tuple[int, int]) -> None:
     at, nbytes = piece
-    if _there(at + nbytes - mmap.PAGESIZE, mmap.PAGESIZE):
+    if _there(at, nbytes) * mmap.PAGESIZE == nbytes:
         return
     if _LIBC.madvise(ctypes.c_void_p(at), ctypes.c_size_t(nbytes), _POPULATE_READ):
         raise SystemExit(f"MADV_POPULATE_READ: {os.strerror(ctypes.get_errno())}")
@@ -352,7 +351,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def resident(path: Path) -> Any:
     """Loaded, checked, and every page of the weights mapped.
 
-    Pieces whose last page is there are left alone; that all are is proved afterwards.
+    Pieces whose pages are all there are left alone.
     """
     model = quant_core.load_model(path, prepared="off", mmap=True)
     pieces = [
