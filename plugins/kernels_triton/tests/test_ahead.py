@@ -173,3 +173,50 @@ def test_a_compilation_says_in_the_log_what_its_stages_took(pool, caplog):
     assert list(said.stages) == ["import", "front end", "ttir", "ttgir", "llir", "ptx", "cubin"]
     assert 0.5 * took < sum(said.stages.values()) <= took
     assert "clear" in said.getMessage()
+
+
+def test_a_call_hands_over_to_a_worker_that_was_made_ready(pool, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    ahead.ready()
+    assert len(pool.running) == 1
+    monkeypatch.setattr(compiler, "lowered", None)  # must not be asked
+    with caplog.at_level(logging.DEBUG, "quant_core"):
+        assert code_of(CLEAR, ARGS, **HOW) is not None
+    (said,) = [r for r in caplog.records if hasattr(r, "stages")]
+    assert "another process" in said.getMessage()
+    assert said.stages["cubin"] > 0
+
+
+def test_no_worker_is_made_ready_without_a_gpu_or_where_something_is_stored(pool, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    ahead.ready()
+    assert not pool.running
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert code_of(CLEAR, ARGS, **HOW) is not None
+    ahead.ready()
+    assert not pool.running
+    monkeypatch.setattr(machine_code, "_sources", lambda: "another build")
+    ahead.ready()
+    assert len(pool.running) == 1
+
+
+def test_a_call_compiles_itself_where_all_workers_are_busy(pool, monkeypatch):
+    made = source()
+    monkeypatch.setattr(pool, "running", {object(): None})
+    monkeypatch.setattr(pool, "at_work", {made.file.with_name("other")})
+    assert code_of(CLEAR, ARGS, **HOW) is not None
+    assert not pool.queue
+    monkeypatch.setattr(pool, "running", {})  # nothing to end
+
+
+def test_a_cache_that_cannot_be_written_ends_the_handing_over(pool, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QUANT_CACHE", str(tmp_path / "file"))
+    pool.ready()
+    with caplog.at_level(logging.WARNING, logger="quant_core"):
+        assert code_of(CLEAR, ARGS, **HOW) is not None
+    assert "cannot be written" in caplog.text
+    assert pool.failed
+    monkeypatch.setattr(pool, "_next", None)  # must not be asked
+    assert code_of(CLEAR, ARGS, **(HOW | {"options": {"num_warps": 2}})) is not None
+    assert not pool.queue

@@ -24,6 +24,6 @@ def plugin_info() -> PluginInfo:
 
 @hookimpl
 def apply(op: OpSpec) -> Iterable[Kernel]:
-    from quant_kernels_triton.kernel import KERNELS
+    from quant_kernels_triton.kernel import kernels_for
 
-    return KERNELS
+    return kernels_for(op)

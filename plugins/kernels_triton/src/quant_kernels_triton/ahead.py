@@ -1,8 +1,12 @@
 """Compiling in other processes what will be launched, while this one does something else.
 
-    ahead(source)      queued once; a few ``worker`` processes take what was queued first
-    awaited(file)      called where the code is needed: waits if a worker is at it, takes it out of
-                       the queue if none is
+    ready()          called while kernels are chosen: starts a worker if nothing was compiled yet
+    ahead(source)    queued once; a few ``worker`` processes take what was queued first
+    awaited(source)  called where the code is needed: waits for a worker that is at it, or has
+                     nothing to do; takes it out of the queue if all are busy
+
+A first call waits for one compilation. A worker that was started before it has imported Triton by
+then, and the call's own process, which goes on choosing and loading meanwhile, never does.
 
 A worker only fills the cache on disk. Which kernel a call takes does not depend on it: what it
 failed at, or did not come to, is compiled where it is needed, which is where its error is raised.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import logging
 import os
 import pickle
@@ -23,9 +28,9 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from quant_kernels_triton.machine_code import Source
+from quant_kernels_triton.machine_code import Source, any_stored, report
 
-__all__ = ["ahead", "awaited", "settled", "stop"]
+__all__ = ["ahead", "awaited", "ready", "settled", "stop"]
 
 log = logging.getLogger("quant_core")
 
@@ -47,11 +52,17 @@ class _Pool:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.queue: OrderedDict[Path, Source] = OrderedDict()
+        self.queue: OrderedDict[Path, tuple[Source, bool]] = OrderedDict()  # and is it waited for
         self.at_work: set[Path] = set()
         self.known: set[Path] = set()  # queued ever
         self.running: dict[subprocess.Popen[bytes], None] = {}
         self.closed = False
+        self.failed = False  # ever: what is waited for is not left to workers then
+
+    def ready(self) -> None:
+        with self.changed:
+            if not self.closed and not self.running and _wanted():
+                self._start()
 
     def add(self, file: Path, source: Source) -> None:
         with self.changed:
@@ -61,7 +72,7 @@ class _Pool:
             if not most:
                 return
             self.known.add(file)
-            self.queue[file] = source
+            self.queue[file] = source, False
             self.changed.notify_all()
             if len(self.running) < min(most, len(self.queue) + len(self.at_work)):
                 self._start()
@@ -85,14 +96,15 @@ class _Pool:
             target=self._serve, args=(one,), name="quant-compile-ahead", daemon=True
         ).start()
 
-    def _next(self) -> tuple[Path, Source] | None:
+    def _next(self) -> tuple[Path, Source, bool] | None:
         with self.changed:
             found = self.changed.wait_for(lambda: self.queue or self.closed, _IDLE_S)
             if not found or self.closed:
                 return None
-            file, source = self.queue.popitem(last=False)
+            file, (source, waited_for) = self.queue.popitem(last=False)
             self.at_work.add(file)
-            return file, source
+            self.changed.notify_all()
+            return file, source, waited_for
 
     def _serve(self, one: subprocess.Popen[bytes]) -> None:
         """Feed one worker until there is nothing left, or it ended."""
@@ -102,11 +114,14 @@ class _Pool:
             try:
                 pickle.dump(job, one.stdin)
                 one.stdin.flush()
-                said = one.stdout.readline().decode().strip()
+                said, _, stages = one.stdout.readline().decode().strip().partition("\t")
             except OSError:
-                said = ""
+                said = stages = ""
             if said not in ("ok", "left") and not self.closed:
+                self.failed = True
                 _warn_once(said or "the process ended")
+            if stages:
+                report(job[1].name, json.loads(stages), " in another process")
             with self.changed:
                 self.at_work.discard(job[0])
                 self.changed.notify_all()
@@ -119,9 +134,20 @@ class _Pool:
         one.wait()
         one.stdout.close()
 
-    def awaited(self, file: Path) -> None:
+    def awaited(self, file: Path, source: Source) -> None:
         with self.changed:
             self.queue.pop(file, None)
+            idle = len(self.at_work) < len(self.running) and not self.failed
+            if file not in self.at_work and idle:
+                self.queue[file] = source, True
+                self.queue.move_to_end(file, last=False)
+                self.changed.notify_all()
+                begun = self.changed.wait_for(
+                    lambda: file not in self.queue or not self.running or self.closed, _LONGEST_S
+                )
+                self.queue.pop(file, None)
+                if not begun:
+                    return
             self.changed.wait_for(lambda: file not in self.at_work or self.closed, _LONGEST_S)
 
     def settled(self) -> None:
@@ -161,9 +187,17 @@ def ahead(source: Source) -> None:
     _pool.add(source.file, source)
 
 
-def awaited(file: Path) -> None:
-    """Return when no worker is at ``file``, and none will be."""
-    _pool.awaited(file)
+def ready() -> None:
+    """Start a worker, if it is likely that something has to be compiled soon: this process uses a
+    GPU, and nothing of this build is on disk."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and not any_stored():
+        _pool.ready()
+
+
+def awaited(file: Path, source: Source) -> None:
+    """Have a worker compile ``source`` if one is at it or idle; none will be at it afterwards."""
+    _pool.awaited(file, source)
 
 
 def settled() -> None:

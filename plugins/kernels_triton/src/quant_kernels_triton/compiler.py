@@ -94,6 +94,9 @@ def code_of(
     file = source.file
     with _locks.setdefault(file, threading.Lock()):
         if file not in _held:
-            awaited(file)
-            _held[file] = stored(file) or lowered(source, file)
+            found = stored(file)
+            if found is None:
+                awaited(file, source)
+                found = stored(file) or lowered(source, file)
+            _held[file] = found
         return _held[file]

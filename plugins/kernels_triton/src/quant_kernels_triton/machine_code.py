@@ -35,7 +35,7 @@ from quant_core.cache import cache_folder, keep, kept
 from quant_core.memory import collector_paused
 from quant_kernels_triton.jitted import Jitted, layout_of
 
-__all__ = ["Code", "Map", "Source", "Typed", "lowered", "stored"]
+__all__ = ["Code", "Map", "Source", "Typed", "any_stored", "lowered", "report", "stored"]
 
 log = logging.getLogger("quant_core")
 
@@ -157,11 +157,22 @@ class Source:
     def file(self) -> Path:
         """Where the code is kept."""
         text = "\0".join((
-            _sources(), _compiler(), _variables(), self.module, self.name, repr(self.typed),
-            repr(sorted(self.constants.items())), repr(sorted(self.options.items())),
-            str(self.capability),
+            self.module, self.name, repr(self.typed), repr(sorted(self.constants.items())),
+            repr(sorted(self.options.items())), str(self.capability),
         ))  # fmt: skip
-        return cache_folder("triton") / f"{hashlib.sha256(text.encode()).hexdigest()}.code"
+        name = hashlib.sha256(text.encode()).hexdigest()
+        return cache_folder("triton") / f"{_build()}-{name}.code"
+
+
+def _build() -> str:
+    """A name for what all codes of this build depend on."""
+    text = "\0".join((_sources(), _compiler(), _variables()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def any_stored() -> bool:
+    """Whether this build has compiled anything."""
+    return next(cache_folder("triton").glob(f"{_build()}-*.code"), None) is not None
 
 
 def stored(file: Path) -> Code | None:
@@ -196,10 +207,11 @@ class _Clock:
         self.stages[stage] = now - self._last
         self._last = now
 
-    def report(self, name: str) -> None:
-        """One line of the log."""
-        text = ", ".join(f"{stage} {s:.3f}" for stage, s in self.stages.items())
-        log.debug("compiled %s, seconds: %s", name, text, extra={"stages": self.stages})
+
+def report(name: str, stages: dict[str, float], where: str = "") -> None:
+    """A line of the log: what the stages of a compilation took."""
+    text = ", ".join(f"{stage} {s:.3f}" for stage, s in stages.items())
+    log.debug("compiled %s%s, seconds: %s", name, where, text, extra={"stages": stages})
 
 
 def _lowered(made_of: Source) -> Code | None:
@@ -243,7 +255,7 @@ def _lowered(made_of: Source) -> Code | None:
     for name, stage in stages.items():
         module = stage(module, meta)
         clock.done(name)
-    clock.report(made_of.name)
+    report(made_of.name, clock.stages)
     boxes = list(meta.get("tensordesc_meta") or [])
     kinds = tuple(None if n in fixed else signature[n] for n in names[:count])
     described = [m[1] for k in kinds if k and (m := _DESCRIPTOR.match(k))]
