@@ -145,6 +145,22 @@ def test_experts_form_one_stack_and_a_gap_is_named():
     assert "m.experts.2.up_proj" in str(e.value)
 
 
+def test_number_of_an_expert_that_is_absurd_or_given_twice_is_named():
+    experts = {f"m.experts.{e}.up_proj": toy.toy_layer(8, 16, seed=e) for e in range(3)}
+    with pytest.raises(CheckpointError, match=r"'m\.experts\.3\.up_proj\.\*'") as e:
+        _plan(experts | {"m.experts.999999999.up_proj": toy.toy_layer(8, 16)})  # at once
+    assert e.value.code == "Q-TENSOR-MISSING"
+    with pytest.raises(CheckpointError, match=r"m\.experts\.02\.up_proj") as e:
+        _plan(experts | {"m.experts.02.up_proj": toy.toy_layer(8, 16)})
+    assert e.value.code == "Q-TENSOR-DUPLICATE"
+
+
+def test_brace_in_a_name_is_refused():
+    with pytest.raises(CheckpointError, match=r"'m\.\{expert\}' holds a brace") as e:
+        _plan({"m.{expert}": toy.toy_layer(8, 16)})
+    assert e.value.code == "Q-CKPT-NAME"
+
+
 def test_load_tensor_dequantizes_exactly_and_suggests_near_names():
     p = _plan(_layers(), {"model.norm.weight": torch.arange(8.0)})
     src = toy.toy_layer(8, 16, seed=1)

@@ -28,7 +28,8 @@ from quant_core.spec import EXPERT, FormatMatch, LayerDesc, ParamSpec, Span, Ten
 
 __all__ = ["Member", "Plan", "member_parts", "param_sources", "part_nbytes", "plan"]
 
-_EXPERT_NUMBER = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
+_EXPERT_NUMBER = re.compile(r"^(.*\bexperts)\.(\d{1,9})\.(.+)$")
+_SHOWN_GAPS = 1000  # experts named as missing, at most
 _EMBEDDING_NAMES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings"})
 
 
@@ -107,9 +108,22 @@ def _public_module(checkpoint: Checkpoint, path: str, leaves: Mapping[str, Tenso
 def _stored_members(
     checkpoint: Checkpoint, split: Mapping[str, Sequence[LayerDesc]]
 ) -> Iterator[_Stored]:
-    """Modules of the header, or the members in them; experts of one name become one stack."""
+    """Modules of the header, or the members in them; experts of one name become one stack.
+
+    Raises:
+        CheckpointError: ``Q-CKPT-NAME`` for a name that reads as a stack's template,
+            ``Q-TENSOR-MISSING`` for experts that are not there, ``Q-TENSOR-DUPLICATE``.
+    """
     stacks: dict[tuple[str, str], dict[int, str]] = {}
     for path, leaves in checkpoint.modules.items():
+        if "{" in path or "}" in path:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor name {printable(path)!r} holds a brace, expected a "
+                "module's name. The file is damaged; get it again.",
+                code="Q-CKPT-NAME",
+                path=checkpoint.path,
+                tensor=path,
+            )
         if path in split:
             for layer in split[path]:
                 yield _Stored(layer.name, layer.stored, leaves, layer.experts, (path,), layer)
@@ -120,15 +134,18 @@ def _stored_members(
         if numbered and in_stored:
             member = f"{numbered[1]}.{numbered[3]}"
             template = f"{in_stored[1]}.{{expert}}.{in_stored[3]}"
-            stacks.setdefault((member, template), {})[int(numbered[2])] = path
+            stack, expert = stacks.setdefault((member, template), {}), int(numbered[2])
+            if expert in stack:  # 3 and 03
+                raise _stored_twice(checkpoint, name, stack[expert], path)
+            stack[expert] = path
             continue
         stacked = next((t.shape[0] for t in leaves.values() if len(t.shape) == 3), 0)
         experts = tuple(range(stacked)) if stacked and ".experts." in f"{name}." else ()
         yield _Stored(name, path, leaves, experts, (path,))
     for (member, template), paths in stacks.items():
         ids = tuple(sorted(paths))
-        gaps = sorted(set(range(ids[-1] + 1)) - set(ids))
-        if gaps:
+        first = range(min(ids[-1] + 1, len(ids) + _SHOWN_GAPS))  # a number may be absurd
+        if gaps := [e for e in first if e not in paths]:
             raise missing_error(
                 checkpoint,
                 [template.format(expert=e) + ".*" for e in gaps],
@@ -401,6 +418,10 @@ def plan(
         warnings=[*checkpoint.warnings],
     )
     result.warnings += _config_warnings(match, members)
+    if match is not None and match.level == "declared" and dense and not result.quantized:
+        result.warnings.append(
+            f"{match.plugin} is declared ({match.evidence}), but every module is stored as floats"
+        )
     return result
 
 

@@ -2,8 +2,9 @@
 
 Each matrix is brought to canonical form, which checks its values; opaque blocks, and one matrix of
 every kind, are dequantized, so that codes and scales fit each other; float tensors must be finite;
-in the end every stored tensor is used or skipped by a named rule. All problems are listed, not the
-first only.
+in the end every stored tensor is used or skipped by a named rule. Names and sizes are compared with
+the model that the config describes, where transformers is installed and knows it. All problems are
+listed, not the first only.
 """
 
 from __future__ import annotations
@@ -116,6 +117,23 @@ def _problem(where: str, err: QuantError) -> dict[str, Any]:
     return {"where": where, "code": err.code, "message": str(err), "tensor": err.tensor}
 
 
+_LACKS = ("Q-TENSOR-MISSING", "Q-TENSOR-UNEXPECTED", "Q-TENSOR-DUPLICATE", "Q-LAYOUT-SHAPE")
+"""What is wrong with a checkpoint; all else says that there is nothing to compare it with."""
+
+
+def _compare(plan: Plan, problems: list[dict[str, Any]]) -> tuple[str | None, str]:
+    """(class of the model it was compared with, why it was not)."""
+    from quant_core.engines.transformers_skeleton import check_fits
+
+    try:
+        return check_fits(plan), ""
+    except QuantError as err:
+        if err.code not in _LACKS:
+            return None, str(err)
+        problems.append(_problem("model", err))
+    return None, ""
+
+
 def verify(plan: Plan, *, strict: bool = False) -> dict[str, Any]:
     """Check a planned checkpoint; problems are collected, not raised."""
     steps = list(_steps(plan))
@@ -143,10 +161,11 @@ def verify(plan: Plan, *, strict: bool = False) -> dict[str, Any]:
         }
         for name in unclaimed
     ]
+    model, why = _compare(plan, problems)
+    warnings = [*plan.warnings, *([f"not compared with its model: {why}"] if why else ())]
     if strict:
         problems += [
-            {"where": "plan", "code": "Q-WARNING", "message": w, "tensor": None}
-            for w in plan.warnings
+            {"where": "plan", "code": "Q-WARNING", "message": w, "tensor": None} for w in warnings
         ]
     return {
         "path": str(plan.checkpoint.path),
@@ -157,8 +176,9 @@ def verify(plan: Plan, *, strict: bool = False) -> dict[str, Any]:
         "tensors": len(plan.checkpoint.tensors),
         "skipped": dict(plan.ledger.skipped),
         "stored_bytes": sum(t.nbytes for t in plan.checkpoint.tensors.values()),
+        "model": model,
         "problems": problems,
-        "warnings": list(plan.warnings),
+        "warnings": warnings,
     }
 
 
@@ -170,10 +190,11 @@ def _render(data: Mapping[str, Any]) -> Iterator[str]:
     for name, rule in data["skipped"].items():
         yield f"skipped: {escaped(name)}: {escaped(rule)}"
     verdict = "ok" if data["ok"] else f"{len(data['problems'])} problem(s)"
+    fits = f"; fits {data['model']}" if data["model"] else ""
     yield (
         f"{escaped(data['path'])}: {verdict}; {data['format'] or 'float'}, {data['checked']:,} "
         f"matrices and float tensors read, {data['tensors']:,} stored tensors, "
-        f"{size(data['stored_bytes'])}"
+        f"{size(data['stored_bytes'])}{fits}"
     )
 
 

@@ -66,9 +66,13 @@ def targets(registry: Registry) -> list[str]:
     return [i for i in registry.plugins if registry.implements(i, "fit_scheme")]
 
 
+def _quantized(source: Plan) -> bool:
+    return source.match is not None and bool(source.quantized or source.attention)
+
+
 def _target_error(source: Plan, to: str, known: list[str]) -> FormatError:
     problem, fix = f"cannot be written as {printable(to)!r}", "Install the plugin of the format."
-    if source.match is None:
+    if not _quantized(source):
         problem = "is not quantized and has nothing to convert"
         fix = "Quantize the model first (`online=` of load_model)."
     elif to in source.registry.plugins:
@@ -129,7 +133,7 @@ def convert(
     with open_checkpoint(src) as checkpoint:
         source = plan(checkpoint)
         known = targets(source.registry)
-        if to not in known or source.match is None:
+        if to not in known or not _quantized(source):
             raise _target_error(source, to, known)
         check_destination(path)
         total = len(source.quantized)

@@ -230,6 +230,21 @@ def _config(
     return made
 
 
+def config_and_class(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, Any]:
+    """The model's config and class, for comparing them with what is stored.
+
+    Raises:
+        PluginError: ``Q-ENGINE-MISSING``, ``Q-ENGINE-VERSION``.
+        ConfigError: as ``as_config``, and ``Q-ENGINE-MODEL``.
+    """
+    from quant_core.engines.transformers_skeleton import check_layers
+
+    _check_version()
+    config = _config_of(checkpoint, {}, path=str(checkpoint.path))
+    check_layers(checkpoint, config)
+    return config, _model_class(config, checkpoint.path)
+
+
 def _check_online(online: str | None, *, skip: object, **others: object) -> None:
     """Settings of online quantization mean nothing without it; patterns are a list of texts."""
     if isinstance(skip, str):
@@ -303,34 +318,45 @@ def load_model(
     _check_version()
     from quant_core.checkpoint.open import open_checkpoint
     from quant_core.engines.transformers_quantizer import opened_for, single_device
+    from quant_core.engines.transformers_skeleton import check_layers, rejected
 
     device = single_device(device if not isinstance(device, str) else {"": device}) or "cpu"
     _check_online(online, skip=skip, online_options=online_options, requantize=requantize)
-    with open_checkpoint(where := Path(os.path.abspath(path))) as checkpoint:
-        config = _config_of(
-            checkpoint,
-            config_overrides,
-            path=str(where),
-            format=format,
-            kernels=kernels,
-            strict=strict,
-            device=device,
-            kv_cache=kv_cache,
-            prepared=None if prepared is None else os.fspath(prepared),
-            mmap=mmap,
-            online=online,
-            skip=skip,
-            online_options=online_options,
-            requantize=requantize,
-        )
-        with _ONE_AT_A_TIME, _quiet(), collector_paused(), opened_for(where, checkpoint):
-            model = _model_class(config, path).from_pretrained(
-                None,
-                config=config,
-                state_dict={},
-                dtype=_dtype(dtype, config, path),
-                generation_config=_generation_config(path),
+    with (
+        open_checkpoint(where := Path(os.path.abspath(path))) as checkpoint,
+        opened_for(where, checkpoint) as found,
+    ):
+        try:
+            config = _config_of(
+                checkpoint,
+                config_overrides,
+                path=str(where),
+                format=format,
+                kernels=kernels,
+                strict=strict,
+                device=device,
+                kv_cache=kv_cache,
+                prepared=None if prepared is None else os.fspath(prepared),
+                mmap=mmap,
+                online=online,
+                skip=skip,
+                online_options=online_options,
+                requantize=requantize,
             )
+            check_layers(checkpoint, config)
+            cls, dtype = _model_class(config, path), _dtype(dtype, config, path)
+            with _ONE_AT_A_TIME, _quiet(), collector_paused():
+                model = cls.from_pretrained(
+                    None,
+                    config=config,
+                    state_dict={},
+                    dtype=dtype,
+                    generation_config=_generation_config(path),
+                )
+        except Exception as err:
+            if found.asked:  # there was a skeleton: not the config's fault
+                raise
+            rejected(checkpoint, err, format=format)
     model.name_or_path = model.config.name_or_path = str(path)
     return model
 
@@ -360,7 +386,16 @@ def _model_class(config: PreTrainedConfig, path: object) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    for name in config.architectures or ():
+    names = config.architectures
+    if names is not None and not isinstance(names, list | tuple):
+        raise ConfigError(
+            f"{path}: architectures is {printable(names)}, expected a list of class names. "
+            "Restore config.json.",
+            code="Q-CFG-TYPE",
+            tensor="architectures",
+            actual=names,
+        )
+    for name in names or ():
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(found, type) and getattr(found, "config_class", None) is type(config):
             return found

@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,25 +163,35 @@ def single_device(device_map: object) -> str | None:
     )
 
 
-_open = threading.local()  # .found: path and checkpoint of the load_model that runs here
+_open = threading.local()  # .found: the _Loading of the load_model that runs here
+
+
+@dataclass(slots=True)
+class _Loading:
+    """What ``load_model`` has opened; ``asked`` once there is a skeleton that wants its tensors."""
+
+    path: Path
+    checkpoint: Checkpoint
+    asked: bool = False
 
 
 @contextmanager
-def opened_for(path: Path, checkpoint: Checkpoint) -> Iterator[None]:
+def opened_for(path: Path, checkpoint: Checkpoint) -> Iterator[_Loading]:
     """Inside, and in this thread, a model of ``path`` is loaded from ``checkpoint``."""
-    before = getattr(_open, "found", (None, None))
-    _open.found = path, checkpoint
+    before: _Loading | None = getattr(_open, "found", None)
+    _open.found = found = _Loading(path, checkpoint)
     try:
-        yield
+        yield found
     finally:
         _open.found = before
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Checkpoint]:
-    where, checkpoint = getattr(_open, "found", (None, None))
-    if checkpoint is not None and where == path:
-        yield checkpoint
+    found: _Loading | None = getattr(_open, "found", None)
+    if found is not None and found.path == path:
+        found.asked = True
+        yield found.checkpoint
         return
     with open_checkpoint(path) as mine:
         yield mine

@@ -112,19 +112,19 @@ class GgufCheckpoint(Checkpoint):
         Raises:
             CheckpointError: ``Q-GGUF-KV`` if the key is missing or no positive count.
         """
-        prefix = f"{self.architecture.name}.attention.head_count"
-        value = self.metadata.get(prefix)
-        if which == "k":
-            value = self.metadata.get(f"{prefix}_kv", value)
+        key = f"{self.architecture.name}.attention.head_count"
+        if which == "k" and f"{key}_kv" in self.metadata:
+            key = f"{key}_kv"
+        value = self.metadata.get(key)
         if isinstance(value, LazyArray) and layer < len(value):
             value = value[layer]
         if not isinstance(value, int) or value < 1:
             raise CheckpointError(
-                f"{self.file}: key {prefix!r} gives {printable(repr(value), 40)} heads for layer "
+                f"{self.file}: key {key!r} gives {printable(repr(value), 40)} heads for layer "
                 f"{layer}, expected a positive count. The metadata is incomplete; convert again.",
                 code="Q-GGUF-KV",
                 path=self.file,
-                tensor=prefix,
+                tensor=key,
                 actual=value,
             )
         return value

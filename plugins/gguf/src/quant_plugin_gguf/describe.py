@@ -28,6 +28,7 @@ _MODEL_TYPES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
 }
+_MOST = 3.4e38  # just below the largest float32
 _EXPERTS = {
     "expert_count": ("num_local_experts", "num_experts"),
     "expert_used_count": ("num_experts_per_tok",),
@@ -50,15 +51,21 @@ def _refuse(key: str, found: Any, expected: str) -> LayoutError:
 def _count(config: Mapping[str, Any], *keys: str) -> int:
     for key in keys:
         value = config.get(key)
-        if type(value) is int and value > 0:
+        if type(value) is int and 0 < value < 1 << 31:
             return value
-    raise _refuse(keys[0], config.get(keys[0]), "a positive integer")
+    raise _refuse(keys[0], config.get(keys[0]), "a positive integer of 31 bits")
+
+
+def _given(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The key and its value, unless that is null."""
+    return {} if config.get(key) is None else {key: config[key]}
 
 
 def _number(config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise _refuse(key, value, "a positive number")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < _MOST:
+        raise _refuse(key, value, "a positive number that float32 holds")
     return float(value)
 
 
@@ -104,7 +111,7 @@ def describe(target: Target) -> tuple[Pairs, Architecture, Callable[[str], int]]
     _check(config, context)
     hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
     kv_heads = _count({"num_key_value_heads": heads, **config}, "num_key_value_heads")
-    head_dim = config.get("head_dim") or hidden // heads
+    head_dim = _count({"head_dim": hidden // heads, **_given(config, "head_dim")}, "head_dim")
     counts = {
         "context_length": context,
         "embedding_length": hidden,

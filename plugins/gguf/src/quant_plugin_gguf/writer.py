@@ -170,6 +170,15 @@ class _Layout:
         info = self.target.plan.checkpoint.tensors[public]
         inner = stored.rpartition(".")[0].rpartition(".")[2]
         shape = tuple(info.shape)
+        if not shape or 0 in shape:
+            raise LayoutError(
+                f"tensor {printable(public)!r} has shape {list(shape)}, expected one or more sizes "
+                "of 1 or more, as GGUF holds them. Choose another target format.",
+                code="Q-LAYOUT-REPRESENT",
+                tensor=public,
+                actual=shape,
+                plugin="gguf",
+            )
         if inner.endswith("_shexp") and inner.startswith("ffn_gate_inp"):
             shape = (shape[-1],)  # a Linear with one output is a vector there
         wide = len(shape) < 2 or inner in _FLOAT32 or info.dtype == "float64"
