@@ -316,13 +316,15 @@ def load_model(
             loaded stays.
     """
     _check_version()
-    from quant_core.checkpoint.open import open_checkpoint
-    from quant_core.engines.transformers_quantizer import opened_for, single_device
-    from quant_core.engines.transformers_skeleton import check_layers, rejected
+    with collector_paused():  # its imports too, where it is the first of a process
+        from quant_core.checkpoint.open import open_checkpoint
+        from quant_core.engines.transformers_quantizer import opened_for, single_device
+        from quant_core.engines.transformers_skeleton import check_layers, rejected
 
     device = single_device(device if not isinstance(device, str) else {"": device}) or "cpu"
     _check_online(online, skip=skip, online_options=online_options, requantize=requantize)
     with (
+        collector_paused(),
         open_checkpoint(where := Path(os.path.abspath(path))) as checkpoint,
         opened_for(where, checkpoint) as found,
     ):
@@ -345,7 +347,7 @@ def load_model(
             )
             check_layers(checkpoint, config)
             cls, dtype = _model_class(config, path), _dtype(dtype, config, path)
-            with _ONE_AT_A_TIME, _quiet(), collector_paused():
+            with _ONE_AT_A_TIME, _quiet():
                 model = cls.from_pretrained(
                     None,
                     config=config,
