@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quant_core import build
-from quant_core.kernels import ahead
+from quant_core.kernels import ahead, rounded
 from quant_core.kernels.ahead import compile_ahead, jobs_of
 from quant_core.kernels.base import ANY_ROWS, Accepted
 from quant_core.kernels.calls import planned, unobserved
@@ -109,3 +109,62 @@ def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("QUANT_AHEAD", "off")
     monkeypatch.setattr(ahead, "jobs_of", None)  # must not be asked
     compile_ahead(Told(), OP)
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Compilers that stand idle, and a GPU that is not there."""
+    made = ahead.Standby()
+    made.idle = True
+    monkeypatch.setattr(ahead, "standby", made)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return made
+
+
+class OnGpu:
+    """What a planning looks at of an input on a GPU."""
+
+    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+
+    def __init__(self, rows):
+        self.shape = torch.Size((rows, 64))
+
+    def to(self, device):
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+def test_a_first_call_begins_all_its_compilations_once(idle):
+    kernel = Told()
+    values = list(kernel.allocate(OP).values())
+    for rows in (5, 5, 7):
+        ahead.begin("key", kernel.bind(OP), values, OnGpu(rows))
+    assert kernel.seen == [("meta", "meta", torch.bfloat16, 90)] * 2
+    assert kernel.begun == [5, 7]
+    assert planned.jobs is None
+
+
+def test_a_first_call_that_cannot_be_planned_is_left_alone(idle, caplog):
+    kernel = Told()
+    with caplog.at_level("DEBUG", logger="quant_core"):
+        ahead.begin("key", kernel.bind(OP), [torch.empty(8, 64)], OnGpu(3))
+        ahead.begin("key", kernel.bind(OP), [torch.empty(8, 64)], torch.empty(5, 64))
+    assert kernel.begun == []
+    assert "no three rows" in caplog.text
+    assert planned.jobs is None
+
+
+def test_rounded_inputs_begin_what_comes_behind_the_rounding(idle, monkeypatch):
+    monkeypatch.setattr(rounded, "standby", idle)
+    order = []
+    monkeypatch.setattr(rounded, "begin", lambda key, run, values, x: order.append(values))
+    x, kept = torch.ones(2, 64), [torch.ones(1), torch.ones(2)]
+
+    def call():
+        return rounded._run(
+            lambda values, x: x, lambda values, x, *stored: x, ("input_scale",), kept, x
+        )
+
+    assert call() is x
+    idle.idle = False
+    assert call() is x
+    assert order == [kept[:1]]

@@ -5,21 +5,25 @@ the kernel's package names what that needs (``kernels.calls.Planned``), and comp
 process or thread. Nothing that a call does depends on it: what is not there when it is needed is
 compiled then. Packages without such jobs, and calls that cannot be followed without values, are
 left alone.
+
+A first call of several kernels is planned likewise while a package's compilers stand idle
+(``standby``): they begin with all of them at once, not with one when the one before is launched.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
+from torch import Tensor
 
 from quant_core.kernels.base import Kernel
 from quant_core.kernels.calls import planned
 from quant_core.spec import OpSpec
 
-__all__ = ["LIKELY", "compile_ahead", "jobs_of"]
+__all__ = ["LIKELY", "Standby", "begin", "compile_ahead", "jobs_of", "standby"]
 
 log = logging.getLogger("quant_core")
 
@@ -58,3 +62,43 @@ def compile_ahead(kernel: Kernel, op: OpSpec, rows: Sequence[int] = LIKELY) -> N
     if os.environ.get("QUANT_AHEAD") != "off":
         for job in jobs_of(kernel, op, rows):
             job()
+
+
+class Standby:
+    """Whether a package has compilers with nothing to do, in a process that is likely to need them.
+
+    Attributes:
+        idle: set by that package; it costs each first call a planning while it is.
+        begun: calls that were planned.
+    """
+
+    def __init__(self) -> None:
+        self.idle = False
+        self.begun: set[Hashable] = set()
+
+
+standby = Standby()
+
+
+def begin(key: Hashable, run: Callable[..., Tensor], values: Sequence[Tensor], x: Tensor) -> None:
+    """Begin to compile what ``run(values, x)`` will launch; once for ``key`` and the shape of x.
+
+    Args:
+        values: a layer's buffers; only what they are matters.
+    """
+    key = key, x.shape, x.dtype
+    if planned.jobs is not None or not x.is_cuda or key in standby.begun:
+        return
+    standby.begun.add(key)
+    major, minor = torch.cuda.get_device_capability(x.device)
+    found: list[Callable[[], None]] = []
+    planned.jobs, planned.capability = found, 10 * major + minor
+    try:
+        with torch.no_grad():
+            run([v.to("meta") for v in values], x.to("meta"))
+    except Exception as err:  # nothing depends on it: the call itself will say what is wrong
+        log.debug("a first call is not planned: %r", err)
+    finally:
+        planned.jobs = None
+    for job in found:
+        job()

@@ -35,6 +35,7 @@ __all__ = ["ahead", "awaited", "ready", "settled", "stop"]
 log = logging.getLogger("quant_core")
 
 _MOST = 4  # workers
+_READY = 2  # of them: a first call launches one kernel, or two
 _IDLE_S = 20.0
 _LONGEST_S = 120.0  # that a call waits for a worker before it compiles itself
 
@@ -61,8 +62,10 @@ class _Pool:
 
     def ready(self) -> None:
         with self.changed:
-            if not self.closed and not self.running and _wanted():
-                self._start()
+            if not self.closed and not self.running:
+                for _ in range(min(_READY, _wanted())):
+                    self._start()
+                _standing_by(bool(self.running))
 
     def add(self, file: Path, source: Source) -> None:
         with self.changed:
@@ -72,7 +75,8 @@ class _Pool:
             if not most:
                 return
             self.known.add(file)
-            self.queue[file] = source, False
+            idle = len(self.queue) + len(self.at_work) < len(self.running)
+            self.queue[file] = source, idle  # whoever was made ready is waited for
             self.changed.notify_all()
             if len(self.running) < min(most, len(self.queue) + len(self.at_work)):
                 self._start()
@@ -129,6 +133,8 @@ class _Pool:
                 break
         with self.changed:
             self.running.pop(one, None)
+            if not self.running:
+                _standing_by(False)
             self.changed.notify_all()
         one.stdin.close()
         one.wait()
@@ -164,6 +170,12 @@ class _Pool:
             self.changed.notify_all()
         for one in running:
             one.kill()
+
+
+def _standing_by(idle: bool) -> None:
+    from quant_core.kernels.ahead import standby  # imports torch, as whoever gets here has
+
+    standby.idle = idle
 
 
 @functools.cache

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quant_core.kernels.ahead import begin, standby
 from quant_core.kernels.calls import check_input, planned, unobserved
 from quant_kernels_triton import gluon_counters
 from quant_kernels_triton.direct import Direct, here
@@ -248,6 +249,8 @@ def replayed(
         check_input(x, k)
     if _failed.get(key, 0) >= _ATTEMPTS or torch.cuda.is_current_stream_capturing():
         return run(x, tensors, *names)
+    if standby.idle:
+        begin(key[:2], lambda values, x: run(x, values, *names), tensors, x)
     watch = _Watch()
     here.watch = watch
     try:
