@@ -3,15 +3,14 @@
     .NAME.<pid>.tmp/   everything is written here, read back by its own plugin, then renamed
 
 Whatever stops the run, an error, a signal or a full disk, ``NAME`` does not exist or is what it
-was; the temporary folder is removed unless the process is killed outright.
+was; the temporary folder is removed, that of a process killed outright by the next run
+(``convert.workplace``).
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from quant_core.checkpoint.write import write_safetensors
 from quant_core.convert.side_files import copy_side_files, write_json
 from quant_core.convert.stacks import Stack
 from quant_core.convert.target import Target
+from quant_core.convert.workplace import workplace
 from quant_core.describe import Extras
 from quant_core.errors import CheckpointError, LayoutError, PluginError, printable, summarize
 from quant_core.kv_cache import CacheScheme
@@ -57,29 +57,6 @@ def check_destination(path: Path) -> None:
             code="Q-CKPT-EXISTS",
             path=path,
         )
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A fresh folder beside ``path``, removed in the end."""
-    folder = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    made = [p for p in path.parents if not p.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as err:
-        raise io_error(folder, err, "cannot be written") from err
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            try:
-                parent.rmdir()
-            except OSError:  # someone else put something there meanwhile
-                break
-        raise
-    shutil.rmtree(folder, ignore_errors=True)  # gone already where it was renamed
 
 
 def _tensors(target: Target, step: Callable[[str], None]) -> Iterator[tuple[str, Tensor]]:
@@ -203,7 +180,7 @@ def write_target(
     """
     check_destination(path)
     registry = target.source.registry
-    with _temporary(path) as folder:
+    with workplace(path) as folder:
         if registry.implements(target.format, "write_checkpoint"):
             files = registry.call_one(
                 target.format, "write_checkpoint", target=target, folder=folder
