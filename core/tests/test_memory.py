@@ -6,12 +6,20 @@ import gc
 import itertools
 import mmap
 import pickle
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 
-from quant_core.memory import MAPPED_BYTES, empty, map_bytes, poisoned, written_whole
+from quant_core.memory import (
+    MAPPED_BYTES,
+    empty,
+    give_back,
+    map_bytes,
+    poisoned,
+    written_whole,
+)
 
 LARGE = (3, MAPPED_BYTES)
 DTYPES = [torch.uint8, torch.int32, torch.float16, torch.bfloat16, torch.float32]
@@ -93,3 +101,24 @@ def test_a_mapping_is_as_long_as_asked_for_and_zero_to_its_end(size: int) -> Non
     assert (mapping[0], mapping[size - 1]) == (0, 0)
     mapping[size - 1] = 7
     assert mapping[size - 1] == 7
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="holes of glibc's heap")
+def test_give_back_returns_the_holes_between_blocks_in_use() -> None:
+    small = 64 << 10  # below glibc's threshold for mappings
+    made = [torch.ones(small, dtype=torch.uint8) for _ in range(1024)]
+    kept = made[::64]
+    before = _resident()
+    del made
+    give_back()
+    assert before - _resident() > 32 << 20  # of 63 MiB given up
+    assert all(bool((one == 1).all()) for one in kept)
+
+
+def test_give_back_without_glibc_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant_core.memory.ctypes.pythonapi", object())
+    give_back()

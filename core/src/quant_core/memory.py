@@ -15,6 +15,7 @@ pass over it. Small buffers are poisoned always.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import mmap
@@ -27,7 +28,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["MAPPED_BYTES", "collector_paused", "empty", "map_bytes", "poisoned", "written_whole"]
+__all__ = [
+    "MAPPED_BYTES",
+    "collector_paused",
+    "empty",
+    "give_back",
+    "map_bytes",
+    "poisoned",
+    "written_whole",
+]
 
 MAPPED_BYTES = 2 << 20  # one huge page
 _SHARED_BYTES = 4 * MAPPED_BYTES  # of a mapping in which smaller buffers lie
@@ -141,3 +150,14 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def give_back() -> None:
+    """Return to the system what the C heap holds and nobody uses.
+
+    glibc keeps holes between blocks in use: 40 to 150 MiB after loads that repack. Looking for them
+    takes 0.03 to 5 ms. Other C libraries have no such call; nothing happens there.
+    """
+    trim = getattr(ctypes.pythonapi, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant_core.errors import ConfigError, PluginError, printable, summarize
-from quant_core.memory import collector_paused
+from quant_core.memory import collector_paused, give_back
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -359,6 +359,7 @@ def load_model(
             if found.asked:  # there was a skeleton: not the config's fault
                 raise
             rejected(checkpoint, err, format=format)
+    give_back()
     model.name_or_path = model.config.name_or_path = str(path)
     return model
 
