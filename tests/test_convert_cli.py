@@ -84,6 +84,19 @@ def test_a_wrong_block_is_a_config_error(fixtures, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["empty folder", "nothing"])
+def test_destination_that_is_a_link_is_written_where_it_points(there, fixtures, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("real")
+    if there:
+        (tmp_path / "real").mkdir()
+    data = run_json(capsys, "convert", fixtures / AWQ, tmp_path / "link", "--to", "gptq")
+    assert data["path"] == str(tmp_path / "real")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+    assert (tmp_path / "link" / "model.safetensors").is_file()
+    assert main(["convert", str(fixtures / AWQ), str(tmp_path / "link"), "--to", "gptq"]) == 1
+    assert "Q-CKPT-EXISTS" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv", [["--option", "nonsense"], ["--max-shard-size", "0"], ["--max-shard-size", "5XB"], []]
 )

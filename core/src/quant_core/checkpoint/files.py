@@ -13,6 +13,7 @@ kills the process with SIGBUS, and a file overwritten in place changes weights a
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import stat
@@ -39,13 +40,31 @@ _MOST_THREADS = 4  # they use up the bandwidth of the memory
 _MAX_PREAD = 2**30  # Linux reads at most 2 GiB - 4 KiB in one call
 
 
+_REMEDIES: dict[int | None, tuple[str, str]] = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT),
+        ("room for all of it", "Free some space, or choose another disk"),
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), ("the permission", "Change it, or choose another place")
+    ),
+    errno.EROFS: ("a file system that can be written", "Choose another place"),
+    errno.ENOENT: ("it to exist", "Check the path"),
+    errno.ENAMETOOLONG: ("a shorter name", "Choose another one"),
+    errno.EIO: ("a disk that works", "Check it, or copy the file from elsewhere"),
+    errno.EMFILE: ("room for one more open file", "Raise `ulimit -n`"),
+}
+
+
 def io_error(path: object, err: OSError, doing: str = "cannot be read") -> CheckpointError:
-    """``Q-CKPT-IO`` with the operating system's reason in words."""
+    """``Q-CKPT-IO`` with the operating system's reason in words, and what helps against it."""
     reason = err.strerror or str(err)
+    other = ("it to work", "Check that the path exists, its permissions and the disk")
+    expected, remedy = _REMEDIES.get(err.errno, other)
     return CheckpointError(
-        f"{printable(path)}: {doing}: {reason}, expected it to work. "
-        "Check that the path exists, its permissions and the disk.",
+        f"{printable(path)}: {doing}: {reason}, expected {expected}. {remedy}.",
         code="Q-CKPT-IO",
+        expected=expected,
         path=path,
         actual=reason,
     )

@@ -130,6 +130,8 @@ def convert(
 
     report = on_step or (lambda phase, name, total: None)
     path = Path(os.path.abspath(dst))
+    if path.is_symlink():  # a rename would replace the link, or fail in the end
+        path = path.resolve()
     with open_checkpoint(src) as checkpoint:
         source = plan(checkpoint)
         known = targets(source.registry)
