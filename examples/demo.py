@@ -22,7 +22,8 @@ from torch import nn
 import quant_core
 from quant_core.cli.main import main as quant
 from quant_core.cli.output import size, table
-from quant_core.cli.run import generate, load_tokenizer, weight_memory
+from quant_core.cli.run import generate, weight_memory
+from quant_core.engines.tokenizer import load_tokenizer
 from quant_core.nn import QuantComposite, QuantEmbedding, QuantLinear, QuantModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

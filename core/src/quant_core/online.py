@@ -61,11 +61,11 @@ def offers(registry: Registry) -> dict[str, dict[str, OnlineScheme]]:
 
 
 def _unknown(name: str, known: Mapping[str, Mapping[str, OnlineScheme]]) -> ConfigError:
-    names = [
+    names = {
         scheme_name if scheme.bare or plugin == scheme_name else f"{plugin}:{scheme_name}"
         for plugin, schemes in known.items()
         for scheme_name, scheme in schemes.items()
-    ]
+    }
     return ConfigError(
         f"online: {printable(name)!r} is made by no installed plugin, expected one of "
         f"{summarize(sorted(names), 20) or 'none (no plugin offers any)'}. Correct the name, or "

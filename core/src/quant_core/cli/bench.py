@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quant_core.cli.output import Progress, emit, escaped, table
+from quant_core.cli.output import Progress, emit, escaped, in_range, table
 from quant_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ __all__ = ["HELP", "add_arguments", "measure", "run"]
 
 HELP = "measure which kernel is fastest for which number of rows"
 FLOATS = "F.linear"
-_SHAPE = re.compile(r"(\d+)x(\d+)")
+_SHAPE = re.compile(r"([0-9]{1,18})x([0-9]{1,18})")
+_MOST_WEIGHTS = 1 << 36
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of activations")
     parser.add_argument("--kernels", default=None, help="only these, as QUANT_KERNELS")
-    parser.add_argument("--layers", type=int, default=8, help="most distinct layers of a model")
+    most = in_range(1, 100_000, "layers")
+    parser.add_argument("--layers", type=most, default=8, help="most distinct layers of a model")
     parser.add_argument("--save", action="store_true", help="keep the times for later choices")
 
 
@@ -76,6 +78,14 @@ def _made(args: argparse.Namespace, dtype: torch.dtype) -> Iterator[_Layer]:
 
     for text in args.target.split(","):
         n, k = (int(p) for p in text.split("x"))
+        if not 0 < n * k <= _MOST_WEIGHTS:
+            raise ConfigError(
+                f"bench: {text!r} has {n * k} weights, expected 1 to {_MOST_WEIGHTS}. Correct the "
+                "sizes.",
+                code="Q-CFG-VALUE",
+                tensor="NxK",
+                actual=text,
+            )
         g = torch.Generator(device=args.device).manual_seed(0)
         w = torch.randn(n, k, generator=g, device=args.device).mul_(0.02).to(dtype)
         scheme, lt = quantize_matrix(args.online, w, name=text)
@@ -199,18 +209,20 @@ def run(args: argparse.Namespace) -> int:
     """Measure; 0 unless something cannot be run."""
     import torch
 
+    from quant_core.kernels.device import check_device
     from quant_core.kernels.measured import op_key, save
     from quant_core.registry import registry
 
     rows = _numbers(args.rows, "rows")
     dtype = getattr(torch, args.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(
             f"bench: dtype is {args.dtype!r}, expected bfloat16, float16 or float32. Correct it.",
             code="Q-CFG-VALUE",
             tensor="dtype",
             actual=args.dtype,
         )
+    check_device(args.device)
     sizes = all(_SHAPE.fullmatch(t) for t in args.target.split(","))
     layers = _made(args, dtype) if sizes else _stored(args)
     out, costs, key = [], {}, ("cpu", "")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant_core.cli.output import Progress, emit, escaped, table
+from quant_core.cli.output import Progress, emit, escaped, in_range, table
 from quant_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, B, --top, --logits and --text."""
     parser.add_argument("a", metavar="A", help="checkpoint folder or file")
     parser.add_argument("b", metavar="B", help="checkpoint folder or file")
-    parser.add_argument("--top", type=int, default=20, metavar="N", help="rows shown; default 20")
+    rows = in_range(0, 1_000_000, "rows")
+    parser.add_argument("--top", type=rows, default=20, metavar="N", help="rows shown; default 20")
     parser.add_argument(
         "--logits", action="store_true", help="also run both models and compare distributions"
     )
-    parser.add_argument("--text", metavar="TEXT", default=_TEXT, help="for --logits; @FILE reads")
+    parser.add_argument("--text", metavar="TEXT", help="for --logits; @FILE reads")
 
 
 def _text(text: str) -> str:
@@ -78,7 +79,14 @@ def run(args: argparse.Namespace) -> int:
         progress.total = total
         progress.step(name)
 
-    text = _text(args.text) if args.logits else ""
+    if args.text is not None and not args.logits:
+        raise ConfigError(
+            "diff: --text is given without --logits, expected both or neither. The text is what "
+            "the models are run on: add --logits.",
+            code="Q-CFG-CONFLICT",
+            tensor="--text",
+        )
+    text = _text(_TEXT if args.text is None else args.text)
     try:
         found = diff(args.a, args.b, on_step=step)
     finally:

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """PATH, --format, NAME, --device and --mmap."""
     add_path(parser)
     parser.add_argument("name", metavar="NAME", help="module name, as `quant inspect --layers`")
-    parser.add_argument("--device", default="cpu", help="whose kernels answer (default cpu)")
+    parser.add_argument(
+        "--device", default="cpu", help="whose kernels answer (default cpu); need not be there"
+    )
     parser.add_argument(
         "--mmap",
         action="store_true",
@@ -76,8 +78,10 @@ def _kernel(plan: Plan, member: Member, device: str, mmap: bool) -> dict[str, An
     from quant_core.errors import KernelError
     from quant_core.kernels.base import Rejected
     from quant_core.kernels.choose import choose, choose_in_place
+    from quant_core.kernels.device import check_device
     from quant_core.load import read_matrix
 
+    check_device(device, here=False)
     layer = member.layer
     ops = {"embedding": "embedding", "experts": "grouped_linear"}
     sizes = {"experts": len(layer.experts)} if layer.experts else {}

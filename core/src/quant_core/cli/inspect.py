@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from quant_core.cli.output import emit, escaped, size, table
+from quant_core.cli.output import emit, escaped, in_range, size, table
 from quant_core.memory import collector_paused
 
 if TYPE_CHECKING:
@@ -34,15 +34,9 @@ def add_path(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """PATH, --format, --tp and --layers."""
     add_path(parser)
-    parser.add_argument("--tp", type=_ranks, default=1, metavar="N", help="tensor-parallel ranks")
+    ranks = in_range(1, 4096, "ranks")
+    parser.add_argument("--tp", type=ranks, default=1, metavar="N", help="tensor-parallel ranks")
     parser.add_argument("--layers", action="store_true", help="list every module")
-
-
-def _ranks(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 4096:
-        raise argparse.ArgumentTypeError(f"{value} ranks, expected 1 to 4096")
-    return value
 
 
 @dataclass(slots=True)

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from quant_core import __version__
-from quant_core.cli.output import escaped
+from quant_core.answers import no_memory
+from quant_core.cli.output import emit, escaped
 from quant_core.errors import QuantError
 
 __all__ = ["COMMANDS", "build_parser", "main"]
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QuantError as err:
         if args.traceback:
             traceback.print_exc()
-        print(f"quant: {err.code}: {escaped(err)}", file=sys.stderr)
+        _fail(args, err.code, str(err), err)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("quant: interrupted", file=sys.stderr)
@@ -96,16 +97,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as err:
         if args.traceback:
             traceback.print_exc()
+        if isinstance(err, MemoryError) or no_memory(err):
+            why = str(err).partition("\n")[0] or type(err).__name__
+            told = f"memory does not suffice ({why}). Free some, or use a larger machine."
+            _fail(args, "Q-LIMIT-MEMORY", told, err)
+            return BAD_INPUT
         kind, owner = type(err).__name__, _owner(err)
         where, bug, there = "", "a bug", ""
         if owner:
             where, bug, there = f" in plugin {owner}", "a bug of the plugin", " there"
-        print(
-            f"quant: internal error{where}: {kind}: {escaped(err)}. This is {bug}; "
-            f"run again with --traceback and report it{there}.",
-            file=sys.stderr,
-        )
+        told = f"{kind}: {err}. This is {bug}; run again with --traceback and report it{there}."
+        _fail(args, f"internal error{where}", told, err)
         return INTERNAL
+
+
+_PARTS = ("path", "tensor", "expected", "actual", "plugin")
+
+
+def _fail(args: argparse.Namespace, code: str, message: str, err: Exception) -> None:
+    """The message on stderr; with --json the error with its parts on stdout too."""
+    if getattr(args, "json", False):
+        parts = {name: value for name in _PARTS if (value := getattr(err, name, None)) is not None}
+        shown = {n: v if isinstance(v, int | float) else str(v)[:10_000] for n, v in parts.items()}
+        stable = code if code.startswith("Q-") else "internal"
+        emit(args, {"error": {"code": stable, "message": message, **shown}}, ())
+    print(f"quant: {code}: {escaped(message)}", file=sys.stderr)
 
 
 def _owner(err: Exception) -> str:

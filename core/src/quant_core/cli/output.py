@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from quant_core.errors import printable
 
-__all__ = ["Progress", "emit", "escaped", "size", "table"]
+__all__ = ["Progress", "emit", "escaped", "in_range", "size", "table"]
 
 _LINE = 100_000  # longest line printed; messages are cut where they are made
 
@@ -58,10 +59,31 @@ def _is_number(cell: str) -> bool:
 def emit(args: argparse.Namespace, data: Mapping[str, Any], lines: Iterable[str]) -> None:
     """Print ``data`` as JSON if asked to, else ``lines``, which are evaluated only then."""
     if args.json:
-        print(json.dumps(data, indent=1))
+        print(json.dumps(_strict(data), indent=1, allow_nan=False))
         return
     for line in lines:
         print(line)
+
+
+def _strict(value: Any) -> Any:
+    """As JSON can hold it: numbers that are not finite are null."""
+    if isinstance(value, Mapping):
+        return {k: _strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def in_range(low: int, high: int, what: str) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from ``low`` to ``high``."""
+
+    def number(text: str) -> int:
+        digits = text.strip().removeprefix("-").isdecimal() and len(text) < 20
+        if not digits or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} {what}, expected {low} to {high}")
+        return int(text)
+
+    return number
 
 
 class Progress:

@@ -7,15 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quant_core.cli.output import emit, escaped, size
-from quant_core.errors import ConfigError, PluginError, printable
+from quant_core.cli.output import emit, escaped, in_range, size
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from quant_core.checkpoint.base import Checkpoint
-
-__all__ = ["HELP", "add_arguments", "generate", "load_tokenizer", "run", "weight_memory"]
+__all__ = ["HELP", "add_arguments", "generate", "run", "weight_memory"]
 
 HELP = "generate text from a checkpoint, its weights kept packed"
 
@@ -24,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """PATH, --prompt, --max-new-tokens, --dtype, --device, --mmap, --online and --skip."""
     parser.add_argument("path", metavar="PATH", help="checkpoint folder or file")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=_count, default=32, metavar="N")
+    tokens = in_range(1, 1_000_000, "tokens")
+    parser.add_argument("--max-new-tokens", type=tokens, default=32, metavar="N")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16",
         help="type of activations and of unquantized weights",
@@ -42,44 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip", action="append", default=[], metavar="PATTERN",
         help="with --online: modules that stay floats; may be repeated",
     )  # fmt: skip
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{value} tokens, expected 1 to 1000000")
-    return value
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer that belongs to a checkpoint.
-
-    Raises:
-        PluginError: ``Q-ENGINE-MISSING`` if transformers is not installed.
-        ConfigError: ``Q-ENGINE-TOKENIZER`` if the checkpoint holds none that it can build.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as err:
-        raise PluginError(
-            f"{checkpoint.path}: running a model needs transformers, which cannot be imported "
-            f"({err}). Run `pip install quant-core[transformers]`.",
-            code="Q-ENGINE-MISSING",
-            path=checkpoint.path,
-            expected="transformers",
-        ) from err
-    try:
-        return AutoTokenizer.from_pretrained(**checkpoint.pretrained_args())
-    except Exception as err:  # tokenizers raises plain Exception
-        raise ConfigError(
-            f"{checkpoint.path}: transformers cannot make a tokenizer from this checkpoint: "
-            f"{printable(err, 300)}; expected tokenizer files beside the weights. "
-            "Copy those of the original model into the folder.",
-            code="Q-ENGINE-TOKENIZER",
-            path=checkpoint.path,
-            expected="a tokenizer",
-            actual=type(err).__name__,
-        ) from err
 
 
 def weight_memory(model: nn.Module) -> dict[str, int]:
@@ -110,7 +70,9 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> di
     """Greedy continuation of ``prompt``; the time of the first token counts on its own."""
     import torch
 
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    from quant_core.engines.tokenizer import encode
+
+    inputs = encode(tokenizer, prompt, "prompt").to(model.device)
     ask = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
     with torch.inference_mode():
         model.generate(**inputs, max_new_tokens=1, **ask)  # first call: lazy set-up
@@ -135,6 +97,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> di
 
 def _collect(args: argparse.Namespace) -> dict[str, Any]:
     from quant_core.checkpoint.open import open_checkpoint
+    from quant_core.engines.tokenizer import load_tokenizer
 
     with open_checkpoint(args.path) as checkpoint:
         tokenizer = load_tokenizer(checkpoint)

@@ -220,25 +220,32 @@ def diff_logits(
     Tokens are those of ``a``'s tokenizer.
 
     Raises:
-        PluginError: ``Q-ENGINE-VERSION`` without a supported transformers.
+        PluginError: ``Q-ENGINE-MISSING``, ``Q-ENGINE-VERSION`` without a supported transformers.
+        ConfigError: ``Q-ENGINE-TOKENIZER``, ``Q-CFG-VALUE`` for a text without tokens.
+        LayoutError: ``Q-LAYOUT-SHAPE`` for models of unlike vocabularies.
     """
     import torch
 
     from quant_core.checkpoint.open import open_checkpoint
+    from quant_core.engines.tokenizer import encode, load_tokenizer
     from quant_core.engines.transformers import load_model
 
     with open_checkpoint(a) as checkpoint:
-        args = dict(checkpoint.pretrained_args())
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(**args)(text, return_tensors="pt").input_ids
-    ids = ids[:, :max_tokens]
+        ids = encode(load_tokenizer(checkpoint), text, "text").input_ids[:, :max_tokens]
     logs = []
     for path in (a, b):
         with torch.inference_mode():
             logits = load_model(path, dtype=torch.float32)(ids).logits[0].float()
         logs.append(logits.log_softmax(-1))
     first, second = logs
+    if first.shape != second.shape:
+        raise LayoutError(
+            f"{b}: has logits for {second.shape[-1]} tokens, expected {first.shape[-1]} as {a}. "
+            "Only models of one vocabulary can be compared so.",
+            code="Q-LAYOUT-SHAPE",
+            expected=first.shape[-1],
+            actual=second.shape[-1],
+        )
     kl = (first.exp() * (first - second)).sum(-1)
     same = (first.argmax(-1) == second.argmax(-1)).float()
     return Logits(

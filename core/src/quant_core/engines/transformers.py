@@ -320,8 +320,10 @@ def load_model(
         from quant_core.checkpoint.open import open_checkpoint
         from quant_core.engines.transformers_quantizer import opened_for, single_device
         from quant_core.engines.transformers_skeleton import check_layers, rejected
+    from quant_core.kernels.device import check_device
 
     device = single_device(device if not isinstance(device, str) else {"": device}) or "cpu"
+    check_device(device)
     _check_online(online, skip=skip, online_options=online_options, requantize=requantize)
     with (
         collector_paused(),
