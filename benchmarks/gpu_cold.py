@@ -1,19 +1,22 @@
 """Seconds to the first result of a packed layer in a new process with empty caches, on a GPU.
 
-    python benchmarks/gpu_cold.py --json out.json [--jobs 1] [--first] [--again] [--fork]
+    python benchmarks/gpu_cold.py --json out.json [--jobs 1] [--again] [--fork]
 
 A process of its own for every scheme and number of rows, with fresh folders in place of Triton's
 cache and this project's. The clock starts where torch is imported and its CUDA context and cuBLAS
 stand, and covers importing quant_core, choosing a kernel, storing 4096 x 4096 weights that were
-quantized before, compiling, and the call. The table at the end says where the time went: stages
-are those of Triton's compiler and NVRTC, of all kernels that the call needs; "rest" is the call
-without them; user and system are processor time of this process from choosing on, without ptxas.
-A machine's first process reads the libraries from its disk: with ``--first`` one type runs once
-more before all others, and is not in the table. ``--again``: the same in a further process that
-finds those caches filled. Compiling takes one processor; more jobs than half of them disturb each
-other.
-``--fork``: the processes are copies of one that has imported torch and done nothing else, which
-saves the seconds of that import.
+quantized before, compiling, and the call. Python's bytecode is kept in a folder of the run, as
+installing a wheel keeps it; the run's first process, which makes it (and on a machine that has just
+started reads all libraries from the disk), comes first in the table and does not count.
+
+The table at the end says where the time went: stages are those of Triton's compiler or NVRTC, of
+the kernel that took longest; "beside" is the compiling of others, which runs at the same time;
+"rest" is the call without that kernel's stages: until its compiler has started, and launching. User
+and system are processor time of this process from choosing on, without its compilers.
+
+``--again``: the same in a further process that finds those caches filled. Compiling takes a
+processor or two; more jobs than a quarter of them disturb each other. ``--fork``: the processes are
+copies of one that has imported torch and done nothing else, which saves the seconds of that import.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +44,17 @@ STAGES = ("import", "front end", "ttir", "ttgir", "llir", "ptx", "cubin", "NVRTC
 
 
 class _Stages(logging.Handler):
-    """Adds up what compilations of this process report, and where they ran."""
+    """What compilations for this process report: names of kernels, seconds of stages."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
-        self.seconds: dict[str, float] = {}
-        self.kernels: list[str] = []
+        self.compiled: list[tuple[str, dict[str, float]]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         stages: dict[str, float] | None = getattr(record, "stages", None)
         if stages is not None:
-            self.kernels.append(str(record.args[0]) if isinstance(record.args, tuple) else "")
-            for stage, seconds in stages.items():
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+            name = str(record.args[0]) if isinstance(record.args, tuple) else ""
+            self.compiled.append((name, stages))
 
 
 def once(scheme: str, rows: int) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def once(scheme: str, rows: int) -> dict[str, Any]:
         "total_s": listed + done, "second_call_s": time.perf_counter() - start,
         "user_s": after.ru_utime - before.ru_utime, "system_s": after.ru_stime - before.ru_stime,
         "read_from_disk": after.ru_majflt - before.ru_majflt,
-        "stages_s": stages.seconds, "compiled": stages.kernels, "same": torch.equal(y, again),
+        "compiled": stages.compiled, "same": torch.equal(y, again),
     }  # fmt: skip
 
 
@@ -151,15 +153,27 @@ def apart(scheme: str, rows: int, processes: int, fork: bool) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Where the seconds went, a line for each process; the stages are parts of the call."""
-    used = [s for s in STAGES if any(s in r["stages_s"] for r in rows)]
-    lines = [["type", "rows", "total", "plugins", "choose", "load", "call", *used, "rest",
+    longest = [max((k[1] for k in r["compiled"]), key=_total, default={}) for r in rows]
+    used = [s for s in STAGES if any(s in stages for stages in longest)]
+    lines = [["type", "rows", "total", "plugins", "choose", "load", "call", *used, "rest", "beside",
               "user", "system"]]  # fmt: skip
-    for r in rows:
-        parts = [r["stages_s"].get(s, 0.0) for s in used]
+    for r, stages in zip(rows, longest, strict=True):
         spent = [r[f"{n}_s"] for n in ("total", "plugins", "choose", "load", "call")]
-        numbers = [*spent, *parts, r["call_s"] - sum(parts), r["user_s"], r["system_s"]]
+        parts = [stages.get(s, 0.0) for s in used]
+        beside = sum(_total(k[1]) for k in r["compiled"]) - _total(stages)
+        numbers = [*spent, *parts, r["call_s"] - _total(stages), beside, r["user_s"], r["system_s"]]
         lines.append([r["scheme"], str(r["rows"]), *(f"{n:.2f}" for n in numbers)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _total(stages: Mapping[str, float]) -> float:
+    return sum(stages.values())
+
+
+def keep_bytecode(folder: str) -> None:
+    """Of this process and those that it starts, whatever the environment said."""
+    os.environ |= {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
+    sys.pycache_prefix, sys.dont_write_bytecode = folder, False
 
 
 def main() -> None:
@@ -169,7 +183,6 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(SCHEMES))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--first", action="store_true", help="the first type once more before all")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--fork", action="store_true", help="copies of one process; one job")
     parser.add_argument("--once", nargs=2)
@@ -178,15 +191,15 @@ def main() -> None:
         print(json.dumps(once(args.once[0], int(args.once[1]))))
         return
     work = [(s, int(m)) for s in args.schemes.split(",") for m in args.rows.split(",")]
+    each = partial(apart, processes=1 + args.again, fork=args.fork)
     rows = []
-    if args.fork:
-        import torch  # noqa: F401
-    if args.first:
-        print("first of the machine:", json.dumps(apart(*work[0], 1, args.fork)), flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        each = partial(apart, processes=1 + args.again, fork=args.fork)
+    with tempfile.TemporaryDirectory() as bytecode, ThreadPoolExecutor(args.jobs) as pool:
+        keep_bytecode(bytecode)
+        if args.fork:
+            import torch  # noqa: F401
+        first = apart(*work[0], 1, args.fork)
         answers = (each(*w) for w in work) if args.fork else pool.map(lambda w: each(*w), work)
-        for row in answers:
+        for row in chain([first | {"scheme": f"{work[0][0]}, first"}], answers):
             rows.append(row)
             print(json.dumps(row), flush=True)
             if args.json:
@@ -194,6 +207,8 @@ def main() -> None:
     measured = [r for r in rows if "total_s" in r]
     if measured:
         print(table(measured))
+    measured = measured[1:] if "total_s" in first else measured
+    if measured:
         worst = max(measured, key=lambda r: r["total_s"])
         print(f"worst of {len(measured)}: {worst['total_s']:.2f} s, {worst['scheme']}, "
               f"{worst['rows']} rows, {worst['kernel']}")  # fmt: skip

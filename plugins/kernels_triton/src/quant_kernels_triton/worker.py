@@ -14,10 +14,12 @@ import json
 import logging
 import os
 import pickle
+import select
 import sys
 from importlib import import_module
 from pathlib import Path
 
+from quant_core.memory import collector_paused
 from quant_kernels_triton.machine_code import Source, lowered, stored
 
 __all__ = ["main"]
@@ -44,15 +46,22 @@ class _Last(logging.Handler):
             self.stages = json.dumps(record.stages)
 
 
+def _asked() -> bool:
+    return bool(select.select([sys.stdin], [], [], 0)[0])
+
+
 def _imported() -> None:
-    """What compiling will import; where something is missing, the compilation says so."""
+    """What compiling imports, until there is something to do; what is missing is said there."""
     needed = ("triton.compiler", "triton.experimental.gluon._runtime", "triton.backends.nvidia",
               "quant_kernels_triton.gluon_ws", "quant_kernels_triton.codes_gluon")  # fmt: skip
-    for name in needed:
-        try:
-            import_module(name)
-        except ImportError:
-            return
+    with collector_paused():
+        for name in needed:
+            if _asked():
+                return
+            try:
+                import_module(name)
+            except ImportError:
+                return
 
 
 def main() -> None:
