@@ -348,7 +348,7 @@ def test_inductor_copies_no_cache_and_computes_the_mask_once(llama):
         model(input_ids=ids(1, 7), past_key_values=cache)
         _, (code,) = run_and_get_code(compiled, input_ids=ids(1, 1), past_key_values=cache)
         body = code[code.index("def call(") :]
-    assert body.count("torch.ops.quant_cpu.decoder_layers.default(") == 1  # both in one call
+    assert body.count("torch.ops.quant_cpu.held_layers.default(") == 1  # both in one call
     assert "torch.ops.quant_cpu.decoder_layer.default(" not in body
     assert f"empty_strided_cpu((1, 2, {ROOM}, 16)" not in body
     assert body.count(f"empty_strided_cpu((1, 1, 1, {ROOM})") == 1

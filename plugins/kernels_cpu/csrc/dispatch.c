@@ -26,6 +26,7 @@ static int64_t dtypes[4][2]; /* torch's number, ours; bool is last */
 static int64_t wide_rows;
 static int (*describe)(const char *, int64_t length, int64_t kind);
 int (*qk_fill)(int64_t table);
+int64_t (*qk_held)(int64_t handle);
 static _Atomic(const layout *) table[PLACES];
 
 int qk_linear(const qk_call *);
@@ -46,12 +47,13 @@ void qk_native_limits(int64_t limit, int64_t rows) {
     qk_weights_changed();
 }
 
-void qk_native_api(void **functions, const int64_t *numbers, void *reader, void *filler) {
+void qk_native_api(void **functions, const int64_t *numbers, void *reader, void *filler, void *holder) {
     memcpy(&torch, functions, sizeof torch);
     memcpy(dtypes, numbers, sizeof dtypes);
     qk_int64 = numbers[8];
     memcpy(&describe, &reader, sizeof describe);
     memcpy(&qk_fill, &filler, sizeof qk_fill);
+    memcpy(&qk_held, &holder, sizeof qk_held);
 }
 
 static uint64_t hash_of(const char *text, int64_t length, int64_t kind) {

@@ -55,6 +55,7 @@ extern torch_api qk_torch;
 extern int64_t qk_limit; /* the instruction set */
 extern int64_t qk_int64; /* torch's number of the dtype */
 extern int (*qk_fill)(int64_t table); /* Python's `fill_table` */
+extern int64_t (*qk_held)(int64_t handle); /* Python's `held_at` */
 
 int64_t qk_weights_now(void);
 const layout *qk_layout_of(handle string, int64_t kind); /* NULL where it cannot be read */

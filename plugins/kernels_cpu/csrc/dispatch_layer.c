@@ -1,4 +1,5 @@
-/* The operators of decoder layers; layer.py says what they do. Written like dispatch.c. */
+/* The operators of decoder layers; layer.py, layers.py and held.py say what they do. Written like
+ * dispatch.c. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,14 +13,14 @@ enum { MOST_NORMS = 4, MOST_BLOCKS = 64 };
 /* A table of weights is one tensor of int64: where it lies, when it was filled, for which layers, then
  * their packed calls. Python fills it (layer.py), again after weights have changed. */
 enum { WHERE, WHEN, WHOSE, CALLS };
-/* A copy of a table leads to the table itself, if that is still there. */
+/* A copy of a table leads to the table itself, if that is still there. Any will do where `mark` is 0. */
 static const int64_t *filled(const int64_t *table, int64_t mark) {
     const int64_t own = table[WHERE];
     if (own != (int64_t)(uintptr_t)table || table[WHEN] != qk_weights_now()) {
         if (qk_fill(own)) return NULL;
         table = (const int64_t *)(uintptr_t)own;
     }
-    return table[WHOSE] == mark ? table + CALLS : NULL;
+    return !mark || table[WHOSE] == mark ? table + CALLS : NULL;
 }
 
 static double number_of(value v) {
@@ -302,4 +303,113 @@ void qk_op_decoder_layers(value *stack, uint64_t inputs, uint64_t outputs) {
     if (!error) error = share_out(g, n, norms, norm_count, eps, eps_count);
     if (!error) error = run_blocks(g, n, number_of(stack[SCALE]), &out);
     finish(stack, &t, g, whole ? n : 0, error, out);
+}
+
+/* What a handle stands for: held.py keeps it up to date. */
+typedef struct {
+    int64_t count;
+    handle tensors[];
+} held;
+
+/* (Tensor[] tensors) -> int, where they are held until `qk_release` */
+void qk_op_hold(value *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    const handle list = (handle)(uintptr_t)stack[0];
+    size_t count;
+    torch.list_size(list, &count);
+    held *h = malloc(sizeof *h + count * sizeof *h->tensors);
+    for (h ? h->count = 0 : 0; h && h->count < (int64_t)count; h->count++) {
+        value item;
+        torch.list_item(list, h->count, &item);
+        h->tensors[h->count] = (handle)(uintptr_t)item;
+    }
+    torch.list_drop(list);
+    if (!h) qk_fail("hold: no memory");
+    stack[0] = (value)(uintptr_t)h;
+}
+
+void qk_release(int64_t at) {
+    held *h = (held *)(uintptr_t)at;
+    for (int64_t i = 0; i < h->count; i++) torch.drop(h->tensors[i]);
+    free(h);
+}
+
+/* NULL where there is nothing that it stands for. A copy of a handle leads to what the handle does. */
+static const held *held_by(handle h) {
+    int32_t number;
+    int64_t *at;
+    torch.dtype(h, &number);
+    if (number != qk_int64 || !has(h, 1, (int64_t[]){1}, 0)) return NULL;
+    torch.data(h, (void **)&at);
+    return (const held *)(uintptr_t)qk_held(*at);
+}
+
+static int64_t take_integers(value v, int64_t *out, int64_t most) {
+    const handle list = (handle)(uintptr_t)v;
+    size_t count;
+    torch.list_size(list, &count);
+    for (size_t i = 0; i < count && (int64_t)i < most; i++) torch.list_item(list, i, (value *)&out[i]);
+    torch.list_drop(list);
+    return (int64_t)count;
+}
+
+/* In the order of the operator; `of` are indices of layers, `to` those of the cache's. */
+enum { HELD_X, LAYERS, CACHE, OF, TO, HELD_TEXT, HELD_COS, HELD_SIN, HELD_MASK, FIRST, HELD_SCALE, HELD_EPS };
+
+typedef struct {
+    int64_t of[MOST_BLOCKS], to[MOST_BLOCKS], n;
+    double eps[MOST_BLOCKS * MOST_NORMS];
+} places;
+
+/* Layer by layer: a table and its norms; of the cache: keys, values and a position. `common` are what
+ * all of them have; its position is that of the cache's first layer. */
+static const char *give(given *g, const block *b, const places *p, const held *layers, const held *cache,
+                        const handle *common) {
+    const int64_t each = 1 + b->norms;
+    for (int64_t i = 0; i < p->n; i++) {
+        const int64_t of = p->of[i] * each, to = p->to[i] * 3;
+        if (of < 0 || of + each > layers->count || to < 0 || to + 3 > cache->count)
+            return "decoder layers: there is no such layer";
+        g[i] = (given){.b = b, .norms = b->norms, .eps_count = b->norms};
+        memcpy(g[i].h, common, sizeof g[i].h);
+        g[i].h[TABLE] = layers->tensors[of];
+        g[i].h[KEYS] = cache->tensors[to], g[i].h[VALUES] = cache->tensors[to + 1];
+        if (to) g[i].h[AT] = cache->tensors[to + 2];
+        memcpy(g[i].norm, layers->tensors + of + 1, (size_t)b->norms * sizeof(handle));
+        memcpy(g[i].eps, p->eps + i * b->norms, (size_t)b->norms * sizeof(double));
+    }
+    return NULL;
+}
+
+void qk_op_held_layers(value *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    handle out = NULL;
+    given g[MOST_BLOCKS];
+    places p;
+    taken t;
+    t.count = 0;
+    const handle common[AT + 1] = {[X] = take(&t, stack[HELD_X]), [COS] = take(&t, stack[HELD_COS]),
+                                   [SIN] = take(&t, stack[HELD_SIN]), [MASK] = take(&t, stack[HELD_MASK]),
+                                   [AT] = take(&t, stack[FIRST])};
+    const handle of = take(&t, stack[LAYERS]), to = take(&t, stack[CACHE]);
+    p.n = take_integers(stack[OF], p.of, MOST_BLOCKS);
+    const int64_t places = take_integers(stack[TO], p.to, MOST_BLOCKS);
+    const int64_t eps = take_numbers(stack[HELD_EPS], p.eps, MOST_BLOCKS * MOST_NORMS);
+    const block *b = block_of((handle)(uintptr_t)stack[HELD_TEXT]);
+    const char *error = NULL;
+    if (p.n < 1 || p.n > MOST_BLOCKS || places != p.n) error = "decoder layers: 1 to 64 layers with as many of each thing";
+    else if (!b) error = "decoder layers: the layout cannot be read";
+    else if (eps != p.n * b->norms) error = "decoder layers: another number of norms";
+    const held *layers = error ? NULL : held_by(of), *cache = error ? NULL : held_by(to);
+    if (!error && !(layers && cache)) error = "decoder layers: the layers or the cache of this graph are gone";
+    if (!error) error = give(g, b, &p, layers, cache, common);
+    const int whole = !error;
+    if (!error) error = run_blocks(g, p.n, number_of(stack[HELD_SCALE]), &out);
+    for (int64_t i = 0; i < p.n && !error; i++) {
+        int64_t *at;
+        if (!p.to[i]) continue;
+        torch.data(g[i].h[AT], (void **)&at);
+        ++*at;
+    }
+    finish(stack, &t, g, whole ? p.n : 0, error, out);
 }

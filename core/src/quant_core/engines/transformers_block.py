@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from quant_core.engines.transformers_attention import STEP
 from quant_core.engines.transformers_parts import Buffers, Parts, Place, nearly, random
-from quant_core.engines.transformers_room import room_of
+from quant_core.engines.transformers_room import note_cache, room_of
 from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap, unswap
 from quant_core.errors import printable
 from quant_core.nn import QuantLinear
@@ -65,6 +65,8 @@ class LayerPart:
     buffers: Buffers
     kernel: str
     table: Any = None  # of the kernel: stands for the buffers in a graph
+    chain: Any = None  # of the kernel: stands for the tables and norms of several layers there
+    index: int = 0  # of this one among them
     proved: bool | None = False  # None: at it, or found to be something else
 
     def prove(self, module: nn.Module, x: Tensor) -> bool:
@@ -145,8 +147,15 @@ class LayerPart:
         if not _known_while_traced(kwargs):
             return None
         attention: Any = module._modules[self.names[0][0]]
+        if attention.config._attn_implementation_internal != STEP:
+            return None
+        stand = None if self.chain is None else _stand_of(cache)
+        if stand is not None and attention.layer_idx < len(cache.layers):
+            y = self._traced_held(module, attention, x, angles, stand, mask)
+            if y is not None:
+                return y
         layer = _static_layer_of(cache, attention.layer_idx, mask)
-        if layer is None or attention.config._attn_implementation_internal != STEP:
+        if layer is None:
             return None
         below = [_below(module, path) for path in self.names]
         if not _settled(self, module, *below):
@@ -168,6 +177,41 @@ class LayerPart:
         if y is not None:
             layer.cumulative_length.add_(1)
         return y  # type: ignore[no-any-return]
+
+    def _traced_held(
+        self, module: nn.Module, attention: Any, x: Tensor, angles: Any, stand: Any, mask: Tensor
+    ) -> Tensor | None:
+        """The same where handles stand for the weights of the layers and for the cache: neither
+        the norms' weights nor keys, values and positions become inputs of the graph."""
+        below = [_below(module, path) for path in self.names]
+        if not _settled(self, module, *below):
+            return None
+        count = len(self.linears)
+        eps = [getattr(n, name) for n, name in zip(below[count:], self.eps)]
+        run: Any = self.run
+        first, index = stand.layers[0].cumulative_length, attention.layer_idx
+        y = run.traced_held(
+            self.chain.tensor,
+            self.index,
+            stand.tensor,
+            index,
+            stand.room,
+            x,
+            *angles,
+            mask,
+            first,
+            attention.scaling,
+            eps,
+        )
+        if y is not None and index == 0:  # which the graph reads; the others are the kernel's
+            first.add_(1)
+        return y  # type: ignore[no-any-return]
+
+    def note(self, kwargs: Mapping[str, Any]) -> None:
+        """The layer's own code has run: the cache may get what stands for it in graphs."""
+        if self.chain is not None and not torch.compiler.is_compiling():
+            index: Any = self.attention.__dict__["layer_idx"]
+            note_cache(kwargs.get("past_key_values"), index, self.chain.another)
 
 
 def _known(kwargs: Mapping[str, Any]) -> bool:
@@ -235,6 +279,19 @@ def _static_layer_of(cache: Any, index: int, mask: Tensor | None) -> Any:
     return layer if same and layer.cumulative_length.dtype == torch.int64 else None
 
 
+def _stand_of(cache: Any) -> Any:
+    """What stands for all layers of a plain static cache; None where nothing does.
+
+    Dynamo finds one list in two places, and guards that it is.
+    """
+    from transformers.cache_utils import StaticCache
+
+    if type(cache) is not StaticCache or cache.offloading:
+        return None
+    stand = getattr(cache, "_quant_stand", None)
+    return stand if stand is not None and stand.layers is cache.layers else None
+
+
 class _Layer(Swapped):
     _quant_layer: LayerPart
 
@@ -245,7 +302,9 @@ class _Layer(Swapped):
                 return y
             if not isinstance(self, _Layer):  # it was found to be something else
                 return self(*args, **kwargs)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        self._quant_layer.note(kwargs)
+        return out
 
     def extra_repr(self) -> str:
         return f"kernel={self._quant_layer.kernel}"

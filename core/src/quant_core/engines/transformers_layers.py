@@ -231,9 +231,40 @@ def _values(layers: tuple[QuantLinear, ...]) -> list[list[Tensor]]:
     return [layer._values() for layer in layers]
 
 
+def _chained(tables: tuple[Any, ...], norms: tuple[tuple[nn.Module, ...], ...]) -> list[Tensor]:
+    """Of each layer the table, then the norms' weights."""
+    found: list[Any] = []
+    for table, own in zip(tables, norms):
+        found.append(table.tensor)
+        found.extend([n._parameters["weight"] for n in own])
+    return found
+
+
+def _chain(parts: Sequence[LayerPart]) -> None:
+    """One handle for layers that differ in nothing but their weights, where the kernel has such."""
+    kinds: dict[str, list[LayerPart]] = {}
+    for part in parts:
+        kind = getattr(part.run, "kind", None)
+        if kind is not None and part.table is not None:
+            kinds.setdefault(kind, []).append(part)
+    for alike in kinds.values():
+        first: Any = alike[0].run
+        values = functools.partial(
+            _chained, tuple(p.table for p in alike), tuple(p.norms for p in alike)
+        )
+        chain = first.held(values)
+        for i, part in enumerate(alike):
+            part.chain, part.index = chain, i
+
+
 @torch.no_grad()
 def attach_blocks(model: nn.Module, parts: Parts) -> None:
     """Swap the decoder layers that a kernel computes; after ``attach_norms_and_mlps``."""
+    attached: list[LayerPart] = []
     for name, module in model.named_modules():
         if len(module._modules) >= 4 and not isinstance(module, Swapped):
             _attach_block(name, module, parts)
+            part = module.__dict__.get("_quant_layer")
+            if isinstance(part, LayerPart):
+                attached.append(part)
+    _chain(attached)

@@ -7,7 +7,8 @@ Whatever else happens to the cache (crop, reorder, copies, transformers' own upd
 tensors, which are copied into a new buffer when they grow here.
 
 ``StaticLayer`` has its room already; it counts what it holds in a tensor on the device, which says
-where a kernel writes, also when a graph of the call is replayed.
+where a kernel writes, also when a graph of the call is replayed. All layers of a static cache
+together may have one handle that stands for them in a graph (``Stand``).
 
 Source: transformers 5.23.0 cache_utils.py (DynamicLayer.update, crop, reorder_cache;
 StaticLayer.update).
@@ -15,12 +16,14 @@ StaticLayer.update).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["FixedRoom", "Room", "room_of"]
+__all__ = ["FixedRoom", "Room", "Stand", "note_cache", "room_of"]
 
 _LEAST = 64  # positions of room
 _PART = 4  # and a quarter of what is held
@@ -95,3 +98,64 @@ def room_of(layer: Any) -> Room | FixedRoom:
     if held is None or not held.belongs_to(layer):
         held = layer._quant_room = Room(layer.keys, layer.values)
     return held
+
+
+class Stand:
+    """What stands for all layers of a static cache in a graph: ``tensor``, a handle of a kernel.
+
+    ``layers`` is the very list of the cache, so that torch's guards see another one; ``room`` and
+    ``dtype`` are those of keys and values of every layer when it was made.
+    """
+
+    __slots__ = ("dtype", "held", "layers", "room", "tensor")
+
+    def __init__(self, layers: list[Any], held: Any) -> None:
+        self.layers, self.held, self.tensor = layers, held, held.tensor
+        self.room, self.dtype = tuple(layers[0].keys.shape), layers[0].keys.dtype
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """None for a copy: the copied cache is noted again when it is used."""
+        return _no_room, ()
+
+    def fits(self, layers: list[Any]) -> bool:
+        keys = layers[0].keys
+        return layers is self.layers and tuple(keys.shape) == self.room and keys.dtype == self.dtype
+
+
+def _tensors(layers: list[Any]) -> list[Tensor]:
+    return [t for c in layers for t in (c.keys, c.values, c.cumulative_length)]
+
+
+def _are_alike(layers: list[Any]) -> bool:
+    """Whether all are plain static layers of one size, each with memory of its own."""
+    from transformers.cache_utils import StaticLayer
+
+    if not all(type(c) is StaticLayer and c.is_initialized for c in layers):
+        return False
+    first, tensors = layers[0].keys, _tensors(layers)
+    for layer in layers:
+        for t in (layer.keys, layer.values):
+            if t.shape != first.shape or t.dtype != first.dtype or t.device != first.device:
+                return False
+        at = layer.cumulative_length
+        if at.dtype != torch.int64 or at.device != first.device or at.dim():
+            return False
+    return len({t.data_ptr() for t in tensors}) == len(tensors)
+
+
+def note_cache(cache: Any, index: int, hold: Callable[[Callable[[], list[Tensor]]], Any]) -> None:
+    """Give a plain static cache what stands for it, once its last layer holds something.
+
+    Args:
+        index: of the layer that was just run by its own code.
+        hold: makes a kernel's handle for what its argument lists.
+    """
+    from transformers.cache_utils import StaticCache
+
+    if type(cache) is not StaticCache or cache.offloading or index != len(cache.layers) - 1:
+        return
+    layers: list[Any] = cache.layers
+    held: Stand | None = cache.__dict__.get("_quant_stand")
+    if not _are_alike(layers) or (held is not None and held.fits(layers)):
+        return
+    cache._quant_stand = Stand(layers, hold(functools.partial(_tensors, layers)))

@@ -109,6 +109,16 @@ class Block:
     one operator of torch: with a mask, which it obeys whatever it says, and ``at`` (one int64),
     both read when the operator runs; None where the layer's own code is to be recorded.
 
+    Where it can have handles for lists of tensors (``held``, which says None where it cannot), a
+    graph needs no input for each of them. ``kind`` is the same for layers that differ in weights
+    only. ``held(values)`` makes an object whose ``tensor`` stands for what ``values()`` lists,
+    looked at again on every call, and whose ``another(values)`` makes more of them.
+    ``traced_held(layers, of, cache, to, room, x, cos, sin, mask, first, scale, eps)`` is the call
+    with ``layers`` standing for a table and the norms of each layer behind each other, of which it
+    takes number ``of``, and ``cache`` for keys, values and position of layer after layer, of which
+    it writes number ``to``; keys have the sizes ``room``. It counts all positions but ``first``,
+    that of number 0, which is the caller's to count. None where tensors are to be inputs.
+
     Every intermediate result is rounded as by the single operations.
     """
 

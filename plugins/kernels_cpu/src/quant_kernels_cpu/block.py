@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from quant_core.kernels.between import ACTIVATIONS, Block
 from quant_kernels_cpu.descriptor import DTYPES
+from quant_kernels_cpu.held import Held
 from quant_kernels_cpu.layer import (
     BlockLayout,
     WeightTable,
@@ -100,6 +102,7 @@ class BlockRun:
         self.weights = _Weights(texts)
         self.layout = BlockLayout.made(texts, block)
         self.text, self.k = self.layout.text(), self.layout.k
+        self.kind = replace(self.layout, mark=0).text()  # of all layers that differ in weights only
         self.heads, self.kv_heads = block.heads, block.kv_heads
         self.dim, self.rotated = block.head_dim, block.rotated
         self.plain = len(block.norms) == 2
@@ -191,6 +194,44 @@ class BlockRun:
             x, table, list(norms), self.text, cos, sin, keys, values, mask, at, scale, list(eps)
         )
 
+    def held(self, values: Callable[[], Sequence[Tensor]]) -> Held | None:
+        """What stands for tensors in a graph; None where torch lacks what C needs for it."""
+        from quant_kernels_cpu.ops import has_native
+
+        if not has_native:
+            return None
+        follow_weights()
+        return Held(values)
+
+    def traced_held(
+        self, layers: Tensor, of: int, cache: Tensor, to: int, room: Sequence[int],
+        x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, first: Tensor, scale: float,
+        eps: Sequence[float],
+    ) -> Tensor | None:  # fmt: skip
+        """``traced`` of a layer and a cache that handles stand for; ``room``: sizes of the keys."""
+        if x.dtype is not self.dtype or not x.is_cpu or not 0 < x.shape[0] <= MOST_ROWS:
+            return None
+        if tuple(room) != (x.shape[0], self.kv_heads, room[2], self.dim):
+            return None
+        if not self._takes_angles(x, cos, sin) or not self._takes_mask(x.shape[0], room[2], mask):
+            return None
+        if not _is_position(first) or not _joins_held():
+            return None
+        op = torch.ops.quant_cpu.held_layers.default
+        return op(  # type: ignore[no-any-return]
+            x, layers, cache, [of], [to], self.kind, cos, sin, mask, first, scale, list(eps)
+        )
+
+    def _takes_angles(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        angle = cos.shape
+        return (
+            x.shape[1:] == (1, self.k)
+            and cos.dtype is sin.dtype is self.dtype
+            and angle == sin.shape
+            and angle[1:] == (1, self.rotated)
+            and (angle[0] == 1 or angle[0] == x.shape[0])
+        )
+
 
 @torch.compiler.assume_constant_result
 def _join_layers() -> None:
@@ -198,6 +239,14 @@ def _join_layers() -> None:
     from quant_kernels_cpu.join import join_layers
 
     join_layers()
+
+
+@torch.compiler.assume_constant_result
+def _joins_held() -> bool:
+    """Whether layers may be recorded that handles stand for."""
+    from quant_kernels_cpu.join import joins_held
+
+    return joins_held()
 
 
 def _is_position(at: Tensor) -> bool:

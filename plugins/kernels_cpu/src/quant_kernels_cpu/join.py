@@ -22,9 +22,10 @@ import torch
 from torch import fx
 from torch._inductor import config, custom_graph_pass
 
+from quant_kernels_cpu.join_held import compiled_by, is_declined, join_held
 from quant_kernels_cpu.layer import BlockLayout
 
-__all__ = ["JoinLayers", "join_layers"]
+__all__ = ["JoinLayers", "join_layers", "joins_held"]
 
 log = logging.getLogger("quant_core")
 
@@ -41,12 +42,13 @@ class JoinLayers(custom_graph_pass.CustomGraphPass):
         self.joint = torch.ops.quant_cpu.decoder_layers.default
 
     def uuid(self) -> Any:
-        return custom_graph_pass.get_hash_for_files((__file__,))
+        return custom_graph_pass.get_hash_for_files((__file__, join_held.__code__.co_filename))
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):  # what Dynamo leaves of a question like ``x.is_cpu``
             if node.op == "call_function" and node.target is getattr and not node.users:
                 graph.erase_node(node)
+        join_held(graph)
         chain: list[fx.Node] = []
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target is self.single:
@@ -139,3 +141,17 @@ def join_layers() -> None:
         config.pre_grad_custom_pass = [*several, JoinLayers()]
     else:
         log.info("decoder layers stay apart: another pass is set as pre_grad_custom_pass")
+
+
+def joins_held() -> bool:
+    """Whether layers that handles stand for may be recorded in the graph that is being traced: it
+    is a whole one, Inductor gets it, with this pass, and nothing else there touches the cache."""
+    join_layers()
+    found = compiled_by()
+    if found is None or getattr(found, "compiler_name", "") != "inductor" or is_declined():
+        return False
+    own = getattr(found, "config", {})
+    passes = own.get("pre_grad_custom_pass", config.pre_grad_custom_pass)
+    runs = own.get("use_pre_grad_passes", getattr(config, "use_pre_grad_passes", True))
+    several = passes if isinstance(passes, (list, tuple)) else [passes]
+    return bool(runs) and any(isinstance(p, JoinLayers) for p in several)

@@ -23,7 +23,7 @@ __all__ = ["AMX_TOKENS", "ISAS", "Library", "library", "unavailable"]
 AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
 ISAS = ("none", "avx2", "avx512", "bf16")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 23  # of the C interface, as in hatch_build.py
+_VERSION = 25  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,9 @@ def _load() -> Library | str:
     for function in (c.qk_linear_shared, c.qk_linear_w8a8_shared, c.qk_decoder_chain):
         function.argtypes = [ctypes.c_char_p, integer]
     c.qk_native_limits.argtypes = [integer, integer]
-    c.qk_native_api.argtypes = [pointer] * 4
+    c.qk_native_api.argtypes = [pointer] * 5
     c.qk_weights_changed.argtypes, c.qk_weights_changed.restype = [], None
+    c.qk_release.argtypes, c.qk_release.restype = [integer], None
     c.qk_weights_now.argtypes, c.qk_weights_now.restype = [], integer
     c.qk_load.argtypes = [*[pointer] * 2, *[integer] * 2, pointer]
     c.qk_load.restype = None

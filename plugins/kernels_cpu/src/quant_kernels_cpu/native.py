@@ -67,6 +67,7 @@ class Block(ctypes.Structure):
 
 _Describe = Callable[[str, int], Layer | Block]
 _Filler = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
+_Holder = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 _Reader = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 _kept: list[Any] = []
 """Whatever C holds an address of, for the life of the process."""
@@ -104,13 +105,15 @@ def _reader(c: ctypes.CDLL, describe: _Describe) -> Any:
 
 
 def register_native(
-    lib: Library, names: tuple[str, ...], describe: _Describe, fill: Callable[[int], int]
-) -> bool:
+    lib: Library, names: tuple[str, ...], describe: _Describe, fill: Callable[[int], int],
+    held: Callable[[int], int],
+) -> bool:  # fmt: skip
     """Register ``quant_cpu::name`` for each of ``names`` from C; False if that cannot be.
 
     Args:
         describe: (layout text, its kind) -> all of ``Layer`` or ``Block`` but the text.
         fill: fills the table of weights at an address; not 0 where there is none.
+        held: where the tensors are that a handle at an address stands for; 0 where there are none.
     """
     api = _torch_library()
     if api is None:
@@ -127,8 +130,8 @@ def register_native(
     pairs = [n for dtype, ours in known.items() for n in (number(dtype), ours)]
     numbers = (ctypes.c_int64 * 9)(*pairs, number(torch.int64))
     reader = _reader(c, describe)
-    filler = _Filler(fill)
-    c.qk_native_api(functions, numbers, reader, filler)
+    filler, holder = _Filler(fill), _Holder(held)
+    c.qk_native_api(functions, numbers, reader, filler, holder)
     handle = ctypes.c_void_p()
     failed = api.aoti_torch_library_init_impl(
         b"quant_cpu", b"CPU", b"dispatch.c", ctypes.c_uint32(0), ctypes.byref(handle)
@@ -143,5 +146,5 @@ def register_native(
             "Import the package once a process.",
             code="Q-KERNEL-NONE",
         )
-    _kept.append((functions, numbers, reader, filler, handle))
+    _kept.append((functions, numbers, reader, filler, holder, handle))
     return True

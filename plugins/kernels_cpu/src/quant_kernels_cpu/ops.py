@@ -10,6 +10,7 @@
     quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
     quant_cpu::decoder_layer(...) -> y                           see layer.py
     quant_cpu::decoder_layers(...) -> y                          see layers.py
+    quant_cpu::held_layers(...) -> y                             see held.py; in C only
 
 ``layout`` is ``Layout.text()`` (w8a8: ``Int8Layout.text()``); ``tensors`` are the buffers in the
 order of ``buffer_shapes`` (``int8_buffer_shapes``), those of several layers one after another.
@@ -35,6 +36,7 @@ from quant_core.errors import LayoutError, LimitError
 from quant_core.kernels.merged import merge_calls, parts
 from quant_kernels_cpu.blocks import buffer_shapes, int8_buffer_shapes
 from quant_kernels_cpu.descriptor import CALL, DTYPES, Segment, c_op, c_op_int8, tensor_slots
+from quant_kernels_cpu.held import HELD_SCHEMA, HOLD_SCHEMA, fake_held, held_at
 from quant_kernels_cpu.layer import (
     LAYER_SCHEMA,
     BlockLayout,
@@ -51,6 +53,7 @@ from quant_kernels_cpu.support_int8 import int8_layout_from_text
 from quant_kernels_cpu.watch import watched
 
 __all__ = [
+    "has_native",
     "run_embedding",
     "run_grouped",
     "run_grouped_int8",
@@ -295,13 +298,15 @@ _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("decoder_layers", LAYERS_SCHEMA, run_layers, fake_layers),
 )
 # their inputs are shared, not copied
-_TAGS = dict.fromkeys(("decoder_layer", "decoder_layers"), (torch.Tag.flexible_layout,))
+_LAYERS = ("decoder_layer", "decoder_layers", "held_layers")
+_TAGS = dict.fromkeys(_LAYERS, (torch.Tag.flexible_layout,))
 _NATIVE = (
     *("linear", "linear_shared", "linear_w8a8", "linear_w8a8_shared"),
-    *("decoder_layer", "decoder_layers", "embedding"),
+    *("decoder_layer", "decoder_layers", "embedding", "hold", "held_layers"),
 )
 _lib = torch.library.Library("quant_cpu", "DEF")
-for _name, _schema, _, _ in _OPS:
+_held = (("hold", HOLD_SCHEMA), ("held_layers", HELD_SCHEMA))
+for _name, _schema in (*(o[:2] for o in _OPS), *_held):
     _lib.define(_name + _schema, tags=_TAGS.get(_name, ()))
 
 
@@ -327,9 +332,10 @@ def _block(text: str) -> Block:
     return Block(head, layout.mark, kind, *sizes, layout.all_forms, *how)
 
 
-_native = not unavailable() and register_native(library(), _NATIVE, _layer, fill_table)
+has_native = not unavailable() and register_native(library(), _NATIVE, _layer, fill_table, held_at)
+torch.library.register_fake("quant_cpu::held_layers", fake_held, lib=_lib)
 for _name, _, _impl, _fake in _OPS:
-    if not (_native and _name in _NATIVE):
+    if not (has_native and _name in _NATIVE):
         _lib.impl(_name, _impl, "CPU")
     torch.library.register_fake(f"quant_cpu::{_name}", _fake, lib=_lib)
 
