@@ -31,9 +31,11 @@ pytestmark = [
 IN_PLACE = (
     *("ar-w4", "ct-w4a16", "ct-w8a16", "gptqmodel-4bit-g128-sym", "gptqmodel-4bit-g64"),
     *("gptqmodel-awq", "gguf-llama-q4_0", "gguf-llama-q8_0", "torchao-int8wo", "quark-uint4"),
+    *("ct-w8a8", "quark-int8", "msmodelslim-w8a8"),
 )
 """Prefixes of checkpoints whose layers are used as they are stored."""
-OTHERS = ("ar-mixed", "gguf-llama-q4_k_m", "gptqmodel-4bit-g128-asym-descact", "ct-w8a8", "hqq")
+STORED = ("cpu_stored", "cpu_stored_w8a8")
+OTHERS = ("ar-mixed", "gguf-llama-q4_k_m", "gptqmodel-4bit-g128-asym-descact", "hqq")
 AWQ = FIXTURES / "gptqmodel-awq-gemm-g128"
 ROWS = FIXTURES / "ct-w4a16-awq-asym"
 
@@ -61,8 +63,8 @@ def in_file(tensor: torch.Tensor, folder: Path) -> bool:
 def test_codes_are_pages_of_the_file_and_logits_the_producers(path: Path) -> None:
     model = load(path, mmap=True)
     kernels = {name: m.kernel.name for name, m in packed(model).items()}
-    assert "cpu_stored" in kernels.values(), kernels
-    stored = [m for m in packed(model).values() if m.kernel.name == "cpu_stored"]
+    stored = [m for m in packed(model).values() if m.kernel.name in STORED]
+    assert stored, kernels
     assert all(in_file(m.codes, path) for m in stored)
     assert within(model, path)
     turned = [n for n, m in packed(model).items() if head_of(m.op)]

@@ -10,6 +10,9 @@
  *
  *     sum (q - z) c = sum q u - 128 sum q - z sum c
  *
+ * Where the operation says so, codes lie as files store them instead: whole rows [N][K] of bytes, and
+ * scales and sums [N][groups]. There are no experts then.
+ *
  * All sums are exact in 32 bits (k <= 65536); the scales are applied in double, rounded once.
  */
 #ifndef QK_INT8_H
@@ -17,16 +20,19 @@
 
 #include "qk.h"
 
+enum { QK_INT8_BLOCKS, QK_INT8_SIGNED, QK_INT8_UNSIGNED }; /* rows of c, rows of u */
+
 /* Fixed for one operation; descriptor.py mirrors this struct. `group` is k where one scale serves
- * the whole row; `input_type` is the float type of a stored activation scale, 0 = max|x| / peak. */
+ * the whole row; `input_type` is the float type of a stored activation scale, 0 = max|x| / peak;
+ * `stored` is one of the above. */
 typedef struct {
-    int64_t n, k, group, scale_type, scale_single, bias_type, input_type, has_zero;
+    int64_t n, k, group, scale_type, scale_single, bias_type, input_type, has_zero, stored;
     float peak, least, most, lowest, highest, unused;
 } qk_int8_op;
 
 typedef struct {
     const void *codes, *scales;
-    const int32_t *sums; /* [block][group][32]: sum of c; only with a zero point */
+    const int32_t *sums; /* of c, in the order of scales; only with a zero point */
     const void *bias;
     const int32_t *acc_bias;
     const float *out_scale;

@@ -3,11 +3,15 @@
  *
  *     NAME(tile)(w, x, quads, tokens, acc)   acc[m][r] += sum of x u over 4 * quads columns
  *         w   [quads][32 rows][4] of one block      x   [quads][tokens][4]
+ *     NAME(rows)(w, k, count, flip, x, columns, acc)    acc[r] += sum of x (w ^ flip) of `count` rows
+ *         w   bytes of rows, k apart                    x   codes of one token
+ *     NAME(turn)(w, k, flip, out)    where HAVE_TURN: 16 words of 16 rows, turned: out[word][32 rows]
  *
  * Tokens are quantized once, into tiles whose bytes lie in the order of use. Then each task takes
  * one block of rows and runs through a slab of tokens, a chunk of K at a time: the slab's part of x
  * and the block's part of the weights stay in the L2 cache, sums wait in `acc` for the next chunk.
- * At the end of a group of weights the sums become doubles under its scale. (Blocks that share a
+ * At the end of a group of weights the sums become doubles under its scale. Rows of bytes as files store
+ * them are used where they lie for one token; for more a chunk of a block is put in order first. (Blocks that share a
  * pass over x were tried: 3 to 6 % slower on Zen 5.)
  */
 #include <math.h>
@@ -84,10 +88,10 @@ static void NAME(make_finish)(NAME(finish) *f, const qk_int8_op *op, const qk_in
     memset(f, 0, sizeof *f);
     for (int64_t r = 0; r < count; r++) {
         const int64_t n = block * QK_ROWS + r;
-        const int64_t s = op->scale_single ? 0 : at + r;
+        const int64_t own = op->stored ? n * groups + g : at + r, s = op->scale_single ? 0 : own;
         f->scale[r] = t->out_scale ? t->out_scale[n] : qk_read(t->scales, op->scale_type, s);
         f->add[r] = t->acc_bias ? t->acc_bias[n] : 0;
-        f->less[r] = z ? z * t->sums[at + r] : 0;
+        f->less[r] = z ? z * t->sums[own] : 0;
     }
 }
 
@@ -108,25 +112,65 @@ typedef struct {
     double *total; /* the same; only where a row has several groups */
     float *wide;   /* one token */
     int8_t *row;
+    uint8_t *block; /* [K_CHUNK / 4][32][4]; only where codes lie in rows */
 } NAME(work);
+
+static int64_t NAME(block_bytes)(const qk_int8_op *op) { return op->stored ? K_CHUNK * QK_ROWS : 0; }
+
+/* What turns stored bytes into u, four at a time. */
+static inline uint32_t NAME(flip)(const qk_int8_op *op) {
+    return op->stored == QK_INT8_SIGNED ? 0x80808080 : 0;
+}
+
+/* `quads` words of each row of a block, in the order of qk.h; zeros where there are fewer rows. */
+static void NAME(fetch)(const uint8_t *rows, int64_t k, int64_t count, uint32_t flip, int64_t quads,
+                        uint8_t *out) {
+    uint32_t *to = (uint32_t *)out;
+    if (count < QK_ROWS) memset(out, 0, quads * QK_ROWS * 4);
+    int64_t line = 0;
+#ifdef HAVE_TURN
+    if (count == QK_ROWS)
+        for (; line + 16 <= quads; line += 16)
+            for (int half = 0; half < QK_ROWS; half += 16)
+                NAME(turn)(rows + half * k + line * 4, k, flip, to + line * QK_ROWS + half);
+#endif
+    for (; line < quads; line += 16) /* a cache line of each row */
+        for (int64_t r = 0; r < count; r++) {
+            const uint8_t *row = rows + r * k;
+            for (int64_t i = line; i < qk_min(line + 16, quads); i++) {
+                uint32_t w;
+                memcpy(&w, row + i * 4, sizeof w);
+                to[i * QK_ROWS + r] = w ^ flip;
+            }
+        }
+}
 
 static void NAME(run_task)(const qk_int8_op *op, const qk_int8_tensors *t, int64_t block,
                            const qk_segment *seg, const NAME(codes) *c, const NAME(work) *work,
                            void *y, int64_t ytype) {
     const int64_t groups = qk_div_up(op->k, op->group), step = c->step;
     const int64_t slab = seg->count <= TILE ? step : M_SLAB / step * step;
-    const int64_t chunk = seg->count <= TILE ? op->k : K_CHUNK;
+    const int in_rows = op->stored && seg->count == 1;
+    const int64_t chunk = seg->count <= TILE && (in_rows || !op->stored) ? op->k : K_CHUNK;
     const int64_t column = block * QK_ROWS, count = qk_min(QK_ROWS, op->n - column);
     const uint8_t *codes = (const uint8_t *)t->codes + column * op->k;
+    const uint32_t flip = NAME(flip)(op);
     for (int64_t m0 = 0; m0 < seg->count; m0 += slab) {
         const int64_t tokens = qk_min(slab, seg->count - m0), first = seg->start + m0;
         for (int64_t k = 0, stop, g = 0; k < op->k; k = stop) {
             const int64_t end = qk_min(op->k, (g + 1) * op->group);
             stop = qk_min(end, k + chunk);
             if (k == g * op->group) memset(work->acc, 0, tokens * QK_ROWS * sizeof(int32_t));
-            for (int64_t m = 0; m < tokens; m += step) {
+            const uint8_t *w = codes + k * QK_ROWS;
+            if (in_rows)
+                NAME(rows)(codes + k, op->k, count, flip, c->q + first * op->k + k, stop - k, work->acc);
+            else if (op->stored) {
+                w = work->block;
+                NAME(fetch)(codes + k, op->k, count, flip, (stop - k) / 4, work->block);
+            }
+            for (int64_t m = 0; m < tokens && !in_rows; m += step) {
                 const int64_t some = qk_min(step, tokens - m);
-                NAME(tile)(codes + k * QK_ROWS, c->q + (first + m) * op->k + k * some,
+                NAME(tile)(w, c->q + (first + m) * op->k + k * some,
                            (stop - k) / 4, (int)some, work->acc + m * QK_ROWS);
             }
             if (stop < end) continue;
@@ -177,7 +221,8 @@ int NAME(qk_w8a8)(const qk_int8_op *op, const qk_int8_tensors *t, const void *x,
     const int64_t share = most > TILE ? 1 : qk_div_up(rows * segments, threads * 4);
     const int64_t held = (most <= TILE ? most : M_SLAB) * QK_ROWS;
     const int64_t line = qk_div_up(op->k, 64) * 64; /* bytes */
-    const int64_t own_bytes = held * (groups > 1 ? 12 : 4) + line * 5;
+    const int64_t sums_bytes = held * (groups > 1 ? 12 : 4);
+    const int64_t own_bytes = sums_bytes + line * 5 + NAME(block_bytes)(op);
     char *scratch = qk_alloc(threads * own_bytes + end * (op->k + (groups + 1) * 4));
     if (!scratch) return 1;
     int8_t *q = (int8_t *)(scratch + threads * own_bytes); /* k is a multiple of 16 */
@@ -189,6 +234,7 @@ int NAME(qk_w8a8)(const qk_int8_op *op, const qk_int8_tensors *t, const void *x,
         NAME(work) work = {.wide = (float *)own, .row = (int8_t *)own + line * 4};
         work.acc = (int32_t *)(own + line * 5);
         work.total = (double *)(work.acc + held);
+        work.block = (uint8_t *)own + line * 5 + sums_bytes;
         for (int64_t s = 0; s < segments; s++) {
             const qk_int8_tensors mine = qk_int8_expert(op, t, segs[s].expert);
             const int64_t step = NAME(tile_step)(segs[s].count);
@@ -226,17 +272,19 @@ static int NAME(alike)(const qk_int8_call *a, const qk_int8_call *b) {
 int NAME(qk_w8a8_shared)(const qk_int8_call *calls, int64_t n, int64_t threads) {
     const int64_t count = calls->count, most = count > TILE ? M_SLAB : count;
     const qk_segment seg = {0, 0, count};
-    int64_t line = 0, groups = 0, work_items = 0;
+    int64_t line = 0, groups = 0, work_items = 0, block_bytes = 0;
     for (int64_t i = 0; i < n; i++) {
         const int64_t mine = qk_div_up(calls[i].op->k, calls[i].op->group);
         groups = mine > groups ? mine : groups;
         line = calls[i].op->k > line ? calls[i].op->k : line;
         work_items += calls[i].op->n * calls[i].op->k * count;
+        if (calls[i].op->stored) block_bytes = NAME(block_bytes)(calls[i].op);
     }
     if (count == 0) return 0;
     if (work_items < 1 << 16) threads = 1;
     line = qk_div_up(line, 64) * 64; /* bytes */
-    const int64_t held = most * QK_ROWS, own_bytes = held * (groups > 1 ? 12 : 4) + line * 5;
+    const int64_t held = most * QK_ROWS, sums_bytes = held * (groups > 1 ? 12 : 4);
+    const int64_t own_bytes = sums_bytes + line * 5 + block_bytes;
     char *scratch = qk_alloc(threads * own_bytes + count * (line + (groups + 1) * 4));
     if (!scratch) return 1;
     int8_t *q = (int8_t *)(scratch + threads * own_bytes);
@@ -249,6 +297,7 @@ int NAME(qk_w8a8_shared)(const qk_int8_call *calls, int64_t n, int64_t threads) 
         NAME(work) work = {.wide = (float *)own, .row = (int8_t *)own + line * 4};
         work.acc = (int32_t *)(own + line * 5);
         work.total = (double *)(work.acc + held);
+        work.block = (uint8_t *)own + line * 5 + sums_bytes;
         for (int64_t i = 0; i < n; i++) {
             const qk_int8_call *call = &calls[i];
             const int64_t rows = qk_div_up(call->op->n, QK_ROWS);

@@ -61,4 +61,21 @@ static void NAME(tile)(const uint8_t *w, const int8_t *x, int64_t quads, int tok
     }
 }
 
+/* acc[r] += sum of x (w ^ flip) of each row; columns are a multiple of 16. */
+static void NAME(rows)(const uint8_t *w, int64_t k, int64_t count, uint32_t flip, const int8_t *x,
+                       int64_t columns, int32_t *acc) {
+    const __m128i f = _mm_set1_epi32((int)flip);
+    for (int64_t r = 0; r < count; r++) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int64_t c = 0; c < columns; c += 16) {
+            const __m128i u = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(w + r * k + c)), f);
+            const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(x + c)));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepu8_epi16(u), v));
+        }
+        int32_t part[8];
+        _mm256_storeu_si256((__m256i *)part, sum);
+        for (int i = 0; i < 8; i++) acc[r] += part[i];
+    }
+}
+
 #include "kernel_int8.h"

@@ -75,4 +75,70 @@ __attribute__((noinline, noclone)) static void NAME(tile)(const uint8_t *w, cons
     }
 }
 
+/* acc[r] += sum of x (w ^ flip) of each row: four rows side by side, which is what memory gives best. */
+static void NAME(rows)(const uint8_t *w, int64_t k, int64_t count, uint32_t flip, const int8_t *x,
+                       int64_t columns, int32_t *acc) {
+    const __m512i f = _mm512_set1_epi32((int)flip);
+    for (int64_t r = 0; r < count; r += 4) {
+        const uint8_t *row[4];
+        __m512i sum[4], odd[4];
+        for (int i = 0; i < 4; i++) {
+            row[i] = w + qk_min(r + i, count - 1) * k;
+            sum[i] = odd[i] = _mm512_setzero_si512();
+        }
+        int64_t c = 0;
+        for (; c + 128 <= columns; c += 128) {
+            const __m512i a = _mm512_loadu_si512(x + c), b = _mm512_loadu_si512(x + c + 64);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                _mm_prefetch((const char *)row[i] + c + 4 * k, _MM_HINT_T1);
+                _mm_prefetch((const char *)row[i] + c + 64 + 4 * k, _MM_HINT_T1);
+                const __m512i u = _mm512_loadu_si512(row[i] + c), v = _mm512_loadu_si512(row[i] + c + 64);
+                sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_xor_si512(u, f), a);
+                odd[i] = _mm512_dpbusd_epi32(odd[i], _mm512_xor_si512(v, f), b);
+            }
+        }
+        for (; c < columns; c += 64) { /* zeros of x count nothing */
+            const __mmask64 some = columns - c < 64 ? (1ull << (columns - c)) - 1 : ~0ull;
+            const __m512i a = _mm512_maskz_loadu_epi8(some, x + c);
+            for (int i = 0; i < 4; i++) {
+                const __m512i u = _mm512_maskz_loadu_epi8(some, row[i] + c);
+                sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_xor_si512(u, f), a);
+            }
+        }
+        for (int i = 0; i < qk_min(4, count - r); i++)
+            acc[r + i] += _mm512_reduce_add_epi32(_mm512_add_epi32(sum[i], odd[i]));
+    }
+}
+
+#define HAVE_TURN
+
+static void NAME(turn)(const uint8_t *w, int64_t k, uint32_t flip, uint32_t *out) {
+    const __m512i f = _mm512_set1_epi32((int)flip);
+    __m512i v[16], t[16];
+    for (int i = 0; i < 16; i++) {
+        v[i] = _mm512_xor_si512(_mm512_loadu_si512(w + i * k), f);
+        _mm_prefetch((const char *)w + i * k + 512, _MM_HINT_T0);
+    }
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int c = 0; c < 4; c++) { /* v[4 g + c]: words 4 l + c of rows 4 g to 4 g + 3 in lane l */
+        const __m512i a = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88);
+        const __m512i b = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xDD);
+        const __m512i d = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
+        const __m512i e = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xDD);
+        _mm512_storeu_si512(out + c * QK_ROWS, _mm512_shuffle_i32x4(a, d, 0x88));
+        _mm512_storeu_si512(out + (4 + c) * QK_ROWS, _mm512_shuffle_i32x4(b, e, 0x88));
+        _mm512_storeu_si512(out + (8 + c) * QK_ROWS, _mm512_shuffle_i32x4(a, d, 0xDD));
+        _mm512_storeu_si512(out + (12 + c) * QK_ROWS, _mm512_shuffle_i32x4(b, e, 0xDD));
+    }
+}
+
 #include "kernel_int8.h"

@@ -25,6 +25,7 @@ def plugin_info() -> PluginInfo:
 @hookimpl
 def apply(op: OpSpec) -> Iterable[Kernel]:
     from quant_kernels_cpu.kernel import KERNELS
+    from quant_kernels_cpu.stored_int8 import STORED_INT8
     from quant_kernels_cpu.stored_kernel import STORED
 
     if op.op == "attention":
@@ -43,4 +44,4 @@ def apply(op: OpSpec) -> Iterable[Kernel]:
         from quant_kernels_cpu.finite import FINITE
 
         return (FINITE,)
-    return (*KERNELS, STORED)
+    return (*KERNELS, STORED, STORED_INT8)

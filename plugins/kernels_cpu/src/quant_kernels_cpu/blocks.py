@@ -89,12 +89,16 @@ def factor_grid(weight: QuantizedTensor, group: int) -> Tensor:
 def int8_buffer_shapes(layout: Int8Layout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The same for a layer with int8 activations; ``sums`` are those of the weight's codes."""
     b, n, groups = layout.blocks, layout.n, -(-layout.k // layout.group)
+    codes: tuple[int, ...] = (b, layout.k // layout.per, ROWS, 4)
+    grid: tuple[int, ...] = (b, groups, ROWS)
+    if layout.stored:
+        codes, grid = (n, layout.k), (n, groups)
     out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "codes": ((b, layout.k // layout.per, ROWS, 4), torch.uint8),
-        "scales_0": ((1, 1) if layout.single else (b, groups, ROWS), scale_dtype(layout.scale)),
+        "codes": (codes, torch.uint8),
+        "scales_0": ((1, 1) if layout.single else grid, scale_dtype(layout.scale)),
     }
     if layout.sums:
-        out["sums"] = ((b, groups, ROWS), torch.int32)
+        out["sums"] = (grid, torch.int32)
     if layout.bias_dtype:
         out["bias"] = ((n,), getattr(torch, layout.bias_dtype))
     if layout.acc_bias:
@@ -119,6 +123,8 @@ def is_grid(name: str, layout: Layout | Int8Layout) -> bool:
 def clear_padding_(name: str, buffer: Tensor, layout: Layout | Int8Layout) -> None:
     """Zero the rows that fill up the last block: what is kept does not depend on old memory."""
     used = layout.n % ROWS
+    if isinstance(layout, Int8Layout) and layout.stored:
+        return
     if name == "codes" and used:
         buffer[..., -1, :, used:, :] = 0
     elif used and is_grid(name, layout) and buffer.shape[-1] == ROWS and buffer.dim() > 2:

@@ -55,7 +55,7 @@ class _Op(ctypes.Structure):
 class _Int8Op(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "k", "group", "scale_type", "scale_single")),
-        *((name, ctypes.c_int64) for name in ("bias_type", "input_type", "has_zero")),
+        *((name, ctypes.c_int64) for name in ("bias_type", "input_type", "has_zero", "stored")),
         *((name, ctypes.c_float) for name in ("peak", "least", "most", "lowest", "highest")),
         ("unused", ctypes.c_float),
     ]
@@ -186,6 +186,7 @@ def c_op_int8(layout: Int8Layout) -> _Int8Op:
         bias_type=_BIAS[layout.bias_dtype],
         input_type=_WIDE.get(layout.input_scale, 0),
         has_zero=int(layout.input_zero),
+        stored=layout.stored,
         peak=layout.peak,
         least=layout.least,
         most=layout.most,

@@ -14,8 +14,16 @@ from quant_core.kernels.base import Rejected
 from quant_core.spec import CANONICAL, CHANNEL, TENSOR, Element, OpSpec, QuantSpec
 from quant_kernels_cpu.support import ROWS
 
-__all__ = ["Int8Layout", "describe_int8", "int8_layout_from_text"]
+__all__ = [
+    "IN_BLOCKS",
+    "SIGNED_ROWS",
+    "UNSIGNED_ROWS",
+    "Int8Layout",
+    "describe_int8",
+    "int8_layout_from_text",
+]
 
+IN_BLOCKS, SIGNED_ROWS, UNSIGNED_ROWS = range(3)  # csrc/int8.h
 _STEP = 16  # columns that the loops take at once
 _MOST_K = 1 << 16  # sums of 255 * 128 a column stay within 32 bits
 _FLOATS = ("bfloat16", "float16", "float32")
@@ -51,6 +59,7 @@ class Int8Layout:
     out_scale: bool
     bias_dtype: str  # "" = no bias
     act_dtype: str
+    stored: int = IN_BLOCKS  # how codes lie, and scales with them
 
     width = 8
     up = 0

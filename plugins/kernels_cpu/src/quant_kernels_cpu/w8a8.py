@@ -19,11 +19,12 @@ from quant_kernels_cpu.loading import source_for
 from quant_kernels_cpu.support_int8 import Int8Layout, describe_int8
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from quant_core.tensors import LayerTensors
 
-__all__ = ["W8A8", "check_range"]
+__all__ = ["W8A8", "check_part", "check_range", "code_sums", "tensors_of"]
 
 _BYTES_PER_US = 15e3  # 15 GB/s: codes read by two cores of a server
 _SIDE = ("bias", "acc_bias", "out_scale", "input_scale", "input_zero")
@@ -83,9 +84,8 @@ class W8A8:
         from quant_kernels_cpu.blocks import write_codes_, write_grid_
 
         layout = self._bound(op)
-        tensors = dict(part.weight.tensors())
-        tensors |= {n: t for n in _SIDE if (t := getattr(part, n)) is not None}
-        _check_part(op, layout, part, tensors, buffers)
+        tensors = tensors_of(part)
+        check_part(op, layout, part, tensors, {name: t.dtype for name, t in buffers.items()})
         row, rows = at.get("row", 0), part.weight.shape[0]
         check_range("rows", row, row + rows, layout.n)
         held = {n: t[at["expert"]] if "expert" in at else t for n, t in buffers.items()}
@@ -99,7 +99,7 @@ class W8A8:
             else:
                 held[name][row : row + rows].copy_(value)
         if layout.sums:
-            write_grid_(held["sums"], row, _code_sums(part, layout))
+            write_grid_(held["sums"], row, code_sums(part, layout))
 
     def restore(self, buffers: Mapping[str, Tensor], op: OpSpec) -> LayerTensors:
         import torch
@@ -138,7 +138,7 @@ class W8A8:
         return functools.partial(run_shared_w8a8, tuple(x.text() for x in layouts), layouts[0].k)
 
 
-def _code_sums(part: LayerTensors, layout: Int8Layout) -> Tensor:
+def code_sums(part: LayerTensors, layout: Int8Layout) -> Tensor:
     """int32 (rows, groups): sum of code less zero over each group of columns."""
     import torch
 
@@ -154,17 +154,23 @@ def _code_sums(part: LayerTensors, layout: Int8Layout) -> Tensor:
     return out
 
 
-def _check_part(
+def tensors_of(part: LayerTensors) -> dict[str, Tensor]:
+    """All tensors of a part, as the buffers of this kernel are named."""
+    side = {name: t for name in _SIDE if (t := getattr(part, name)) is not None}
+    return {**dict(part.weight.tensors()), **side}
+
+
+def check_part(
     op: OpSpec,
     layout: Int8Layout,
     part: LayerTensors,
     tensors: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    """The part has the operation's spec, names, dtypes and row lengths."""
+    """The part has the operation's spec, and the names, dtypes and row lengths of the buffers."""
     from quant_core.packing import WORD_DTYPES, packed_shape
 
-    qt, names = part.weight, set(buffers) - {"sums"}
+    qt, names = part.weight, set(dtypes) - {"sums"}
     if qt.spec != op.weight or set(tensors) != names:
         raise LayoutError(
             f"part is {qt.spec.label} with {sorted(tensors)}, the operation {op.weight.label} with "
@@ -181,7 +187,7 @@ def _check_part(
     }
     for name, value in tensors.items():
         shape = expected.get(name, (rows,))
-        dtype = WORD_DTYPES[qt.packing.word] if name == "codes" else buffers[name].dtype
+        dtype = WORD_DTYPES[qt.packing.word] if name == "codes" else dtypes[name]
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise LayoutError(
                 f"{name} has shape {tuple(value.shape)} {value.dtype}, expected {shape} "
