@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -156,6 +157,28 @@ def test_known_formats_check_notices_a_change(tmp_path: Path) -> None:
     (plugin / "src" / "plugin_x" / "__init__.py").write_text(
         "from quant_core.spec import PluginInfo\n"
         "def plugin_info():\n"
-        "    return PluginInfo(id='x', api=(0, 1), quant_methods=('X-Method',))\n"
+        "    return PluginInfo(id='x', api=(0, 1), quant_methods=('X-Method',),\n"
+        "                      containers=('.xw',), side_files=('x.json',))\n"
     )
-    assert known_formats(tmp_path) == {"x-method": "dist-x"}
+    known = {"x-method": "dist-x", "*.xw": "dist-x", "/x.json": "dist-x"}
+    assert known_formats(tmp_path) == known
+
+
+@pytest.mark.parametrize(
+    ("name", "dist", "found"),
+    [
+        ("gguf-llama-q4_k_m", "quant-plugin-gguf", "model-q4_k_m.gguf"),
+        ("msmodelslim-w8a8", "quant-plugin-modelslim-npu", "are not plain floats"),
+    ],
+)
+def test_checkpoint_that_only_its_files_name_gets_the_pip_line(
+    name: str, dist: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GGUF file beside other safetensors is no float checkpoint; ModelSlim has a side file."""
+    env = {**os.environ, "QUANT_PLUGINS": "awq"}
+    argv = [sys.executable, "-m", "quant_core.cli.main", "inspect", str(BY_NAME[name])]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 1, done.stdout
+    assert "Q-FMT-UNKNOWN" in done.stderr
+    assert found in done.stderr
+    assert f"Run `pip install {dist}`." in done.stderr

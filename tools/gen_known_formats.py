@@ -1,4 +1,7 @@
-"""Write core/src/quant_core/known_formats.json: which dist adds which ``quant_method``.
+"""Write core/src/quant_core/known_formats.json: which dist reads which checkpoints.
+
+Keys are a ``quant_method``, ``*`` and a container's suffix, or ``/`` and the name of a file beside
+the weights that one dist alone reads.
 
 The one place where core knows format ids, as generated data: for the advice "install
 quant-plugin-x" when a checkpoint needs a plugin that is not installed.
@@ -20,12 +23,13 @@ TARGET = ROOT / "core" / "src" / "quant_core" / "known_formats.json"
 
 
 def known_formats(root: Path = ROOT) -> dict[str, str]:
-    """quant_method -> dist, over every package below ``plugins/``.
+    """What a checkpoint may say or hold -> dist, over every package below ``plugins/``.
 
     Raises:
-        SystemExit: two dists claim one quant_method.
+        SystemExit: two dists claim one quant_method, or one container.
     """
     known: dict[str, str] = {}
+    files: dict[str, set[str]] = {}
     for file in sorted(root.glob("plugins/*/pyproject.toml")):
         project = tomllib.loads(file.read_text("utf-8"))["project"]
         for target in project.get("entry-points", {}).get("quant_core", {}).values():
@@ -35,10 +39,15 @@ def known_formats(root: Path = ROOT) -> dict[str, str]:
                 raise SystemExit(f"{source}: is no Python module, expected the plugin's package")
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            for method in module.plugin_info().quant_methods:
-                other = known.setdefault(method.lower(), project["name"])
+            info = module.plugin_info()
+            methods = [m.lower() for m in info.quant_methods]
+            for key in (*methods, *(f"*{suffix}" for suffix in info.containers)):
+                other = known.setdefault(key, project["name"])
                 if other != project["name"]:
-                    raise SystemExit(f"{method!r} is claimed by {other} and {project['name']}")
+                    raise SystemExit(f"{key!r} is claimed by {other} and {project['name']}")
+            for name in info.side_files:
+                files.setdefault(f"/{name}", set()).add(project["name"])
+    known |= {key: next(iter(dists)) for key, dists in files.items() if len(dists) == 1}
     return dict(sorted(known.items()))
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import os
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.errors import ConfigError, FormatError, PluginError, printable, summarize
+from quant_core.known import install_advice, known_formats, unread_files
 from quant_core.registry import Registry
 from quant_core.spec import FormatMatch
 
-__all__ = ["FLOAT_DTYPES", "PLAIN_DTYPES", "detect", "known_formats", "quantization_config"]
+__all__ = ["FLOAT_DTYPES", "PLAIN_DTYPES", "detect", "quantization_config"]
 
 FLOAT_DTYPES = frozenset({"float32", "float16", "bfloat16", "float64"})
 PLAIN_DTYPES = FLOAT_DTYPES | {"bool", "int64"}  # masks, position ids
-
-
-@functools.cache
-def known_formats() -> Mapping[str, str]:
-    """quant_method -> dist that adds it; generated from the plugins' own ``plugin_info``."""
-    text = resources.files("quant_core").joinpath("known_formats.json").read_text("utf-8")
-    known: Mapping[str, str] = json.loads(text)
-    return known
 
 
 def quantization_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
@@ -74,13 +65,23 @@ def _installed(registry: Registry) -> str:
     return summarize(_readers(registry)) or "none"
 
 
+def _names_beside(checkpoint: Checkpoint) -> list[str]:
+    try:
+        return os.listdir(checkpoint.folder)
+    except OSError:  # weights that are in no folder
+        return []
+
+
 def _unknown(checkpoint: Checkpoint, registry: Registry, found: str, method: str) -> FormatError:
     dist = known_formats().get(method.lower()) if method else None
-    fix = (
-        f"Run `pip install {dist}`."
-        if dist and dist not in {p.dist for p in registry.plugins.values()}
-        else "Install the plugin that reads it, or check quantization_config."
-    )
+    if dist and dist not in {p.dist for p in registry.plugins.values()}:
+        fix = f"Run `pip install {dist}`."
+    else:
+        beside = {} if method else unread_files(_names_beside(checkpoint), registry)
+        fix = (
+            install_advice(beside.values())
+            or "Install the plugin that reads it, or check quantization_config."
+        )
     return FormatError(
         f"{checkpoint.path}: {found}, expected a format of an installed plugin "
         f"(installed: {_installed(registry)}). {fix}",

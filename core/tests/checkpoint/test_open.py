@@ -40,7 +40,8 @@ def plugins(monkeypatch):
             return [(name, answer) for name, answer in answers if answer is not None]
 
         info = {
-            n: SimpleNamespace(id=n, info=SimpleNamespace(containers=(".box",))) for n in openers
+            n: SimpleNamespace(id=n, dist=f"dist-{n}", info=SimpleNamespace(containers=(".box",)))
+            for n in openers
         }
         fake = SimpleNamespace(call_all=call_all, plugins=info)
         monkeypatch.setattr("quant_core.checkpoint.open.registry", lambda: fake)

@@ -25,6 +25,7 @@ from quant_core.errors import (
     printable,
     summarize,
 )
+from quant_core.known import install_advice, unread_files
 from quant_core.registry import registry
 
 __all__ = ["open_checkpoint"]
@@ -87,6 +88,9 @@ def _open_folder(folder: Path) -> Checkpoint:
         if found is None:
             raise
         claims, trouble = [], str(err)  # a broken plugin must not block core's own container
+    weak = found is not None and found.weak and not claims
+    if weak and (unread := unread_files(names, registry(), containers=True)):
+        raise _unknown(folder, list(unread))  # these are the weights
     if found is not None and not (found.weak and claims):
         if claims:
             raise _two_containers(folder, found, claims)
@@ -154,10 +158,15 @@ def _unknown(path: Path, names: list[str]) -> FormatError:
     for plugin in registry().plugins.values():
         if plugin.info.containers:
             readable.append(f"{', '.join(plugin.info.containers)} ({plugin.id})")
-    found = f"found {summarize(names, 5)}" if names else "the folder is empty"
+    unread = unread_files(names, registry())
+    found = f"found {summarize(unread or names, 5)}" if names else "the folder is empty"
+    fix = (
+        install_advice(unread.values())
+        or "Check the path, or install the plugin that reads this container."
+    )
     return FormatError(
         f"{printable(path)}: no weights that can be read, {found}; expected one of "
-        f"{'; '.join(readable)}. Check the path, or install the plugin that reads this container.",
+        f"{'; '.join(readable)}. {fix}",
         code="Q-FMT-UNKNOWN",
         path=path,
         expected=tuple(readable),

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _collect() -> dict[str, Any]:
-    from quant_core.detect import known_formats
+    from quant_core.known import known_formats
     from quant_core.online import offers, short_name
     from quant_core.registry import registry
 
