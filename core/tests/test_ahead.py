@@ -117,6 +117,7 @@ def idle(monkeypatch):
     made = ahead.Standby()
     made.idle = True
     monkeypatch.setattr(ahead, "standby", made)
+    monkeypatch.setattr(ahead, "unobserved", lambda x: isinstance(x, OnGpu))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return made
 
@@ -124,7 +125,7 @@ def idle(monkeypatch):
 class OnGpu:
     """What a planning looks at of an input on a GPU."""
 
-    is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
+    dtype, device = torch.bfloat16, torch.device("cuda", 0)
 
     def __init__(self, rows):
         self.shape = torch.Size((rows, 64))
@@ -168,3 +169,14 @@ def test_rounded_inputs_begin_what_comes_behind_the_rounding(idle, monkeypatch):
     idle.idle = False
     assert call() is x
     assert order == [kept[:1]]
+
+
+def test_compiled_code_never_begins_anything(idle, monkeypatch):
+    monkeypatch.setattr(rounded, "standby", idle)
+    monkeypatch.setattr(rounded, "begin", None)  # must not be asked
+
+    def call(x):
+        return rounded._run(lambda values, x: 2 * x, lambda values, x: x + 1, (), [], x)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 4.0))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quant_core.kernels.base import Kernel
-from quant_core.kernels.calls import planned
+from quant_core.kernels.calls import planned, unobserved
 from quant_core.spec import OpSpec
 
 __all__ = ["LIKELY", "Standby", "begin", "compile_ahead", "jobs_of", "standby"]
@@ -87,7 +87,7 @@ def begin(key: Hashable, run: Callable[..., Tensor], values: Sequence[Tensor], x
         values: a layer's buffers; only what they are matters.
     """
     key = key, x.shape, x.dtype
-    if planned.jobs is not None or not x.is_cuda or key in standby.begun:
+    if planned.jobs is not None or not unobserved(x) or key in standby.begun:
         return
     standby.begun.add(key)
     major, minor = torch.cuda.get_device_capability(x.device)
