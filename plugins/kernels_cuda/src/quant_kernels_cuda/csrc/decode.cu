@@ -232,8 +232,11 @@ decode_kernel(const __grid_constant__ Args A) {
               float part[RT][NT][4] = {};
               Group group[RT];
 #pragma unroll
-              for (int r = 0; r < RT; r++)
-                Group::start(group[r], at + r * TILE, q, lane, own, zero);
+              for (int r = 0; r < RT; r++) {
+                Group::start(group[r], at + r * TILE, q, lane, zero);
+                Group::raw_scales(group[r].held, at + r * TILE, q, own);
+                Group::decode_scales(group[r].held);
+              }
               u32 b[2][NT][4];
               const u32 x_group = (chunk * GPC + q) * 256;
 #pragma unroll

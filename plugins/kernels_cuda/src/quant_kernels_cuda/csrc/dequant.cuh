@@ -63,23 +63,18 @@ DEVICE void integers8(u32 w0, u32 w1, u32 zero0, u32 zero1, u32* a) {
   }
 }
 
-DEVICE void floats4(u32 w, u32 scale0, u32 scale1, u32* a) {  // e2m1
+// e2m1. Two codes of every half come to their places together: ``pick`` takes the signs from one
+// shift of the word and the magnitudes from another, where no bit of the two codes meets another's.
+DEVICE void floats4(u32 w, u32 scale0, u32 scale1, u32* a) {
+  constexpr u32 PLACES = F16 ? 0x8E008E00 : 0x81C081C0;  // of sign, exponent and mantissa
+  constexpr u32 SIGNS = F16 ? 0x80808080 : 0x88008800;
+  constexpr int APART = F16 ? 3 : 6, SECOND = F16 ? 8 : 4, UP = F16 ? 4 : 8;
+  const u32 high = pick(w, w >> APART, SIGNS), low = pick(w << UP, w << (UP - APART), SIGNS);
+  a[3] = high & PLACES, a[F16 ? 1 : 2] = high << SECOND & PLACES;
+  a[F16 ? 2 : 1] = low & PLACES, a[0] = low << SECOND & PLACES;
+  if (WEIGHT_MUL)
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    u32 v;
-    if (F16) {
-      const int left = 9 - 4 * i;  // exponent and mantissa from bits 4 i
-      const u32 t = left >= 0 ? w << (left >= 0 ? left : 0) : w >> (left < 0 ? -left : 0);
-      v = and_or(t, 0x0E000E00, w << (12 - 4 * i) & 0x80008000);
-    } else if (i == 3) {  // the sign is where it belongs
-      v = and_or(w, 0x80008000, w >> 6 & 0x01C001C0);
-    } else {  // sign and magnitude moved by one multiplication; 6 bits apart: no sum carries
-      const int at = i == 2 ? 2 : 4 * i;
-      const u32 code = (i == 2 ? w >> 6 : w) & 0x000F000Fu << at;
-      v = code * (0x1040u >> at) & 0x81C081C0;
-    }
-    a[i] = WEIGHT_MUL ? mul2(v, i & 1 ? scale1 : scale0) : v;
-  }
+    for (int i = 0; i < 4; i++) a[i] = mul2(a[i], i & 1 ? scale1 : scale0);
 }
 DEVICE void floats8(u32 w0, u32 w1, u32 scale0, u32 scale1, u32* a) {  // e4m3
 #pragma unroll

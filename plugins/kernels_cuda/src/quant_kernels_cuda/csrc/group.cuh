@@ -35,6 +35,7 @@ constexpr int STAGE = RT * TILE;
 constexpr int PARTS = FLUSH ? FLUSH : 1;
 #define XSUM_UNIT __int_as_float((127 - OUT_EXP) << 23)  // sums of x are as sums of codes are
 constexpr int STEPS = 8 / PARTS;  // of 16 columns between two scales on the sums
+constexpr int OWN = IN_WEIGHT ? (S0_SUBS + 3) / 4 : 0;  // scales of a group that a lane decodes
 
 struct Args {
   const char *x, *codes, *high, *s0, *s1, *z, *o0, *o1;
@@ -120,18 +121,21 @@ struct Group {
   const char* factors;  // of the tile, in the ring
   int q, row;
 
-  // Bytes from a group's scales to those that this lane decodes for its quad (IN_WEIGHT)
+  // Scales in the weight: each lane of a quad decodes some, the others ask it for them.
+  // ``own``: bytes from a group's scales to those that this lane decodes
   MEMBER u32 own(int lane) { return ((lane >> 2) + (lane & 3) % S0_SUBS * 8) * 2; }
-  // A group's scales in the weight: each lane of a quad decodes some, the others ask it for them
-  MEMBER void start(Group& g, const char* factors, int q, int lane, u32 own, u32 zero) {
+  MEMBER void raw_scales(u32* to, const char* factors, int q, u32 own) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+      to[i] = *(const u16*)(factors + AT_S0 + q * S0_SUBS * 16 + own + i * 64);
+  }
+  MEMBER void decode_scales(u32* of) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++) of[i] = weight_scales<S0_TYPE>(of[i]);
+  }
+  MEMBER void start(Group& g, const char* factors, int q, int lane, u32 zero) {
     g.factors = factors, g.q = q, g.row = lane >> 2;
     g.zero0 = g.zero1 = zero, g.scale0 = g.scale1 = WEIGHT_CONST;
-    if (IN_WEIGHT) {
-      const char* const s = factors + AT_S0 + q * S0_SUBS * 16 + own;
-#pragma unroll
-      for (int i = 0; i < (S0_SUBS + 3) / 4; i++)
-        g.held[i] = weight_scales<S0_TYPE>(*(const u16*)(s + i * 64));
-    }
   }
   // The weights of one step from the codes of this group.
   MEMBER void weights(Group& g, int step, const uint4* w, const uint2& top, u32* a) {

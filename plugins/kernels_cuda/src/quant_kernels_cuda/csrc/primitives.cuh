@@ -37,6 +37,11 @@ DEVICE u32 and_xor(u32 a, u32 mask, u32 flip) {  // (a & mask) ^ flip
   asm("lop3.b32 %0,%1,%2,%3,0x6A;" : "=r"(r) : "r"(a), "r"(mask), "r"(flip));
   return r;
 }
+DEVICE u32 pick(u32 a, u32 b, u32 mask) {  // bits of a where the mask has ones, else of b
+  u32 r;
+  asm("lop3.b32 %0,%1,%2,%3,0xE4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
+  return r;
+}
 
 // Pairs of activations. Products and sums are exact wherever this package uses them.
 #if F16
@@ -115,8 +120,11 @@ DEVICE void copy16(u32 to, const void* from, int bytes) {
                : "memory");
 }
 DEVICE void copy16_small(u32 to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
+  if (IN_WEIGHT && CODE_BITS == 4)  // many scales: those that other warps ask for come along
+    copy16(to, from, bytes);
+  else
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
 }
 DEVICE void copy8(u32 to, const void* from, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0],[%1],8,%2;" ::"r"(to), "l"(from), "r"(bytes)

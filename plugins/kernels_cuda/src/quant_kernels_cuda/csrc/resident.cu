@@ -30,6 +30,14 @@ DEVICE T spare(T v) {
   return FLUSH > 1 && !XSUMS && NT * GPC >= 4 ? v : keep(v);
 }
 
+// Scales of 4-bit floats are read and decoded at the start of a turn, a shuffle away from their first
+// use. (8-bit floats have no registers for it, and memory is their limit.)
+constexpr bool EARLY = IN_WEIGHT && CODE_BITS == 4;
+
+// A value that all lanes of a warp share. Where lanes exchange scales the compiler has to know that
+// they stay together, or it looks before every shuffle and moves nothing past it.
+DEVICE u32 same(u32 v) { return EARLY ? __shfl_sync(~0u, v, 0) : v; }
+
 DEVICE int piece(int row, int chunk) {  // where 4 sums of a row are kept
   const int turn = NT == 2 ? (row & 2) | (row >> 2 & 1) : row >> 2 & 1;
   return row * MC + ((chunk ^ turn) * 4);
@@ -38,7 +46,7 @@ DEVICE int piece(int row, int chunk) {  // where 4 sums of a row are kept
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 resident_kernel(const __grid_constant__ Args A) {
   extern __shared__ __align__(128) char smem[];
-  const int warp = threadIdx.x >> 5, lane = spare((u32)threadIdx.x & 31);
+  const int warp = same(threadIdx.x >> 5), lane = spare((u32)threadIdx.x & 31);
   const int row = lane >> 2, quad = lane & 3;
   const int first_tile = divided(blockIdx.x, A.by_cluster), stride = A.walkers;
   const int rank = blockIdx.x - first_tile * A.cluster;
@@ -51,13 +59,13 @@ resident_kernel(const __grid_constant__ Args A) {
   const int more = count - few * slots;
   const int set = divided(warp, A.by_slots), slot = warp - set * A.slots;
   const int group = g0 + slot * few + min(slot, more);
-  const int valid = spare((u32)(few + (slot < more)));
+  const int valid = same(spare((u32)(few + (slot < more))));
   const bool works = set < A.sets && slot < slots && set < tiles;
-  const int mine = works ? divided(tiles - set - 1, A.by_sets) + 1 : 0;
+  const int mine = same(works ? divided(tiles - set - 1, A.by_sets) + 1 : 0);
 
   // shared memory: barriers | rings | sums of x per warp | sums, twice | those of the cluster
   const u32 barriers = (u32)__cvta_generic_to_shared(smem), received = barriers + 16;
-  const u32 ring = spare(128 + warp * ST * STAGE);
+  const u32 ring = same(spare(128 + warp * ST * STAGE));
   const u32 ring_at = (u32)__cvta_generic_to_shared(smem) + ring + lane * 16;
   const int working = A.slots * A.sets;  // warps with columns; others only add up
   float* const all_xsums = (float*)(smem + 128 + working * ST * STAGE);
@@ -243,8 +251,17 @@ resident_kernel(const __grid_constant__ Args A) {
       for (int p = 0; p < PIECES; p++) w[p] = *(const uint4*)(at + p * 512 + lane * 16);
 #pragma unroll
       for (int p = 0; p < HIGH; p++) h[p] = *(const uint2*)(at + AT_HIGH + p * 256 + lane * 8);
+      u32 scales[GPC][2];
+#pragma unroll
+      for (int q = 0; q < (EARLY ? GPC : 0); q++) Group::raw_scales(scales[q], at, q, own);
       issue(before, todo >= ST);
       before = stage;
+#pragma unroll
+      for (int q = 0; q < (EARLY ? GPC : 0); q++) {
+        Group::decode_scales(scales[q]);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) scales[q][i] = keep(scales[q][i]);
+      }
       float scale_now[GPC];
 #pragma unroll
       for (int q = 0; q < GPC; q++) scale_now[q] = scale_next[q];
@@ -254,7 +271,11 @@ resident_kernel(const __grid_constant__ Args A) {
         if (q > 0 && q >= valid) break;
         float part[NT][4] = {};
         Group g;
-        Group::start(g, at, q, lane, own, zero);
+        Group::start(g, at, q, lane, zero);
+        if (!EARLY) Group::raw_scales(g.held, at, q, own);
+        if (!EARLY) Group::decode_scales(g.held);
+#pragma unroll
+        for (int i = 0; i < (EARLY ? OWN : 0); i++) g.held[i] = scales[q][i];
 #pragma unroll
         for (int step = 0; step < 8; step++) {
           u32 a[4];
