@@ -50,7 +50,7 @@ class FileMaps:
 
         if not info.nbytes or info.offset % dtype.itemsize:
             return None
-        mapping = self._map(path, state, info)
+        mapping = self._maps.get(path) or self._map(path, state, info)
         flat = torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape), offset=info.offset)
         return flat.view(shape)
 

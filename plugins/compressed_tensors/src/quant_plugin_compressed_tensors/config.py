@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,6 +89,7 @@ class CtConfig:
     warnings: tuple[str, ...] = ()
     stored: str = "{}"
     _matcher: list[Matcher] = field(default_factory=list, repr=False, compare=False)
+    _schemes: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def matcher(self) -> Matcher:
@@ -96,6 +97,11 @@ class CtConfig:
             targets = {g.name: g.targets for g in self.groups.values()}
             self._matcher.append(Matcher(targets, self.ignore, self.file))
         return self._matcher[0]
+
+    @property
+    def schemes(self) -> dict[Hashable, Any]:
+        """Schemes made so far, by all that they depend on: layers of one kind share one."""
+        return self._schemes
 
     def group_of(self, name: str, kind: str) -> tuple[Group, str] | None:
         """The group of a module and the target that hit; None if none does."""

@@ -182,11 +182,26 @@ def _is_padded(header: Header, k: int) -> bool:
 
 
 def build(header: Header) -> PackedScheme:
-    """The scheme of one pack-quantized module.
+    """The scheme of one pack-quantized module; one for all that are stored alike.
 
     Raises:
         ConfigError, LayoutError, CheckpointError: config and shapes disagree, see ``Header``.
     """
+    alike = None
+    if header.weights.strategy == "group" and not header.config.transforms:  # nothing to be read
+        layer, leaves = header.layer, header.leaves
+        stored = tuple((leaf, t.dtype, t.shape) for leaf, t in leaves.items())
+        last = header.path.rpartition(".")[2]
+        alike = (header.group.name, last, layer.out_features, layer.in_features, stored)
+    known: PackedScheme | None = header.config.schemes.get(alike)
+    if known is None:
+        known = _build(header)
+        if alike is not None:
+            header.config.schemes[alike] = known
+    return known
+
+
+def _build(header: Header) -> PackedScheme:
     header.check_arguments()
     args = header.weights
     n, k = _sizes(header)

@@ -10,6 +10,7 @@ Imports no torch; ``layout`` holds the tensor code.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,6 +173,11 @@ class CtScheme(Scheme):
         return (Axis(tag="out", per=Fraction(r)), self.group_axis())
 
     def params(self, layer: LayerDesc) -> Sequence[ParamSpec]:
+        return (*self._own_params, bias_param(layer, self.shape[0]))
+
+    @functools.cached_property
+    def _own_params(self) -> tuple[ParamSpec, ...]:
+        """All but the bias: the same for every layer of this scheme."""
         n, k = self.shape
         scale = scalar_or(self, "weight_scale", scale_shape(self.weights, n, k))
         out = [
@@ -201,7 +207,6 @@ class CtScheme(Scheme):
             for name in (("output_scale", "output_zero_point") if self.output_scale else ())
         ]
         out += [rotation.param for rotation in self.rotations]
-        out.append(bias_param(layer, n))
         return tuple(out)
 
     def canonicalize(self, layer: LayerDesc, tensors: Mapping[str, Tensor]) -> LayerTensors:

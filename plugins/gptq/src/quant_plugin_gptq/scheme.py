@@ -7,6 +7,7 @@ Imports no torch; ``layout`` holds the tensor code.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -75,6 +76,20 @@ class GptqScheme(Scheme):
         return PLANES.get(self.bits, ()) if self.planar else ()
 
     def params(self, layer: LayerDesc) -> Sequence[ParamSpec]:
+        bias = ParamSpec(
+            name="bias",
+            shape=(self.shape[0],),
+            dtypes=tuple(SCALE_ELEMENTS),
+            axes=(Axis(tag="out"),),
+            role="bias",
+            need="required" if layer.bias else "optional",
+            rule="only layers with a bias store one; old writers also store zeros",
+        )
+        return (*self._own_params, bias)
+
+    @functools.cached_property
+    def _own_params(self) -> tuple[ParamSpec, ...]:
+        """All but the bias: the same for every layer of this scheme."""
         n, k = self.shape
         per_word = Fraction(32, self.bits)
         # act-order: the columns of a rank draw on any group, so every rank keeps all of them
@@ -114,15 +129,6 @@ class GptqScheme(Scheme):
                 role="gather",
                 need="required" if self.desc_act and self.groups > 1 else "cohort",
                 rule="writers store the group of each column for all layers or for none",
-            ),
-            ParamSpec(
-                name="bias",
-                shape=(n,),
-                dtypes=tuple(SCALE_ELEMENTS),
-                axes=(Axis(tag="out"),),
-                role="bias",
-                need="required" if layer.bias else "optional",
-                rule="only layers with a bias store one; old writers also store zeros",
             ),
         )
 
