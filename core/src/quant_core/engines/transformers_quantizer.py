@@ -310,11 +310,14 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
                 del state[name]
 
         handle = model.register_state_dict_post_hook(hide)
+        if not filled.left:  # transformers asks twice, which would visit every module
+            model.__dict__["state_dict"] = lambda *args, **kwargs: {}
         ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {""}  # every key of the files
 
         def undo() -> None:
             handle.remove()
+            model.__dict__.pop("state_dict", None)
             model._keys_to_ignore_on_load_unexpected = ignored
 
         self._undo.append(undo)
