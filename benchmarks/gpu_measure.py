@@ -86,12 +86,6 @@ def _copies(case: Case, kernel: Any, op: Any, *, cold: bool) -> list[list[torch.
     return [list(s.values()) for s in sets]
 
 
-def _few(case: Case) -> tuple[torch.Tensor, ...]:
-    """One row of x, and its expert."""
-    x = torch.zeros(1, case.size[0], device="cuda", dtype=torch.bfloat16)
-    return (x, torch.zeros(1, device="cuda", dtype=torch.int64)) if case.experts else (x,)
-
-
 def contestants(
     case: Case, only: frozenset[str], skip: frozenset[str], send: Send, *, cold: bool
 ) -> dict[str, Contestant]:
@@ -108,12 +102,7 @@ def contestants(
                 loaded[key] = _copies(case, kernel, op, cold=cold)
             values = loaded[key]
             nbytes = sum(t.numel() * t.element_size() for t in values[0])
-            run = kernel.bind(op)
-            found[kernel.name] = Contestant(said, run, values, nbytes)
-            if kernel.name.startswith("humming"):  # whose first call makes a copy, not in a graph
-                few = _few(case)
-                for v in values:
-                    run(v, *few)
+            found[kernel.name] = Contestant(said, kernel.bind(op), values, nbytes)
         except Exception as err:
             send(problem(f"{kernel.name} {case.shape} {case.scheme}: load", err))
     return found
@@ -150,7 +139,7 @@ def captured_calls(
         send({"trying": name})
         try:
             thunks = made(inputs)
-            eager = [call() for call in thunks][0]  # all: some prepare each copy, no graph can
+            eager, *_ = [call() for call in thunks]  # all: some prepare each copy, no graph can
             graph, outputs = captured(thunks)
             for out in outputs:
                 out.fill_(float("nan"))
