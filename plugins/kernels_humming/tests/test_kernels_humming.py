@@ -33,6 +33,7 @@ FP4 = Element(name="fp4_e2m1", bits=4, kind="float")
 FP8 = Element(name="fp8_e4m3", bits=8, kind="float")
 U4 = QuantSpec(element=Element.uint(4), scales=(BF,), zero=Zero(kind="const", value=8))
 U4Z = replace(U4, zero=Zero(kind="code"))
+U4ROW = replace(U4, scales=(Scale(element="bf16", grain=CHANNEL),))
 U5 = replace(U4, element=Element.uint(5), zero=Zero(kind="const", value=16))
 N, K = 64, 256
 
@@ -114,6 +115,7 @@ BY128 = QuantSpec(element=FP8, scales=(Scale(element="f32", grain=group(128), st
             {"dtype": "float8e4m3", "group_size": 128},
         ),
         (U4, token(FP8), {"dtype": "uint4", "group_size": 128}, {"dtype": "float8e4m3"}),
+        (U4ROW, token(Element.int(8)), {"dtype": "uint4", "group_size": 0}, {"dtype": "int8"}),
         (MX, None, {"dtype": "float4e2m1", "group_size": 32, "scale_dtype": "float8e8m0"}, None),
         (
             NV, None,
@@ -138,7 +140,7 @@ def test_operations_become_the_librarys_configs(spec, acts, weight, inputs):
         (op_of(replace(U4, zero=Zero(kind="offset", levels=(BF,)))), "element"),
         (op_of(replace(U4, scales=(BF, BF))), "scales"),
         (op_of(replace(U4, gather=True)), "weight"),
-        (op_of(U4, token(Element.int(8))), "input"),
+        (op_of(U4, token(Element.int(8))), "input"),  # scales of groups would be rounded
         (op_of(U5, token(FP8)), "input"),  # fp8_e4m3 does not hold five bits
         (op_of(U4, features=frozenset({"bias", "bias:float32"})), "features"),
     ],
@@ -275,6 +277,17 @@ def test_library_layer_is_made_once_and_again_after_a_reload(library):
         assert (y.double() - want).norm() / want.norm() < 4e-3  # bfloat16 result
         assert len(made) == seed + 1
     assert made[0]["weight_config"] == {"dtype": "uint8", "group_size": 0}
+
+
+def test_two_operations_on_the_same_weights_have_layers_of_their_own(library):
+    made, _ = library
+    kernel, buffers, x = Humming(), None, torch.randn(2, K).bfloat16()
+    for op in (op_of(INT8), op_of(INT8, token(Element.int(8)))):
+        if buffers is None:
+            buffers = kernel.allocate(op)
+            kernel.load_(buffers, op, part(0), {"row": 0})
+        kernel.bind(op)(list(buffers.values()), x)
+    assert [m["input_config"] for m in made] == [None, {"dtype": "int8"}]
 
 
 @pytest.mark.parametrize("size", [8, 64])

@@ -10,7 +10,8 @@
     bias           [N] in the dtype of x
 
 Source: humming-kernels 0.1.19 ``schema/humming.py`` (get_tensors_attrs), ``utils/weight.py``
-(quantize_weight), ``include/humming/kernel/pack_weight.cuh``.
+(quantize_weight), ``include/humming/kernel/pack_weight.cuh``; rounded scales: ``transform.py``
+(process_int_weight_scale).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["configs", "tensors_of"]
 _WIDE = {"bfloat16": "bf16", "float16": "f16"}
 _FP8 = "fp8_e4m3"
 _BLOCK = (128, 128)
-_NARROW = ("uint2", "uint3", "uint4")  # exact in fp8_e4m3, also less a zero code
+_NARROW = ("uint2", "uint3", "uint4")  # exact in fp8_e4m3 and int8, also less a zero code
 
 
 def _reject(axis: str, have: str, need: str) -> Rejected:
@@ -99,7 +100,12 @@ def _input(op: OpSpec, weight: dict[str, Any]) -> dict[str, Any] | Rejected | No
         return {"dtype": "int8"}
     if acts.element.name == _FP8 and weight["dtype"] in _NARROW and s.grain == CHANNEL:
         return {"dtype": "float8e4m3"}
-    need = "fp8 with fp8 or 2 to 4 bit weights, int8 with int8 weights, per token"
+    if acts.element.name == "int8" and weight["dtype"] in _NARROW and s.grain == CHANNEL:
+        if not weight["group_size"]:
+            return {"dtype": "int8"}
+        need = "a scale per row: it rounds scales of groups to 1/1024 of the largest for int8"
+        return _reject("input", acts.label, need)
+    need = "fp8 with fp8 or 2 to 4 bit weights, int8 with int8 or 2 to 4 bit weights, per token"
     return _reject("input", acts.label, need)
 
 

@@ -83,7 +83,7 @@ def blocks_of(index: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor, T
     return rows[:-1], owners.int(), last[-1:].int()
 
 
-_made = WeakTensorKeyDictionary()  # codes -> _Made
+_made = WeakTensorKeyDictionary()  # codes -> {operation: _Made}
 
 _lib = torch.library.Library("quant_humming", "DEF")
 _lib.define("linear(Tensor x, Tensor[] tensors, str op) -> Tensor")
@@ -131,10 +131,12 @@ def _make(tensors: list[Tensor], text: str) -> _Made:
 
 def _held(tensors: list[Tensor], op: str) -> _Made:
     codes = tensors[0]
-    made = _made.get(codes)
-    if made is None or made.version != codes._version:
-        made = _made[codes] = _make(tensors, op)
-    return made
+    every: dict[str, _Made] = _made.setdefault(codes, {})
+    if any(made.version != codes._version for made in every.values()):
+        every.clear()
+    if op not in every:
+        every[op] = _make(tensors, op)
+    return every[op]
 
 
 def _aligned(x: Tensor) -> Tensor:
