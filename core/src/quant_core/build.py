@@ -38,7 +38,7 @@ from quant_core.scheme import Scheme
 from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
-__all__ = ["Builder", "check_size", "op_spec"]
+__all__ = ["Builder", "check_alike", "check_size", "op_spec"]
 
 _LARGE = 1 << 20  # weights of a layer that takes long enough to load for compiling beside it
 
@@ -101,6 +101,27 @@ def check_size(name: str, qt: QuantizedTensor, n: int | None, k: int | None, sch
             tensor=name,
             expected=(n, k),
             actual=found,
+        )
+
+
+def check_alike(name: str, a: int, first: LayerTensors, b: int, other: LayerTensors) -> None:
+    """Experts ``a`` and ``b`` of a stack have one layout.
+
+    Raises:
+        LayoutError: ``Q-LAYOUT-FUSED``.
+    """
+    one, two = first.weight, other.weight
+    same = [t for t, _ in other.transforms] == [t for t, _ in first.transforms]
+    same = same and (two.spec, two.shape) == (one.spec, one.shape)
+    if not same or not all(map(torch.equal, two.codebook, one.codebook)):
+        raise LayoutError(
+            f"{name}: expert {b} is {two.spec.label} {two.shape}, expert {a} is {one.spec.label} "
+            f"{one.shape}; expected one layout for the whole stack. Quantize all experts alike, "
+            "and do not cut inside their groups.",
+            code="Q-LAYOUT-FUSED",
+            tensor=name,
+            expected=one.spec.label,
+            actual=two.spec.label,
         )
 
 
@@ -275,20 +296,7 @@ class Builder:
             buffers = allocated(choice.kernel, choice.op, self.device, name, choice.trace)
         for i, e in enumerate(ids):
             lt = first if i == 0 else read_matrix(self.plan, member, e)
-            same = [t for t, _ in lt.transforms] == [t for t, _ in first.transforms]
-            same = same and lt.weight.spec == first.weight.spec
-            books = zip(lt.weight.codebook, first.weight.codebook)
-            same = same and all(torch.equal(a, b) for a, b in books)
-            if not same or lt.weight.shape != first.weight.shape:
-                raise LayoutError(
-                    f"{name}: expert {e} is {lt.weight.spec.label} {lt.weight.shape}, expert "
-                    f"{ids[0]} is {first.weight.spec.label} {first.weight.shape}; expected one "
-                    "layout for the whole stack. Quantize all experts alike.",
-                    code="Q-LAYOUT-FUSED",
-                    tensor=name,
-                    expected=first.weight.spec.label,
-                    actual=lt.weight.spec.label,
-                )
+            check_alike(name, ids[0], first, e, lt)
             load_part_(choice, buffers, lt, {"row": 0, "expert": i}, name)
         bound = BoundMember(
             name=member.layer.name, start=0, stop=first.weight.shape[0],

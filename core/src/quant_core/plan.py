@@ -9,7 +9,6 @@ loader follows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -20,6 +19,7 @@ from quant_core.checkpoint.base import Checkpoint, Index
 from quant_core.detect import FLOAT_DTYPES, PLAIN_DTYPES, detect
 from quant_core.errors import CheckpointError, LayoutError, PluginError, printable, summarize
 from quant_core.ledger import Ledger, Part, missing_error, unexpected_error
+from quant_core.members import Stored, describe, stored_members, stored_twice, tensor_names
 from quant_core.registry import Registry
 from quant_core.registry import registry as default_registry
 from quant_core.resolve import unmatched
@@ -27,10 +27,6 @@ from quant_core.scheme import Scheme
 from quant_core.spec import EXPERT, FormatMatch, LayerDesc, ParamSpec, Span, TensorInfo, Unquantized
 
 __all__ = ["Member", "Plan", "member_parts", "param_sources", "part_nbytes", "plan"]
-
-_EXPERT_NUMBER = re.compile(r"^(.*\bexperts)\.(\d{1,9})\.(.+)$")
-_SHOWN_GAPS = 1000  # experts named as missing, at most
-_EMBEDDING_NAMES = frozenset({"embed_tokens", "wte", "tok_embeddings", "word_embeddings"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,85 +79,6 @@ class Plan:
             for param, name, index, _ in member_parts(member)
             if name in tensors and param.need != "ignored"
         )
-
-
-# ------------------------------------------------------------------------------------- members
-
-
-@dataclass(slots=True)
-class _Stored:
-    """Stored module paths that form one member."""
-
-    name: str
-    stored: str
-    leaves: Mapping[str, TensorInfo]
-    experts: tuple[int, ...] = ()
-    paths: tuple[str, ...] = ()
-    layer: LayerDesc | None = None  # where the owner of the format says what the member is
-
-
-def _public_module(checkpoint: Checkpoint, path: str, leaves: Mapping[str, TensorInfo]) -> str:
-    leaf, first = next(iter(leaves.items()))
-    return checkpoint.public_name(first.name).rsplit(".", leaf.count(".") + 1)[0]
-
-
-def _stored_members(
-    checkpoint: Checkpoint, split: Mapping[str, Sequence[LayerDesc]]
-) -> Iterator[_Stored]:
-    """Modules of the header, or the members in them; experts of one name become one stack.
-
-    Raises:
-        CheckpointError: ``Q-CKPT-NAME`` for a name that reads as a stack's template,
-            ``Q-TENSOR-MISSING`` for experts that are not there, ``Q-TENSOR-DUPLICATE``.
-    """
-    stacks: dict[tuple[str, str], dict[int, str]] = {}
-    for path, leaves in checkpoint.modules.items():
-        if "{" in path or "}" in path:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor name {printable(path)!r} holds a brace, expected a "
-                "module's name. The file is damaged; get it again.",
-                code="Q-CKPT-NAME",
-                path=checkpoint.path,
-                tensor=path,
-            )
-        if path in split:
-            for layer in split[path]:
-                yield _Stored(layer.name, layer.stored, leaves, layer.experts, (path,), layer)
-            continue
-        name = _public_module(checkpoint, path, leaves)
-        numbered = _EXPERT_NUMBER.match(name)
-        in_stored = _EXPERT_NUMBER.match(path)
-        if numbered and in_stored:
-            member = f"{numbered[1]}.{numbered[3]}"
-            template = f"{in_stored[1]}.{{expert}}.{in_stored[3]}"
-            stack, expert = stacks.setdefault((member, template), {}), int(numbered[2])
-            if expert in stack:  # 3 and 03
-                raise _stored_twice(checkpoint, name, stack[expert], path)
-            stack[expert] = path
-            continue
-        stacked = next((t.shape[0] for t in leaves.values() if len(t.shape) == 3), 0)
-        experts = tuple(range(stacked)) if stacked and ".experts." in f"{name}." else ()
-        yield _Stored(name, path, leaves, experts, (path,))
-    for (member, template), paths in stacks.items():
-        ids = tuple(sorted(paths))
-        first = range(min(ids[-1] + 1, len(ids) + _SHOWN_GAPS))  # a number may be absurd
-        if gaps := [e for e in first if e not in paths]:
-            raise missing_error(
-                checkpoint,
-                [template.format(expert=e) + ".*" for e in gaps],
-                f"{member} (experts 0..{ids[-1]})",
-            )
-        leaves = checkpoint.modules[paths[0]]
-        ordered = tuple(paths[e] for e in ids)
-        yield _Stored(member, template, leaves, ids, ordered)
-
-
-def _describe(s: _Stored) -> LayerDesc:
-    if s.layer is not None:
-        return s.layer
-    last = s.name.rpartition(".")[2]
-    kind = "experts" if s.experts else "embedding" if last in _EMBEDDING_NAMES else "linear"
-    return LayerDesc(kind=kind, name=s.name, stored=s.stored, experts=s.experts)  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------- sources
@@ -287,15 +204,10 @@ class _Checker:
                 )
 
 
-def _tensor_names(checkpoint: Checkpoint, stored: _Stored) -> list[str]:
-    paths = stored.paths or (stored.stored,)
-    return [info.name for path in paths for info in checkpoint.modules[path].values()]
-
-
-def _leftovers(checkpoint: Checkpoint, stored: _Stored, ledger: Ledger) -> list[str]:
+def _leftovers(checkpoint: Checkpoint, stored: Stored, ledger: Ledger) -> list[str]:
     return [
         name
-        for name in _tensor_names(checkpoint, stored)
+        for name in tensor_names(checkpoint, stored)
         if not ledger.is_claimed(name) and name not in ledger.skipped
     ]
 
@@ -328,18 +240,6 @@ def _check_float(checkpoint: Checkpoint, info: TensorInfo, why: Unquantized) -> 
         )
 
 
-def _stored_twice(checkpoint: Checkpoint, name: str, first: str, second: str) -> CheckpointError:
-    return CheckpointError(
-        f"{checkpoint.path}: {printable(name)!r} is stored twice, as {printable(first)!r} and "
-        f"{printable(second)!r}; expected once. Remove one of them.",
-        code="Q-TENSOR-DUPLICATE",
-        path=checkpoint.path,
-        tensor=name,
-        expected=first,
-        actual=second,
-    )
-
-
 def _sized(layer: LayerDesc, scheme: Scheme) -> LayerDesc:
     n, k = scheme.shape
     return replace(layer, inp=Span.whole(k), out=Span.whole(n))
@@ -369,10 +269,10 @@ def plan(
     members: dict[str, Member] = {}
     dense: dict[str, str] = {}
     checker = _Checker(checkpoint, ledger)
-    pending: list[_Stored] = []
+    pending: list[Stored] = []
     planned = [
-        (stored, _plan_member(registry, match, _describe(stored), checkpoint))
-        for stored in _stored_members(checkpoint, _split_modules(registry, match, checkpoint))
+        (stored, _plan_member(registry, match, describe(stored), checkpoint))
+        for stored in stored_members(checkpoint, _split_modules(registry, match, checkpoint))
     ]
     attention = _attention(registry, match, checkpoint)
     for member in (*attention.values(), *(m for _, m in planned if m.quantized)):
@@ -380,13 +280,13 @@ def plan(
     for stored, member in planned:
         layer, twin = member.layer, members.get(member.layer.name)
         if twin is not None and (twin.quantized or member.quantized):
-            raise _stored_twice(checkpoint, layer.name, twin.layer.stored, layer.stored)
+            raise stored_twice(checkpoint, layer.name, twin.layer.stored, layer.stored)
         if member.quantized:
             pending.append(stored)
         else:
             assert isinstance(member.scheme, Unquantized)
             names = _leftovers(checkpoint, stored, ledger)
-            if not names and all(map(ledger.is_claimed, _tensor_names(checkpoint, stored))):
+            if not names and all(map(ledger.is_claimed, tensor_names(checkpoint, stored))):
                 continue  # no module: all of its tensors are parts of quantized members
             for name in names:
                 if name.rpartition(".")[2] in member.scheme.ignored:
@@ -396,7 +296,7 @@ def plan(
                 ledger.claim((name, ()), layer.name)
                 public = checkpoint.public_name(name)
                 if public in dense:
-                    raise _stored_twice(checkpoint, public, dense[public], name)
+                    raise stored_twice(checkpoint, public, dense[public], name)
                 dense[public] = name
             kept = tuple(n for n in names if n not in ledger.skipped)
             member = replace(member, stored=(*(twin.stored if twin else ()), *kept))

@@ -20,7 +20,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from quant_core.build import Builder
+from quant_core.build import Builder, check_alike
 from quant_core.engines.parallel import cut
 from quant_core.engines.sharing import Piece
 from quant_core.errors import LayoutError
@@ -215,20 +215,7 @@ def bind_stack(builder: Builder, name: str, piece: Piece, experts: Sequence[int]
     buffers = allocated(choice.kernel, choice.op, builder.device, name, choice.trace)
     for slot, expert in enumerate(experts):
         lt = first if slot == 0 else read_piece(builder, piece, expert)
-        same = [t for t, _ in lt.transforms] == [t for t, _ in first.transforms]
-        same = same and lt.weight.spec == first.weight.spec
-        same = same and all(map(torch.equal, lt.weight.codebook, first.weight.codebook))
-        if not same or lt.weight.shape != first.weight.shape:
-            raise LayoutError(
-                f"{name}: expert {expert} is {lt.weight.spec.label} {lt.weight.shape}, expert "
-                f"{experts[0]} is {first.weight.spec.label} {first.weight.shape}; expected one "
-                "layout for the whole stack. Quantize all experts alike, or do not cut inside "
-                "their groups.",
-                code="Q-LAYOUT-FUSED",
-                tensor=name,
-                expected=first.weight.spec.label,
-                actual=lt.weight.spec.label,
-            )
+        check_alike(name, experts[0], first, expert, lt)
         load_part_(choice, buffers, lt, {"row": 0, "expert": slot}, name)
     return Bound(
         run=_run_of(choice, choice.op, name),
