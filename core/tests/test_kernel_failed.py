@@ -139,6 +139,9 @@ def test_considered_errors_and_lack_of_memory_pass_through(step, error):
         (torch.ones(2, 7), r"x of shape \(2, 7\), expected 8 features"),
         (torch.ones(2, 8, dtype=torch.int64), "x of int64, expected floats"),
         (torch.ones(2, 8, device="meta"), "x on meta, expected on cpu"),
+        (torch.ones(2, 8).to_sparse(), "x of torch.sparse_coo, expected a dense tensor"),
+        (None, "x of NoneType, expected a dense tensor"),
+        ([1.0], "x of list, expected a dense tensor"),
     ],
 )
 def test_input_that_is_none_of_the_layer_is_the_callers_mistake(x, found):
@@ -146,6 +149,19 @@ def test_input_that_is_none_of_the_layer_is_the_callers_mistake(x, found):
     with pytest.raises(LayoutError, match=found) as e:
         layer(x)
     assert (e.value.code, e.value.tensor) == ("Q-LAYOUT-INPUT", LAYER)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_and_odd_devices_are_no_fault(enabled):
+    layer = _layer(Fast("a call", torch.ones(2, 4).bfloat16()))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        if enabled:
+            assert layer(torch.ones(2, 8)).dtype == torch.bfloat16
+        else:
+            with pytest.raises(KernelError, match="expected"):
+                layer(torch.ones(2, 8))
+    meta = _layer(Fast("a call", torch.ones(2, 4, device="meta")))
+    assert meta(torch.ones(2, 8, device="meta")).is_meta
 
 
 def test_plugin_whose_code_ran_last_is_blamed(tmp_path, monkeypatch):

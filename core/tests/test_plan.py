@@ -155,6 +155,19 @@ def test_number_of_an_expert_that_is_absurd_or_given_twice_is_named():
     assert e.value.code == "Q-TENSOR-DUPLICATE"
 
 
+def test_expert_of_a_layer_that_is_no_stack_is_refused():
+    p = _plan(_layers())
+    name = next(iter(p.quantized))
+    with pytest.raises(FormatError, match="expected none: it is no stack") as e:
+        load_tensor(p, name, expert=0)
+    assert e.value.code == "Q-FMT-NAME"
+
+
+def test_plan_takes_a_path(fixtures):
+    folder = fixtures / "gptqmodel-awq-gemm-g128"
+    assert len(plan(str(folder)).quantized) == len(plan(folder).quantized) == 14
+
+
 def test_brace_in_a_name_is_refused():
     with pytest.raises(CheckpointError, match=r"'m\.\{expert\}' holds a brace") as e:
         _plan({"m.{expert}": toy.toy_layer(8, 16)})

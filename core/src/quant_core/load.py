@@ -145,9 +145,11 @@ def load_tensor(
     if member is not None and member.quantized:
         ids = member.layer.experts if expert is None else (expert,)
         if expert is not None and expert not in member.layer.experts:
+            there = member.layer.experts
+            expected = f"one of {there[0]}..{there[-1]}" if there else "none: it is no stack"
             raise FormatError(
-                f"{name}: expert {expert} asked for, expected one of 0.."
-                f"{len(member.layer.experts) - 1}. Choose a stored expert.",
+                f"{name}: expert {expert} asked for, expected {expected}. "
+                f"{'Choose a stored expert' if there else 'Leave expert out'}.",
                 code="Q-FMT-NAME",
                 tensor=name,
                 actual=expert,

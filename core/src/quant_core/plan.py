@@ -9,6 +9,7 @@ loader follows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -246,12 +247,15 @@ def _sized(layer: LayerDesc, scheme: Scheme) -> LayerDesc:
 
 
 def plan(
-    checkpoint: Checkpoint, *, format: str | None = None, registry: Registry | None = None
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    registry: Registry | None = None,
 ) -> Plan:
     """Plan a checkpoint from its header.
 
     Args:
-        checkpoint: from ``open_checkpoint``.
+        checkpoint: from ``open_checkpoint``, or a path, which is opened.
         format: plugin id the user insists on; an error if the checkpoint is something else.
         registry: plugins to ask; default the process-wide registry.
 
@@ -261,6 +265,10 @@ def plan(
             ``Q-CKPT-MISMATCH``.
         LayoutError: a stored tensor has the wrong shape or dtype.
     """
+    if isinstance(checkpoint, str | os.PathLike):
+        from quant_core.checkpoint.open import open_checkpoint
+
+        checkpoint = open_checkpoint(checkpoint)
     registry = registry or default_registry()
     match = detect(checkpoint, registry, format=format)
     ledger = Ledger(checkpoint)

@@ -324,6 +324,7 @@ def load_model(
 
     device = single_device(device if not isinstance(device, str) else {"": device}) or "cpu"
     check_device(device)
+    prepared = None if prepared is None else os.fspath(prepared)
     _check_online(online, skip=skip, online_options=online_options, requantize=requantize)
     with (
         collector_paused(),
@@ -340,7 +341,7 @@ def load_model(
                 strict=strict,
                 device=device,
                 kv_cache=kv_cache,
-                prepared=None if prepared is None else os.fspath(prepared),
+                prepared=prepared,
                 mmap=mmap,
                 online=online,
                 skip=skip,

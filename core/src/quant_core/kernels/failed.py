@@ -111,7 +111,7 @@ def name_failure(
     layer: str,
     trace: Iterable[Decision],
     values: Sequence[Tensor],
-    x: Tensor,
+    x: Any,
 ) -> None:
     """Raise what names an error of a call with ``x``; return if ``err`` is fit to be seen.
 
@@ -123,7 +123,9 @@ def name_failure(
         return
     of = op.operands[0][1].label if op.operands else ""
     wrong = ""
-    if values and x.device != values[0].device:
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        wrong, want = f"x of {getattr(x, 'layout', type(x).__name__)}", "a dense tensor"
+    elif values and x.device != values[0].device:
         wrong, want = f"x on {x.device}", f"on {values[0].device}, where the weights are"
     elif op.op != "embedding" and (not x.dim() or x.shape[-1] != op.size("k")):
         wrong, want = f"x of shape {tuple(x.shape)}", f"{op.size('k')} features"
@@ -160,8 +162,9 @@ def check_output(
         shape, dtype = (*x.shape[:-1], op.size("n")), x.dtype
     found = type(y).__name__
     if isinstance(y, Tensor):
-        if torch.is_autocast_enabled(x.device.type):  # the products inside of it round as it says
-            dtype = y.dtype
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = y.dtype  # the products inside of it round as it says
         found = f"{list(y.shape)} {y.dtype} on {y.device}"
     expected = f"{list(shape)} {dtype} on {x.device}"
     if found != expected:
