@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from quant_core.errors import ConfigError, LayoutError
+import toy
+from quant_core.errors import ConfigError, LayoutError, PluginError
 from quant_core.kernels.warmup import warmup
 from quant_core.live import linear_of, quantize_matrix, quantize_model_
 from quant_core.nn import QuantLinear
+from quant_core.online import OnlineScheme
 
 
 class Net(nn.Module):
@@ -51,6 +53,43 @@ def test_matrix_that_a_scheme_cannot_hold_is_an_error():
     assert e.value.code == "Q-LAYOUT-REPRESENT"
     with pytest.raises(ConfigError, match="nothing_known"):
         quantize_matrix("nothing_known", torch.randn(8, 128))
+
+
+def test_option_that_the_scheme_does_not_have_is_named():
+    with pytest.raises(ConfigError, match="'nothing' is no option of 'int4'") as e:
+        quantize_matrix("int4", torch.randn(8, 128), options={"nothing": 1})
+    assert e.value.code == "Q-CFG-KEY"
+
+
+def _offering(make):
+    offer = OnlineScheme(summary="", make=make)
+    return toy.toy_registry(toy.toy_module(online_schemes=lambda: {"toy": offer}))
+
+
+def _raise(*args):
+    raise KeyError("inside")
+
+
+@pytest.mark.parametrize(
+    ("make", "quantize", "told"),
+    [
+        (_raise, None, "make of an online scheme raised KeyError: 'inside'"),
+        (lambda *a: None, None, "make of an online scheme returned None, expected a Scheme of"),
+        (lambda *a: torch.ones(4, 8), None, "make of an online scheme returned tensor"),
+        (None, _raise, "quantize of scheme 'w8a16' (toy) raised KeyError: 'inside'"),
+        (None, lambda *a: 3, "quantize of scheme 'w8a16' (toy) returned 3, expected LayerTensors"),
+    ],
+)
+def test_online_scheme_that_fails_is_named_with_its_layer(make, quantize, told, monkeypatch):
+    good = toy.ToyScheme(name="w8a16", shape=(4, 8), operands={"weight": toy.SPEC})
+    if quantize is not None:
+        monkeypatch.setattr(toy.ToyScheme, "quantize", quantize)
+    registry = _offering(make or (lambda *a: good))
+    with pytest.raises(PluginError) as e:
+        quantize_matrix("toy", torch.ones(4, 8), name="m.up", registry=registry)
+    assert (e.value.code, e.value.plugin, e.value.tensor) == ("Q-PLUGIN-RESULT", "toy", "m.up")
+    assert told in str(e.value)
+    assert isinstance(e.value.__cause__, KeyError) == (_raise in (make, quantize))
 
 
 def test_nan_weight_is_refused():

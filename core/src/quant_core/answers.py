@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from quant_core.errors import PluginError, QuantError, printable
-from quant_core.spec import BlockType, FormatMatch, LayerDesc, ParamSpec
+from quant_core.spec import BlockType, FormatMatch, LayerDesc, ParamSpec, Unquantized
 
-__all__ = ["WrongAnswerError", "ask_scheme", "checked", "no_memory"]
+__all__ = ["WrongAnswerError", "ask_offer", "ask_scheme", "checked", "no_memory"]
 
 Check = Callable[[Any], Any]
 """Gives the answer as core uses it; None if it is of another type."""
@@ -130,6 +130,7 @@ _METHODS: Mapping[str, tuple[str, Check]] = {
     "canonicalize": ("LayerTensors with all scales of the spec", _layer_tensors),
     "canonicalize_in_place": ("LayerTensors with all scales of the spec", _layer_tensors),
     "serialize": ("tensors by the names of params", _named(lambda value: value)),
+    "quantize": ("LayerTensors with all scales of the spec", _layer_tensors),
 }
 
 
@@ -155,6 +156,36 @@ def ask_scheme(scheme: Any, method: str, layer: LayerDesc, *args: Any) -> Any:
         found = f"returned {printable(repr(answer), 120)}, expected {expected}"
         raise _scheme_error(scheme, method, layer, found)
     return good
+
+
+def ask_offer(plugin: str, offer: Any, layer: LayerDesc, options: Mapping[str, Any]) -> Any:
+    """What an ``OnlineScheme`` makes of a layer: a scheme of its size, or ``Unquantized``.
+
+    Raises:
+        PluginError: ``Q-PLUGIN-RESULT`` as ``ask_scheme``.
+    """
+    from quant_core.scheme import Scheme
+
+    size = (layer.out_features, layer.in_features)
+    try:
+        made = offer.make(layer, options)
+        fits = isinstance(made, Scheme) and tuple(made.shape) == size
+        if fits or isinstance(made, Unquantized):
+            return made
+        found = f"returned {printable(repr(made))}, expected a Scheme of {size} or Unquantized"
+        cause = None
+    except (QuantError, MemoryError):
+        raise
+    except Exception as err:
+        found, cause = f"raised {type(err).__name__}: {printable(err)}", err
+    raise PluginError(
+        f"{printable(layer.name)}: plugin {plugin!r}: make of an online scheme {found}. "
+        "This is a bug of the plugin; report it there.",
+        code="Q-PLUGIN-RESULT",
+        plugin=plugin,
+        tensor=layer.name,
+        actual=found,
+    ) from cause
 
 
 def no_memory(err: Exception) -> bool:

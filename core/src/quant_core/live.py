@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant_core.answers import ask_offer, ask_scheme
 from quant_core.build import op_spec
 from quant_core.errors import LayoutError
 from quant_core.kernels.choose import choose
 from quant_core.kernels.failed import allocated, asked
 from quant_core.nn import QuantLinear
-from quant_core.online import SkipRules, find_online
+from quant_core.online import SkipRules, find_online, settled_options
 from quant_core.parts import with_packing
 from quant_core.registry import Registry
 from quant_core.registry import registry as default_registry
@@ -66,8 +67,8 @@ def quantize_matrix(
         bias=bias is not None,
         dtype=str(weight.dtype).removeprefix("torch."),
     )
-    _, offer = find_online(registry or default_registry(), online)
-    scheme = offer.make(layer, {**offer.options, **(options or {})})
+    plugin, offer = find_online(registry or default_registry(), online)
+    scheme = ask_offer(plugin, offer, layer, settled_options(online, offer, options or {}))
     if not isinstance(scheme, Scheme):
         raise LayoutError(
             f"{name}: {online!r} does not hold a {n} x {k} matrix: {scheme.rule}"
@@ -78,7 +79,7 @@ def quantize_matrix(
             actual=(n, k),
         )
     check_finite(name, weight)
-    return scheme, replace(scheme.quantize(layer, weight, None), bias=bias)
+    return scheme, replace(ask_scheme(scheme, "quantize", layer, weight, None), bias=bias)
 
 
 def linear_of(

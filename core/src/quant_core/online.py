@@ -27,6 +27,7 @@ __all__ = [
     "SkipRules",
     "find_online",
     "offers",
+    "settled_options",
     "short_name",
 ]
 
@@ -184,3 +185,23 @@ def _pattern(text: str) -> NamePattern:
     if any(c in body for c in "*?["):
         return NamePattern(kind="glob", text=body, purpose="skip")
     return NamePattern(kind="search", text=rf"(?:^|\.){re.escape(body)}(?:\.|$)", purpose="skip")
+
+
+def settled_options(name: str, scheme: OnlineScheme, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options for the scheme called ``name``, on top of its defaults.
+
+    Raises:
+        ConfigError: ``Q-CFG-KEY`` for one that it does not have.
+    """
+    unknown = sorted(set(options) - set(scheme.options))
+    if unknown:
+        known = summarize(scheme.options) or "none"
+        raise ConfigError(
+            f"online_options: {summarize(unknown)} is no option of {name!r}, expected "
+            f"{known}. Correct the name.",
+            code="Q-CFG-KEY",
+            tensor=unknown[0],
+            expected=sorted(scheme.options),
+            actual=unknown,
+        )
+    return {**scheme.options, **options}

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from quant_core.answers import ask_offer, ask_scheme
 from quant_core.checkpoint.base import Checkpoint
 from quant_core.detect import FLOAT_DTYPES
-from quant_core.errors import ConfigError, LayoutError, PluginError, printable, summarize
-from quant_core.online import OnlineRequest, OnlineScheme, SkipRules, find_online
+from quant_core.errors import ConfigError, LayoutError, summarize
+from quant_core.online import OnlineRequest, OnlineScheme, SkipRules, find_online, settled_options
 from quant_core.online_stacks import StackLayout, StackPart, stack_parts
 from quant_core.plan import Member, Plan, member_parts
 from quant_core.scheme import Scheme
@@ -98,7 +99,7 @@ class OnLoad(Scheme):
                 actual=tuple(dense.shape),
             )
         check_finite(where, dense)
-        return replace(self.wanted.quantize(layer, dense, None), bias=bias)
+        return replace(ask_scheme(self.wanted, "quantize", layer, dense, None), bias=bias)
 
     def _dense(
         self, layer: LayerDesc, tensors: Mapping[str, Tensor]
@@ -168,7 +169,7 @@ def quantize_plan(
         PluginError: ``Q-PLUGIN-CONFLICT``, ``Q-PLUGIN-RESULT``.
     """
     plugin, scheme = find_online(plan.registry, request.name)
-    options = _options(request, scheme)
+    options = settled_options(request.name, scheme, request.options)
     _check_source(plan, request)
     skip = SkipRules(request.skip)
     found: dict[str, OnLoad] = {}
@@ -204,21 +205,6 @@ def quantize_plan(
             actual=request.name,
         )
     return _result(plan, plugin, found, rules, skip.unused)
-
-
-def _options(request: OnlineRequest, scheme: OnlineScheme) -> dict[str, Any]:
-    unknown = sorted(set(request.options) - set(scheme.options))
-    if unknown:
-        known = summarize(scheme.options) or "none"
-        raise ConfigError(
-            f"online_options: {summarize(unknown)} is no option of {request.name!r}, expected "
-            f"{known}. Correct the name.",
-            code="Q-CFG-KEY",
-            tensor=unknown[0],
-            expected=sorted(scheme.options),
-            actual=unknown,
-        )
-    return {**scheme.options, **request.options}
 
 
 def _check_source(plan: Plan, request: OnlineRequest) -> None:
@@ -287,19 +273,8 @@ def _wanted(
     plugin: str, scheme: OnlineScheme, options: Mapping[str, Any], layer: LayerDesc
 ) -> Scheme | str:
     """The scheme of one layer, or the rule by which there is none."""
-    wanted = scheme.make(layer, options)
-    if isinstance(wanted, Unquantized):
-        return wanted.rule
-    if not isinstance(wanted, Scheme) or wanted.shape != (layer.out_features, layer.in_features):
-        raise PluginError(
-            f"plugin {plugin!r}: an online scheme returned {printable(repr(wanted))} for "
-            f"{layer.name!r}, expected a Scheme of its size or Unquantized. This is a bug of the "
-            "plugin; report it there.",
-            code="Q-PLUGIN-RESULT",
-            plugin=plugin,
-            tensor=layer.name,
-        )
-    return wanted
+    wanted: Scheme | Unquantized = ask_offer(plugin, scheme, layer, options)
+    return wanted.rule if isinstance(wanted, Unquantized) else wanted
 
 
 def _matrix(checkpoint: Checkpoint, member: Member) -> LayerDesc | None:
