@@ -55,7 +55,7 @@ _OPTIONAL = {
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
 }
-_VERSION = 25  # of the C interface; library.py checks it
+_VERSION = 26  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

@@ -27,6 +27,7 @@ static int64_t wide_rows;
 static int (*describe)(const char *, int64_t length, int64_t kind);
 int (*qk_fill)(int64_t table);
 int64_t (*qk_held)(int64_t handle);
+python_api qk_python;
 static _Atomic(const layout *) table[PLACES];
 
 int qk_linear(const qk_call *);
@@ -46,6 +47,8 @@ void qk_native_limits(int64_t limit, int64_t rows) {
     qk_limit = limit, wide_rows = rows;
     qk_weights_changed();
 }
+
+void qk_native_python(void **functions) { memcpy(&qk_python, functions, sizeof qk_python); }
 
 void qk_native_api(void **functions, const int64_t *numbers, void *reader, void *filler, void *holder) {
     memcpy(&torch, functions, sizeof torch);

@@ -57,6 +57,17 @@ extern int64_t qk_int64; /* torch's number of the dtype */
 extern int (*qk_fill)(int64_t table); /* Python's `fill_table` */
 extern int64_t (*qk_held)(int64_t handle); /* Python's `held_at` */
 
+/* Of CPython's C API: items are borrowed, NULL where there is none. */
+typedef struct {
+    int (*ensure)(void);
+    void (*release)(int);
+    void *(*dict_item)(void *, void *);
+    void *(*list_item)(void *, intptr_t);
+    void (*clear)(void);
+} python_api;
+
+extern python_api qk_python;
+
 int64_t qk_weights_now(void);
 const layout *qk_layout_of(handle string, int64_t kind); /* NULL where it cannot be read */
 int64_t qk_type_of(handle);                              /* our number of its dtype, or QK_NONE */

@@ -65,28 +65,32 @@ static int cache_of(handle h, int64_t *steps, void **out) {
     return sizes[3] != 1 && strides[3] != 1;
 }
 
-static const char *sizes_differ(const block *b, const handle *h, int64_t batch) {
-    int64_t *sizes, *others;
+static const char *cache_differs(const block *b, const handle *h, int64_t batch, int64_t length) {
+    int64_t dim, *sizes;
     if (!has(h[KEYS], 4, (int64_t[]){batch, b->kv_heads, -1, b->dim}, 0)) return "decoder layer: keys have other sizes";
     torch.sizes(h[KEYS], &sizes);
+    if (sizes[2] != length) return "decoder layer: the mask has other sizes";
     if (!has(h[VALUES], 4, sizes, 0)) return "decoder layer: values have other sizes than keys";
-    if (!has(h[MASK], 4, (int64_t[]){batch, b->heads, 1, sizes[2]}, 1)) return "decoder layer: the mask has other sizes";
-    torch.sizes(h[MASK], &others);
-    if (others[3] != sizes[2]) return "decoder layer: the mask has other sizes";
-    if (!has(h[COS], 3, (int64_t[]){batch, 1, b->rotated}, 1)) return "decoder layer: angles have other sizes";
-    torch.sizes(h[COS], &others);
-    if (others[2] != b->rotated || !has(h[SIN], 3, others, 0)) return "decoder layer: angles have other sizes";
-    int64_t dim;
     torch.dim(h[AT], &dim);
     if (dim && !has(h[AT], 1, (int64_t[]){1}, 0)) return "decoder layer: the position is not one number";
     return NULL;
 }
 
-static const char *types_differ(const block *b, const handle *h) {
+static const char *mask_differs(const block *b, const handle *h, int64_t batch) {
+    int64_t *others;
+    if (!has(h[MASK], 4, (int64_t[]){batch, b->heads, 1, -1}, 1)) return "decoder layer: the mask has other sizes";
+    if (!has(h[COS], 3, (int64_t[]){batch, 1, b->rotated}, 1)) return "decoder layer: angles have other sizes";
+    torch.sizes(h[COS], &others);
+    if (others[2] != b->rotated || !has(h[SIN], 3, others, 0)) return "decoder layer: angles have other sizes";
+    return NULL;
+}
+
+/* Of one layer, and of what it has in common with those before it where it is the `first`. */
+static const char *types_differ(const block *b, const handle *h, int first) {
     int32_t number;
-    for (int i = X; i <= VALUES; i++)
+    for (int i = first ? X : KEYS; i <= VALUES; i++)
         if (i != TABLE && i != NORMS && i != TEXT && qk_type_of(h[i]) != b->type) return "decoder layer: a tensor has another dtype";
-    if (!qk_type_of(h[MASK])) return "decoder layer: the mask is neither bool nor float";
+    if (first && !qk_type_of(h[MASK])) return "decoder layer: the mask is neither bool nor float";
     for (int i = TABLE; i <= AT; i += AT - TABLE) {
         torch.dtype(h[i], &number);
         if (number != qk_int64) return "decoder layer: table or position is not of int64";
@@ -111,40 +115,48 @@ static const char *norms_differ(const block *b, const given *g) {
     return NULL;
 }
 
-/* The call of one layer; NULL, or what is wrong. */
-static const char *pack(given *g, qk_block *out) {
+/* What all layers of a call are given; NULL, or what is wrong. `types_differ` has nothing against it. */
+static const char *pack_common(given *g, qk_block *out) {
     const block *b = g->b;
     handle *h = g->h;
     int64_t *sizes, *strides;
-    const void *table, *at;
-    const char *error = types_differ(b, h);
-    if (error || (error = norms_differ(b, g))) return error;
+    const char *error;
     if (!has(h[X], 3, (int64_t[]){-1, 1, b->head.k}, 0)) return "decoder layer: x has other sizes";
     torch.sizes(h[X], &sizes);
     qk_block c = {.isa = qk_limit, .type = b->type, .act = b->act, .batch = sizes[0], .heads = b->heads,
                   .kv_heads = b->kv_heads, .dim = b->dim, .rotated = b->rotated, .qkv = b->qkv,
                   .sides = b->sides, .up_first = b->up_first};
     memcpy(c.form, b->form, sizeof c.form);
-    memcpy(c.eps, g->eps, sizeof c.eps);
-    if ((error = sizes_differ(b, h, c.batch))) return error;
-    if (!has(h[TABLE], 1, (int64_t[]){b->head.n}, 0)) return "decoder layer: this is no table of weights";
+    if ((error = mask_differs(b, h, c.batch))) return error;
     torch.sizes(h[COS], &sizes);
     c.angle_stride = sizes[0] > 1 ? b->rotated : 0;
-    torch.sizes(h[KEYS], &sizes);
-    c.length = sizes[2];
     torch.sizes(h[MASK], &sizes);
     torch.strides(h[MASK], &strides);
     for (int i = 0; i < 2; i++) c.mask_stride[i] = sizes[i] > 1 ? strides[i] : 0;
-    c.mask_stride[2] = strides[3], c.mask_type = qk_type_of(h[MASK]);
+    c.mask_stride[2] = strides[3], c.mask_type = qk_type_of(h[MASK]), c.length = sizes[3];
     torch.data(h[MASK], (void **)&c.mask);
+    int failed = numbers_of(h[X], g->copies, &c.x);
+    failed |= numbers_of(h[COS], g->copies + 1, &c.cos);
+    failed |= numbers_of(h[SIN], g->copies + 2, &c.sin);
+    *out = c;
+    return failed ? "decoder layer: no memory" : NULL;
+}
+
+/* The call of one layer, of which `common` is known; NULL, or what is wrong. */
+static const char *pack(given *g, const qk_block *common, qk_block *out) {
+    const block *b = g->b;
+    handle *h = g->h;
+    const void *table, *at;
+    const char *error = norms_differ(b, g);
+    if (error) return error;
+    qk_block c = *common;
+    memcpy(c.eps, g->eps, sizeof c.eps);
+    if ((error = cache_differs(b, h, c.batch, c.length))) return error;
+    if (!has(h[TABLE], 1, (int64_t[]){b->head.n}, 0)) return "decoder layer: this is no table of weights";
     if (cache_of(h[KEYS], c.k_stride, &c.keys) || cache_of(h[VALUES], c.v_stride, &c.values))
         return "decoder layer: features of the cache do not lie together";
-    handle *spare = g->copies;
-    int failed = numbers_of(h[X], spare, &c.x);
-    failed |= numbers_of(h[COS], spare + 1, &c.cos);
-    failed |= numbers_of(h[SIN], spare + 2, &c.sin);
-    failed |= numbers_of(h[TABLE], spare + 3, &table);
-    for (int i = 0; i < b->norms; i++) failed |= numbers_of(g->norm[i], spare + 4 + i, &c.norm[i]);
+    int failed = numbers_of(h[TABLE], g->copies + 3, &table);
+    for (int i = 0; i < b->norms; i++) failed |= numbers_of(g->norm[i], g->copies + 4 + i, &c.norm[i]);
     if (failed) return "decoder layer: no memory";
     torch.data(h[AT], (void **)&at);
     c.at = at, c.calls = (const qk_call *)filled(table, b->mark);
@@ -159,8 +171,11 @@ static const char *run_blocks(given *g, int64_t n, double scale, handle *out) {
     const char *error = c ? NULL : "decoder layer: no memory";
     int64_t *sizes;
     int32_t number;
+    qk_block common;
     for (int64_t i = 0; i < n && !error; i++) {
-        error = pack(&g[i], &c[i]);
+        error = types_differ(g[i].b, g[i].h, i == 0);
+        if (!error && i == 0) error = pack_common(g, &common);
+        if (!error) error = pack(&g[i], &common, &c[i]);
         c[i].scale = scale;
     }
     if (!error) {
@@ -305,20 +320,29 @@ void qk_op_decoder_layers(value *stack, uint64_t inputs, uint64_t outputs) {
     finish(stack, &t, g, whole ? n : 0, error, out);
 }
 
-/* What a handle stands for: held.py keeps it up to date. */
+/* Something that was found in a dict under `key`, or in a list at `index` where there is no key. */
 typedef struct {
-    int64_t count;
+    void *where, *key;
+    int64_t index;
+    const void *what;
+} place;
+
+/* What a handle stands for, as long as all `places` hold what they held: held.py. */
+typedef struct {
+    const place *places;
+    int64_t place_count, count;
     handle tensors[];
 } held;
 
-/* (Tensor[] tensors) -> int, where they are held until `qk_release` */
+/* (Tensor[] tensors, int places, int count) -> int, where they are held until `qk_release` */
 void qk_op_hold(value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     const handle list = (handle)(uintptr_t)stack[0];
     size_t count;
     torch.list_size(list, &count);
     held *h = malloc(sizeof *h + count * sizeof *h->tensors);
-    for (h ? h->count = 0 : 0; h && h->count < (int64_t)count; h->count++) {
+    if (h) *h = (held){(const place *)(uintptr_t)stack[1], (int64_t)stack[2], 0};
+    for (; h && h->count < (int64_t)count; h->count++) {
         value item;
         torch.list_item(list, h->count, &item);
         h->tensors[h->count] = (handle)(uintptr_t)item;
@@ -334,14 +358,33 @@ void qk_release(int64_t at) {
     free(h);
 }
 
-/* NULL where there is nothing that it stands for. A copy of a handle leads to what the handle does. */
+/* Whether nothing was put in the place of something since. In C, for Python's way to look at some 200
+ * objects that the weights have pushed out of the caches takes 100 us. */
+static int holds(const held *h) {
+    const place *p = h->places;
+    int64_t i = 0;
+    if (!h->place_count || !qk_python.dict_item) return 0;
+    const int state = qk_python.ensure();
+    for (; i < h->place_count; i++) {
+        void *found = p[i].key ? qk_python.dict_item(p[i].where, p[i].key)
+                               : qk_python.list_item(p[i].where, p[i].index);
+        if (found != p[i].what) break;
+    }
+    if (i < h->place_count) qk_python.clear();
+    qk_python.release(state);
+    return i == h->place_count;
+}
+
+/* NULL where there is nothing that it stands for. A handle holds its own address and that of what it
+ * stands for; a copy of it leads to the same. */
 static const held *held_by(handle h) {
     int32_t number;
     int64_t *at;
     torch.dtype(h, &number);
-    if (number != qk_int64 || !has(h, 1, (int64_t[]){1}, 0)) return NULL;
+    if (number != qk_int64 || !has(h, 1, (int64_t[]){2}, 0)) return NULL;
     torch.data(h, (void **)&at);
-    return (const held *)(uintptr_t)qk_held(*at);
+    const held *found = at[0] == (int64_t)(uintptr_t)at ? (const held *)(uintptr_t)at[1] : NULL;
+    return found && holds(found) ? found : (const held *)(uintptr_t)qk_held(at[0]);
 }
 
 static int64_t take_integers(value v, int64_t *out, int64_t most) {

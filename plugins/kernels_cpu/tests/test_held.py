@@ -26,14 +26,19 @@ HELD = ops._ops.held_layers.default
 class Stack:
     """Three layers of other weights, and two handles."""
 
-    def __init__(self, batch: int = 1, **how) -> None:
+    def __init__(self, batch: int = 1, *, placed: bool = True, **how) -> None:
         self.made = [Made(batch, at, **how) for at in (5, 5, 5)]
         for i, made in enumerate(self.made):
             made.buffers[0][0] += i
         self.weights = [t for m in self.made for t in (m.table.tensor, *m.norms)]
         self.fresh()
-        self.layers = self.made[0].run.held(lambda: self.weights)
-        self.cache = self.layers.another(lambda: self.tensors)
+        run, places = self.made[0].run, self.places if placed else None
+        self.layers = run.held(lambda: self.weights, places and (lambda: places("weights")))
+        self.cache = run.held(lambda: self.tensors, places and (lambda: places("tensors")))
+
+    def places(self, name: str) -> list[tuple]:
+        held = self.__dict__
+        return [(held, name, held[name]), *((held[name], i, t) for i, t in enumerate(held[name]))]
 
     def fresh(self) -> None:
         """The cache as it was."""
@@ -90,8 +95,9 @@ def test_layers_run_in_the_order_that_is_asked_for():
     assert not torch.equal(want, Stack().plain((0, 2))[0])
 
 
-def test_what_is_put_in_a_tensors_place_is_taken():
-    stack = Stack()
+@pytest.mark.parametrize("placed", [True, False])
+def test_what_is_put_in_a_tensors_place_is_taken(placed):
+    stack = Stack(placed=placed)
     before = HELD(*stack.arguments())
     old = stack.tensors[3]
     stack.fresh()
@@ -149,6 +155,23 @@ def test_wrong_arguments_are_errors_and_count_nothing():
         HELD(*stack.arguments())
 
 
+def test_python_is_asked_only_where_something_changed():
+    stack, asked = Stack(), []
+    stack.cache = stack.cache.another(
+        lambda: (asked.append(1), stack.tensors)[1], lambda: stack.places("tensors")
+    )
+    for expected in (1, 1, 1):
+        HELD(*stack.arguments())
+        assert len(asked) == expected
+    stack.tensors[0] = stack.tensors[0].clone()
+    HELD(*stack.arguments())
+    assert len(asked) == 2
+    del stack.__dict__["tensors"][3:]  # a list that became shorter
+    with pytest.raises(RuntimeError, match="no such layer"):
+        HELD(*stack.arguments())
+    assert len(asked) == 3
+
+
 VALUES: list[torch.Tensor] = [torch.arange(3)]
 
 
@@ -160,12 +183,12 @@ def test_copies_are_handles_of_their_own():
     one = held.Held(values)
     for other in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         assert other.tensor.data_ptr() != one.tensor.data_ptr()
-        assert held.held_at(int(other.tensor)) not in (0, held.held_at(int(one.tensor)))
+        assert held.held_at(int(other.tensor[0])) not in (0, held.held_at(int(one.tensor[0])))
     copied = one.tensor.clone()  # of the tensor alone: good for as long as the handle is there
-    assert held.held_at(int(copied)) == one.address()
+    assert held.held_at(int(copied[0])) == one.address()
     del one
     gc.collect()
-    assert held.held_at(int(copied)) == 0
+    assert held.held_at(int(copied[0])) == 0
 
 
 def test_tensors_are_held_as_long_as_the_handle():

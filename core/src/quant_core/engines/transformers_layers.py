@@ -240,6 +240,11 @@ def _chained(tables: tuple[Any, ...], norms: tuple[tuple[nn.Module, ...], ...]) 
     return found
 
 
+def _places(norms: tuple[tuple[nn.Module, ...], ...]) -> list[tuple[Any, Any, Any]]:
+    held = [n._parameters for own in norms for n in own]
+    return [(d, "weight", d["weight"]) for d in held]
+
+
 def _chain(parts: Sequence[LayerPart]) -> None:
     """One handle for layers that differ in nothing but their weights, where the kernel has such."""
     kinds: dict[str, list[LayerPart]] = {}
@@ -249,10 +254,10 @@ def _chain(parts: Sequence[LayerPart]) -> None:
             kinds.setdefault(kind, []).append(part)
     for alike in kinds.values():
         first: Any = alike[0].run
-        values = functools.partial(
-            _chained, tuple(p.table for p in alike), tuple(p.norms for p in alike)
+        tables, norms = tuple(p.table for p in alike), tuple(p.norms for p in alike)
+        chain = first.held(
+            functools.partial(_chained, tables, norms), functools.partial(_places, norms)
         )
-        chain = first.held(values)
         for i, part in enumerate(alike):
             part.chain, part.index = chain, i
 

@@ -126,6 +126,14 @@ def _tensors(layers: list[Any]) -> list[Tensor]:
     return [t for c in layers for t in (c.keys, c.values, c.cumulative_length)]
 
 
+def _places(layers: list[Any]) -> list[tuple[Any, Any, Any]]:
+    found: list[tuple[Any, Any, Any]] = [(layers, i, c) for i, c in enumerate(layers)]
+    for layer in layers:
+        held = layer.__dict__
+        found += [(held, n, held[n]) for n in ("keys", "values", "cumulative_length")]
+    return found
+
+
 def _are_alike(layers: list[Any]) -> bool:
     """Whether all are plain static layers of one size, each with memory of its own."""
     from transformers.cache_utils import StaticLayer
@@ -143,12 +151,12 @@ def _are_alike(layers: list[Any]) -> bool:
     return len({t.data_ptr() for t in tensors}) == len(tensors)
 
 
-def note_cache(cache: Any, index: int, hold: Callable[[Callable[[], list[Tensor]]], Any]) -> None:
+def note_cache(cache: Any, index: int, hold: Callable[..., Any]) -> None:
     """Give a plain static cache what stands for it, once its last layer holds something.
 
     Args:
         index: of the layer that was just run by its own code.
-        hold: makes a kernel's handle for what its argument lists.
+        hold: ``another`` of what a kernel's ``held`` made (``kernels.between.Block``).
     """
     from transformers.cache_utils import StaticCache
 
@@ -158,4 +166,5 @@ def note_cache(cache: Any, index: int, hold: Callable[[Callable[[], list[Tensor]
     held: Stand | None = cache.__dict__.get("_quant_stand")
     if not _are_alike(layers) or (held is not None and held.fits(layers)):
         return
-    cache._quant_stand = Stand(layers, hold(functools.partial(_tensors, layers)))
+    lists = (functools.partial(_tensors, layers), functools.partial(_places, layers))
+    cache._quant_stand = Stand(layers, hold(*lists))

@@ -111,8 +111,10 @@ class Block:
 
     Where it can have handles for lists of tensors (``held``, which says None where it cannot), a
     graph needs no input for each of them. ``kind`` is the same for layers that differ in weights
-    only. ``held(values)`` makes an object whose ``tensor`` stands for what ``values()`` lists,
-    looked at again on every call, and whose ``another(values)`` makes more of them.
+    only. ``held(values, places)`` makes an object whose ``tensor`` stands for what ``values()``
+    lists, and whose ``another(values, places)`` makes more of them. ``places()`` lists where all
+    that was found, as (a dict or a list, key or index, what is there): on every call the kernel
+    sees whether it still is, and asks both again where it is not.
     ``traced_held(layers, of, cache, to, room, x, cos, sin, mask, first, scale, eps)`` is the call
     with ``layers`` standing for a table and the norms of each layer behind each other, of which it
     takes number ``of``, and ``cache`` for keys, values and position of layer after layer, of which

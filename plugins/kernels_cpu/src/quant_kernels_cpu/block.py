@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quant_core.kernels.between import ACTIVATIONS, Block
 from quant_kernels_cpu.descriptor import DTYPES
-from quant_kernels_cpu.held import Held
+from quant_kernels_cpu.held import Held, Places, Values
 from quant_kernels_cpu.layer import (
     BlockLayout,
     WeightTable,
@@ -194,14 +194,14 @@ class BlockRun:
             x, table, list(norms), self.text, cos, sin, keys, values, mask, at, scale, list(eps)
         )
 
-    def held(self, values: Callable[[], Sequence[Tensor]]) -> Held | None:
+    def held(self, values: Values, places: Places | None = None) -> Held | None:
         """What stands for tensors in a graph; None where torch lacks what C needs for it."""
         from quant_kernels_cpu.ops import has_native
 
         if not has_native:
             return None
         follow_weights()
-        return Held(values)
+        return Held(values, places)
 
     def traced_held(
         self, layers: Tensor, of: int, cache: Tensor, to: int, room: Sequence[int],

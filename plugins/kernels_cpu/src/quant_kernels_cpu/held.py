@@ -24,10 +24,12 @@ where nothing else in the graph can touch them (join.py).
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +41,9 @@ __all__ = ["HELD_SCHEMA", "HOLD_SCHEMA", "Held", "fake_held", "held_at"]
 
 log = logging.getLogger("quant_core")
 
-HOLD_SCHEMA = "(Tensor[] tensors) -> int"
+Values = Callable[[], Sequence[Tensor]]
+Places = Callable[[], Sequence[tuple[Any, Any, Any]]]
+HOLD_SCHEMA = "(Tensor[] tensors, int places, int count) -> int"
 HELD_SCHEMA = (
     "(Tensor x, Tensor layers, Tensor(a!) cache, int[] of, int[] to, str layout, Tensor cos, "
     "Tensor sin, Tensor mask, Tensor first, float scale, float[] eps) -> Tensor"
@@ -49,45 +53,75 @@ _all: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
 """Address of a handle -> what it stands for."""
 
 
+class _Place(ctypes.Structure):
+    """``place`` of csrc/dispatch_layer.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("where", "key")),
+        ("index", ctypes.c_int64),
+        ("what", ctypes.c_void_p),
+    ]
+
+
+def _packed(places: Sequence[tuple[Any, Any, Any]]) -> ctypes.Array[_Place]:
+    made = (_Place * len(places))()
+    for place, (where, key, what) in zip(made, places, strict=True):
+        place.where, place.what = id(where), id(what)
+        if isinstance(where, dict):
+            place.key = id(key)
+        else:
+            place.index = key
+    return made
+
+
 class Held:
     """Tensors that ``tensor`` stands for, as ``values`` gives them at that time.
 
-    A copy makes a handle of its own, for what its copy of ``values`` gives.
+    ``places`` says where they were found: (a dict or a list, the key or index, what is there), be
+    it tensors or what leads to them. As long as all of it is there ``values`` is not asked again;
+    without places it is asked on every call. A copy makes a handle of its own.
     """
 
-    __slots__ = ("__weakref__", "_at", "_kept", "tensor", "values")
+    __slots__ = ("__weakref__", "_kept", "_state", "places", "tensor", "values")
 
-    def __init__(self, values: Callable[[], Sequence[Tensor]]) -> None:
-        self.values = values
+    def __init__(self, values: Values, places: Places | None = None) -> None:
+        self.values, self.places = values, places
         with torch.inference_mode(mode=False):
-            self.tensor = torch.zeros(1, dtype=torch.int64)
+            self.tensor = torch.zeros(2, dtype=torch.int64)
         address = self.tensor.data_ptr()
-        self.tensor[0] = address
-        self._kept: Sequence[Tensor] = ()
-        self._at = [0]  # of what C holds
-        weakref.finalize(self, _release, self._at).atexit = False
+        self._kept: Any = ([], None, [])  # what C has addresses of: places, packed; tensors
+        self._state = (ctypes.c_int64 * 2).from_address(address)
+        self._state[0] = address
+        weakref.finalize(self, _release, self._state, self.tensor).atexit = False
         _all[address] = self
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Held, (self.values,)
+        return Held, (self.values, self.places)
 
-    def another(self, values: Callable[[], Sequence[Tensor]]) -> Held:
+    def another(self, values: Values, places: Places | None = None) -> Held:
         """A handle of the same kernel for other tensors."""
-        return Held(values)
+        return Held(values, places)
 
     def address(self) -> int:
-        """Where C holds the present tensors."""
-        now, kept = self.values(), self._kept
-        if len(now) != len(kept) or not all(map(operator.is_, now, kept)):
-            _release(self._at)
-            self._kept = list(now)
-            self._at[0] = torch.ops.quant_cpu.hold(self._kept)
-        return self._at[0]
+        """Where C holds the tensors, as they are now."""
+        places = [] if self.places is None else list(self.places())
+        tensors, (old, _, kept) = list(self.values()), self._kept
+        if not (self._state[1] and _same(tensors, kept) and all(map(_same, places, old))):
+            packed = _packed(places)
+            at = torch.ops.quant_cpu.hold(tensors, ctypes.addressof(packed), len(places))
+            _release(self._state)
+            self._kept, self._state[1] = (places, packed, tensors), at
+        return int(self._state[1])
 
 
-def _release(at: list[int]) -> None:
-    if at[0]:
-        held, at[0] = at[0], 0
+def _same(now: Sequence[Any], kept: Sequence[Any]) -> bool:
+    return len(now) == len(kept) and all(map(operator.is_, now, kept))
+
+
+def _release(state: Any, tensor: Tensor | None = None) -> None:
+    """Drop what C holds; ``tensor`` is the memory of ``state``, alive until here."""
+    if state[1]:
+        held, state[1] = state[1], 0
         library().c.qk_release(held)
 
 

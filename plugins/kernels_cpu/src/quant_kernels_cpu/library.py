@@ -23,7 +23,7 @@ __all__ = ["AMX_TOKENS", "ISAS", "Library", "library", "unavailable"]
 AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
 ISAS = ("none", "avx2", "avx512", "bf16")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 25  # of the C interface, as in hatch_build.py
+_VERSION = 26  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ def _load() -> Library | str:
     for function in (c.qk_linear_shared, c.qk_linear_w8a8_shared, c.qk_decoder_chain):
         function.argtypes = [ctypes.c_char_p, integer]
     c.qk_native_limits.argtypes = [integer, integer]
+    c.qk_native_python.argtypes, c.qk_native_python.restype = [pointer], None
     c.qk_native_api.argtypes = [pointer] * 5
     c.qk_weights_changed.argtypes, c.qk_weights_changed.restype = [], None
     c.qk_release.argtypes, c.qk_release.restype = [integer], None

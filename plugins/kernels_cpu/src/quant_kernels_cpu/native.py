@@ -35,6 +35,12 @@ _FUNCTIONS = (
 )
 """In the order of ``torch_api`` in csrc/dispatch.c."""
 
+_PYTHON = (
+    *("PyGILState_Ensure", "PyGILState_Release"),
+    *("PyDict_GetItem", "PyList_GetItem", "PyErr_Clear"),
+)
+"""In the order of ``python_api`` in csrc/dispatch.h."""
+
 
 FLOATS, INT8, BLOCK = range(3)
 """Kinds of layout texts, as csrc/dispatch.c counts them."""
@@ -104,6 +110,17 @@ def _reader(c: ctypes.CDLL, describe: _Describe) -> Any:
     return _Reader(read)
 
 
+def _give_python(c: ctypes.CDLL) -> None:
+    """Let C look at dicts and lists (csrc/dispatch_layer.c); without, it asks Python."""
+    try:
+        found = [getattr(ctypes.pythonapi, name) for name in _PYTHON]
+    except AttributeError as err:
+        log.debug("handles are looked up in Python: %s", err)
+        return
+    addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in found]
+    c.qk_native_python((ctypes.c_void_p * len(addresses))(*addresses))
+
+
 def register_native(
     lib: Library, names: tuple[str, ...], describe: _Describe, fill: Callable[[int], int],
     held: Callable[[int], int],
@@ -132,6 +149,7 @@ def register_native(
     reader = _reader(c, describe)
     filler, holder = _Filler(fill), _Holder(held)
     c.qk_native_api(functions, numbers, reader, filler, holder)
+    _give_python(c)
     handle = ctypes.c_void_p()
     failed = api.aoti_torch_library_init_impl(
         b"quant_cpu", b"CPU", b"dispatch.c", ctypes.c_uint32(0), ctypes.byref(handle)
