@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from quant_core.cli import bench
 from quant_core.cli.main import main
 from quant_core.kernels import measured
 
@@ -56,3 +57,11 @@ def test_explain_asks_the_kernels_of_the_device(capsys, tmp_path):
     kernel = json.loads(capsys.readouterr().out)["kernel"]
     assert kernel["device"] == "cuda"
     assert any("needs cpu, found cuda" in d["decision"] for d in kernel["trace"])
+
+
+def test_faster_kernel_that_rounds_more_is_told_apart():
+    """It is not the choice that is wrong."""
+    record = {"chosen": "a", "best": "b", "best_exact": False}
+    assert bench._faster(record) == "faster: b, which rounds more: only where it is named"
+    assert bench._faster(record | {"best_exact": True}) == "faster: b"
+    assert bench._faster(record | {"best": "a"}) == ""

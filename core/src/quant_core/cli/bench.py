@@ -142,7 +142,8 @@ def measure(
 
     Returns:
         The operation, and records with ``rows``, ``chosen``, ``times`` (name -> microseconds,
-        ``F.linear`` among them), ``best``, ``runner_up`` and ``ratio`` (floats over chosen).
+        ``F.linear`` among them), ``best``, ``best_exact``, ``runner_up`` and ``ratio`` (floats over
+        chosen).
     """
     import torch
     import torch.nn.functional as F
@@ -170,17 +171,26 @@ def measure(
         chosen = next((b.kernel for b in choice.buckets if m <= b.rows), choice.kernel.name)
         ranked = sorted((us, name) for name, us in times.items() if name != FLOATS)
         others = [name for _, name in ranked if name != chosen]
+        best = ranked[0][1] if ranked else None
         out.append(
             {
                 "rows": m,
                 "chosen": chosen,
                 "times": {name: round(us, 2) for name, us in times.items()},
-                "best": ranked[0][1] if ranked else None,
+                "best": best,
+                "best_exact": best is None or found[best][0].exact,
                 "runner_up": others[0] if others else None,
                 "ratio": round(times[FLOATS] / times[chosen], 3) if chosen in times else None,
             }
         )
     return op, out
+
+
+def _faster(record: Mapping[str, Any]) -> str:
+    if record["best"] in (None, record["chosen"]):
+        return ""
+    note = "" if record["best_exact"] else ", which rounds more: only where it is named"
+    return f"faster: {record['best']}{note}"
 
 
 def _render(data: Mapping[str, Any]) -> Iterator[str]:
@@ -196,7 +206,7 @@ def _render(data: Mapping[str, Any]) -> Iterator[str]:
                     "" if second is None else f"{second} {t[second]:.1f}",
                     f"{t[FLOATS]:.1f}",
                     "" if r["ratio"] is None else f"{r['ratio']:.2f}x",
-                    "" if r["best"] in (None, r["chosen"]) else f"faster: {r['best']}",
+                    _faster(r),
                 )
             )  # fmt: skip
         header = ("rows", "chosen", "us", "next, us", f"{FLOATS} us", "speed", "")

@@ -111,6 +111,7 @@ def _kernel(plan: Plan, member: Member, device: str, mmap: bool) -> dict[str, An
                 "kernel": d.kernel,
                 "provider": d.provider,
                 "accepted": not isinstance(d.answer, Rejected),
+                "other_operation": isinstance(d.answer, Rejected) and d.answer.axis == "op",
                 "decision": str(d),
             }
             for d in trace
@@ -198,7 +199,10 @@ def _render(data: Mapping[str, Any]) -> Iterator[str]:
     place = ", on the file's own pages" if k["in_place"] else ""
     yield f"kernel     {k['kernel'] or 'none'} for {wanted}{place}"
     for d in k["trace"]:
-        yield f"  {escaped(d['decision'])} [{d['provider']}]"
+        if not d["other_operation"]:
+            yield f"  {escaped(d['decision'])} [{d['provider']}]"
+    if others := sum(d["other_operation"] for d in k["trace"]):
+        yield f"  and {others} kernels of other operations"
     for line in k["rows"]:
         yield f"  -> {line}"
 
