@@ -305,3 +305,11 @@ def test_patterns_that_match_nothing_and_unknown_keys_are_reported():
     p = _plan(_layers(1), {}, toy.toy_module(detect_format=detect_format))
     assert "unknown key 'foo'" in p.warnings
     assert any("model.nowhere" in w and "model.layers.0.proj" not in w for w in p.warnings)
+
+
+def test_module_whose_members_a_plugin_leaves_out_does_not_vanish():
+    module = toy.toy_module(split_modules=lambda match, checkpoint: {"lost": []})
+    layers = {"m": toy.toy_layer(8, 16), "lost": toy.toy_layer(8, 16)}
+    with pytest.raises(CheckpointError, match=r"lost\.q") as e:
+        plan(toy.toy_checkpoint(layers), registry=toy.toy_registry(module))
+    assert e.value.code == "Q-TENSOR-UNEXPECTED"

@@ -315,6 +315,8 @@ def plan(
         raise unexpected_error(
             checkpoint, dict.fromkeys(extra), "only the tensors of the layer's scheme"
         )
+    if lost := ledger.unclaimed():  # of a module that a plugin's answers lose sight of
+        raise unexpected_error(checkpoint, lost, "a member for each")
     result = Plan(
         checkpoint=checkpoint,
         match=match,
