@@ -149,13 +149,17 @@ def check_linear(name: str, kind: str, act: str, static: bool) -> dict:
     return {"spec": name, "kind": kind, "act": act, "static": static, "worst": worst, "bad": bad}
 
 
-def block_sizes(sub: int, only: str = "") -> list[MixedRing | MixedWide | MixedPair]:
-    """Every block size of a plan with ``sub`` pieces a group, or those of one class."""
+def block_sizes(
+    sub: int, only: str = "", stay: bool = False
+) -> list[MixedRing | MixedWide | MixedPair]:
+    """Every block size of a plan with ``sub`` pieces a group, or those of one class; ``stay``: with
+    those of ``mixed_turns``, which takes codes of 4 bits."""
     every: list[MixedRing | MixedWide | MixedPair] = []
     every += [MixedRing(b, nw, 4, s) for b in (16, 64) for nw in (4, 8) for s in (1, 2)]
     every += [MixedRing(128, 4, 4, 1), MixedWide(128, 1, 4, 8)]
     every += [MixedPair(b, 4, s) for b in (64, 128) for s in (1, 2)]
     every += [MixedWide(128, 2, 4, 8)] if sub == 1 else []
+    every += [MixedWide(128, 2, 5, 16, stay=True)] if stay and sub == 1 else []
     return [c for c in every if not only or type(c).__name__ == only]
 
 
@@ -176,7 +180,7 @@ def check_blocks(
     p, w = from_text(Mixed().bind(op).args[0]), lt.dequantize().double().cuda()
     from quant_kernels_triton.mixed_run import run_mixed
 
-    every = block_sizes(p.sub, only)[part::parts]
+    every = block_sizes(p.sub, only, not p.bytes)[part::parts]
     for c in every:
         try:
             x = torch.randn(rows, k, device="cuda").bfloat16()

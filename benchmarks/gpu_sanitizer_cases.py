@@ -117,11 +117,13 @@ def plain(kernel: str, name: str) -> list[str]:
     return wrong
 
 
-def mixed(name: str, kind: str, blocks: str, rows: int = 100) -> list[str]:
-    """``mixed_ring``, ``mixed_ws`` or ``mixed_pair``, every block size of them."""
+def mixed(
+    name: str, kind: str, blocks: str, rows: int = 100, sizes: tuple[int, int] = (200, 544)
+) -> list[str]:
+    """``mixed_ring``, ``mixed_ws`` with ``mixed_turns``, or ``mixed_pair``, every block size."""
     from gpu_mixed import check_blocks
 
-    row = check_blocks(name, kind, rows=rows, sizes=(200, 544), only=blocks)
+    row = check_blocks(name, kind, rows=rows, sizes=sizes, only=blocks)
     return [str(b) for b in row["bad"]] + ([] if row["blocks"] else ["no block size"])
 
 
@@ -393,6 +395,8 @@ def cases() -> dict[str, Case]:
     for name, kind in ((_INT4, "fp8"), ("fp8 channel", "fp8")):
         c[f"mixed_ring {name} {kind}"] = Case(partial(mixed, name, kind, "MixedRing"))
         c[f"mixed_ws {name} {kind}"] = Case(partial(mixed, name, kind, "MixedWide"))
+    # more tiles than programs
+    c["mixed_turns"] = Case(partial(mixed, _INT4, "fp8", "MixedWide", 3000, (1480, 288)))
     for kind in ("fp8", "block", "int8"):
         c[f"gluon_scaled {kind}"] = Case(partial(scaled, kind), alone=True)
     for name in (_INT4, "uint4 g32 bf16 code"):

@@ -34,6 +34,24 @@ def _largest(x, AXIS: gl.constexpr):
 
 
 @gluon.jit
+def _magnitude(x):
+    """Integers in the order of |x|, NaN last, from x as it is stored."""
+    if x.dtype == gl.float32:
+        return x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        return x.to(gl.int16, bitcast=True).to(gl.int32) & 0x7FFF
+
+
+@gluon.jit
+def _bits_of(m, TYPE: gl.constexpr):
+    """The float32 bits of a magnitude of TYPE."""
+    if TYPE.primitive_bitwidth == 32:
+        return m
+    else:
+        return m.to(gl.int16).to(TYPE, bitcast=True).to(gl.float32).to(gl.int32, bitcast=True)
+
+
+@gluon.jit
 def _scale(bits, peak, least, most, BOUNDED: gl.constexpr):
     s = gl.div_rn(bits.to(gl.float32, bitcast=True), peak)
     if BOUNDED:
@@ -95,6 +113,7 @@ def token_codes(X, ROWS, SCALE, GATHER, Q, S, K, KIN, peak, least, most, FP8: gl
     stored column k is column GATHER[k] of X, or zero where that is negative.
     """
     L: gl.constexpr = gl.BlockedLayout([16], [32], [NW], [0])
+    PART: gl.constexpr = NW * 512  # columns at a time: registers hold all of x, but not all of q
     gdc_wait()
     gdc_launch_dependents()  # not before: blocks beside those of the last product spread unevenly
     t = gl.program_id(0)
@@ -102,23 +121,34 @@ def token_codes(X, ROWS, SCALE, GATHER, Q, S, K, KIN, peak, least, most, FP8: gl
     if HAS_ROWS:
         at = gl.load(ROWS + t)
     row = X + at.to(gl.int64) * KIN
-    i = gl.arange(0, BI, layout=L)
-    x = gl.load(row + i, mask=i < KIN, other=0.0).to(gl.float32)
-    bits = _largest(x, 0)
+    i = gl.arange(0, PART, layout=L)
+    top = gl.zeros([PART], gl.int32, L)
+    held = ()
+    for c in gl.static_range((BI + PART - 1) // PART):
+        x = gl.load(row + c * PART + i, mask=c * PART + i < KIN, other=0.0)
+        top = gl.maximum(top, _magnitude(x))
+        held = held + (x,)
+    bits = _bits_of(gl.max(top, 0), X.dtype.element_ty)
     odd = bits >= 0x7F800000
-    k = gl.arange(0, BK, layout=L)
-    if HAS_GATHER:
-        g = gl.load(GATHER + k, mask=k < K, other=-1)
-        x = gl.load(row + g, mask=g >= 0, other=0.0).to(gl.float32)
     if STATIC:
         s = gl.load(SCALE).to(gl.float32)
-        q = gl.div_rn(x, s)
     else:
         s = _scale(bits, peak, least, most, BOUNDED)
-        p = _power(s)
-        q = _quotient(x * p, s * p, gl.div_rn(1.0, s * p))
-    q = _exchanged(gl.where(odd, 0.0, q), ORDER, BK, L)
-    gl.store(Q + t.to(gl.int64) * K + k, _codes(q, FP8, _FP8), mask=k < K)
+    p = _power(s)
+    y = gl.div_rn(1.0, s * p)
+    for c in gl.static_range((BK + PART - 1) // PART):
+        k = c * PART + i
+        if HAS_GATHER:
+            g = gl.load(GATHER + k, mask=k < K, other=-1)
+            x = gl.load(row + g, mask=g >= 0, other=0.0).to(gl.float32)
+        else:
+            x = held[c].to(gl.float32)
+        if STATIC:
+            q = gl.div_rn(x, s)
+        else:
+            q = _quotient(x * p, s * p, y)
+        q = _exchanged(gl.where(odd, 0.0, q), ORDER, PART, L)
+        gl.store(Q + t.to(gl.int64) * K + k, _codes(q, FP8, _FP8), mask=k < K)
     gl.store(S + t, gl.where(odd, float("nan"), s))
 
 

@@ -78,7 +78,7 @@ def hopper_codes(
     bk, bi = _power(k), _power(x.shape[1])
 
     def build() -> Build:
-        warps = min(16, max(4, bk // 512))
+        warps = min(8, max(4, bk // 512))  # so many that three programs fit a multiprocessor
         constants = {
             "FP8": rule.fp8,
             "BOUNDED": bounded,

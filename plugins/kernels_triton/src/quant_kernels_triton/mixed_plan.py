@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 
 from quant_core.kernels.base import ANY_ROWS, Rejected
@@ -32,6 +33,7 @@ from quant_kernels_triton.recipe import (
 from quant_kernels_triton.scaled_plan import codes_us
 
 __all__ = [
+    "SMS",
     "MixedPair",
     "MixedPlan",
     "MixedRing",
@@ -208,13 +210,15 @@ class MixedRing:
 @dataclass(frozen=True, slots=True)
 class MixedWide:
     """Block sizes of mixed_ws: tokens of a half, halves, stages, blocks that share x in cache,
-    whether a second half may have no tokens."""
+    whether a second half may have no tokens, whether programs stay for several tiles
+    (``mixed_turns``; else ``mixed_ws``)."""
 
     bt: int
     halves: int
     stages: int
     together: int
     partial: bool = False
+    stay: bool = False
 
     @property
     def bm(self) -> int:
@@ -268,7 +272,11 @@ def _pair(p: MixedPlan, rows: int) -> MixedPair | None:
 def _wide(p: MixedPlan, rows: int) -> MixedWide:
     halves = 2 if p.sub == 1 else 1
     partial = halves == 2 and (p.recipe.experts > 0 or 0 < rows % 256 <= 128)
-    return MixedWide(128, halves, 4 if p.bytes or halves == 1 else 5, 8, partial)
+    c = MixedWide(128, halves, 4 if p.bytes or halves == 1 else 5, 8, partial)
+    if halves == 1 or p.bytes or p.recipe.experts:
+        return c
+    stay = MixedWide(128, halves, 5, 16, stay=True)
+    return min(stay, c, key=lambda c: _work_of(p, c, rows, 1)) if partial else stay
 
 
 def config(p: MixedPlan, rows: int) -> MixedPair | MixedRing | MixedWide:
@@ -291,6 +299,9 @@ _BYTES_PER_US = 2.9e6
 _PARTS_PER_US = 4.5e6  # of parts of sums, which the cache holds
 _GROUP = {"int4": 1.08, "fp4": 1.08, "fp8": 1.0, "int8": 0.83}  # of 128 x 256 outputs, 128 columns
 _WHOLE = 0.8  # the same where sums run over all columns
+# the same where programs stay, of one tile each, and for twice as many: the card lowers its clock
+_STAY, _STAY_TWICE = 0.87, 0.045
+_STAY_INT = 1.1  # sums of integers become floats before they are scaled
 _SHORT_WIDE = {1: 1.0, 2: 1.0, 4: 1.3}  # by pieces that have scales of their own
 _SHORT_RING = {1: 1.0, 2: 1.15, 4: 1.85}
 _PAIR = {64: 0.5, 128: 0.64}  # of 64 outputs by so many tokens, two groups
@@ -308,6 +319,8 @@ def _work_of(p: MixedPlan, c: MixedPair | MixedRing | MixedWide, rows: int, stac
     if isinstance(c, MixedWide):
         waves = -(-int(stacks * blocks * -(-r.rows // 128)) // SMS)
         each = _WHOLE if p.whole else _GROUP[p.kind]
+        if c.stay and not p.whole:
+            each = (_STAY + _STAY_TWICE * math.log2(waves)) * (_STAY_INT if p.integer else 1.0)
         if p.bytes and waves > 14:  # the card lowers its clock
             each *= 1.1
         return waves * r.groups * each * _SHORT_WIDE[p.sub] * (c.halves / 2) ** 0.8

@@ -17,15 +17,24 @@ from quant_kernels_triton.gluon_counters import counters
 from quant_kernels_triton.jitted import Descriptor, Jitted
 from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.mixed_asm import ASM, POWER
-from quant_kernels_triton.mixed_plan import MixedPair, MixedPlan, MixedRing, MixedWide, config
+from quant_kernels_triton.mixed_plan import (
+    SMS,
+    MixedPair,
+    MixedPlan,
+    MixedRing,
+    MixedWide,
+    config,
+)
 from quant_kernels_triton.schedule_run import clear_rows, each_alone, sorted_blocks
 
 __all__ = ["exchanged_codes", "run_mixed", "run_mixed_grouped"]
 
 mixed_pair, mixed_ring = Jitted("mixed_pair", "mixed_pair"), Jitted("mixed_ring", "mixed_ring")
 mixed_specialized = Jitted("mixed_ws", "mixed_specialized")
+mixed_turns = Jitted("mixed_turns", "mixed_turns")
 
 _WEIGHT_STAGES = 4  # of mixed_ws, of 8 KB
+_ELSEWHERE = ("GROUPED", "SUB", "BYTES")  # constants that mixed_turns does not have
 _Schedule = tuple[Tensor, Tensor, Tensor]  # order of rows; of blocks: expert, bounds
 
 
@@ -95,10 +104,34 @@ def _descriptor(p: MixedPlan, q: Tensor, tokens: int) -> Descriptor:
     return Descriptor(q, (tokens, 128), dtype=torch.int8 if p.integer else torch.float8_e4m3fn)
 
 
+def _stay(
+    held: _Layer, q: Tensor, s: Tensor, tensors: Sequence[Tensor], y: Tensor, c: MixedWide
+) -> None:
+    """Programs that stay for several tiles."""
+    p, (n, rows, groups) = held.p, held.sizes
+    codes, *fixed = [tensors[i] for i in held.places]
+    shape = (rows // 16, groups * 256)
+    words = Descriptor(codes, (8, 256), shape=shape, dtype=torch.int32, plain=True)
+    tiles = -(-q.shape[0] // c.bm) * -(-rows // 128)
+
+    def build() -> Build:
+        constants = {n: v for n, v in held.constants.items() if n not in _ELSEWHERE}
+        constants |= {"BT": c.bt, "NH": c.halves, "ST": c.stages, "GN": c.together}
+        views = {at: dtype for at, dtype in held.views.items() if at > 1}
+        options = {"num_warps": 4, "launch_pdl": True}
+        return Build(constants=constants, options=options, views=views)
+
+    args = (_descriptor(p, q, c.bt), words, *fixed, s, y, q.shape[0], n, rows, groups)
+    key = (p, c, "stay", y.dtype)
+    launch(mixed_turns, key, (min(tiles, SMS), 1), args, q.device.index, build)
+
+
 def _multiply(
     held: _Layer, q: Tensor, s: Tensor, tensors: Sequence[Tensor], y: Tensor,
     c: MixedPair | MixedRing | MixedWide, experts: _Schedule | None,
 ) -> None:  # fmt: skip
+    if isinstance(c, MixedWide) and c.stay:
+        return _stay(held, q, s, tensors, y, c)
     p, device = held.p, q.device.index
     m = q.shape[0] if experts is None else experts[1].shape[0] * c.bm
     n, rows, groups = held.sizes

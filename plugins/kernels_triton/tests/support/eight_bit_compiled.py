@@ -72,7 +72,7 @@ def compile_codes(order: str, k: int) -> None:
     types = {"X": "*bf16", "Q": "*u8"} | dict.fromkeys(("ROWS", "GATHER"), "*i32")
     types |= dict.fromkeys(("SCALE", "S"), "*fp32") | dict.fromkeys(("K", "KIN", "T"), "i32")
     types |= dict.fromkeys(("peak", "least", "most"), "fp32")
-    warps = min(16, max(4, k // 512))
+    warps = min(8, max(4, k // 512))
     held = {"FP8": True, "BOUNDED": False, "STATIC": False, "HAS_ROWS": False, "HAS_GATHER": False}
     held |= {"ORDER": int(order), "BK": k, "BI": k, "NW": warps}
     ptx = [_compile(token_codes, types, held, warps)]

@@ -23,6 +23,7 @@ from quant_kernels_triton.mixed_plan import (
     describe_mixed,
 )
 from quant_kernels_triton.mixed_ring import mixed_ring
+from quant_kernels_triton.mixed_turns import mixed_turns
 from quant_kernels_triton.mixed_ws import mixed_specialized
 
 _STORED = {0: "*fp32", 1: "*bf16", 2: "*fp16"}  # by element of a factor; others are bytes
@@ -39,12 +40,16 @@ def _order(ptx: str) -> str:
 
 def _compile(p: MixedPlan, c: MixedPair | MixedRing | MixedWide) -> None:
     fn = {MixedPair: mixed_pair, MixedRing: mixed_ring, MixedWide: mixed_specialized}[type(c)]
+    stay = isinstance(c, MixedWide) and c.stay
+    fn = mixed_turns if stay else fn
     tokens = c.bt if isinstance(c, MixedWide) else c.bm
     warps = c.warps if isinstance(c, MixedRing) else 4
     box, name = [tokens, 128], "i8" if p.integer else "fp8e4nv"
     layout = gl.NVMMASharedLayout.get_default_for(box, gl.int8 if p.integer else gl.float8e4nv)
     act = "bf16" if p.recipe.act_dtype == "bfloat16" else "fp16"
     types = {"xd": f"tensordesc<{name}[{box[0]},{box[1]}],{layout!r}>", "W": "*i8", "Y": f"*{act}"}
+    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    types["wd"] = f"tensordesc<i32[8,256],{plain!r}>"
     for at, factor in zip(("S0", "S1", "ROW0", "ROW1"), (*p.factors, *p.rows), strict=True):
         types[at] = _STORED.get(factor >> 3 & 7, "*u8")
     types |= dict.fromkeys(("BIAS", "SX", "PART"), "*fp32")
