@@ -102,7 +102,9 @@ def test_every_cut_covers_every_group_of_every_tile_once(name, n, k, m, pick, li
     assert s.warps <= 32
     if s.kernel == "resident":
         assert s.slots * s.sets <= s.warps
-        assert s.run >= 1 or s.gpc > 3, "half a stage is asked for of 4 groups only"
+        fp4 = dict(v.defines)["IN_WEIGHT"] == "1" and v.bits == 4
+        halves = s.gpc > 3 or (fp4 and s.gpc > 1)  # as csrc/resident.cu compiles it
+        assert s.run >= 1 or halves, "half a stage is asked for where the code can"
         assert s.run < s.stages
     assert s.tiles * 16 * s.rt <= n + -n % 64, "reads no tile beyond the buffer"
     seen = sorted((tile, group + i) for tile, group, count in parts_of(v, s) for i in range(count))

@@ -4,9 +4,10 @@
     + x  + what a kernel costs whatever it does
 
 ``max`` is the third root of the sum of cubes: near a tie each is felt. Instructions of a group of
-16 x 128 weights were counted in compiled code. The other constants are fitted to measured cuts:
-of 4-bit codes to 619 of int4 and fp4 at five layers, 1 to 16 rows (of 58 choices the mean is within
-0.3 % of the best, one 2.1 %), of other weights to cuts of an earlier build (2 % in the mean).
+16 x 128 weights were counted in compiled code. The other constants are fitted to measured cuts: of
+int4 to 619 of 4-bit codes at five layers, 1 to 16 rows, of MXFP4 and NVFP4 to 554 of a later build
+(40 choices are within 0.4 % of the best in the mean, the worst within 2.1 %), of other weights to
+cuts of an earlier build (2 % in the mean).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from quant_kernels_cuda.variant import Variant
 __all__ = ["estimate", "instructions"]
 
 _CODE = {"2": 89, "3": 142, "4": 77, "5": 79, "6": 79, "7": 79, "8": 79}  # by CODE_BITS
-_FLOAT_CODE = {"4": 141, "8": 135}
+_FLOAT_CODE = {"4": 133, "8": 135}
+_FP4_CODE = 107.6  # of 4-bit floats with their scale: fitted, a part hides behind the rest
 _PER_US = 4 * 1755.0  # instructions of a multiprocessor: four schedulers at 1.755 GHz
 
 
@@ -35,6 +37,10 @@ class _Fit:
         join_us, join_block_us: of a cluster, and of every block beyond four.
         deep_us, deep_per_us, deep_most, deep_least: a deep ring helps where memory is the limit and
             keeps x waiting; by tiles of 8 rows.
+        half_us, half_per_us, half_x, half_most, half_least: half of a stage before x lets x come
+            sooner and weights later: per microsecond of reading weights, and of reading x.
+        four_us, tight: four groups in registers leave none for scales, decoded late; the part that
+            eight scales per 128 columns and two groups cost where 20 warps share the registers.
         general_*: the same of decode.cu; ``wide``: with 16 rows.
         chunk_us, chunk_instruction_us, chunk: of a chunk of its line.
         fill_us, slot_us: of what its ring holds, of a warp that shares a tile.
@@ -52,6 +58,13 @@ class _Fit:
     deep_per_us: float
     deep_most: float
     deep_least: float
+    half_us: float = 0.0
+    half_per_us: float = 0.0
+    half_x: float = 0.0
+    half_most: float = 0.0
+    half_least: float = 0.0
+    four_us: float = 0.0
+    tight: float = 0.0
     general_bytes: float
     general_x: float
     general_us: float
@@ -70,6 +83,15 @@ _FOUR = _Fit(
     general_bytes=20.7e3, general_x=91.4e3, general_us=0.988,
     chunk_instruction_us=0.000127, chunk=106.0, fill_us=0.171, slot_us=0.0299, wide=1.12,
 )  # fmt: skip
+_FP4 = _Fit(  # scales in the weight
+    bytes=26e3, x=49.4e3, turn_us=0.226, instruction_us=0.00235, turn=43.2, us=2.72,
+    join_us=0.0986, join_block_us=0.254,
+    deep_us=(2.05, 3.95), deep_per_us=0.356, deep_most=2.07, deep_least=-0.835,
+    half_us=-0.17, half_per_us=0.0747, half_x=0.31, half_most=0.278, half_least=-0.391,
+    four_us=0.606, tight=0.0254,
+    general_bytes=25.2e3, general_x=127e3, general_us=2.61, chunk_us=0.00148,
+    chunk_instruction_us=0.000116, chunk=90.6, fill_us=0.187, slot_us=0.0153, wide=1.07,
+)  # fmt: skip
 _OTHER = _Fit(
     bytes=25e3, x=40.3e3, turn_us=0.243, instruction_us=0.00194, turn=102.0, us=2.24,
     join_us=0.3, join_block_us=0.25,
@@ -84,14 +106,19 @@ _MANY_US, _MANY_PER_US, _MANY_MOST, _MANY_LEAST = 2.9, 0.2, 1.8, -0.7  # more th
 
 
 def _fit(v: Variant) -> _Fit:
-    return _FOUR if v.bits == 4 and not v.xsums else _OTHER
+    if v.bits != 4 or v.xsums:
+        return _OTHER
+    return _FP4 if dict(v.defines)["IN_WEIGHT"] == "1" else _FOUR
 
 
 def instructions(v: Variant, nt: int) -> float:
     """Of one warp for 16 rows and 128 columns, with ``nt`` tiles of 8 rows of x."""
     d = dict(v.defines)
     if d["FLOAT_CODES"] == "1":
-        out = _FLOAT_CODE[d["CODE_BITS"]] + 3.5 * int(d["S0_SUBS"]) * int(d["IN_WEIGHT"])
+        out = float(_FLOAT_CODE[d["CODE_BITS"]])
+        if d["IN_WEIGHT"] == "1":
+            out = _FP4_CODE if d["CODE_BITS"] == "4" else out
+            out += 3.5 * int(d["S0_SUBS"])
     else:
         out = float(_CODE[d["CODE_BITS"]])
     if d["Z_TYPE"] == "4":
@@ -124,12 +151,20 @@ def _resident(v: Variant, s: Schedule) -> float:
     together = s.gpc * _busiest(s, s.slots) / _busiest(s, -(-s.slice // s.gpc))
     turns = -(-s.mine // s.sets) * (f.turn_us + together * each * f.instruction_us)
     issued = groups * (each + f.turn / s.gpc) / _PER_US
-    us = _most(read, turns, issued) + s.m * s.slice * s.sets * 256 / f.x + f.us
+    x = s.m * s.slice * s.sets * 256 / f.x
+    us = _most(read, turns, issued) + x + f.us
     if s.cluster > 1:
         us += f.join_us + f.join_block_us * max(0, s.cluster - _JOIN_FREE)
     if s.run > 1:
         limit = f.deep_us[s.nt - 1] + (s.nt == 2) * (v.parts > 1)
         us += max(f.deep_least, min(f.deep_most, limit - f.deep_per_us * (read - issued)))
+    if s.run == 0 and s.gpc < 4:
+        late = f.half_us + f.half_per_us * read - f.half_x * x
+        us += max(f.half_least, min(f.half_most, late))
+    if s.gpc == 4:
+        us += f.four_us
+    if s.gpc == 2 and s.warps > 16 and max((g.subs for _, g in v.ring), default=1) > 4:
+        us *= 1 + f.tight
     return us
 
 

@@ -23,7 +23,7 @@ _WARPS = (16, 20)  # of a block of resident.cu: more have too few registers
 _DECODE_WARPS = (16,)  # of decode.cu
 _BYTES_WARPS = (16, 32)  # the same for codes of 8 bits, up to 8 rows
 _SHALLOW, _DEEP = (3, 1), (4, 2)  # stages, and those of them that are asked for before x
-_HALF = (2, 0)  # half of a stage before x
+_HALF, _HALF_SHALLOW = (2, 0), (3, 0)  # half of a stage before x
 _RESIDENT = {  # by ``nt``: groups in registers, most warps, rings
     1: ((1, 20, (_SHALLOW,)), (2, 20, (_SHALLOW, _DEEP)), (3, 16, (_SHALLOW,)), (4, 16, (_HALF,))),
     2: ((1, 20, (_SHALLOW,)), (2, 16, (_SHALLOW, _DEEP))),
@@ -103,6 +103,8 @@ def _resident_cuts(
         walkers = min(tiles, _at_once(cluster, sms, clusters))
         if walkers < 1 or slots > most or (cluster - 1) * slice_ >= v.groups:
             continue
+        if fp4 and gpc in (2, 3):
+            rings = (*rings, _HALF_SHALLOW)
         for sets, (stages, run) in itertools.product(range(1, most // slots + 1), rings):
             working = slots * sets
             if sets > 1 and working < 12:

@@ -8,8 +8,8 @@
 //     ``sets`` such teams take turns with its tiles. The loop has no address to compute but the
 //     weights', and reads nothing but weights.
 //   * blocks of a cluster share K, up to 8 of them: each needs a part of x only.
-//   * only ``run`` stages are asked for before x, of stages of 4 groups half of one: the first of
-//     them must not keep x waiting.
+//   * only ``run`` stages are asked for before x, or half of one (run 0): the first of them must not
+//     keep x waiting.
 //   * warps leave their sums of a tile in shared memory and go on. After a batch of tiles they
 //     arrive at a barrier; a batch later, when all have long arrived, they add the sums up, in a
 //     fixed order. Sums of a cluster are sent to the block that owns the tile (its number modulo
@@ -30,13 +30,16 @@ DEVICE T spare(T v) {
   return FLUSH > 1 && !XSUMS && NT * GPC >= 4 ? v : keep(v);
 }
 
-// Scales of 4-bit floats are read and decoded at the start of a turn, a shuffle away from their first
-// use. (8-bit floats have no registers for it, and memory is their limit.)
-constexpr bool EARLY = IN_WEIGHT && CODE_BITS == 4;
+constexpr bool FP4 = IN_WEIGHT && CODE_BITS == 4;
+// Their scales are read and decoded at the start of a turn, a shuffle away from their first use.
+// Four groups in registers leave none for it; nor do 8-bit floats, whose limit is memory.
+constexpr bool EARLY = FP4 && GPC < 4;
+// Half of a stage may be all that is asked for before x.
+constexpr bool HALVES = GPC > 3 || (FP4 && GPC > 1);
 
 // A value that all lanes of a warp share. Where lanes exchange scales the compiler has to know that
 // they stay together, or it looks before every shuffle and moves nothing past it.
-DEVICE u32 same(u32 v) { return EARLY ? __shfl_sync(~0u, v, 0) : v; }
+DEVICE u32 same(u32 v) { return FP4 ? __shfl_sync(~0u, v, 0) : v; }
 
 DEVICE int piece(int row, int chunk) {  // where 4 sums of a row are kept
   const int turn = NT == 2 ? (row & 2) | (row >> 2 & 1) : row >> 2 & 1;
@@ -103,7 +106,7 @@ resident_kernel(const __grid_constant__ Args A) {
     copies_commit();
   };
   // what is asked for first comes first: x waits for every copy before it
-  if (GPC > 3 && A.run == 0 && mine > 0) copy_codes<0, HALF>(ring_at, from, next());
+  if (HALVES && A.run == 0 && mine > 0) copy_codes<0, HALF>(ring_at, from, next());
 #pragma unroll 1
   for (int s = 0; s < A.run; s++) issue(s * STAGE, s < mine);
   float scale_next[GPC] = {};
@@ -134,7 +137,7 @@ resident_kernel(const __grid_constant__ Args A) {
         to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
       }
 #pragma unroll 1
-    for (int s = A.run; s < ST - 1; s++) issue(s * STAGE, s < mine, GPC > 3 && s == 0);
+    for (int s = A.run; s < ST - 1; s++) issue(s * STAGE, s < mine, HALVES && s == 0);
     if (set < A.sets) {
       // columns 32 p.. of the 64 in the place of buffer p: 4 pieces of 16 bytes a row, exchanged
       char* const own = (char*)(sums + (set * A.slots + slot) * SUMS);
