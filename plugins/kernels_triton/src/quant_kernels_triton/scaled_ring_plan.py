@@ -69,7 +69,7 @@ _WIDE = {  # what registers hold: microseconds of 128 columns, alone and on a fu
 def _wide_us(p: ScaledPlan, c: WideSizes, rows: int) -> float:
     us = product_us(p.n, p.k, rows, (c.outputs, c.bm), *_WIDE[p.kind][c])
     tiles = -(-p.n // c.outputs) * -(-rows // c.bm)
-    return us * (1.1 if tiles > 14 * SMS else 1.0)  # the card lowers its clock
+    return us * (1.1 if tiles > 8 * SMS else 1.0)  # the card lowers its clock
 
 
 def ring_sizes(p: ScaledPlan, rows: int) -> RingSizes | WideSizes:
