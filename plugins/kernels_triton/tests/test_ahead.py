@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from quant_core.kernels.ahead import standby
-from quant_kernels_triton import ahead, compiler, machine_code
+from quant_kernels_triton import ahead, compiler, kernel, machine_code
 from quant_kernels_triton.compiler import code_of, source_of
 from quant_kernels_triton.jitted import Jitted
 
@@ -242,3 +243,12 @@ def test_what_an_idle_worker_gets_is_not_of_low_priority(pool, monkeypatch):
         ahead.ahead(source(options={"num_warps": warps}))
     assert [waited_for for _, waited_for in pool.queue.values()] == [True, False]
     monkeypatch.setattr(pool, "running", {})  # nothing to end
+
+
+def test_workers_are_made_ready_where_kernels_are_chosen_for_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernel, "ready", lambda: asked.append(True))
+    assert kernel.kernels_for(SimpleNamespace(device=("cpu", ""))) is kernel.KERNELS
+    assert not asked
+    assert kernel.kernels_for(SimpleNamespace(device=("cuda", "9.0"))) is kernel.KERNELS
+    assert asked
