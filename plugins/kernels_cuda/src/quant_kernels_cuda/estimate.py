@@ -40,7 +40,7 @@ class _Fit:
         half_us, half_per_us, half_x, half_most, half_least: half of a stage before x lets x come
             sooner and weights later: per microsecond of reading weights, and of reading x.
         four_us, tight: four groups in registers leave none for scales, decoded late; the part that
-            eight scales per 128 columns and two groups cost where 20 warps share the registers.
+            eight scales per 128 columns cost with three groups, or with two of 20 warps.
         general_*: the same of decode.cu; ``wide``: with 16 rows.
         chunk_us, chunk_instruction_us, chunk: of a chunk of its line.
         fill_us, slot_us: of what its ring holds, of a warp that shares a tile.
@@ -88,7 +88,7 @@ _FP4 = _Fit(  # scales in the weight
     join_us=0.0986, join_block_us=0.254,
     deep_us=(2.05, 3.95), deep_per_us=0.356, deep_most=2.07, deep_least=-0.835,
     half_us=-0.17, half_per_us=0.0747, half_x=0.31, half_most=0.278, half_least=-0.391,
-    four_us=0.606, tight=0.0254,
+    four_us=0.606, tight=0.05,
     general_bytes=25.2e3, general_x=127e3, general_us=2.61, chunk_us=0.00148,
     chunk_instruction_us=0.000116, chunk=90.6, fill_us=0.187, slot_us=0.0153, wide=1.07,
 )  # fmt: skip
@@ -163,7 +163,8 @@ def _resident(v: Variant, s: Schedule) -> float:
         us += max(f.half_least, min(f.half_most, late))
     if s.gpc == 4:
         us += f.four_us
-    if s.gpc == 2 and s.warps > 16 and max((g.subs for _, g in v.ring), default=1) > 4:
+    crowded = s.gpc == 3 or (s.gpc == 2 and s.warps > 16)
+    if crowded and max((g.subs for _, g in v.ring), default=1) > 4:
         us *= 1 + f.tight
     return us
 
