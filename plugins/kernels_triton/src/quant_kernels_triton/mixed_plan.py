@@ -306,6 +306,7 @@ _SHORT_WIDE = {1: 1.0, 2: 1.0, 4: 1.3}  # by pieces that have scales of their ow
 _SHORT_RING = {1: 1.0, 2: 1.15, 4: 1.85}
 _PAIR = {64: 0.5, 128: 0.64}  # of 64 outputs by so many tokens, two groups
 _RING = {16: 0.06, 32: 0.11, 64: 0.205, 128: 0.40}  # of 64 outputs by so many tokens, on its share
+_CHAIN = {64: 0.58}  # of a block by itself, of 4 bits: its groups come one after another
 
 
 def _work_of(p: MixedPlan, c: MixedPair | MixedRing | MixedWide, rows: int, stacks: int) -> float:
@@ -328,7 +329,9 @@ def _work_of(p: MixedPlan, c: MixedPair | MixedRing | MixedWide, rows: int, stac
     if isinstance(c, MixedPair):
         return r.groups / c.split / 2 * _PAIR[c.bm] * _SHORT_RING[p.sub] + parts
     share = stacks * blocks * (r.rows / 64) / SMS
-    return share * r.groups * _RING[c.bm] * _SHORT_RING[p.sub] + parts
+    chain = 0.0 if r.experts or p.bytes else _CHAIN.get(c.bm, 0.0)
+    alone = r.groups / c.split * chain
+    return max(share * r.groups * _RING[c.bm] * _SHORT_RING[p.sub], alone) + parts
 
 
 def costs(p: MixedPlan, buckets: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
