@@ -27,16 +27,26 @@ def _limit_read_again() -> Iterator[None]:
     library.cache_clear()
 
 
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Limits the library to an instruction set for one test, or skips it."""
+
+    def to(isa: str) -> str:
+        monkeypatch.delenv("QUANT_CPU_ISA", raising=False)
+        library.cache_clear()
+        if ISAS.index(isa) > library().isa:
+            pytest.skip(f"this processor has {ISAS[library().isa]} at most")
+        monkeypatch.setenv("QUANT_CPU_ISA", isa)
+        library.cache_clear()
+        return isa
+
+    return to
+
+
 @pytest.fixture(params=ISAS[1:])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def isa(request: pytest.FixtureRequest, limit: Callable[[str], str]) -> str:
     """Each instruction set of this processor in turn."""
-    monkeypatch.delenv("QUANT_CPU_ISA", raising=False)
-    library.cache_clear()
-    if ISAS.index(request.param) > library().isa:
-        pytest.skip(f"this processor has {ISAS[library().isa]} at most")
-    monkeypatch.setenv("QUANT_CPU_ISA", request.param)
-    library.cache_clear()
-    return request.param
+    return limit(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from cpu_made_int8 import CASES, TOKEN, acts, exact, make, make_op, weight
 from quant_core.errors import LayoutError
 from quant_core.kernels.base import Rejected
 from quant_core.spec import CANONICAL, Element, Packing, Zero
-from quant_kernels_cpu.library import ISAS, library
 from quant_kernels_cpu.stored_int8 import STORED_INT8
 from quant_kernels_cpu.w8a8 import W8A8
 
@@ -23,16 +22,9 @@ RUN = {name: case for name, case in CASES.items() if case[0].element.bits == 8} 
 
 
 @pytest.fixture(params=("avx2", "avx512"))
-def isa(request, monkeypatch):
+def isa(request, limit):
     """AVX2, and the best there is above it."""
-    monkeypatch.delenv("QUANT_CPU_ISA", raising=False)
-    library.cache_clear()
-    if ISAS.index(request.param) > library().isa:
-        pytest.skip(f"this processor has {ISAS[library().isa]} at most")
-    monkeypatch.setenv("QUANT_CPU_ISA", request.param)
-    library.cache_clear()
-    yield request.param
-    library.cache_clear()
+    return limit(request.param)
 
 
 @pytest.fixture(params=RUN)

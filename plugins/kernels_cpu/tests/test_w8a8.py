@@ -17,7 +17,7 @@ from quant_core.kernels.reference import ReferenceKernel
 from quant_core.registry import registry
 from quant_core.spec import CANONICAL, CHANNEL, Element, Packing, QuantSpec, Scale, Zero, group
 from quant_core.tensors import LayerTensors, QuantizedTensor
-from quant_kernels_cpu.library import ISAS, library, unavailable
+from quant_kernels_cpu.library import library, unavailable
 from quant_kernels_cpu.support_int8 import describe_int8, int8_layout_from_text
 from quant_kernels_cpu.w8a8 import W8A8
 
@@ -25,15 +25,9 @@ EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7
 
 
 @pytest.fixture(params=("avx2", "avx512"))
-def isa(request, monkeypatch):
+def isa(request, limit):
     """AVX2, and the best there is above it."""
-    monkeypatch.delenv("QUANT_CPU_ISA", raising=False)
-    library.cache_clear()
-    if ISAS.index(request.param) > library().isa:
-        pytest.skip(f"this processor has {ISAS[library().isa]} at most")
-    monkeypatch.setenv("QUANT_CPU_ISA", request.param)
-    library.cache_clear()
-    return request.param
+    return limit(request.param)
 
 
 @pytest.fixture(autouse=True)
