@@ -27,23 +27,17 @@ from quant_core import load_model
 from quant_core.engines.transformers_parts import parts_of
 from quant_core.registry import registry
 from quant_core.shared import weights_changed
-from tiny_models import make_tiny
+from tiny_models import LLAMA_SIZES, make_tiny
 
 OFF = "rms_norm=none,gated=none,rotary=none"
 ROOM = 24
-_SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    "initializer_range": 0.15, "tie_word_embeddings": False, "head_dim": 16,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-_CPU = ("kernels_cpu" in registry().plugins) if hasattr(registry(), "plugins") else False
+_CPU = "kernels_cpu" in registry().plugins
 pytestmark = pytest.mark.skipif(not _CPU, reason="needs quant-kernels-cpu")
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("llama") / "m", LlamaConfig(**_SIZES)).folder
+    return make_tiny(tmp_path_factory.mktemp("llama") / "m", LlamaConfig(**LLAMA_SIZES)).folder
 
 
 @pytest.fixture(autouse=True)
@@ -305,7 +299,7 @@ def test_weights_that_are_gone_from_the_cpu_are_an_error_not_a_wrong_result(llam
 
 
 def test_a_sliding_window_and_other_caches_run_the_layers_own_code(tmp_path):
-    config = MistralConfig(**_SIZES, sliding_window=8)
+    config = MistralConfig(**LLAMA_SIZES, sliding_window=8)
     model = load(make_tiny(tmp_path / "m", config).folder)
     run, seen = recorded(model)
     got = decode(model, run, static(model))
@@ -324,7 +318,7 @@ def test_other_attention_runs_the_layers_own_code(llama):
 
 def test_a_layer_that_computes_something_else_is_proved_while_a_graph_is_traced(tmp_path, caplog):
     """Layers of one kind are probed once while loading, each of the others before its first use."""
-    config = SmolLM3Config(**_SIZES, no_rope_layers=[1, 1])
+    config = SmolLM3Config(**LLAMA_SIZES, no_rope_layers=[1, 1])
     model = load(make_tiny(tmp_path / "m", config).folder)
     last = model.model.layers[1]
     last.self_attn.use_rope = False  # what its number might have said

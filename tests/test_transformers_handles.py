@@ -21,16 +21,10 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
 from quant_core import load_model
 from quant_core.engines.transformers_parts import parts_of
 from quant_core.registry import registry
-from tiny_models import make_tiny
+from tiny_models import LLAMA_SIZES, make_tiny
 
 ROOM = 24
-_SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    "initializer_range": 0.15, "tie_word_embeddings": False, "head_dim": 16,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-_CPU = ("kernels_cpu" in registry().plugins) if hasattr(registry(), "plugins") else False
+_CPU = "kernels_cpu" in registry().plugins
 pytestmark = pytest.mark.skipif(not _CPU, reason="needs quant-kernels-cpu")
 if _CPU:
     from quant_kernels_cpu.native import _torch_library
@@ -43,7 +37,7 @@ if _CPU:
 def folders(tmp_path_factory) -> dict[int, Path]:
     where = tmp_path_factory.mktemp("llama")
     return {
-        n: make_tiny(where / str(n), LlamaConfig(**_SIZES, num_hidden_layers=n)).folder
+        n: make_tiny(where / str(n), LlamaConfig(**{**LLAMA_SIZES, "num_hidden_layers": n})).folder
         for n in (2, 4)
     }
 
@@ -238,6 +232,16 @@ def test_a_graph_that_touches_the_cache_itself_has_no_handles(model, how):
         assert int(a.cumulative_length) == int(b.cumulative_length)
 
 
+def test_after_a_reset_such_a_graph_takes_no_handles_from_others(model):
+    cache = static(model)
+    prefill(model, cache)
+    with torch.no_grad():
+        torch.compile(touching(model, "reads"), fullgraph=True)(TOKENS[:, 7:8], cache)
+    torch._dynamo.reset()  # the next compilation has the number of that one
+    run, cache = torch.compile(model.forward, fullgraph=True), static(model)
+    assert counts(code_of(model, run, cache)) == (1, 0)
+
+
 def test_graphs_for_others_than_our_pass_have_no_handles(model):
     def theirs(graph):
         return None
@@ -262,8 +266,7 @@ def test_graphs_for_others_than_our_pass_have_no_handles(model):
 
 
 def test_caches_of_several_kinds_of_layers_have_no_handle(tmp_path):
-    sizes = {**_SIZES, "num_hidden_layers": 2}
-    folder = make_tiny(tmp_path / "m", MistralConfig(**sizes, sliding_window=8)).folder
+    folder = make_tiny(tmp_path / "m", MistralConfig(**LLAMA_SIZES, sliding_window=8)).folder
     model = load(folder)
     cache = static(model)
     prefill(model, cache)

@@ -36,21 +36,15 @@ from quant_core import load_model
 from quant_core.engines.transformers_parts import parts_of
 from quant_core.engines.transformers_swap import Swapped, original
 from quant_core.registry import registry
-from tiny_models import make_tiny
+from tiny_models import LLAMA_SIZES, make_tiny
 
 OFF = "rms_norm=none,gated=none,rotary=none"
-_SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    "initializer_range": 0.15, "tie_word_embeddings": False, "head_dim": 16,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-_SWITCHED = ("kernels_cpu" in registry().plugins) if hasattr(registry(), "plugins") else False
+_SWITCHED = "kernels_cpu" in registry().plugins
 pytestmark = pytest.mark.skipif(not _SWITCHED, reason="needs quant-kernels-cpu")
 
 
 def config(kind, **changes):
-    sizes = {k: v for k, v in _SIZES.items() if k != "head_dim" or kind is not Phi3Config}
+    sizes = {k: v for k, v in LLAMA_SIZES.items() if k != "head_dim" or kind is not Phi3Config}
     return kind(**sizes | changes)
 
 

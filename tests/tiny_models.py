@@ -18,9 +18,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-__all__ = ["GROUP", "Tiny", "make_tiny", "pack_gptq", "stored_names"]
+__all__ = ["GROUP", "LLAMA_SIZES", "Tiny", "make_tiny", "pack_gptq", "stored_names"]
 
 GROUP = 32
+LLAMA_SIZES: Mapping[str, Any] = MappingProxyType({
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "initializer_range": 0.15, "tie_word_embeddings": False, "head_dim": 16,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+})  # fmt: skip
 _BLOCK = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
 
 

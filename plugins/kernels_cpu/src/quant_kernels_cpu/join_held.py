@@ -13,6 +13,7 @@ it traces; where a torch does not say, no handles are used.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ __all__ = ["compiled_by", "is_declined", "join_held"]
 _MOST = 64  # csrc/dispatch_layer.c
 _X, _CACHE, _TO, _TEXT, _MASK, _FIRST = 0, 2, 4, 5, 8, 9  # arguments of ``held_layers``
 _OWN = (3, 4, 11)  # of, to, eps: what each layer has of its own
-_declined: set[str] = set()
-"""Compilations whose graphs touch the cache themselves."""
+_declined: weakref.WeakSet[CompileContext] = weakref.WeakSet()
+"""Compilations whose graphs touch the cache themselves; not their ids, which
+``torch._dynamo.reset`` gives out again."""
 
 
 def compiled_by() -> Any:
@@ -50,13 +52,9 @@ def compiled_by() -> Any:
         found = inner
 
 
-def _compilation() -> str:
-    return str(CompileContext.current_compile_id())
-
-
 def is_declined() -> bool:
     """Whether the graph that is being traced was found to touch the cache itself."""
-    return _compilation() in _declined
+    return CompileContext.get() in _declined
 
 
 def join_held(graph: fx.Graph) -> None:
@@ -68,7 +66,7 @@ def join_held(graph: fx.Graph) -> None:
     held = torch.ops.quant_cpu.held_layers.default
     calls = [n for n in graph.nodes if n.op == "call_function" and n.target is held]
     if calls and _is_touched(graph, calls):
-        _declined.add(_compilation())
+        _declined.add(CompileContext.get())
         InstructionTranslator.current_tx().speculation_log.clear()  # another way is taken then
         raise exc.TensorifyScalarRestartAnalysis
     chain: list[fx.Node] = []
