@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import toy
 from quant_core.build import Builder
 from quant_core.errors import KernelError, LayoutError
 from quant_core.kernels.base import Accepted
+from quant_core.kernels.finite import TorchFinite, look_of
 from quant_core.kernels.reference import ReferenceKernel
 from quant_core.nn import QuantLinear
 from quant_core.plan import plan
@@ -177,6 +179,27 @@ def test_plugin_whose_code_ran_last_is_blamed(tmp_path, monkeypatch):
     with pytest.raises(KernelError, match=r"plugin 'otherpack'\) raised KeyError") as e:
         _use(broken)
     assert e.value.plugin == "otherpack"
+
+
+@pytest.mark.parametrize("when", ["bind", "a call"])
+def test_who_looks_for_nan_is_named_too(when):
+    class Look(TorchFinite):
+        name = "look"
+
+        def accepts(self, op):
+            said = super().accepts(op)
+            return replace(said, cost=0.0) if isinstance(said, Accepted) else said
+
+        def bind(self, op):
+            return fail([]) if when == "bind" else fail
+
+    def fail(buffers, values=None):
+        raise ZeroDivisionError("inside")
+
+    pack = toy.toy_module("lookpack", apply=lambda op: [Look()])
+    with pytest.raises(KernelError, match=f"finite: {when} of kernel 'look'") as e:
+        look_of(toy.toy_registry(pack))([torch.ones(3)])
+    assert e.value.code == "Q-KERNEL-FAILED"
 
 
 def test_the_first_call_alone_is_checked(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from made_layers import SPECS, make_layer, make_op
+from quant_core.errors import KernelError
 from quant_core.kernels.base import Accepted
 from quant_core.kernels.choose import Choice
 from quant_core.kernels.family import Family
@@ -71,6 +72,34 @@ def experts(*kernels):
     stacks = [stack(k, 10 * i) for i, k in enumerate(kernels)]
     module = QuantExperts(*(m for m, _ in stacks), torch.nn.functional.silu, EXPERTS)
     return module, [w for _, w in stacks]
+
+
+class Broken(Whole):
+    """Fails when it is asked for the call, or in it."""
+
+    name = "broken"
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.when = when
+
+    def bind_experts(self, ops):
+        if self.when == "bind_experts":
+            raise KeyError("inside")
+        return super().bind_experts(ops)
+
+    def run(self, *args):
+        raise KeyError("inside")
+
+
+@pytest.mark.parametrize("when", ["bind_experts", "a call of bind_experts"])
+def test_call_that_fails_is_named_with_its_kernel(when):
+    kernel = Broken(when)
+    module, _ = experts(kernel, kernel, kernel)
+    with pytest.raises(KernelError, match=f"{when} of kernel 'broken'.*KeyError: 'inside'") as e:
+        module(*inputs())
+    assert e.value.code == "Q-KERNEL-FAILED"
+    assert isinstance(e.value.__cause__, KeyError)
 
 
 def inputs(tokens=5, top=2):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quant_core.errors import LayoutError
 from quant_core.kernels.activations import fake_quantize
 from quant_core.kernels.device import device_key
+from quant_core.kernels.failed import Whose
 from quant_core.kernels.quantizer import cheapest
 from quant_core.nn import moved
 from quant_core.registry import registry
@@ -43,7 +44,7 @@ def _spec(text: str) -> QuantSpec:
 @functools.cache
 def _rounds(
     text: str, features: int, dtype: torch.dtype, device: torch.device
-) -> Callable[..., Tensor]:
+) -> tuple[Callable[..., Tensor], Whose]:
     """The kernel that rounds states on ``device``, bound; an operation "quantize"."""
     spec = _spec(text)
     stored = {"input_scale"} | ({"input_zero"} if spec.zero is not None else set())
@@ -56,7 +57,9 @@ def _rounds(
         features=frozenset(stored),
     )
     kernel, op, _ = cheapest(asked, registry())
-    return kernel.bind(op)
+    whose = Whose(kernel=kernel, op=op)
+    with whose.bound():
+        return kernel.bind(op), whose
 
 
 def _round_states(x: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> Tensor:
@@ -65,7 +68,12 @@ def _round_states(x: Tensor, scale: Tensor, zero: Tensor | None, spec: str) -> T
         return x.clone()
     if x.is_cpu:
         return fake_quantize(x, _spec(spec), scale, zero)
-    return _rounds(spec, x.shape[-1], x.dtype, x.device)([], x, scale, zero)
+    run, whose = _rounds(spec, x.shape[-1], x.dtype, x.device)
+    try:
+        return run([], x, scale, zero)
+    except Exception as err:
+        whose.failed(err, x)
+        raise
 
 
 _lib.impl("round_states", _round_states, "CompositeExplicitAutograd")

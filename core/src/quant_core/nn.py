@@ -325,13 +325,22 @@ class QuantComposite(nn.Module):
     def _part(self, index: int) -> QuantLinear:
         return self.parts[index]  # type: ignore[return-value]
 
+    def _called(self, run: Callable[..., Any], places: tuple[int, ...], x: Tensor) -> list[Tensor]:
+        values = [self._part(i)._values() for i in places]
+        if torch.compiler.is_compiling():
+            return run(values, x)  # type: ignore[no-any-return]
+        try:
+            return run(values, x)  # type: ignore[no-any-return]
+        except Exception as err:
+            self._part(places[0])._name_failure(err, x)
+            raise
+
     def forward(self, x: Tensor) -> Tensor:
         if wants_grad(x):
             return torch.cat([part(x) for part in self.parts], dim=-1)
         out: dict[int, Tensor] = {}
         for run, places in self._calls:
-            values = [self._part(i)._values() for i in places]
-            out |= zip(places, run(values, x), strict=True)
+            out |= zip(places, self._called(run, places, x), strict=True)
         return torch.cat([out[i] for i in range(len(self.parts))], dim=-1)
 
 
@@ -413,7 +422,8 @@ class QuantExperts(nn.Module):
         kernels = [s.kernel for s in stacks]  # type: ignore[union-attr]
         ops = [s.op for s in stacks]  # type: ignore[union-attr]
         if self._one is None or not self._one.of(kernels, ops):  # type: ignore[arg-type]
-            self._one = ExpertsRun(kernels, ops)  # type: ignore[arg-type]
+            gate: Any = self.gate
+            self._one = ExpertsRun(kernels, ops, gate.layer, gate.trace)  # type: ignore[arg-type]
         values = [s._values() for s in stacks]  # type: ignore[union-attr, operator]
         return self._one(values, self._gated, x, index, weights)  # type: ignore[arg-type]
 

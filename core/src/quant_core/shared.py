@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from quant_core.kernels.failed import asked
 from quant_core.kernels.joined import JOINABLE, JoinedRun, place_together_
 
 if TYPE_CHECKING:
@@ -182,7 +183,9 @@ def _bind(layers: Sequence[QuantLinear]) -> Run | None:
     places = {t.device for layer in layers for t in layer.tensors.values()}
     if ask is None or len(places) != 1 or len({_common(layer) for layer in layers}) != 1:
         return None
-    return ask([layer.op for layer in layers])  # type: ignore[no-any-return]
+    first = layers[0]
+    with asked("bind_shared", first.kernel, first.op, first.layer, first.trace):
+        return ask([layer.op for layer in layers])  # type: ignore[no-any-return]
 
 
 def _alone(run: Callable[..., Tensor], values: list[list[Tensor]], x: Tensor) -> list[Tensor]:

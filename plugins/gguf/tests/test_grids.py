@@ -192,6 +192,25 @@ def test_a_gated_mlp_is_one_call():
     assert float((got - want).float().norm() / want.float().norm()) < 2.0**-7  # one rounding of x
 
 
+@pytest.mark.parametrize("up_first", [False, True])
+def test_a_gated_mlp_of_one_layer_for_both_sides_is_one_call(up_first):
+    layers = [layer("iq3_s", blocks("iq3_s", 512, 1)), layer("iq3_s", blocks("iq3_s", 256, 1, 3))]
+    ops = [replace(asked(lt), act_dtype="bfloat16") for lt in layers]
+    kernels = [wrapped(lt, op) for lt, op in zip(layers, ops, strict=True)]
+    whole = kernels[0].bind_gated(ops, "silu", *((True,) if up_first else ()))
+    held = []
+    for lt, op, kernel in zip(layers, ops, kernels, strict=True):
+        buffers = kernel.allocate(op)
+        kernel.load_(buffers, op, lt, {"row": 0})
+        held.append(list(buffers.values()))
+    both, down = (k.bind(op) for k, op in zip(kernels, ops, strict=True))
+    x = (torch.randn(1, 256) / 16).bfloat16()
+    first, second = both(held[0], x).chunk(2, -1)
+    gate, up = (second, first) if up_first else (first, second)
+    want, got = down(held[1], F.silu(gate) * up), whole(held, x)
+    assert float((got - want).float().norm() / want.float().norm()) < 2.0**-7  # one rounding of x
+
+
 def test_the_operation_on_codes_says_what_they_mean():
     op = with_codes(asked(layer("iq2_s", blocks("iq2_s", 32, 1))))
     assert op.weight.label == "iq2_s group(16):uint8 group(256):f16"

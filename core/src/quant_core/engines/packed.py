@@ -388,7 +388,8 @@ def _as_one(
         return None
     kernels, ops = zip(*bound, strict=True)
     if gate.one is None or not gate.one.of(kernels, ops):
-        gate.one = ExpertsRun(kernels, ops)
+        choice = parts[0].choice
+        gate.one = ExpertsRun(kernels, ops, gate.key, () if choice is None else choice.trace)
     return gate.one([s.values(0) for s in stacks], gating, x, index.long(), weights)
 
 

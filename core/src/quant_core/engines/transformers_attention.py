@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from quant_core.errors import KernelError
 from quant_core.kernels.choose import choose
 from quant_core.kernels.device import device_key
+from quant_core.kernels.failed import Whose
 from quant_core.registry import Registry
 from quant_core.registry import registry as default_registry
 from quant_core.spec import OpSpec
@@ -41,7 +42,7 @@ STEP = "quant_core_step"
 _BASE = "sdpa"
 _MORE = frozenset({"position_bias", "cache", "softcap", "s_aux", "output_attentions"})
 _DISPATCH = re.compile(r"\b_attn_implementation\s*(==|!=|in\b|not in\b)")
-_runs: dict[tuple[str, str], Callable[..., Tensor | None]] = {}
+_runs: dict[tuple[str, str], tuple[Callable[..., Tensor | None], Whose]] = {}
 """(device type, dtype) -> the bound kernel; attention has no weights, one serves all models."""
 
 
@@ -76,7 +77,9 @@ def _bound(op: OpSpec, registry: Registry, kernels: str | Sequence[str] | None) 
     except KernelError as err:
         log.debug("attention stays as it is: %s", err)
         return False
-    _runs[op.device[0], op.act_dtype] = choice.kernel.bind(choice.op)
+    whose = Whose(kernel=choice.kernel, op=choice.op, trace=choice.trace)
+    with whose.bound():
+        _runs[op.device[0], op.act_dtype] = choice.kernel.bind(choice.op), whose
     _register()
     return True
 
@@ -148,10 +151,15 @@ def _attend(
         and not dropout
         and not (torch.is_grad_enabled() and query.requires_grad)
     ):
-        run = _runs.get((query.device.type, str(query.dtype).removeprefix("torch.")))
-        if run is not None and not any(_given(kwargs.get(name)) for name in _MORE):
+        found = _runs.get((query.device.type, str(query.dtype).removeprefix("torch.")))
+        if found is not None and not any(_given(kwargs.get(name)) for name in _MORE):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            out = run([], query, key, value, attention_mask, scale)
+            run, whose = found
+            try:
+                out = run([], query, key, value, attention_mask, scale)
+            except Exception as err:
+                whose.failed(err, query)
+                raise
             if out is not None:
                 return out, None
     return sdpa_attention_forward(  # type: ignore[no-any-return]

@@ -37,6 +37,7 @@ from quant_core.engines.transformers_parts import Buffers, Parts, Place, nearly,
 from quant_core.engines.transformers_room import note_cache, room_of
 from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap, unswap
 from quant_core.errors import printable
+from quant_core.kernels.failed import Whose
 from quant_core.nn import QuantLinear
 
 __all__ = ["LayerPart", "differs", "take_over"]
@@ -54,6 +55,7 @@ class LayerPart:
     """What a swapped decoder layer runs for one new token a sequence."""
 
     run: Callable[..., Tensor | None]
+    whose: Whose
     rotated: int
     kv_heads: int
     linears: tuple[QuantLinear, ...]  # as in ``Block``
@@ -129,7 +131,11 @@ class LayerPart:
             y = self.run.traced(self.table.tensor, *inputs, last)  # type: ignore[attr-defined]
         else:
             more = () if room.at is None else (room.at,)
-            y = self.run(self.buffers.of(self.linears), *inputs, *more)
+            try:
+                y = self.run(self.buffers.of(self.linears), *inputs, *more)
+            except Exception as err:
+                self.whose.failed(err, x)
+                raise
         if y is not None:
             room.take(layer)
         return y

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from quant_core.engines.transformers_mlp import MlpPart
 from quant_core.engines.transformers_parts import Buffers, NormPart, Parts
 from quant_core.engines.transformers_swap import Guard, Swapped
 from quant_core.kernels.between import Block, gated_op, rotary_op
+from quant_core.kernels.failed import Whose
 from quant_core.kernels.family import binder
 from quant_core.nn import QuantLinear
 
@@ -116,8 +117,10 @@ def _attach_block(name: str, module: nn.Module, parts: Parts) -> None:
     gated: MlpPart = mlp._quant_mlp
     linears = [attention._modules[n] for n in found.linears]
     linears += [mlp._modules[n] for n in gated.names]
-    ask = getattr(linears[0].kernel, "bind_block", None)
-    if ask is None or len({binder(c.kernel) for c in linears}) != 1:
+    if (
+        not hasattr(linears[0].kernel, "bind_block")
+        or len({binder(c.kernel) for c in linears}) != 1
+    ):
         return
     if gated.whole is None or not all(c.owns_buffers for c in linears):
         return
@@ -125,8 +128,14 @@ def _attach_block(name: str, module: nn.Module, parts: Parts) -> None:
     if known is None and found.head_norms and _alike(attention, found.head_norms):
         parts.left[name] = "its norms of queries and keys cannot be told apart: equal weights"
         return
+    first = linears[0]
+    if not hasattr(first.kernel, "bind_block"):
+        return
+    whose = Whose(
+        kernel=first.kernel, op=first.op, layer=name, trace=first.trace, method="bind_block"
+    )
     for roles in _all_roles(found, dim) if known is None else (known,):
-        part = _part(module, found, roles, gated, ask, parts)
+        part = _part(module, found, roles, gated, whose, parts)
         if part is None:
             continue
         later = known is not None and parts.key[1][0] == "cpu"
@@ -170,8 +179,7 @@ def _heads(module: Any, linears: Sequence[QuantLinear]) -> tuple[int, int] | Non
 
 
 def _part(
-    module: nn.Module, found: _Found, roles: _Roles, gated: MlpPart, ask: Callable[..., Any],
-    parts: Parts,
+    module: nn.Module, found: _Found, roles: _Roles, gated: MlpPart, whose: Whose, parts: Parts,
 ) -> LayerPart | None:  # fmt: skip
     """The layer put together in this way, if the kernel can."""
     attention: Any = module._modules[found.attention]
@@ -199,7 +207,8 @@ def _part(
         sides=len(gated.names) - 1,
         up_first=gated.up_first,
     )
-    run = ask(block)
+    with whose.bound():
+        run = whose.kernel.bind_block(block)  # type: ignore[attr-defined]
     if run is None:
         return None
     below = [(module, n) for n in (*roles.norms, found.attention, found.mlp, *found.idle)]
@@ -213,6 +222,7 @@ def _part(
     names += [(n,) for n in found.idle]
     return LayerPart(
         run,
+        whose,
         roles.rotated,
         heads[1],
         linears,
@@ -222,7 +232,7 @@ def _part(
         tuple(names),
         Guard(below),
         Buffers(),
-        f"decoder layer in {linears[0].kernel.name}",
+        f"decoder layer in {whose.kernel.name}",
         run.table(functools.partial(_values, linears)) if hasattr(run, "table") else None,
     )
 

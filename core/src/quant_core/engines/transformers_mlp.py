@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quant_core.engines.transformers_parts import Buffers, Parts, nearly, random
 from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap
 from quant_core.kernels.between import gated_op
+from quant_core.kernels.failed import Whose
 from quant_core.kernels.family import binder
 from quant_core.nn import QuantLinear
 
@@ -38,7 +39,9 @@ class MlpPart:
     act: str  # name of the activation's module
     form: str  # which one it is
     run: Callable[..., Any]
+    whose: Whose  # of ``run``
     whole: Callable[..., Any] | None
+    products: Whose  # of ``whole``
     above: Guard  # the activation
     below: Guard  # everything
     kernel: str
@@ -49,7 +52,11 @@ class MlpPart:
         held: Any = module._modules
         *sides, down = (held[name] for name in self.names)
         if self.whole is not None and self.below.holds(module):
-            y = self.whole(self.buffers.of((*sides, down)), x)
+            try:
+                y = self.whole(self.buffers.of((*sides, down)), x)
+            except Exception as err:
+                self.products.failed(err, x)
+                raise
             if y is not None:
                 return y
         if not self.above.holds(module):
@@ -59,7 +66,11 @@ class MlpPart:
         else:
             g, u = sides[0](x).chunk(2, -1)
             g, u = (u, g) if self.up_first else (g, u)
-        y = self.run([], g, u)
+        try:
+            y = self.run([], g, u)
+        except Exception as err:
+            self.whose.failed(err, g)
+            raise
         return down(held[self.act](g) * u if y is None else y)
 
 
@@ -144,16 +155,33 @@ def attach_mlp(name: str, module: nn.Module, parts: Parts) -> None:
     x = random((2, 3, held[layers[0]].in_features), parts)
     cases = [x[:1, :1], x] if known is None else []
     wants = [module(case) for case in cases]
-    run = choice.kernel.bind(choice.op)
+    run, whose = parts.bound(choice, name)
     for names, up_first in _orders(layers) if known is None else (known,):
         below = Guard([(module, n) for n in (*names, act_name)])
         above = Guard([(module, act_name)])
-        whole = _whole([held[n] for n in names], act, up_first)
-        kernel = choice.kernel.name
-        part = MlpPart(names, up_first, act_name, act, run, whole, above, below, kernel, Buffers())
+        first: QuantLinear = held[names[0]]
+        products = Whose(
+            kernel=first.kernel, op=first.op, layer=name, trace=first.trace, method="bind_gated"
+        )
+        with products.bound():
+            whole = _whole([held[n] for n in names], act, up_first)
+        part = MlpPart(
+            names,
+            up_first,
+            act_name,
+            act,
+            run,
+            whose,
+            whole,
+            products,
+            above,
+            below,
+            choice.kernel.name,
+            Buffers(),
+        )
         if all(_same(part, module, c, w) for c, w in zip(cases, wants, strict=True)):
             parts.learn(module, (names, up_first))
-            part.kernel += f" in {held[names[0]].kernel.name}" if whole is not None else ""
+            part.kernel += f" in {first.kernel.name}" if whole is not None else ""
             module._quant_mlp = part  # type: ignore[assignment]
             swap(module, _Mlp)
             parts.swapped[name] = part.kernel

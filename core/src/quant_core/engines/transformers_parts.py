@@ -28,6 +28,7 @@ from quant_core.kernels.base import Accepted
 from quant_core.kernels.between import NORMS, norm_op
 from quant_core.kernels.choose import Choice, Decision, choose
 from quant_core.kernels.device import device_key
+from quant_core.kernels.failed import Whose
 from quant_core.nn import QuantLinear
 from quant_core.registry import Registry
 from quant_core.shared import weights_epoch
@@ -91,6 +92,12 @@ class Parts:
                 self.choices[op] = err
         found = self.choices[op]
         return found if isinstance(found, Choice) else None
+
+    def bound(self, choice: Choice, name: str) -> tuple[Callable[..., Any], Whose]:
+        """What was chosen, ready to run, and whose it is; ``name`` is the module's."""
+        whose = Whose(kernel=choice.kernel, op=choice.op, layer=name, trace=choice.trace)
+        with whose.bound():
+            return choice.kernel.bind(choice.op), whose
 
     @property
     def key(self) -> tuple[str, tuple[str, str]]:
@@ -213,8 +220,23 @@ class NormPart:
 
     run: Callable[..., Any]
     eps: str
-    op: OpSpec
-    kernel: str
+    whose: Whose
+
+    @property
+    def op(self) -> OpSpec:
+        return self.whose.op
+
+    @property
+    def kernel(self) -> str:
+        return self.whose.kernel.name
+
+    def apply(self, weight: Tensor, x: Tensor, eps: float) -> Any:
+        """The output; None for what the kernel does not take."""
+        try:
+            return self.run([weight], x, eps)
+        except Exception as err:
+            self.whose.failed(err, x)
+            raise
 
 
 class _Norm(Swapped):
@@ -225,7 +247,7 @@ class _Norm(Swapped):
             held: Any = self.__dict__
             part, weight = self._quant_norm, held["_parameters"].get("weight")
             if type(weight) is nn.Parameter:
-                y = part.run([weight], args[0], held[part.eps])
+                y = part.apply(weight, args[0], held[part.eps])
                 if y is not None:
                     return y
         return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -271,8 +293,8 @@ def _attach_norm(name: str, module: nn.Module, parts: Parts) -> None:
         return
     known, size = parts.knows(module), weight.numel()
     if known is not None and (choice := parts.chosen(norm_op(size, known[1], *parts.key))):
-        run = choice.kernel.bind(choice.op)
-        module._quant_norm = NormPart(run, known[0], choice.op, choice.kernel.name)  # type: ignore[assignment]
+        run, whose = parts.bound(choice, name)
+        module._quant_norm = NormPart(run, known[0], whose)  # type: ignore[assignment]
         swap(module, _Norm)
         parts.swapped[name] = choice.kernel.name
         return
@@ -291,10 +313,11 @@ def _attach_norm(name: str, module: nn.Module, parts: Parts) -> None:
             if choice is None:
                 continue
             offered = True
-            run = choice.kernel.bind(choice.op)
-            off = equal(run([other], x.clone(), getattr(module, eps)), want)
+            run, whose = parts.bound(choice, name)
+            part = NormPart(run, eps, whose)
+            off = equal(part.apply(other, x.clone(), getattr(module, eps)), want)
             if off is not None and (best is None or off < best[0]):
-                best = off, NormPart(run, eps, choice.op, choice.kernel.name)
+                best = off, part
                 found = eps, form
     if best is not None:
         parts.learn(module, found)

@@ -138,10 +138,13 @@ class Expanded:
         bind = getattr(self.inner, "bind_shared", None)
         return None if bind is None else bind([with_codes(op) for op in ops])  # type: ignore[no-any-return]
 
-    def bind_gated(self, ops: Sequence[OpSpec], activation: str) -> Callable[..., Any] | None:
+    def bind_gated(
+        self, ops: Sequence[OpSpec], activation: str, up_first: bool = False
+    ) -> Callable[..., Any] | None:
         """See ``quant_core.kernels.base``."""
         bind = getattr(self.inner, "bind_gated", None)
-        return None if bind is None else bind([with_codes(op) for op in ops], activation)
+        more = (True,) if up_first else ()
+        return None if bind is None else bind([with_codes(op) for op in ops], activation, *more)
 
     def bind_block(self, block: Block) -> Callable[..., Any] | None:
         """See ``quant_core.kernels.base``."""

@@ -9,7 +9,8 @@ own, on which its tracing and callers who try again with less rely.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from quant_core.kernels.choose import Decision
     from quant_core.spec import OpSpec
 
-__all__ = ["allocated", "asked", "check_output", "name_failure"]
+__all__ = ["Whose", "allocated", "asked", "check_output", "name_failure"]
 
 
 def _provider(kernel: Kernel, trace: Iterable[Decision], err: Exception | None) -> str:
@@ -112,8 +113,12 @@ def name_failure(
     trace: Iterable[Decision],
     values: Sequence[Tensor],
     x: Any,
+    step: str = "a call",
 ) -> None:
     """Raise what names an error of a call with ``x``; return if ``err`` is fit to be seen.
+
+    Args:
+        step: of whom ``x`` is the input: a call of what ``bind`` gave, or of another method's run.
 
     Raises:
         KernelError: ``Q-KERNEL-FAILED``.
@@ -127,7 +132,7 @@ def name_failure(
         wrong, want = f"x of {getattr(x, 'layout', type(x).__name__)}", "a dense tensor"
     elif values and x.device != values[0].device:
         wrong, want = f"x on {x.device}", f"on {values[0].device}, where the weights are"
-    elif op.op != "embedding" and (not x.dim() or x.shape[-1] != op.size("k")):
+    elif op.op != "embedding" and op.size("k", 0) not in (0, *x.shape[-1:]):
         wrong, want = f"x of shape {tuple(x.shape)}", f"{op.size('k')} features"
     elif x.is_floating_point() == (op.op == "embedding"):
         wrong = f"x of {str(x.dtype).removeprefix('torch.')}"
@@ -145,7 +150,33 @@ def name_failure(
         f"raised {type(err).__name__}: {printable(err)} "
         f"(x {list(x.shape)} {str(x.dtype).removeprefix('torch.')})"
     )
-    raise _error("a call", kernel, op, layer, trace, found, err) from err
+    raise _error(step, kernel, op, layer, trace, found, err) from err
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whose:
+    """Who runs what for which layer, where no module holds the kernel: all that an error names.
+
+    Attributes:
+        layer: name of the module, "" where one kernel serves all.
+        trace: how the kernel was chosen.
+        method: by which it was bound.
+    """
+
+    kernel: Kernel
+    op: OpSpec
+    layer: str = ""
+    trace: tuple[Decision, ...] = ()
+    method: str = "bind"
+
+    def bound(self) -> AbstractContextManager[None]:
+        """Around the call of ``method``; see ``asked``."""
+        return asked(self.method, self.kernel, self.op, self.layer, self.trace)
+
+    def failed(self, err: Exception, x: Any) -> None:
+        """After an error of a call of what was bound; see ``name_failure``."""
+        step = "a call" if self.method == "bind" else f"a call of {self.method}"
+        name_failure(err, self.kernel, self.op, self.layer, self.trace, (), x, step)
 
 
 def check_output(

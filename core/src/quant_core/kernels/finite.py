@@ -76,8 +76,19 @@ class TorchFinite(Weightless):
 @functools.lru_cache(maxsize=8)
 def look_of(registry: Registry) -> Look:
     """Who looks in this process: the cheapest kernel of the registered packages."""
+    from quant_core.kernels.failed import Whose
     from quant_core.kernels.quantizer import cheapest
 
     kernel, op, _ = cheapest(_OP, registry)
-    run: Callable[..., Any] = kernel.bind(op)
-    return functools.partial(run, [])
+    whose = Whose(kernel=kernel, op=op)
+    with whose.bound():
+        run: Callable[..., Any] = kernel.bind(op)
+
+    def look(values: Sequence[Tensor]) -> bool:
+        try:
+            return bool(run([], values))
+        except Exception as err:
+            whose.failed(err, values[0] if values else None)
+            raise
+
+    return look

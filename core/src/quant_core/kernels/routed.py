@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quant_core.kernels.failed import Whose
 from quant_core.kernels.family import Family
 from quant_core.spec import OpSpec
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quant_core.kernels.base import Kernel
+    from quant_core.kernels.choose import Decision
 
 __all__ = ["ExpertsRun"]
 
@@ -33,24 +35,47 @@ class ExpertsRun:
 
     Args:
         kernels, ops: of gate, up and down.
+        layer, trace: of gate, for errors.
     """
 
-    def __init__(self, kernels: Sequence[Kernel], ops: Sequence[OpSpec]) -> None:
+    def __init__(
+        self,
+        kernels: Sequence[Kernel],
+        ops: Sequence[OpSpec],
+        layer: str = "",
+        trace: tuple[Decision, ...] = (),
+    ) -> None:
         self.kernels, self.ops = tuple(kernels), tuple(ops)
-        self._runs: dict[tuple[str, ...], Callable[..., Any] | None] = {}
+        self.layer, self.trace = layer, trace
+        self._runs: dict[tuple[str, ...], tuple[Callable[..., Any], Whose] | None] = {}
 
     def of(self, kernels: Sequence[Kernel], ops: Sequence[OpSpec]) -> bool:
         """Whether it was made for these."""
         same = all(a is b for a, b in zip(self.kernels, kernels, strict=True))
         return same and self.ops == tuple(ops)
 
-    def _run(self, rows: int) -> Callable[..., Any] | None:
+    def _run(self, rows: int) -> tuple[Callable[..., Any], Whose] | None:
         members = [k.member(rows) if isinstance(k, Family) else k for k in self.kernels]
         names = tuple("" if m is None else m.name for m in members)
         if names not in self._runs:
-            ask = getattr(members[0], "bind_experts", None)
-            self._runs[names] = None if ask is None or len(set(names)) != 1 else ask(self.ops)
+            first, same = members[0], len(set(names)) == 1
+            self._runs[names] = None if first is None or not same else self._bound(first)
         return self._runs[names]
+
+    def _bound(self, kernel: Kernel) -> tuple[Callable[..., Any], Whose] | None:
+        ask = getattr(kernel, "bind_experts", None)
+        if ask is None:
+            return None
+        whose = Whose(
+            kernel=kernel,
+            op=self.ops[0],
+            layer=self.layer,
+            trace=self.trace,
+            method="bind_experts",
+        )
+        with whose.bound():
+            run = ask(self.ops)
+        return None if run is None else (run, whose)
 
     def __call__(
         self, buffers: Sequence[list[Tensor]], gating: Gating, x: Tensor, index: Tensor,
@@ -63,5 +88,12 @@ class ExpertsRun:
         """
         if torch.compiler.is_compiling() or not index.numel():
             return None
-        run = self._run(index.numel())
-        return None if run is None else run(buffers, gating, x, index, weights)
+        found = self._run(index.numel())
+        if found is None:
+            return None
+        run, whose = found
+        try:
+            return run(buffers, gating, x, index, weights)  # type: ignore[no-any-return]
+        except Exception as err:
+            whose.failed(err, x)
+            raise
