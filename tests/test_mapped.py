@@ -19,7 +19,10 @@ from producers import expected, within
 from quant_core import as_config, load_model
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.errors import CheckpointError, ConfigError, LayoutError
+from quant_core.kernels.choose import accepting
+from quant_core.mapped import PRICE
 from quant_core.nn import QuantModule
+from quant_core.registry import registry
 from quant_core.row_order import head_of, in_model_order
 from quant_kernels_cpu.library import unavailable
 
@@ -98,9 +101,61 @@ def test_float_parameters_are_pages_of_the_file() -> None:
     assert all(in_file(held[n].data, ROWS) for n in large if n in held)
 
 
-def test_weights_are_their_own_memory_unless_asked_for() -> None:
-    model = load(ROWS)
-    assert not any(in_file(t, ROWS) for t in model.buffers())
+def test_weights_are_their_own_memory_where_that_is_asked_for() -> None:
+    model = load(ROWS, dtype=None, mmap=False)
+    assert not any(in_file(t, ROWS) for t in [*model.buffers(), *model.parameters()])
+
+
+@pytest.mark.parametrize("price", [0.5, float("inf")])
+@pytest.mark.parametrize("path", [AWQ, ROWS], ids=lambda p: p.name)
+def test_default_takes_the_place_in_the_file_if_it_costs_little(
+    path: Path, price: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant_core.mapped.PRICE", price)
+    model = load(path)
+    placed = [in_file(m.codes, path) for m in packed(model).values() if hasattr(m, "codes")]
+    assert all(placed) if price > 1 else not any(placed)
+    assert within(model, path)
+
+
+@pytest.mark.parametrize("path", checkpoint_dirs(IN_PLACE), ids=lambda p: p.name)
+def test_default_is_never_dearer_than_its_price(path: Path) -> None:
+    model = load(path, dtype=torch.bfloat16)
+    for name, module in packed(model).items():
+        if not module.tensors or not in_file(next(iter(module.tensors.values())), path):
+            continue
+        ours = module.kernel.accepts(module.op)
+        others = accepting(in_model_order(module.op), registry())
+        assert ours.cost_at(1) <= PRICE * min(answer.cost_at(1) for _, _, answer in others), name
+
+
+@pytest.mark.parametrize("failing", ["nfs", "no address space"])
+def test_default_copies_where_files_are_not_mapped(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("quant_core.mapped.PRICE", float("inf"))
+    if failing == "nfs":
+        monkeypatch.setattr("quant_core.prepared.pages._file_system", lambda folder: "nfs4")
+    else:
+        monkeypatch.setattr("quant_core.checkpoint.mapped.map_file", refuse)
+    model = load(AWQ)
+    assert not mapped_ranges(AWQ)
+    assert within(model, AWQ)
+
+
+def test_model_saved_where_it_was_loaded_from_is_the_same(tmp_path: Path) -> None:
+    shutil.copytree(ROWS, path := tmp_path / ROWS.name)
+    want = load_file(next(path.glob("model*.safetensors")))
+    model = load(path, mmap=True)
+    model.save_pretrained(path)
+    got = load_file(next(path.glob("model*.safetensors")))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[n], t) for n, t in want.items())
+    assert within(model, ROWS)
+    assert within(load(path, mmap=True), ROWS)
 
 
 def test_saved_model_holds_what_the_checkpoint_holds(tmp_path: Path) -> None:
@@ -218,7 +273,7 @@ def test_file_that_the_system_does_not_map_says_what_works_instead(
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
     monkeypatch.setattr("quant_core.checkpoint.mapped.map_file", refuse)
-    with pytest.raises(CheckpointError, match=r"No such device.*load without mmap=True") as err:
+    with pytest.raises(CheckpointError, match=r"No such device.*load with mmap=False") as err:
         load(AWQ, mmap=True)
     assert err.value.code == "Q-CKPT-IO"
     assert Path(err.value.path).name == "model.safetensors"

@@ -199,17 +199,21 @@ def test_f07_two_loads_and_any_number_of_threads_give_the_same_bits(name):
 def test_f12_interrupted_load_leaves_defaults_alone_and_the_next_one_works(monkeypatch):
     from quant_core.checkpoint import safetensors
 
-    read, calls = safetensors.SafetensorsCheckpoint.read, []
+    calls = []
 
-    def interrupted(self, name, index=()):
-        calls.append(name)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        return read(self, name, index)
+    def interrupting(whole):
+        def interrupted(self, name, *index):
+            calls.append(name)
+            if len(calls) == 20:
+                raise KeyboardInterrupt
+            return whole(self, name, *index)
 
-    before = torch.get_default_dtype()
+        return interrupted
+
+    before, kind = torch.get_default_dtype(), safetensors.SafetensorsCheckpoint
     with monkeypatch.context() as patched:
-        patched.setattr(safetensors.SafetensorsCheckpoint, "read", interrupted)
+        for method in ("read", "mapped"):
+            patched.setattr(kind, method, interrupting(getattr(kind, method)))
         with pytest.raises(KeyboardInterrupt):
             load_model(AWQ, dtype=torch.bfloat16)
     assert torch.get_default_dtype() == before

@@ -24,7 +24,10 @@ from quant_core.prepared.pages import MAPPED_BYTES
 from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors
 
-__all__ = ["MappedBuilder"]
+__all__ = ["PRICE", "MappedBuilder"]
+
+PRICE = 1.1
+"""Weights are used in place by default where that costs at most so many times their own memory."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,12 +35,15 @@ class MappedBuilder(Builder):
     """Builds as ``Builder`` does, on the cpu, without copies where that can be.
 
     Attributes:
+        most: in place only at that many times the cost of a layer's own memory, at most; None:
+            whatever it costs.
         places: who runs an operation in place, by operation and names allowed.
 
     Whether numbers are finite is looked at in the end (``finish``), for all layers at once that
     stay where they are, and for others before they are copied.
     """
 
+    most: float | None = None
     places: dict[tuple[OpSpec, frozenset[str]], Choice | None] = field(default_factory=dict)
     _fresh: list[Read] = field(default_factory=list)  # read, and not bound yet
     _unlooked: list[Read] = field(default_factory=list)  # bound where they are
@@ -87,30 +93,49 @@ class MappedBuilder(Builder):
         self, name: str, member: Member, n: int | None, k: int | None
     ) -> QuantModule | None:
         """A layer whose rows a file has in another order than the model, if a kernel runs it so."""
-        lt = read_matrix(self.plan, member, mapped=True, in_place=True, unlooked=self._fresh)
+        lt, op = self._as_stored("linear", member)
         check_size(name, lt.weight, n, k, member.scheme.shape[1])  # type: ignore[union-attr]
-        op = self.op_for("linear", lt, member)
-        order = member.scheme.row_order  # type: ignore[union-attr]
         rows, packing = lt.weight.shape[0], lt.weight.packing
         bound = BoundMember(name=member.layer.name, start=0, stop=rows, packing=packing)
-        op = replace(op, features=op.features | {order})
         module = self._adopted(QuantLinear, name, op, lt, [bound])
         self._bound(lt if module is not None else None)
         return module
+
+    def _as_stored(self, kind: str, member: Member) -> tuple[LayerTensors, OpSpec]:
+        """A member's tensors and operation, its rows in the order of the file."""
+        lt = read_matrix(self.plan, member, mapped=True, in_place=True, unlooked=self._fresh)
+        op = self.op_for(kind, lt, member)
+        order = member.scheme.row_order  # type: ignore[union-attr]
+        return lt, replace(op, features=op.features | {order}) if order else op
+
+    def place_of(self, name: str, member: Member) -> Choice | None:
+        """Who would run a layer or an embedding on the file's own pages; None: it is copied."""
+        kind = "embedding" if member.layer.kind == "embedding" else "linear"
+        lt, op = self._as_stored(kind, member)
+        found = self._found(name, op, lt)
+        self._bound(None)
+        return found[0] if found is not None else None
+
+    def _found(
+        self, name: str, op: OpSpec, lt: LayerTensors
+    ) -> tuple[Choice, dict[str, Tensor]] | None:
+        """Who runs the layer on the tensors where they are, and its buffers; None if nobody."""
+        choice = choose_in_place(
+            op, self.plan.registry, kernels=self.kernels, module=name, memo=self.places,
+            most=self.most,
+        )  # fmt: skip
+        buffers = choice.kernel.adopt(choice.op, lt) if choice is not None else None  # type: ignore[attr-defined]
+        return None if choice is None or buffers is None else (choice, buffers)
 
     def _adopted(
         self, cls: type[QuantModule], name: str, op: OpSpec, lt: LayerTensors,
         members: Sequence[BoundMember],
     ) -> QuantModule | None:  # fmt: skip
         """The layer on the tensors where they are; None if no kernel runs it so."""
-        choice = choose_in_place(
-            op, self.plan.registry, kernels=self.kernels, module=name, memo=self.places
-        )
-        if choice is None:
+        found = self._found(name, op, lt)
+        if found is None:
             return None
-        buffers = choice.kernel.adopt(choice.op, lt)  # type: ignore[attr-defined]
-        if buffers is None:
-            return None
+        choice, buffers = found
         self.choices.append((name, choice))
         return cls(choice, buffers, members, self._chooser(name))
 

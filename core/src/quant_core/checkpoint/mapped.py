@@ -1,9 +1,10 @@
 """Stored tensors as pages of their file: nothing is read before it is used, nothing is copied.
 
 Whoever writes into such a tensor writes into a copy of his own; the file stays as it is. A file
-that is deleted or replaced leaves its pages to those who have them. What is not safe, and why
-mapping has to be asked for: a file that is cut short in place ends the process when a lost page is
-touched (SIGBUS), and one that is overwritten in place changes weights already loaded.
+that is deleted or replaced leaves its pages to those who have them. What is not safe: a file that
+is cut short in place ends the process when a lost page is touched (SIGBUS), and one that is
+overwritten in place changes weights already loaded. It is so wherever weights are mapped;
+transformers maps the floats of a safetensors file on the cpu too (5.23).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class FileMaps:
                     raise changed_error(path, info.file, expected, file.state.size, info.name)
                 mapping = map_file(path, file.fd)
             except OSError as err:
-                instead = "load without mmap=True (--mmap)"
+                instead = "load with mmap=False (--no-mmap)"
                 raise map_error(path, state.size, err, instead) from err
             finally:
                 os.close(file.fd)

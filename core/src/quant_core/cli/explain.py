@@ -10,6 +10,7 @@ from quant_core.cli.inspect import add_path
 from quant_core.cli.output import emit, escaped, size, table
 
 if TYPE_CHECKING:
+    from quant_core.kernels.choose import Choice
     from quant_core.plan import Member, Plan
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mmap",
-        action="store_true",
-        help="as a load with mmap=True: weights in place if they can be",
+        action=argparse.BooleanOptionalAction,
+        help="as a load with mmap=True or False: weights in place if they can be, or copied",
     )
 
 
@@ -72,12 +73,25 @@ def _params(plan: Plan, member: Member) -> list[dict[str, Any]]:
     return out
 
 
-def _kernel(plan: Plan, member: Member, device: str, mmap: bool) -> dict[str, Any]:
+def _in_place(plan: Plan, member: Member, device: str, mmap: bool | None) -> Choice | None:
+    """Who runs this member on the file's own pages, in a load with that ``mmap``; see there."""
+    from quant_core.mapped import PRICE, MappedBuilder
+    from quant_core.prepared.pages import maps_safely
+
+    layer = member.layer
+    wanted = mmap if mmap is not None else maps_safely(plan.checkpoint.folder)
+    if not wanted or device != "cpu" or layer.kind == "experts":
+        return None
+    builder = MappedBuilder(plan=plan, device=device, most=None if mmap else PRICE)
+    return builder.place_of(layer.name, member)
+
+
+def _kernel(plan: Plan, member: Member, device: str, mmap: bool | None) -> dict[str, Any]:
     """Who would run this member on ``device``, and what every candidate said. Reads one matrix."""
     from quant_core.build import Builder
     from quant_core.errors import KernelError
     from quant_core.kernels.base import Rejected
-    from quant_core.kernels.choose import choose, choose_in_place
+    from quant_core.kernels.choose import choose
     from quant_core.kernels.device import check_device
     from quant_core.load import read_matrix
 
@@ -90,10 +104,8 @@ def _kernel(plan: Plan, member: Member, device: str, mmap: bool) -> dict[str, An
         ops.get(layer.kind, "linear"), matrix, member, **sizes
     )
     try:
-        found = choose_in_place(op, plan.registry, module=layer.name) if mmap else None
-        in_place = found is not None and found.kernel.adopt(found.op, matrix) is not None  # type: ignore[attr-defined]
-        choice = found if in_place else choose(op, plan.registry, module=layer.name)
-        assert choice is not None, "choose raises where there is none"
+        found = _in_place(plan, member, device, mmap)
+        choice, in_place = found or choose(op, plan.registry, module=layer.name), found is not None
         kernel, trace, rows = choice.kernel.name, choice.trace, choice.buckets
     except KernelError as err:
         kernel, trace, rows, in_place = None, err.trace, (), False
@@ -119,7 +131,9 @@ def _kernel(plan: Plan, member: Member, device: str, mmap: bool) -> dict[str, An
     }
 
 
-def _collect(plan: Plan, name: str, device: str = "cpu", mmap: bool = False) -> dict[str, Any]:
+def _collect(
+    plan: Plan, name: str, device: str = "cpu", mmap: bool | None = None
+) -> dict[str, Any]:
     from quant_core.load import no_such_name
     from quant_core.scheme import Scheme
 

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", metavar="DEVICE")
     parser.add_argument(
-        "--mmap", action="store_true",
-        help="use weights where the files have them: loads at once, on the cpu",
+        "--mmap", action=argparse.BooleanOptionalAction,
+        help="use weights where the files have them, or copy them; default: where it costs little",
     )  # fmt: skip
     parser.add_argument(
         "--online", metavar="NAME",

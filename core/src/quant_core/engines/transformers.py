@@ -131,7 +131,7 @@ def as_config(
     device: str | None = None,
     kv_cache: CacheMode | None = None,
     prepared: str | os.PathLike[str] | None = None,
-    mmap: bool = False,
+    mmap: bool | None = None,
     online: str | None = None,
     skip: Sequence[str] = (),
     online_options: Mapping[str, Any] | None = None,
@@ -276,7 +276,7 @@ def load_model(
     format: str | None = None,
     kv_cache: CacheMode | None = None,
     prepared: str | os.PathLike[str] | None = None,
-    mmap: bool = False,
+    mmap: bool | None = None,
     online: str | None = None,
     skip: Sequence[str] = (),
     online_options: Mapping[str, Any] | None = None,
@@ -297,9 +297,10 @@ def load_model(
             default: what the producer's own forward does.
         prepared: "auto" or a folder keeps the kernels' final buffers on disk, so that the next
             load only reads them; "off" does not; default from ``QUANT_PREPARED``, else "off".
-        mmap: use weights where the files have them, on the cpu: nothing is copied or repacked, and
-            the file must not be cut or overwritten in place meanwhile. Layers that no kernel runs
-            so are loaded as ever.
+        mmap: True uses weights where the files have them, on the cpu: nothing is copied or
+            repacked, and the file must not be cut or overwritten in place meanwhile. Layers that
+            no kernel runs so are loaded as ever. False copies all. Default: where files are local
+            and a kernel runs them so at 1.1 times the cost of repacked weights at most.
         online: quantize a float checkpoint while loading it: a scheme that an installed plugin
             offers, by its bare name or as "plugin:name".
         skip: patterns of modules that stay floats, see ``online.SkipRules``.

@@ -74,7 +74,7 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         device: str | None = None,
         kv_cache: CacheMode | None = None,
         prepared: str | None = None,
-        mmap: bool = False,
+        mmap: bool | None = None,
         online: str | None = None,
         skip: Sequence[str] = (),
         online_options: Mapping[str, Any] | None = None,
@@ -127,7 +127,8 @@ class QuantCoreConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if self.original is not None:
             return copy.deepcopy(self.original)
         values = {name: getattr(self, name) for name in _OPTIONS}
-        return {"quant_method": METHOD} | {k: v for k, v in values.items() if v}
+        said = {k: v for k, v in values.items() if v or (k == "mmap" and v is not None)}
+        return {"quant_method": METHOD} | said
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

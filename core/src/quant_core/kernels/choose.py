@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -31,6 +31,7 @@ from quant_core.kernels.family import Bucket, Family, RestoredReference, layout_
 from quant_core.kernels.measured import answer as answer_of
 from quant_core.memory import collector_paused
 from quant_core.registry import Registry
+from quant_core.row_order import in_model_order
 from quant_core.spec import CANONICAL, OpSpec
 
 __all__ = [
@@ -332,6 +333,14 @@ def accepting(
     return [(c.kernel, c.op, c.answer) for c in _decide(op, registry, names, kernels, module)[1]]
 
 
+def _scores(candidates: Sequence[_Candidate], weights: Mapping[int, float]) -> list[float]:
+    """What each costs, relative to the best at each number of rows; see the module's docstring."""
+    least = {
+        m: max(min(c.answer.cost_at(m) for c in candidates), 1e-9) for m in weights if candidates
+    }
+    return [sum(w * c.answer.cost_at(m) / least[m] for m, w in weights.items()) for c in candidates]
+
+
 def choose_in_place(
     op: OpSpec,
     registry: Registry,
@@ -339,19 +348,31 @@ def choose_in_place(
     kernels: str | Sequence[str] | None = None,
     module: str = "",
     memo: dict[tuple[OpSpec, frozenset[str]], Choice | None] | None = None,
+    most: float | None = None,
 ) -> Choice | None:
     """Who runs ``op`` on its tensors as they are stored (``Kernel.adopt``); None if nobody does.
 
-    The cheapest by its own estimate. Arguments as in ``choose``.
+    The cheapest by its own estimate. Other arguments as in ``choose``.
+
+    Args:
+        most: nobody either if it costs more than that many times what ``choose`` would take;
+            None: whatever it costs.
     """
     names = _allowed(kernels, op, module)
     key = (op, frozenset(names or ()))
     if memo is not None and key in memo:
         return memo[key]
-    trace, accepted, _ = _decide(op, registry, names, kernels, module)
+    trace, accepted, allowed = _decide(op, registry, names, kernels, module)
     found = [c for c in accepted if hasattr(c.kernel, "adopt") and c.op == op]
-    best = min(found, key=lambda c: (c.answer.cost, c.kernel.name), default=None)
-    choice = Choice(kernel=best.kernel, op=best.op, trace=tuple(trace)) if best else None
+    if most is not None and (turned := in_model_order(op)) != op:  # as it is run when copied
+        _, accepted, allowed = _decide(turned, registry, names, kernels, module)
+    scores = _scores([*found, *_grouped(accepted, allowed)], _weights(None))
+    best = min(
+        zip(scores, found, strict=False), key=lambda c: (c[0], c[1].kernel.name), default=None
+    )
+    if best is not None and most is not None and best[0] > most * min(scores):
+        best = None
+    choice = Choice(kernel=best[1].kernel, op=best[1].op, trace=tuple(trace)) if best else None
     if memo is not None:
         memo[key] = choice
     return choice
@@ -387,13 +408,9 @@ def choose(
     final = _grouped(accepted, allowed)
     if not final:
         raise _none(op, trace, names)
-    least = {m: max(min(c.answer.cost_at(m) for c in final), 1e-9) for m in weights}
-
-    def score(c: _Candidate) -> tuple[float, str]:
-        total = sum(w * c.answer.cost_at(m) / least[m] for m, w in weights.items())
-        return total, c.kernel.name
-
-    best = min(final, key=score)
+    best = min(
+        zip(_scores(final, weights), final, strict=True), key=lambda c: (c[0], c[1].kernel.name)
+    )[1]
     choice = Choice(kernel=best.kernel, op=best.op, trace=tuple(trace))
     if log.isEnabledFor(logging.DEBUG):
         log.debug("kernel for %s: %s\n%s", _describe(op), best.kernel.name, choice.table)

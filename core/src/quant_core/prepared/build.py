@@ -30,7 +30,7 @@ from quant_core.plan import Member, Plan, member_parts
 from quant_core.prepared.entry import Entry, Module, Part, entry_error, write_entry
 from quant_core.prepared.folder import BUFFERS, folder_for, make_room, remove
 from quant_core.prepared.key import Key, key_of
-from quant_core.prepared.pages import MAPPED_BYTES, mapping_wanted
+from quant_core.prepared.pages import MAPPED_BYTES, mapping_wanted, maps_safely
 from quant_core.spec import OpSpec
 
 if TYPE_CHECKING:
@@ -255,7 +255,8 @@ def _parts(plan: Plan) -> list[tuple[str, int, int]]:
     return [(str(folder / t.file), t.offset, t.nbytes) for t in ordered]
 
 
-def _mapped_builder(folder: Path | None, settings: Mapping[str, Any]) -> MappedBuilder:
+def _asked_for(folder: Path | None, settings: Mapping[str, Any]) -> MappedBuilder:
+    """The builder of ``mmap=True``."""
     from quant_core.mapped import MappedBuilder
 
     builder = MappedBuilder(**settings)
@@ -271,9 +272,28 @@ def _mapped_builder(folder: Path | None, settings: Mapping[str, Any]) -> MappedB
     return builder
 
 
+def _by_default(settings: Mapping[str, Any]) -> MappedBuilder | None:
+    """The builder of weights in place where they cost little; None where files are not mapped."""
+    from quant_core.mapped import PRICE, MappedBuilder
+
+    builder = MappedBuilder(most=PRICE, **settings)
+    checkpoint = builder.plan.checkpoint
+    if builder.device != "cpu" or not maps_safely(checkpoint.folder):
+        return None
+    try:  # a tensor of each file: none of them turns out not to be mapped halfway
+        for name in {info.file: name for name, info in checkpoint.tensors.items()}.values():
+            checkpoint.mapped(name)
+    except CheckpointError as err:
+        if err.code != "Q-CKPT-IO":
+            raise
+        log.info("weights are copied: %s", err)
+        return None
+    return builder
+
+
 @contextmanager
 def builder_for(
-    prepared: str | None, target: str, *, mmap: bool = False, **settings: Any
+    prepared: str | None, target: str, *, mmap: bool | None = None, **settings: Any
 ) -> Iterator[Builder]:
     """The builder of one load; prepared weights are written when the load has succeeded.
 
@@ -287,8 +307,12 @@ def builder_for(
             ``Q-CFG-CONFLICT`` for ``mmap`` with prepared weights or on another device.
     """
     folder = folder_for(prepared)
+    mapped = None
     if mmap:
-        mapped = _mapped_builder(folder, settings)
+        mapped = _asked_for(folder, settings)
+    elif mmap is None and folder is None:
+        mapped = _by_default(settings)
+    if mapped is not None:
         yield mapped
         mapped.finish()
         return

@@ -22,7 +22,7 @@ from pathlib import Path
 from quant_core.checkpoint.ahead import start_reading
 from quant_core.errors import CheckpointError, ConfigError, printable
 
-__all__ = ["ALIGN", "MAPPED_BYTES", "map_error", "map_file", "mapping_wanted"]
+__all__ = ["ALIGN", "MAPPED_BYTES", "map_error", "map_file", "mapping_wanted", "maps_safely"]
 
 ALIGN = 64  # bytes of a cache line
 MAPPED_BYTES = 64 << 10  # smaller buffers are read: they share pages with others
@@ -47,7 +47,12 @@ def mapping_wanted(folder: Path) -> bool:
             expected=("0", "1"),
             actual=text,
         )
-    return _file_system(folder) in _LOCAL if not text else text == "1"
+    return maps_safely(folder) if not text else text == "1"
+
+
+def maps_safely(folder: Path) -> bool:
+    """Whether the folder is on a local file system: nobody else's machine takes pages away."""
+    return _file_system(folder) in _LOCAL
 
 
 def _file_system(folder: Path, table: str = "/proc/self/mountinfo") -> str:
