@@ -11,7 +11,8 @@ each, without touching anybody else's):
     touch   every tensor through safetensors, its bytes summed up as int64 (GGUF: the file mapped)
     copy    the same bytes into fresh memory, which is what a model needs at least: large tensors
             into huge pages, as a model's (the heap would give back what a round before gave up)
-    load    ``load_model``: plan, modules of transformers, kernels' buffers
+    load    ``load_model`` as it is by default: plan, modules of transformers, kernels' buffers
+    copied  the same with mmap=False: buffers are memory of the process, weights repacked
     read    ``load_model(prepared=...)`` after a first load wrote the entry, with
             QUANT_PREPARED_MAP=0: buffers are memory of the process
     warm    the same as it is by default, mapped, and then every byte of the model summed up
@@ -146,7 +147,7 @@ MADE: dict[str, tuple[Callable[[int, int], dict[str, torch.Tensor]], dict[str, A
 }  # fmt: skip
 KINDS = (*MADE, "gguf-q4_1", "smollm2")
 WAYS = (
-    *("touch", "copy", "load", "read", "warm", "opened"),
+    *("touch", "copy", "load", "copied", "read", "warm", "opened"),
     *("mapped", "placed", "resident", "skeleton"),
 )
 
@@ -405,6 +406,7 @@ def measure(
         "touch": lambda: touch(path),
         "copy": lambda: copy(path),
         "load": lambda: quant_core.load_model(path, prepared="off"),
+        "copied": lambda: quant_core.load_model(path, prepared="off", mmap=False),
         "read": lambda: read(path, cache),
         "warm": lambda: warm(path, cache),
         "opened": lambda: opened(path, cache),
