@@ -170,7 +170,7 @@ def edited(folder: Path, tmp_path: Path, file: str, change) -> Path:
 @pytest.mark.parametrize(
     ("file", "change", "reason"),
     [
-        ("config.json", lambda c: c.update(model_type="mamba"), "model_type is 'mamba'"),
+        ("config.json", lambda c: c.update(model_type="none_such"), "model_type is 'none_such'"),
         (
             "config.json",
             lambda c: c["rope_parameters"].update(rope_type="yarn", factor=4.0),

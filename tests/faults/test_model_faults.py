@@ -162,24 +162,64 @@ def test_numbers_of_a_container_that_no_model_has(key, value, code, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "code", "named"),
     [
-        ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
-        ({"head_dim": "64"}, "head_dim is '64'"),
+        ({"vocab_size": 10**12}, "Q-LAYOUT-SHAPE", "and not (1000000000000, 256)"),
+        ({"head_dim": "64"}, "Q-LAYOUT-REPRESENT", "head_dim is '64'"),
         (
             {"rope_parameters": {"rope_theta": 1e300, "rope_type": "default"}},
+            "Q-LAYOUT-REPRESENT",
             "rope_theta is 1e+300",
         ),
     ],
 )
-def test_number_that_a_gguf_file_cannot_hold_is_refused(values, named, tmp_path):
+def test_number_that_a_gguf_file_cannot_hold_is_refused(values, code, named, tmp_path):
     folder = _copy(AWQ, tmp_path / "m")
     _config(**values)(folder)
     with pytest.raises(QuantError) as e:
         convert(folder, tmp_path / "out", to="gguf")
-    assert e.value.code == "Q-LAYOUT-REPRESENT"
+    assert e.value.code == code
     assert named in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "code", "named"),
+    [
+        (_without("model.layers.1.input_layernorm.weight"), "Q-TENSOR-MISSING", "layers.1.input_"),
+        (_without("model.norm.weight"), "Q-TENSOR-MISSING", "model.norm.weight"),
+        (
+            _without(*(f"model.layers.1.mlp.up_proj.{s}" for s in ("qweight", "qzeros", "scales"))),
+            "Q-TENSOR-MISSING",
+            "layers.1.mlp.up_proj",
+        ),
+        (_config(num_hidden_layers=3), "Q-TENSOR-MISSING", "model.layers.2."),
+        (_config(intermediate_size=384), "Q-LAYOUT-SHAPE", "model.layers.0.mlp"),
+    ],
+)
+def test_convert_refuses_a_source_that_is_no_whole_model(edit, code, named, tmp_path):
+    folder = _copy(AWQ, tmp_path / "m")
+    edit(folder)
+    with pytest.raises(QuantError) as e:
+        convert(folder, tmp_path / "out", to="gptq", allow_inexact=True)
+    assert e.value.code == code
+    assert named in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "warned"),
+    [
+        (_tensors(lambda t: t.update({"model.extra": torch.zeros(3)})), "'model.extra'"),
+        (_config(model_type="none_such"), "not compared with its model"),
+    ],
+)
+def test_convert_says_what_it_could_not_compare(edit, warned, tmp_path):
+    folder = _copy(AWQ, tmp_path / "m")
+    edit(folder)
+    result = convert(folder, tmp_path / "out", to="gptq")
+    assert [w for w in result.warnings if warned in w]
+    assert not convert(FIXTURES / AWQ, tmp_path / "good", to="gptq").warnings
 
 
 def test_declared_format_with_floats_only_is_a_warning_and_nothing_to_convert(tmp_path):

@@ -117,19 +117,13 @@ def _problem(where: str, err: QuantError) -> dict[str, Any]:
     return {"where": where, "code": err.code, "message": str(err), "tensor": err.tensor}
 
 
-_LACKS = ("Q-TENSOR-MISSING", "Q-TENSOR-UNEXPECTED", "Q-TENSOR-DUPLICATE", "Q-LAYOUT-SHAPE")
-"""What is wrong with a checkpoint; all else says that there is nothing to compare it with."""
-
-
 def _compare(plan: Plan, problems: list[dict[str, Any]]) -> tuple[str | None, str]:
     """(class of the model it was compared with, why it was not)."""
-    from quant_core.engines.transformers_skeleton import check_fits
+    from quant_core.engines.transformers_skeleton import compare
 
     try:
-        return check_fits(plan), ""
+        return compare(plan)
     except QuantError as err:
-        if err.code not in _LACKS:
-            return None, str(err)
         problems.append(_problem("model", err))
     return None, ""
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quant_core.errors import FormatError, printable, summarize
+from quant_core.errors import CheckpointError, FormatError, printable, summarize
 
 if TYPE_CHECKING:
     from quant_core.convert.compare import diff
@@ -88,6 +88,24 @@ def _target_error(source: Plan, to: str, known: list[str]) -> FormatError:
     )
 
 
+def _model_notes(source: Plan) -> list[str]:
+    """Warnings about the source and its model.
+
+    Raises:
+        CheckpointError, LayoutError: the model has parameters that are not stored, are stored
+            twice, or have other sizes. What is stored beyond it is carried along.
+    """
+    from quant_core.engines.transformers_skeleton import compare
+
+    try:
+        _, why = compare(source)
+    except CheckpointError as err:
+        if err.code != "Q-TENSOR-UNEXPECTED":
+            raise
+        return [f"in the source: {err}"]
+    return [f"the source was not compared with its model: {why}"] if why else []
+
+
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -119,7 +137,10 @@ def convert(
         FormatError: ``Q-FMT-TARGET`` if ``to`` cannot be written, or ``src`` is not quantized.
         LayoutError: ``Q-LAYOUT-REPRESENT`` with all modules that the target cannot hold.
         ConfigError: ``Q-CFG-VALUE`` for an option with a wrong value, ``Q-CFG-MISSING``.
-        CheckpointError: ``Q-CKPT-EXISTS``, ``Q-CKPT-IO``; whatever is wrong with ``src``.
+        CheckpointError: ``Q-CKPT-EXISTS``, ``Q-CKPT-IO``; whatever is wrong with ``src``, among
+            it ``Q-TENSOR-MISSING`` if the model of its config has parameters that are not stored.
+            Without a config, or where transformers has no such model, a warning says that this
+            was not looked at.
     """
     from quant_core.checkpoint.open import open_checkpoint
     from quant_core.convert.cache import cache_warnings
@@ -138,6 +159,7 @@ def convert(
         if to not in known or not _quantized(source):
             raise _target_error(source, to, known)
         check_destination(path)
+        notes = _model_notes(source)
         total = len(source.quantized)
         found = survey(
             source,
@@ -155,6 +177,7 @@ def convert(
             step=lambda name: report("write", name, total),
         )
         warnings += [f"in the source: {w}" for w in source.warnings]
+        warnings += notes
         warnings += found.hints
         warnings += cache_warnings(source, found.target.plan.attention, to)
         return Result(

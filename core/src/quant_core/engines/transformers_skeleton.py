@@ -1,7 +1,7 @@
 """The model that a checkpoint's config describes, without memory: do the stored tensors fit it?
 
-Asked by ``quant verify`` and, where transformers fails on a config, by ``load_model``. Names and
-sizes decide; no tensor is read but biases that a layer has no place for.
+Asked by ``verify`` and ``convert`` and, where transformers fails on a config, by ``load_model``.
+Names and sizes decide; no tensor is read but biases that a layer has no place for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from quant_core.checkpoint.base import Checkpoint
     from quant_core.plan import Plan
 
-__all__ = ["check_fits", "check_layers", "rejected"]
+__all__ = ["check_fits", "check_layers", "compare", "rejected"]
+
+_LACKS = ("Q-TENSOR-MISSING", "Q-TENSOR-UNEXPECTED", "Q-TENSOR-DUPLICATE", "Q-LAYOUT-SHAPE")
+"""What is wrong with a checkpoint; all else says that there is nothing to compare it with."""
 
 _MANY_LAYERS = 1000
 """Above it a config must not announce more layers than there are tensors."""
@@ -102,3 +105,20 @@ def check_fits(plan: Plan) -> str:
     layout = arrange(plan, model)
     Check(plan, model, layout, Tied(model, layout)).run()
     return type(model).__name__
+
+
+def compare(plan: Plan) -> tuple[str | None, str]:
+    """``check_fits`` where there is a model to compare with.
+
+    Returns:
+        (class of the model, ""), or (None, why there is no model to compare with).
+
+    Raises:
+        CheckpointError, LayoutError: what is wrong with the checkpoint, as ``check_fits``.
+    """
+    try:
+        return check_fits(plan), ""
+    except QuantError as err:
+        if err.code in _LACKS:
+            raise
+        return None, str(err)
