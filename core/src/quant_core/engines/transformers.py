@@ -319,6 +319,7 @@ def load_model(
     _check_version()
     with collector_paused():  # its imports too, where it is the first of a process
         from quant_core.checkpoint.open import open_checkpoint
+        from quant_core.engines.transformers_build import without_numbers
         from quant_core.engines.transformers_quantizer import opened_for, single_device
         from quant_core.engines.transformers_skeleton import check_layers, rejected
     from quant_core.kernels.device import check_device
@@ -351,7 +352,7 @@ def load_model(
             )
             check_layers(checkpoint, config)
             cls, dtype = _model_class(config, path), _dtype(dtype, config, path)
-            with _ONE_AT_A_TIME, _quiet():
+            with _ONE_AT_A_TIME, _quiet(), without_numbers():
                 model = cls.from_pretrained(
                     None,
                     config=config,

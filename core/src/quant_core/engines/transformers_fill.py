@@ -40,11 +40,13 @@ class Filled:
         slots: public name of each stored float tensor -> the parameter it fills.
         members: name -> member as it was loaded.
         left: parameters that transformers itself is to initialise.
+        modules: the model's own, by name; replaced ones by what replaced them.
     """
 
     slots: dict[str, Slot] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def fill_model(
@@ -71,7 +73,7 @@ def fill_model(
     tied = Tied(model, layout)
     check = Check(plan, model, layout, tied)
     check.run()
-    filled = Filled(slots=dict(layout.slots), left=tied.left)
+    filled = Filled(slots=dict(layout.slots), left=tied.left, modules=layout.modules)
     for module, old in layout.modules.items():
         if module in layout.layers:
             members = [without_zero_bias(plan, old, m) for m in layout.members(module)]

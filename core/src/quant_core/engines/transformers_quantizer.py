@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_core.checkpoint.open import open_checkpoint
 from quant_core.detect import quantization_config
+from quant_core.engines.transformers_build import out_of_sight
 from quant_core.engines.transformers_cache import CacheMode, check_mode
 from quant_core.engines.transformers_fill import Filled, fill_model
 from quant_core.engines.transformers_online import online_provenance, replaceable_in, stacks_in
@@ -277,6 +278,8 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
                     self.provenance = online_provenance(online, self.provenance)
         finally:
             torch.set_default_dtype(dtype)
+        if not kwargs.get("use_kernels"):  # which replaces forwards of all modules
+            self._undo.append(out_of_sight(model, filled.modules, filled.left))
         self._hide(model, filled)
 
     def _path(self, files: Sequence[str] | None) -> Path:

@@ -1,0 +1,87 @@
+"""What transformers is spared while it builds a model: nothing of it shows afterwards."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from quant_core.engines.transformers_build import out_of_sight, without_numbers
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Dropout()) for _ in range(2))
+        self.head = nn.Linear(2, 2)
+        self.all_tied_weights_keys: dict[str, str] = {}
+
+
+def _hidden(model: _Model, left: tuple[str, ...] = ()) -> bool:
+    back = out_of_sight(model, dict(model.named_modules()), left)  # type: ignore[arg-type]
+    hidden = not len(model.layers)
+    back()
+    assert len(model.layers) == 2
+    return hidden
+
+
+def test_out_of_sight_layers_that_are_done_are_marked_and_come_back() -> None:
+    model = _Model()
+    before = [(name, id(m)) for name, m in model.named_modules()]
+    assert _hidden(model)
+    assert [(name, id(m)) for name, m in model.named_modules()] == before
+    assert not any(m.training for m in model.layers.modules() if m is not model.layers)
+    assert all(m._is_hf_initialized for m in model.layers[1].modules())
+    assert model.head.training, "what stays in sight is left to transformers"
+
+
+def test_out_of_sight_layers_with_something_left_stay_in_sight() -> None:
+    assert not _hidden(_Model(), left=("layers.1.0.weight",))
+    tied = _Model()
+    tied.all_tied_weights_keys = {"head.weight": "layers.0.0.weight"}
+    assert not _hidden(tied)
+    computed = _Model()
+    computed.layers[1].register_buffer("inv_freq", torch.ones(1), persistent=False)
+    assert not _hidden(computed)
+
+
+def test_out_of_sight_module_with_its_own_train_is_asked() -> None:
+    class Frozen(nn.Module):
+        heard = False
+
+        def train(self, mode: bool = True) -> Frozen:
+            self.heard = True
+            return super().train(mode)
+
+    model = _Model()
+    model.layers[0] = own = Frozen()
+    assert _hidden(model)
+    assert own.heard
+    assert not own.training
+
+
+def test_without_numbers_meta_is_passed_by_and_others_get_numbers() -> None:
+    real = nn.init.kaiming_uniform_
+    seen: list[float] = []
+    with without_numbers():
+        with torch.device("meta"):
+            assert nn.Linear(4, 4).weight.is_meta
+        other = threading.Thread(target=lambda: seen.append(float(nn.Linear(4, 4).weight.std())))
+        other.start()
+        other.join()
+        filled = torch.full((3,), torch.nan)
+        assert nn.init.ones_(filled) is filled
+    assert filled.tolist() == [1.0] * 3
+    assert 0 < seen[0] < 1
+    assert nn.init.kaiming_uniform_ is real
+
+
+def test_without_numbers_after_an_error_is_undone() -> None:
+    real = nn.init.normal_
+    with pytest.raises(KeyError), without_numbers():
+        raise KeyError
+    assert nn.init.normal_ is real
