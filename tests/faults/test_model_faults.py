@@ -183,6 +183,65 @@ def test_number_that_a_gguf_file_cannot_hold_is_refused(values, code, named, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def _put(value: float, *names: str) -> Edit:
+    """The fourth number of these tensors is ``value``."""
+
+    def put(held: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            held[name].view(-1)[3] = value
+
+    return _tensors(put)
+
+
+NORMS = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
+
+
+@pytest.mark.parametrize("mmap", [None, False])
+@pytest.mark.parametrize(
+    ("edit", "dtype", "code", "named"),
+    [
+        (_put(float("nan"), NORMS[0]), "bfloat16", "Q-VALUE-WEIGHT", NORMS[:1]),
+        (_put(float("nan"), *NORMS), "float32", "Q-VALUE-WEIGHT", NORMS),
+        (
+            _put(float("-inf"), "model.embed_tokens.weight"),
+            "bfloat16",
+            "Q-VALUE-WEIGHT",
+            ("model.safetensors", "model.embed_tokens.weight", "1 of 73728", "(0, 3)"),
+        ),
+        (_put(1e6, NORMS[0]), "float16", "Q-ENGINE-DTYPE", (NORMS[0], "65504", "float16")),
+    ],
+)
+def test_float_parameters_that_are_not_finite_are_named_by_load(
+    edit, dtype, code, named, mmap, tmp_path
+):
+    folder = _copy(AWQ, tmp_path / "m")
+    edit(folder)
+    with pytest.raises(QuantError) as e:
+        load_model(folder, dtype=dtype, mmap=mmap)
+    assert e.value.code == code
+    assert all(n in str(e.value) for n in named)
+    if code == "Q-ENGINE-DTYPE":
+        load_model(folder, dtype="bfloat16", mmap=mmap)
+        assert _problems(folder) == {}
+    else:
+        assert _problems(folder).keys() == {code}
+
+
+def test_largest_bfloat16_that_float16_holds_loads(tmp_path):
+    folder = _copy(AWQ, tmp_path / "m")
+    _put(-65280.0, *NORMS)(folder)
+    for dtype in ("float16", "float32"):
+        load_model(folder, dtype=dtype)
+
+
+def test_large_parameters_are_left_to_verify(tmp_path, monkeypatch):
+    folder = _copy(AWQ, tmp_path / "m")
+    _put(float("nan"), "model.embed_tokens.weight")(folder)
+    monkeypatch.setattr("quant_core.engines.transformers_finite.MOST", 73728 * 2 - 1)
+    load_model(folder, dtype="bfloat16")
+    assert _problems(folder).keys() == {"Q-VALUE-WEIGHT"}
+
+
 @pytest.mark.parametrize(
     ("edit", "code", "named"),
     [

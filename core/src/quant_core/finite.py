@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ from quant_core.kernels.finite import Look, all_finite
 from quant_core.spec import TENSOR, LayerDesc, Scale
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
-__all__ = ["Read", "check_matrices", "check_matrix", "odd_codes"]
+if TYPE_CHECKING:
+    from quant_core.plan import Plan
+
+__all__ = ["Read", "check_matrices", "check_matrix", "float_error", "odd_codes"]
 
 _PIECE = 1 << 19  # bytes, so that the copy of a piece stays in the cache
 _LEAST = {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}  # without the sign; what is not below is no number
@@ -64,6 +68,30 @@ def _error(where: str, bad: Tensor, what: str, code: str) -> LayoutError:
         "expected finite numbers. The quantization overflowed; quantize again.",
         code=code,
         tensor=where,
+        expected="finite",
+        actual=count,
+    )
+
+
+def float_error(plan: Plan, stored: str, value: Tensor) -> LayoutError | None:
+    """What is wrong with a float tensor of a checkpoint: ``Q-VALUE-WEIGHT``; None if it is finite.
+
+    Args:
+        value: the stored tensor ``stored``, as it was read.
+    """
+    if not value.is_floating_point():
+        return None
+    bad = ~torch.isfinite(value)
+    count = int(bad.sum())
+    if not count:
+        return None
+    first = tuple(int(i) for i in bad.nonzero()[0])
+    return LayoutError(
+        f"{plan.checkpoint.tensors[stored].file}: tensor {stored!r} holds {count} of "
+        f"{value.numel()} NaN or infinite values (first at {first}), expected finite numbers. "
+        "The file is damaged, or training or export overflowed; get it again.",
+        code="Q-VALUE-WEIGHT",
+        tensor=stored,
         expected="finite",
         actual=count,
     )

@@ -76,22 +76,12 @@ def _check_matrix(plan: Plan, member: Member, expert: int | None, seen: set[obje
 
 
 def _check_float(plan: Plan, public: str) -> None:
-    import torch
-
+    from quant_core.finite import float_error
     from quant_core.load import read_parameter
 
-    value = read_parameter(plan, public)
-    bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
-    if bad:
-        stored = plan.dense[public]
-        raise LayoutError(
-            f"{plan.checkpoint.tensors[stored].file}: tensor {stored!r} holds {bad} NaN or "
-            "infinite values, expected finite numbers. Export the checkpoint again.",
-            code="Q-VALUE-WEIGHT",
-            tensor=stored,
-            expected="finite",
-            actual=bad,
-        )
+    error = float_error(plan, plan.dense[public], read_parameter(plan, public))
+    if error is not None:
+        raise error
 
 
 def _check_cache(plan: Plan, member: Any) -> None:

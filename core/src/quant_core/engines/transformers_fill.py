@@ -19,6 +19,7 @@ from quant_core.engines.transformers_attention import attach_attention
 from quant_core.engines.transformers_cache import CacheMode, attach_caches
 from quant_core.engines.transformers_check import Check, check_bias, without_zero_bias
 from quant_core.engines.transformers_experts import gating_of
+from quant_core.engines.transformers_finite import Floats
 from quant_core.engines.transformers_later import attach_parts
 from quant_core.engines.transformers_names import Layout, Slot, arrange
 from quant_core.engines.transformers_tied import Tied
@@ -154,6 +155,7 @@ def _fill_dense(
     """Read each float tensor into its parameter: one at a time, merged ones slice by slice."""
     state, device = layout.state, builder.device
     new: dict[str, Tensor] = {}
+    floats = Floats(plan)
     taken: dict[str, Tensor | None] = {}
     for name, slot in layout.slots.items():
         old = state[slot.target]
@@ -191,13 +193,18 @@ def _fill_dense(
         if not slot.index:
             value = value.to(device=device, dtype=dtype)
             _set(layout, slot.target, old, value)
+            if isinstance(old, nn.Parameter):
+                floats.add(slot.target, value)
             builder.filled(slot.target, value)
             continue
         if slot.target not in new:
             new[slot.target] = torch.empty(old.shape, dtype=dtype, device=device)
             _set(layout, slot.target, old, new[slot.target])
             builder.filled(slot.target, new[slot.target])
+            if isinstance(old, nn.Parameter):
+                floats.add(slot.target, new[slot.target])
         new[slot.target][slot.index].copy_(value)
+    floats.check(layout.slots)
 
 
 def _set(layout: Layout, name: str, old: Tensor, value: Tensor) -> None:
