@@ -8,19 +8,21 @@ into memory of its own. Float parameters in the model's own dtype are pages of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from quant_core.alike import Pattern, pattern_of
 from quant_core.build import Builder, check_size
 from quant_core.finite import Read, check_matrices
-from quant_core.kernels.choose import Choice, choose_in_place
+from quant_core.kernels.choose import Choice, allowed_names, choose_in_place
 from quant_core.kernels.finite import look_of
 from quant_core.load import read_matrix, read_parameter
 from quant_core.nn import BoundMember, QuantLinear, QuantModule
-from quant_core.plan import Member
+from quant_core.plan import Member, param_sources
 from quant_core.prepared.pages import MAPPED_BYTES
+from quant_core.scheme import Scheme
 from quant_core.spec import OpSpec
 from quant_core.tensors import LayerTensors
 
@@ -28,6 +30,13 @@ __all__ = ["PRICE", "MappedBuilder"]
 
 PRICE = 1.1
 """Weights are used in place by default where that costs at most so many times their own memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    key: Hashable
+    stored: Mapping[str, str]  # param -> stored name
+    looked_at: Sequence[str]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,6 +56,8 @@ class MappedBuilder(Builder):
     places: dict[tuple[OpSpec, frozenset[str]], Choice | None] = field(default_factory=dict)
     _fresh: list[Read] = field(default_factory=list)  # read, and not bound yet
     _unlooked: list[Read] = field(default_factory=list)  # bound where they are
+    _patterns: dict[Hashable, Pattern] = field(default_factory=dict)
+    _showing: _Kind | None = None  # of the layer that is being built
 
     def matrix(self, member: Member) -> LayerTensors:
         in_place = not member.scheme.row_order  # type: ignore[union-attr]
@@ -83,11 +94,70 @@ class MappedBuilder(Builder):
     def linear(
         self, name: str, members: Sequence[Member], *, n: int | None = None, k: int | None = None
     ) -> nn.Module:
-        if len(members) == 1 and members[0].scheme.row_order:  # type: ignore[union-attr]
-            module = self._in_stored_order(name, members[0], n, k)
-            if module is not None:
-                return module
-        return super(MappedBuilder, self).linear(name, members, n=n, k=k)
+        if len(members) != 1:
+            return super(MappedBuilder, self).linear(name, members, n=n, k=k)
+        kind = self._kind(name, members[0], n, k)
+        module = self._alike(name, members[0], kind)
+        if module is not None:
+            return module
+        self._showing = kind
+        try:
+            if members[0].scheme.row_order:  # type: ignore[union-attr]
+                module = self._in_stored_order(name, members[0], n, k)
+            return module or super(MappedBuilder, self).linear(name, members, n=n, k=k)
+        finally:
+            self._showing = None
+
+    # -------------------------------------------------------------------- layers that are alike
+
+    def _kind(self, name: str, member: Member, n: int | None, k: int | None) -> _Kind | None:
+        """What layers share that are built alike; None where each is built by itself."""
+        assert isinstance(member.scheme, Scheme)
+        pattern = member.scheme.pattern
+        if pattern is None:
+            return None
+        tensors, key, stored = self.plan.checkpoint.tensors, [], {}
+        for param in member.params:
+            if param.need == "ignored":
+                continue
+            sources = param_sources(member.layer, param, None)
+            info = tensors.get(sources[0][0])
+            if len(sources) > 1 or sources[0][1]:
+                return None
+            if info is not None:
+                stored[param.name] = info.name
+                key.append((param.name, info.dtype, info.shape))
+        allowed = allowed_names(self.kernels, "linear", name)
+        return _Kind((pattern[0], n, k, allowed, *key), stored, pattern[1])
+
+    def _alike(self, name: str, member: Member, kind: _Kind | None) -> QuantModule | None:
+        """The layer, built like the first of its kind; None if there is none, or it is another."""
+        pattern = self._patterns.get(kind.key) if kind is not None else None
+        if kind is None or pattern is None:
+            return None
+        stored: dict[str, Tensor] = {}
+        for param, source in kind.stored.items():
+            value = self.plan.checkpoint.mapped(source)
+            if value is None:
+                return None
+            stored[param] = value
+        if not pattern.fits(stored):
+            return None
+        for source in kind.stored.values():
+            self.plan.ledger.load((source, ()))
+        self._unlooked.append((member.layer, pattern.canonical(stored), stored))
+        self.choices.append((name, pattern.choice))
+        return pattern.module(stored, member.layer.name, self._chooser(name))
+
+    def _show(self, module: QuantModule, choice: Choice, lt: LayerTensors) -> None:
+        """Keep what the layer shows that has just been built."""
+        kind = self._showing
+        if kind is None or kind.key in self._patterns:
+            return
+        read = next((r for r in self._fresh if r[1] is lt), None)
+        found = pattern_of(module, choice, lt, read[2], kind.looked_at) if read else None
+        if found is not None:
+            self._patterns[kind.key] = found
 
     def _in_stored_order(
         self, name: str, member: Member, n: int | None, k: int | None
@@ -137,7 +207,9 @@ class MappedBuilder(Builder):
             return None
         choice, buffers = found
         self.choices.append((name, choice))
-        return cls(choice, buffers, members, self._chooser(name))
+        module = cls(choice, buffers, members, self._chooser(name))
+        self._show(module, choice, lt)
+        return module
 
     def _bind(
         self, cls: type[QuantModule], name: str, op: OpSpec, lt: LayerTensors,

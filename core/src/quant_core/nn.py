@@ -7,6 +7,7 @@ a kernel again. A tied lm_head reads the embedding's buffers and owns none.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 Rechoose = Callable[[OpSpec], Choice]
+_EMPTY = (dict, set, OrderedDict)  # what torch gives every module of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,19 @@ class QuantModule(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value)
         self._bind()
+
+    def twin(
+        self,
+        buffers: Mapping[str, Tensor],
+        members: tuple[BoundMember, ...],
+        rechoose: Rechoose | None,
+    ) -> QuantModule:
+        """The same operation over other buffers, bound already. For one nobody has touched yet."""
+        made = type(self).__new__(type(self))
+        held = {k: v if v or type(v) not in _EMPTY else type(v)() for k, v in self.__dict__.items()}
+        held.update(_buffers=dict(buffers), members=members, _rechoose=rechoose)
+        made.__dict__.update(held)
+        return made
 
     def _bind(self) -> None:
         self.__dict__["_run"] = self._bound(self.op)

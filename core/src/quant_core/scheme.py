@@ -8,7 +8,7 @@ a stack of experts, core calls it once per expert.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,19 @@ class Scheme(ABC):
         Asked where weights are to stay pages of a file.
         """
         return self.canonicalize(layer, tensors)
+
+    @property
+    def pattern(self) -> tuple[Hashable, Sequence[str]] | None:
+        """On what ``canonicalize_in_place`` depends, but for stored dtypes and shapes.
+
+        Where weights stay pages of a file, layers that agree on all of it are built like the first
+        of them, and the method is not asked again.
+
+        Returns:
+            What two layers must share, and the params at whose values the method looks: a few
+            numbers each. None: it looks at more, or what it gives depends on more.
+        """
+        return None
 
     def serialize(self, layer: LayerDesc, tensors: LayerTensors) -> dict[str, Tensor]:
         """Exact inverse of ``canonicalize``: param name -> tensor as stored.

@@ -40,6 +40,7 @@ __all__ = [
     "Decision",
     "Memo",
     "accepting",
+    "allowed_names",
     "choose",
     "choose_in_place",
 ]
@@ -191,8 +192,10 @@ def _expanded(kernel: Kernel, op: OpSpec) -> list[tuple[Kernel, OpSpec, Accepted
     return [(wrapped, as_run, answer)] if isinstance(answer, Accepted) else []
 
 
-def _allowed(kernels: str | Iterable[str] | None, op: OpSpec, module: str) -> set[str] | None:
-    """Names that may run this operation in this module; None for all."""
+def allowed_names(
+    kernels: str | Iterable[str] | None, kind: str, module: str
+) -> frozenset[str] | None:
+    """Names that may run operations of this kind in this module; None for all."""
     if kernels is None:
         kernels = os.environ.get("QUANT_KERNELS") or None
     if kernels is None:
@@ -201,9 +204,9 @@ def _allowed(kernels: str | Iterable[str] | None, op: OpSpec, module: str) -> se
     chosen: set[str] = set()
     for text in (n.strip() for n in names):
         where, equals, name = text.rpartition("=")
-        if text and (not equals or where == op.op or fnmatchcase(module, where)):
+        if text and (not equals or where == kind or fnmatchcase(module, where)):
             chosen.add(name)
-    return chosen or None
+    return frozenset(chosen) or None
 
 
 def _weights(prefer: str | None) -> dict[int, float]:
@@ -225,7 +228,7 @@ def _describe(op: OpSpec) -> str:
     return f"{op.op} [{operands}] {sizes} {op.act_dtype} on {op.device[0]}"
 
 
-def _none(op: OpSpec, trace: Sequence[Decision], allowed: set[str] | None) -> KernelError:
+def _none(op: OpSpec, trace: Sequence[Decision], allowed: frozenset[str] | None) -> KernelError:
     table = "\n".join(f"  {d}" for d in trace)
     unknown = sorted(allowed - {d.kernel for d in trace}) if allowed else []
     fix = (
@@ -273,7 +276,7 @@ def _grouped(accepted: Sequence[_Candidate], allowed: Sequence[Kernel]) -> list[
 def _decide(
     op: OpSpec,
     registry: Registry,
-    names: set[str] | None,
+    names: frozenset[str] | None,
     kernels: str | Sequence[str] | None,
     module: str,
 ) -> tuple[list[Decision], list[_Candidate], list[Kernel]]:
@@ -329,7 +332,7 @@ def accepting(
     op: OpSpec, registry: Registry, *, kernels: str | Sequence[str] | None = None, module: str = ""
 ) -> list[tuple[Kernel, OpSpec, Accepted]]:
     """Every kernel that runs ``op``, the operation as it runs it, and its answer; for measuring."""
-    names = _allowed(kernels, op, module)
+    names = allowed_names(kernels, op.op, module)
     return [(c.kernel, c.op, c.answer) for c in _decide(op, registry, names, kernels, module)[1]]
 
 
@@ -358,7 +361,7 @@ def choose_in_place(
         most: nobody either if it costs more than that many times what ``choose`` would take;
             None: whatever it costs.
     """
-    names = _allowed(kernels, op, module)
+    names = allowed_names(kernels, op.op, module)
     key = (op, frozenset(names or ()))
     if memo is not None and key in memo:
         return memo[key]
@@ -400,7 +403,7 @@ def choose(
         ConfigError: ``Q-KERNEL-PREFER``.
     """
     weights = _weights(prefer)
-    names = _allowed(kernels, op, module)
+    names = allowed_names(kernels, op.op, module)
     key = (op, frozenset(names or ()), tuple(weights.items()))
     if memo is not None and key in memo:
         return memo[key]

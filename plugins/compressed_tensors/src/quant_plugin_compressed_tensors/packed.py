@@ -19,7 +19,7 @@ Source: compressed-tensors 0.19.0 and 0.9.4 ``compressors/**/pack_quantized``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -64,6 +64,12 @@ class PackedScheme(CtScheme):
     def zeros_packing(self) -> Packing:
         """Order of packed zero points, seen as a matrix [N, G]."""
         return replace(self.packing, axis="out")
+
+    @property
+    def pattern(self) -> tuple[Hashable, Sequence[str]] | None:
+        """See ``Scheme.pattern``; one scheme stands for all modules that are stored alike."""
+        looked_at = self.zero_dtype or self.has_g_idx or self.rotations or self.input_scale_name
+        return None if looked_at or not self.ordered else (id(self), ("weight_shape",))
 
     def codes_params(self) -> tuple[ParamSpec, ...]:
         n, k = self.shape
@@ -197,6 +203,7 @@ def build(header: Header) -> PackedScheme:
     if known is None:
         known = _build(header)
         if alike is not None:
+            known = next((s for s in header.config.schemes.values() if s == known), known)
             header.config.schemes[alike] = known
     return known
 

@@ -7,7 +7,7 @@ each member's scheme is named after the type of its weight.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -197,6 +197,13 @@ class GgufScheme(Scheme):
         rows = self.shape[0]
         fits = self.heads and not self.stacked and rows % (2 * self.heads) == 0
         return row_pairs(rows // self.heads) if fits else ""
+
+    @property
+    def pattern(self) -> tuple[Hashable, Sequence[str]] | None:
+        """See ``Scheme.pattern``. Scales of NVFP4 are looked at, each of them."""
+        if self.stacked or self.name == "nvfp4":
+            return None
+        return (self.name, self.shape, self.heads, self.beside), ()
 
     def canonicalize_in_place(
         self, layer: LayerDesc, tensors: Mapping[str, Tensor]

@@ -1,0 +1,146 @@
+"""Layers that are stored alike: what one is to its stored tensors, the others are to theirs.
+
+Layers of a model differ by their number. Where weights stay pages of their files, all that a layer
+holds are views of stored tensors, so the first of a kind shows which: from then on a layer is those
+views of its own tensors, the same operation, kernel and bound function. That takes a fifth of
+canonicalizing, choosing and binding it again.
+
+A layer shows a ``Pattern`` if its scheme says what it depends on (``Scheme.pattern``), and if all
+its tensors lie inside stored ones: one that was computed is nobody else's. Whether numbers are
+finite is looked at for every layer all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_core.kernels.choose import Choice
+from quant_core.nn import BoundMember, QuantModule
+from quant_core.tensors import LayerTensors, QuantizedTensor
+
+__all__ = ["Pattern", "pattern_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A part of the stored tensor of ``param``; ``at`` and ``stride`` in elements of ``dtype``."""
+
+    param: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    at: int
+    whole: bool  # it is the stored tensor itself
+
+    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
+        value = stored[self.param]
+        if self.whole:
+            return value
+        if value.dtype != self.dtype:
+            value = value.view(-1).view(self.dtype)
+        return value.as_strided(self.shape, self.stride, value.storage_offset() + self.at)
+
+
+def _view(value: Tensor, stored: Mapping[str, Tensor]) -> _View | None:
+    """Where ``value`` lies in one of the stored tensors; None if in none."""
+    size = value.element_size()
+    span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    for param, whole in stored.items():
+        at = value.data_ptr() - whole.data_ptr()
+        if not (value.numel() and whole.is_contiguous() and 0 <= at <= whole.nbytes - span * size):
+            continue
+        if at % size or whole.nbytes % size:
+            return None
+        same = not at and (value.dtype, value.shape) == (whole.dtype, whole.shape)
+        same = same and value.stride() == whole.stride()
+        shape, stride = tuple(value.shape), tuple(value.stride())
+        return _View(param, value.dtype, shape, stride, at // size, same)
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pattern:
+    """One layer, and its tensors as views of the stored ones.
+
+    Attributes:
+        looked_at: values of the params at which the scheme looks; those of a layer alike are equal.
+        first: the module that was built of it.
+    """
+
+    choice: Choice
+    looked_at: Mapping[str, Any]
+    first: QuantModule
+    buffers: Mapping[str, _View]
+    weight: QuantizedTensor
+    tensors: Mapping[str, _View]  # of the weight, as ``QuantizedTensor.tensors``
+    bias: _View | None
+
+    def fits(self, stored: Mapping[str, Tensor]) -> bool:
+        """Whether the params that the scheme looks at have the same values."""
+        return all(stored[name].tolist() == value for name, value in self.looked_at.items())
+
+    def canonical(self, stored: Mapping[str, Tensor]) -> LayerTensors:
+        """The canonical form of a layer alike."""
+        one, views = self.weight, self.tensors
+        scales = tuple(views[f"scales_{i}"].of(stored) for i in range(len(one.scales)))
+        weight = QuantizedTensor(
+            spec=one.spec,
+            shape=one.shape,
+            codes=views["codes"].of(stored),
+            packing=one.packing,
+            scales=scales,
+            zeros=views["zeros"].of(stored) if "zeros" in views else None,
+            offset=tuple(views[f"offset_{i}"].of(stored) for i in range(len(one.offset))),
+            gather=views["gather"].of(stored) if "gather" in views else None,
+        )
+        bias = None if self.bias is None else self.bias.of(stored)
+        return LayerTensors(operands={"weight": weight}, bias=bias)
+
+    def module(
+        self, stored: Mapping[str, Tensor], name: str, rechoose: Callable[..., Choice]
+    ) -> QuantModule:
+        """The module of a layer alike, whose only member is called ``name``."""
+        (only,) = self.first.members
+        member = BoundMember(name=name, start=0, stop=only.stop, packing=only.packing)
+        buffers = {buffer: view.of(stored) for buffer, view in self.buffers.items()}
+        return self.first.twin(buffers, (member,), rechoose)
+
+
+def pattern_of(
+    module: QuantModule,
+    choice: Choice,
+    lt: LayerTensors,
+    stored: Mapping[str, Tensor],
+    looked_at: Sequence[str],
+) -> Pattern | None:
+    """The pattern of a layer that has just been built, of one member; None if it shows none.
+
+    Args:
+        stored: its stored tensors, by param.
+        looked_at: params at whose values its scheme looks.
+    """
+    one, others = lt.weight, (lt.acc_bias, lt.out_scale, lt.input_scale, lt.input_zero)
+    odd = len(lt.operands) > 1 or lt.transforms or one.codebook or len(module.members) != 1
+    if odd or any(t is not None for t in others):
+        return None
+    views = {name: _view(t, stored) for name, t in one.tensors().items()}
+    buffers = {name: _view(t, stored) for name, t in module.tensors.items()}
+    bias = None if lt.bias is None else _view(lt.bias, stored)
+    found: dict[str, _View] = {name: v for name, v in views.items() if v is not None}
+    held: dict[str, _View] = {name: v for name, v in buffers.items() if v is not None}
+    if (len(found), len(held)) != (len(views), len(buffers)) or (bias is None) != (lt.bias is None):
+        return None
+    return Pattern(
+        choice=choice,
+        looked_at={name: stored[name].tolist() for name in looked_at if name in stored},
+        first=module,
+        buffers=held,
+        weight=one,
+        tensors=found,
+        bias=bias,
+    )
