@@ -125,8 +125,18 @@ def test_run_generates_with_packed_weights(capsys: pytest.CaptureFixture[str]) -
     data = run_json(capsys, *argv)
     assert (data["prompt_tokens"], data["new_tokens"]) == (11, 8)  # one token a byte
     assert len(data["text"].encode()) == 8
+    assert 0 < data["decode_tok_s"] < 1e6  # seven steps between the first token and the last
     assert data["memory"]["packed_bytes"] < data["memory"]["dense_bytes"] / 6
     assert data["memory"]["dense_bytes"] == 4 * 2 * 589824
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_run_has_a_rate_from_two_tokens_on(tokens, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = BY_NAME["gptqmodel-4bit-g128-asym-descact"]
+    data = run_json(capsys, "run", folder, "--prompt", "a", "--max-new-tokens", str(tokens))
+    assert data["new_tokens"] == tokens
+    assert (data["decode_tok_s"] is not None) == (tokens > 1)
+    assert data["first_token_s"] > 0
 
 
 def test_run_without_a_usable_tokenizer_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from quant_core.checkpoint.open import open_checkpoint
-from quant_core.convert import convert
+from quant_core.convert import convert, targets
 from quant_core.errors import CheckpointError, ConfigError, FormatError, LayoutError, PluginError
 from quant_core.load import load_tensor
 from quant_core.plan import plan
+from quant_core.registry import registry
 
 AWQ = "gptqmodel-awq-gemm-g128"
 ACT_ORDER = "gptqmodel-4bit-g128-asym-descact"
@@ -179,6 +180,15 @@ def test_unknown_target_lists_the_known_ones(fixtures, tmp_path):
     assert caught.value.code == "Q-FMT-TARGET"
     assert "gptq" in str(caught.value)
     assert "Install the plugin" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "compressed-tensors", "auto-round"])
+def test_target_by_another_spelling_gets_its_name(name, fixtures, tmp_path):
+    ids = {"GPTQ": "gptq", "compressed-tensors": "compressed_tensors", "auto-round": "autoround"}
+    if ids[name] not in targets(registry()):
+        pytest.skip(f"{ids[name]} is not installed")
+    with pytest.raises(FormatError, match=f"Its name is '{ids[name]}'"):
+        convert(fixtures / AWQ, tmp_path / "out", to=name)
 
 
 def test_installed_plugin_that_writes_nothing_is_said_to_be_one(fixtures, tmp_path):

@@ -141,6 +141,23 @@ def test_explain_float_module_says_which_rule(
 
 
 @pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize(
+    ("tensor", "module"),
+    [
+        ("model.norm.weight", "model.norm"),
+        ("model.layers.0.mlp.down_proj.q", "model.layers.0.mlp.down_proj"),
+    ],
+)
+def test_explain_takes_a_tensor_for_its_module(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tensor: str, module: str
+) -> None:
+    folder = str(write(tmp_path / "m"))
+    data = run_json(capsys, "explain", folder, tensor)
+    assert data == run_json(capsys, "explain", folder, module)
+    assert data["name"] == module
+
+
+@pytest.mark.usefixtures("toy")
 def test_explain_unknown_name_returns_1_with_near_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,9 @@ HELP = "explain one module: rule, stored tensors, meaning, kernel"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """PATH, --format, NAME, --device and --mmap."""
     add_path(parser)
-    parser.add_argument("name", metavar="NAME", help="module name, as `quant inspect --layers`")
+    parser.add_argument(
+        "name", metavar="NAME", help="module as `quant inspect --layers`, or one of its tensors"
+    )
     parser.add_argument(
         "--device", default="cpu", help="whose kernels answer (default cpu); need not be there"
     )
@@ -137,9 +139,10 @@ def _collect(
     from quant_core.load import no_such_name
     from quant_core.scheme import Scheme
 
-    member = plan.members.get(name)
+    member = plan.members.get(name) or plan.members.get(name.rpartition(".")[0])
     if member is None:
         raise no_such_name(plan, name)
+    name = member.layer.name
     layer, scheme = member.layer, member.scheme
     out: dict[str, Any] = {
         "name": name,
@@ -174,7 +177,8 @@ def _collect(
 
 
 def _render(data: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{escaped(data['name'])}: {data['kind']}, stored as {escaped(data['stored'])}"
+    kind = "float" if data["scheme"] is None else data["kind"]
+    yield f"{escaped(data['name'])}: {kind}, stored as {escaped(data['stored'])}"
     yield f"format     {data['format'] or 'none'}: {escaped(data['evidence'])}"
     for p in data["patterns"]:
         yield f"matched by {escaped(p['key'])}: {p['kind']} pattern '{escaped(p['pattern'])}'"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,8 @@ def _target_error(source: Plan, to: str, known: list[str]) -> FormatError:
     elif to in source.registry.plugins:
         problem += ", whose plugin has no hook fit_scheme"
         fix = "Choose another target."
+    elif near := get_close_matches(to.lower().replace("-", "_"), known, n=1):
+        fix = f"Its name is {near[0]!r}, or install the plugin of the format."
     return FormatError(
         f"{printable(source.checkpoint.path)}: {problem}, expected a quantized checkpoint and "
         f"one of {summarize(known) or 'no format (none installed)'}. {fix}",
