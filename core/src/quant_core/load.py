@@ -78,8 +78,14 @@ def read_matrix(
 
 
 def read_parameter(plan: Plan, name: str) -> Tensor:
-    """A float tensor by its public name, as the model wants it."""
-    stored = plan.dense[name]
+    """A float tensor by its public name, as the model wants it.
+
+    Raises:
+        FormatError: ``Q-FMT-NAME`` if there is none of that name; a quantized weight is none.
+    """
+    stored = plan.dense.get(name)
+    if stored is None:
+        raise no_such_name(plan, name)
     value = plan.checkpoint.read_parameter(stored)
     plan.ledger.load((stored, ()))
     return value

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from quant_core.checkpoint.open import open_checkpoint
-from quant_core.errors import CheckpointError, ConfigError, printable, summarize
+from quant_core.errors import CheckpointError, ConfigError, LayoutError, printable, summarize
 from quant_core.ledger import missing_error, unexpected_error
 from quant_core.online import OnlineRequest
 from quant_core.online_plan import quantize_plan
@@ -149,10 +149,25 @@ class Piece:
     inp: Span
 
     @staticmethod
-    def whole(member: Member) -> Piece:
-        assert isinstance(member.scheme, Scheme)
-        n, k = member.scheme.shape
-        return Piece(member=member, out=Span.whole(n), inp=Span.whole(k))
+    def whole(member: Member, shape: tuple[int, int] | None = None) -> Piece:
+        """All of a member.
+
+        Args:
+            shape: of one that is stored as floats, [out, in]; a quantized one knows its own.
+
+        Raises:
+            LayoutError: ``Q-LAYOUT-SHAPE`` for a float member without a shape.
+        """
+        if isinstance(member.scheme, Scheme):
+            shape = member.scheme.shape
+        if shape is None:
+            raise LayoutError(
+                f"{member.layer.name}: is stored as floats and says no shape, expected one. Pass "
+                "the sizes of the engine's layer.",
+                code="Q-LAYOUT-SHAPE",
+                tensor=member.layer.name,
+            )
+        return Piece(member=member, out=Span.whole(shape[0]), inp=Span.whole(shape[1]))
 
 
 class Names:
