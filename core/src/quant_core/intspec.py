@@ -65,14 +65,19 @@ def word_count(count: int, bits: int, *, run: int = 1) -> int:
 
 def bias_param(layer: LayerDesc, n: int) -> ParamSpec:
     """The float bias [N]: required of a layer that has one, else a stored one is reported."""
+    return _bias_param(layer.bias, n)
+
+
+@functools.lru_cache(maxsize=256)
+def _bias_param(required: bool, n: int) -> ParamSpec:
     return ParamSpec(
         name="bias",
         shape=(n,),
         dtypes=tuple(SCALE_ELEMENTS),
         axes=(Axis(tag="out"),),
         role="bias",
-        need="required" if layer.bias else "optional",
-        rule="" if layer.bias else "linear without bias",
+        need="required" if required else "optional",
+        rule="" if required else "linear without bias",
     )
 
 

@@ -9,6 +9,7 @@ loader follows.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -243,7 +244,10 @@ def _check_float(checkpoint: Checkpoint, info: TensorInfo, why: Unquantized) -> 
 
 def _sized(layer: LayerDesc, scheme: Scheme) -> LayerDesc:
     n, k = scheme.shape
-    return replace(layer, inp=Span.whole(k), out=Span.whole(n))
+    return replace(layer, inp=_whole(k), out=_whole(n))
+
+
+_whole = functools.lru_cache(maxsize=256)(Span.whole)  # a model has a few sizes
 
 
 def plan(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from quant_core.kernels.failed import asked
 from quant_core.kernels.joined import JOINABLE, JoinedRun, place_together_
+from quant_core.walk import modules_of
 
 if TYPE_CHECKING:
     from quant_core.nn import QuantLinear
@@ -223,9 +224,9 @@ def share_inputs(model: nn.Module, *, place: bool | None = None) -> None:
     """
     from quant_core.nn import QuantLinear
 
-    for module in model.modules():
+    for module in modules_of(model):
         found: dict[tuple[str, int], list[QuantLinear]] = {}
-        for child in module.children():
+        for child in dict.fromkeys(module._modules.values()):
             if isinstance(child, QuantLinear) and child.owns_buffers:
                 found.setdefault((_common(child), child.in_features), []).append(child)
         for layers in found.values():

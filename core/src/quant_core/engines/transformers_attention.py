@@ -30,6 +30,7 @@ from quant_core.kernels.failed import Whose
 from quant_core.registry import Registry
 from quant_core.registry import registry as default_registry
 from quant_core.spec import OpSpec
+from quant_core.walk import modules_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ def attach_attention(
         device=device_key(device),
         features=frozenset({"one_token"}),
     )
-    configs = {id(c): c for m in model.modules() if (c := _config(model, m)) is not None}
+    configs = {id(c): c for m in modules_of(model) if (c := _config(model, m)) is not None}
     if not configs or not _bound(op, registry, kernels):
         return
     for config in configs.values():
@@ -102,6 +103,8 @@ def _routed_here(op: OpSpec, kernels: str | Sequence[str] | None) -> _Routed:
 
 def _config(model: nn.Module, module: Any) -> Any:
     """The config that decides how ``module`` attends, if it may be changed; else None."""
+    if "config" not in module.__dict__ and not hasattr(type(module), "config"):
+        return None  # without the error that torch makes of it
     config = getattr(module, "config", None)
     if (
         getattr(config, "_attn_implementation", None) != _BASE

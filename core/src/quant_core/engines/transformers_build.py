@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quant_core.walk import modules_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -68,7 +70,7 @@ def out_of_sight(
     for name, module in lists.items():
         if name.startswith(tuple(hidden)) or any(n.startswith(f"{name}.") for n in pending):
             continue
-        held = _below(module)
+        held = [m for m in modules_of(module) if m is not module]
         if any(m._non_persistent_buffers_set for m in held):
             continue
         for m in held:
@@ -85,14 +87,3 @@ def out_of_sight(
             module._modules = children
 
     return back
-
-
-def _below(module: nn.Module) -> list[nn.Module]:
-    """All modules inside of one."""
-    found: list[nn.Module] = []
-    todo = [module]
-    while todo:
-        children = [m for m in todo.pop().__dict__["_modules"].values() if m is not None]
-        found += children
-        todo += children
-    return found

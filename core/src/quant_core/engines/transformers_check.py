@@ -30,7 +30,7 @@ from quant_core.engines.transformers_names import Layout, arrange
 from quant_core.engines.transformers_tied import Tied
 from quant_core.errors import LayoutError, summarize
 from quant_core.ledger import missing_error, unexpected_error
-from quant_core.plan import Member, Plan, member_parts
+from quant_core.plan import Member, Plan, member_parts, param_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -211,7 +211,11 @@ def _stored_names(plan: Plan, member: Member) -> list[str]:
 
 
 def _stored_biases(plan: Plan, member: Member) -> list[str]:
-    names = dict.fromkeys(n for param, n, _, _ in member_parts(member) if param.name == "bias")
+    names: dict[str, None] = {}
+    for param in member.params:
+        if param.name == "bias":
+            for expert in member.layer.experts or (None,):
+                names |= dict.fromkeys(n for n, _ in param_sources(member.layer, param, expert))
     return [n for n in names if n in plan.checkpoint.tensors]
 
 

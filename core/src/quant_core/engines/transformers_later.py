@@ -44,6 +44,7 @@ from quant_core.engines.transformers_swap import (
 )
 from quant_core.kernels.device import device_key
 from quant_core.registry import Registry
+from quant_core.walk import modules_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,11 +81,14 @@ def attach_parts(
 
 def _candidates(model: nn.Module) -> list[nn.Module]:
     """Every module that proving may change: norms, MLPs, and what has two norms and an MLP."""
-    found = [m for m in model.modules() if could_be_norm(m) or could_be_mlp(m)]
+    modules = modules_of(model)
+    found = [m for m in modules if could_be_norm(m) or could_be_mlp(m)]
     known = {id(m) for m in found}
-    for module in model.modules():
+    for module in modules:
+        if len(module._modules) < 4:
+            continue
         held = [id(c) in known for c in module._modules.values()]
-        if len(held) >= 4 and sum(held) >= 3 and id(module) not in known:
+        if sum(held) >= 3 and id(module) not in known:
             found.append(module)
     return found
 

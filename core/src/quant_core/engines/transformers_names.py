@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from quant_core.engines.transformers_experts import weight_leaf
 from quant_core.errors import CheckpointError, LayoutError, printable
 from quant_core.plan import Member, Plan
+from quant_core.walk import named_modules_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,7 +162,7 @@ def arrange(plan: Plan, model: PreTrainedModel) -> Layout:
 
     state = model.state_dict(keep_vars=True)
     rename = _Renamer(model, state)
-    layout = Layout(state=state, modules=dict(model.named_modules()))
+    layout = Layout(state=state, modules=dict(named_modules_of(model)))
     for name, member in plan.quantized.items():
         _place_member(rename, layout, name, member)
     merged: dict[str, dict[int, list[tuple[str, _Found]]]] = {}

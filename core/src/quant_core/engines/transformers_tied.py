@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from quant_core.engines.transformers_names import Layout
 from quant_core.errors import LayoutError, summarize
 from quant_core.nn import QuantEmbedding, QuantLinear
+from quant_core.walk import named_modules_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,12 +88,13 @@ class Tied:
 
 def _forget_ties(model: PreTrainedModel, gone: set[str]) -> None:
     """Take ``gone`` out of what transformers ties, now and whenever it ties again."""
-    for prefix, module in model.named_modules():
-        ties = getattr(module, "all_tied_weights_keys", None)
+    for prefix, module in named_modules_of(model).items():
+        model_of: Any = module
+        ties = module.__dict__.get("all_tied_weights_keys")
         if not isinstance(ties, dict):
             continue
         start = f"{prefix}." if prefix else ""
         kept = {t: s for t, s in ties.items() if start + t not in gone}
         if kept != ties:
-            module.all_tied_weights_keys = kept
-            module._tied_weights_keys = dict(kept)
+            model_of.all_tied_weights_keys = kept
+            model_of._tied_weights_keys = dict(kept)

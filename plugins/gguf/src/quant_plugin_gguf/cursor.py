@@ -184,17 +184,24 @@ class Cursor:
                 expected=MAX_HEADER_BYTES,
                 actual=end,
             )
-        target = min(self.size, max(end, 2 * len(self._buffer), _FIRST_READ))
-        while len(self._buffer) < target:
-            chunk = self.file.read(target - len(self._buffer), len(self._buffer))
-            if not chunk:
-                raise self._short(count)
-            self._buffer += chunk
+        have = len(self._buffer)
+        more = 8 if have == _FIRST_READ else 2  # a vocabulary begins
+        target = min(self.size, max(end, more * have, _FIRST_READ))
+        grown = bytearray(target)
+        grown[:have] = self._buffer
+        if self.file.read_into(memoryview(grown)[have:], have) < target - have:
+            raise self._short(count)
+        self._buffer = grown
 
     def take(self, count: int) -> bytes:
         self._need(count)
         self.at += count
-        return bytes(self._buffer[self.at - count : self.at])
+        return self._bytes(self.at - count)
+
+    def _bytes(self, start: int) -> bytes:
+        """From ``start`` to the current place; copied once."""
+        with memoryview(self._buffer) as whole, whole[start : self.at] as part:
+            return bytes(part)
 
     def u32(self) -> int:
         return self._scalar(_U32)
@@ -287,4 +294,4 @@ class Cursor:
                 buffer, have, end = self._buffer, len(self._buffer), at + 8 + length
             at = end
         self.at = at
-        return bytes(self._buffer[start : self.at])
+        return self._bytes(start)
