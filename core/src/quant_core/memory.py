@@ -142,20 +142,13 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") ->
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No search for cycles meanwhile: for work whose many small objects stay.
-
-    What there is then counts as old: a full search comes by, the next one of young objects, which
-    would go through all that a load has made (4 ms), does not.
-    """
+    """No search for cycles meanwhile: for work whose many small objects stay."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():  # else somebody's own, which stay as they are
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()
 
 
