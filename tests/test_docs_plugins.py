@@ -38,8 +38,12 @@ model.save_pretrained(out)
 def write(folder: Path) -> None:
     """The page's files as an installed site: sources, and the metadata that pip would write."""
     found = _FILE.findall(PAGE)
-    assert len(found) == 6
+    assert len(found) == 7
     for name, body in found:
+        if Path(name).name.startswith("test_"):
+            (folder / "tests").mkdir()
+            (folder / "tests" / Path(name).name).write_text(body)
+            continue
         if not name.endswith("pyproject.toml"):
             file = folder / name.split("/src/")[1]
             file.parent.mkdir(exist_ok=True)
@@ -134,6 +138,19 @@ def test_model_computes_what_the_dequantized_one_does_and_is_saved_back(site, ch
     original = load_file(source / "model.safetensors")
     assert saved.keys() == original.keys()
     assert all(torch.equal(saved[n], original[n]) for n in original)
+
+
+def test_tests_of_the_page_pass_and_fail_where_they_should(site, tmp_path):
+    run = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path)
+    passed = python(site, *run, site / "tests").stdout
+    assert "2 passed" in passed
+    broken = shutil.copytree(site, tmp_path / "site")
+    file = broken / "quant_plugin_rows8" / "scheme.py"
+    stored = 'tensors["s"].view(-1, 1)'
+    file.write_text(file.read_text().replace(stored, f"{stored} * 2"))
+    failed = python(broken, *run, broken / "tests", check=False).stdout
+    assert "a weight is" in failed
+    assert "1 failed, 1 passed" in failed
 
 
 def test_a_lost_scale_and_an_unknown_key_are_errors(site, checkpoint, tmp_path):
