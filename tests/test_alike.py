@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint_sets import FIXTURES
 from quant_core import load_model
 from quant_core.alike import Pattern, pattern_of
 from quant_core.errors import LayoutError
 from quant_core.nn import QuantLinear
+from quant_core.plan import plan
 from quant_kernels_cpu.library import unavailable
 
 pytestmark = [
@@ -151,6 +153,18 @@ def test_tensor_that_was_computed_shows_no_pattern(path: Path) -> None:
     lt = module.restore()  # copies
     stored = {"weight_packed": lt.weight.codes, "weight_scale": lt.weight.scales[0]}
     choice = module._rechoose(module.op)
-    assert pattern_of(module, choice, lt, stored, ()) is None
-    held = {"weight_packed": module.codes, "weight_scale": module.scales_0}
-    assert pattern_of(module, choice, lt, held, ()) is None
+    scheme = next(iter(plan(path).quantized.values())).scheme
+    stored["weight_shape"] = torch.tensor(scheme.shape)
+    assert pattern_of(module, choice, lt, stored, scheme) is None
+    held = {**stored, "weight_packed": module.codes, "weight_scale": module.scales_0}
+    assert pattern_of(module, choice, lt, held, scheme) is None
+
+
+def test_zeros_that_are_computed_are_those_of_every_layer(stamped: list[str]) -> None:
+    path = FIXTURES / "gptqmodel-awq-gemm-g128"
+    placed, copied = (linears(load_model(path, mmap=m)) for m in (True, False))
+    assert stamped
+    for name in stamped:
+        held, other = (models[name].restore().weight for models in (placed, copied))
+        assert held.tensors().keys() == other.tensors().keys() >= {"zeros"}
+        assert all(torch.equal(t, other.tensors()[n]) for n, t in held.tensors().items()), name

@@ -6,13 +6,14 @@ views of its own tensors, the same operation, kernel and bound function. That ta
 canonicalizing, choosing and binding it again.
 
 A layer shows a ``Pattern`` if its scheme says what it depends on (``Scheme.pattern``), and if all
-its tensors lie inside stored ones: one that was computed is nobody else's. Whether numbers are
-finite is looked at for every layer all the same.
+its tensors lie inside stored ones, or inside those that the scheme computes of them, and says so
+(``Scheme.computed``): those are computed for every layer. Whether numbers are finite is looked at
+for every layer all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from quant_core.kernels.choose import Choice
 from quant_core.nn import BoundMember, QuantModule
+from quant_core.scheme import Scheme
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = ["Pattern", "pattern_of"]
@@ -28,7 +30,7 @@ __all__ = ["Pattern", "pattern_of"]
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A part of the stored tensor of ``param``; ``at`` and ``stride`` in elements of ``dtype``."""
+    """A part of the tensor ``param``, stored or computed; ``at``, ``stride`` in elements."""
 
     param: str
     dtype: torch.dtype
@@ -63,6 +65,18 @@ def _view(value: Tensor, stored: Mapping[str, Tensor]) -> _View | None:
     return None
 
 
+def _computed(scheme: Scheme, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under names that no stored tensor has."""
+    return {f"={name}": value for name, value in scheme.computed(stored).items()}
+
+
+def _held(scheme: Scheme, one: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of ``one`` that were computed, contiguous, under the names of ``_computed``."""
+    has = one.tensors()
+    mine = {f"={name}": has[name] for name in scheme.computes if name in has}
+    return {n: t.t() if t.dim() == 2 and not t.is_contiguous() else t for n, t in mine.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pattern:
     """One layer, and its tensors as views of the stored ones.
@@ -79,6 +93,7 @@ class Pattern:
     weight: QuantizedTensor
     tensors: Mapping[str, _View]  # of the weight, as ``QuantizedTensor.tensors``
     bias: _View | None
+    computes: bool  # some views are of tensors that the scheme computes
 
     def fits(self, stored: Mapping[str, Tensor]) -> bool:
         """Whether the params that the scheme looks at have the same values."""
@@ -101,6 +116,10 @@ class Pattern:
         bias = None if self.bias is None else self.bias.of(stored)
         return LayerTensors(operands={"weight": weight}, bias=bias)
 
+    def sources(self, scheme: Scheme, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Stored tensors of a layer alike and those that are computed of them."""
+        return {**stored, **_computed(scheme, stored)} if self.computes else stored
+
     def module(
         self, stored: Mapping[str, Tensor], name: str, rechoose: Callable[..., Choice]
     ) -> QuantModule:
@@ -116,20 +135,22 @@ def pattern_of(
     choice: Choice,
     lt: LayerTensors,
     stored: Mapping[str, Tensor],
-    looked_at: Sequence[str],
+    scheme: Scheme,
 ) -> Pattern | None:
     """The pattern of a layer that has just been built, of one member; None if it shows none.
 
     Args:
         stored: its stored tensors, by param.
-        looked_at: params at whose values its scheme looks.
     """
+    assert scheme.pattern is not None, "Who has none is not asked"
     one, others = lt.weight, (lt.acc_bias, lt.out_scale, lt.input_scale, lt.input_zero)
     odd = len(lt.operands) > 1 or lt.transforms or one.codebook or len(module.members) != 1
     if odd or any(t is not None for t in others):
         return None
-    views = {name: _view(t, stored) for name, t in one.tensors().items()}
-    buffers = {name: _view(t, stored) for name, t in module.tensors.items()}
+    computed = _held(scheme, one)
+    places = {**stored, **computed}
+    views = {name: _view(t, places) for name, t in one.tensors().items()}
+    buffers = {name: _view(t, places) for name, t in module.tensors.items()}
     bias = None if lt.bias is None else _view(lt.bias, stored)
     found: dict[str, _View] = {name: v for name, v in views.items() if v is not None}
     held: dict[str, _View] = {name: v for name, v in buffers.items() if v is not None}
@@ -137,10 +158,11 @@ def pattern_of(
         return None
     return Pattern(
         choice=choice,
-        looked_at={name: stored[name].tolist() for name in looked_at if name in stored},
+        looked_at={n: stored[n].tolist() for n in scheme.pattern[1] if n in stored},
         first=module,
         buffers=held,
         weight=one,
         tensors=found,
         bias=bias,
+        computes=bool(computed),
     )

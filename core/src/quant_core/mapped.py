@@ -36,7 +36,7 @@ PRICE = 1.1
 class _Kind:
     key: Hashable
     stored: Mapping[str, str]  # param -> stored name
-    looked_at: Sequence[str]
+    scheme: Scheme
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class MappedBuilder(Builder):
                 stored[param.name] = info.name
                 key.append((param.name, info.dtype, info.shape))
         allowed = allowed_names(self.kernels, "linear", name)
-        return _Kind((pattern[0], n, k, allowed, *key), stored, pattern[1])
+        return _Kind((type(member.scheme), pattern[0], n, k, allowed, *key), stored, member.scheme)
 
     def _alike(self, name: str, member: Member, kind: _Kind | None) -> QuantModule | None:
         """The layer, built like the first of its kind; None if there is none, or it is another."""
@@ -145,9 +145,10 @@ class MappedBuilder(Builder):
             return None
         for source in kind.stored.values():
             self.plan.ledger.load((source, ()))
-        self._unlooked.append((member.layer, pattern.canonical(stored), stored))
+        sources = pattern.sources(member.scheme, stored)  # type: ignore[arg-type]
+        self._unlooked.append((member.layer, pattern.canonical(sources), stored))
         self.choices.append((name, pattern.choice))
-        return pattern.module(stored, member.layer.name, self._chooser(name))
+        return pattern.module(sources, member.layer.name, self._chooser(name))
 
     def _show(self, module: QuantModule, choice: Choice, lt: LayerTensors) -> None:
         """Keep what the layer shows that has just been built."""
@@ -155,7 +156,7 @@ class MappedBuilder(Builder):
         if kind is None or kind.key in self._patterns:
             return
         read = next((r for r in self._fresh if r[1] is lt), None)
-        found = pattern_of(module, choice, lt, read[2], kind.looked_at) if read else None
+        found = pattern_of(module, choice, lt, read[2], kind.scheme) if read else None
         if found is not None:
             self._patterns[kind.key] = found
 

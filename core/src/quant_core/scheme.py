@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from quant_core.errors import LayoutError
 from quant_core.spec import LayerDesc, ParamSpec, QuantSpec, Transform
@@ -82,6 +82,18 @@ class Scheme(ABC):
             numbers each. None: it looks at more, or what it gives depends on more.
         """
         return None
+
+    computes: ClassVar[tuple[str, ...]] = ()
+    """Tensors of the weight that ``computed`` gives."""
+
+    def computed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What ``canonicalize_in_place`` computes and not only passes on, where there is a pattern.
+
+        Returns:
+            The tensors ``computes``, by the names of ``QuantizedTensor.tensors``, contiguous. The
+            weight holds them as they are, or turned.
+        """
+        return {}
 
     def serialize(self, layer: LayerDesc, tensors: LayerTensors) -> dict[str, Tensor]:
         """Exact inverse of ``canonicalize``: param name -> tensor as stored.

@@ -138,6 +138,13 @@ def _codes(scheme: AwqScheme, qweight: Tensor) -> Tensor:
     return unpack_tiles(qweight) if scheme.layout in TILED else qweight
 
 
+def zeros_by_group(scheme: AwqScheme, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Zero codes of gemm, which are packed along N: uint8 (K/g, N)."""
+    by_group = Packing(word="int32", order=scheme.packing.order)
+    shape = (scheme.groups, scheme.shape[0])
+    return unpack(tensors[scheme.zeros], scheme.bits, shape, by_group)
+
+
 def canonicalize(
     scheme: AwqScheme, layer: LayerDesc, tensors: Mapping[str, Tensor]
 ) -> LayerTensors:
@@ -168,8 +175,7 @@ def canonicalize(
     elif scheme.zeros:
         stored = tensors[scheme.zeros]
         if scheme.layout == "gemm":
-            by_group = Packing(word="int32", order=scheme.packing.order)  # packed along N
-            zeros = unpack(stored, scheme.bits, (groups, n), by_group).t()
+            zeros = zeros_by_group(scheme, tensors).t()
         else:
             packed = unpack(stored, 4, (n, 8 * stored.shape[1]), Packing(word="int32"))
             zeros = unpad_groups(packed, groups, zeros_name)

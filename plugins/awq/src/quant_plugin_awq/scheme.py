@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -112,6 +112,20 @@ class AwqScheme(Scheme):
         from quant_plugin_awq.layout import canonicalize
 
         return canonicalize(self, layer, tensors)
+
+    @property
+    def pattern(self) -> tuple[Hashable, Sequence[str]] | None:
+        """See ``Scheme.pattern``; other layouts have padding, and zeros may be promised."""
+        if self.layout != "gemm" or not (self.zeros and self.zero_point):
+            return None
+        return (self.shape, self.bits, self.group_size, self.interleaved), ()
+
+    computes = ("zeros",)
+
+    def computed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        from quant_plugin_awq.layout import zeros_by_group
+
+        return {"zeros": zeros_by_group(self, tensors)}
 
     def serialize(self, layer: LayerDesc, tensors: LayerTensors) -> dict[str, Tensor]:
         from quant_plugin_awq.layout import serialize
