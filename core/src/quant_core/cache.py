@@ -20,7 +20,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["cache_folder", "keep", "kept"]
+__all__ = ["cache_folder", "cache_there", "keep", "kept"]
 
 log = logging.getLogger("quant_core")
 
@@ -29,10 +29,19 @@ _SUM = 32  # bytes of SHA-256
 
 def cache_folder(part: str) -> Path:
     """The folder of one purpose; it may not exist yet."""
+    return Path(os.path.abspath(_folder(part)))
+
+
+def cache_there(part: str) -> bool:
+    """Whether that folder is there; asked for every kernel that accepts an operation."""
+    return os.path.isdir(_folder(part))
+
+
+def _folder(part: str) -> str:
     if named := os.environ.get("QUANT_CACHE"):
-        return Path(os.path.abspath(named)) / part
+        return f"{named}/{part}"
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.path.abspath(base)) / "quant-core" / part
+    return f"{base}/quant-core/{part}"
 
 
 def kept(file: Path) -> bytes | None:

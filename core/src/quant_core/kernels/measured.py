@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quant_core.cache import cache_folder
+from quant_core.cache import cache_folder, cache_there
 from quant_core.errors import QuantError, printable
 from quant_core.kernels.base import ANY_ROWS, Accepted, Kernel, Rejected
 from quant_core.spec import CANONICAL, OpSpec
@@ -162,7 +162,7 @@ def answer(kernel: Kernel, op: OpSpec) -> Accepted | Rejected:
     said = _said(kernel, op)
     if isinstance(said, Rejected) or os.environ.get("QUANT_MEASURED") == "off":
         return said
-    if not cache_folder("kernels").is_dir():  # the usual case, and cheap
+    if not cache_there("kernels"):  # the usual case, and cheap
         return said
     if not said.exact:  # it is opted in to by name, however fast it is
         return said
