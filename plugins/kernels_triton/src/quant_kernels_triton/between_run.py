@@ -21,12 +21,11 @@ from quant_kernels_triton.jitted import Jits
 from quant_kernels_triton.launch import Build, launch
 from quant_kernels_triton.seen import on_device
 
-__all__ = ["FLOATS", "MOST_NORM", "run_gated", "run_norm", "run_rotary"]
+__all__ = ["FLOATS", "run_gated", "run_norm", "run_rotary"]
 
 between = Jits("between")
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-MOST_NORM = 32768  # features of a row that one program holds
 _TILE = 2048  # elements of a program, where rows are short
 _GATED = 1024  # columns of a program of ``gated``
 _HEADS = 8  # heads of a program of ``rotary``
