@@ -75,11 +75,12 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> di
     inputs = encode(tokenizer, prompt, "prompt").to(model.device)
     ask = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
     times: list[float] = []
+    never = torch.zeros(1, dtype=torch.bool, device=model.device)
 
     def note(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Asked after every token whether to stop, which it never says."""
+        """Asked after every token whether to stop."""
         times.append(time.perf_counter())
-        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        return never
 
     with torch.inference_mode():
         model.generate(**inputs, max_new_tokens=2, **ask)  # the first calls: lazy set-up
