@@ -156,10 +156,13 @@ def block_sizes(
     those of ``mixed_turns``, which takes codes of 4 bits."""
     every: list[MixedRing | MixedWide | MixedPair] = []
     every += [MixedRing(b, nw, 4, s) for b in (16, 64) for nw in (4, 8) for s in (1, 2)]
+    every += [MixedRing(64, 4, 9, 1), MixedRing(128, 4, 3, 1)]
     every += [MixedRing(128, 4, 4, 1), MixedWide(128, 1, 4, 8)]
     every += [MixedPair(b, 4, s) for b in (64, 128) for s in (1, 2)]
     every += [MixedWide(128, 2, 4, 8)] if sub == 1 else []
-    every += [MixedWide(128, 2, 5, 16, stay=True)] if stay and sub == 1 else []
+    if stay and sub == 1:
+        every += [MixedWide(bt, 1, 6, 16, stay=True) for bt in (64, 128)]
+        every += [MixedWide(128, 2, 5, 16, stay=True, split=s) for s in (1, 2)]
     return [c for c in every if not only or type(c).__name__ == only]
 
 

@@ -29,6 +29,7 @@ from quant_kernels_triton.mixed_plan import (
     MixedPlan,
     MixedRing,
     MixedWide,
+    _few,
     config,
     describe_mixed,
     from_text,
@@ -132,7 +133,7 @@ def test_kernels_compile_without_spills_or_layout_changes(name, element, tmp_pat
     command = [sys.executable, "-c", PROGRAM, to_text(op)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.split() == ["ok"] * 4
+    assert done.stdout.split() == ["ok"] * 5
 
 
 # ---------------------------------------------------------------------------------- what they take
@@ -227,9 +228,26 @@ def test_block_sizes_fit_shared_memory_and_k(name, n, experts):
         else:
             assert isinstance(c, MixedWide)
             assert not (c.stay and (experts or c.partial))
+            assert c.split == 1 or (c.stay and p.recipe.groups // c.split >= 8)
             # stages of x, as many of codes or four, and one block of results on its way out
             codes = (c.stages if c.stay else 4) * 8 * tile
             assert c.stages * c.bm * 128 + codes + 6144 <= 227 * 1024
+
+
+def test_few_tiles_of_many_columns_are_cut_in_two():
+    p = planned("uint4 g128 bf16", n=4096, k=14336)
+    c = config(p, 512)
+    assert isinstance(c, MixedWide)
+    assert (c.bm, c.split) == (256, 2)  # 64 tiles, 132 multiprocessors
+    assert config(planned("uint4 g128 bf16", n=28672, k=4096), 512).split == 1
+
+
+def test_a_ring_has_stages_for_the_blocks_that_must_run_at_once():
+    for n, each in ((13824, 2), (18944, 3)):  # of 64 outputs, on 132 multiprocessors
+        for rows in (64, 128):
+            c = _few(planned("uint4 g128 bf16", n=n, k=4096), rows)
+            block = c.stages * (c.bm * 128 + 4096)
+            assert each * block <= 227 << 10 < (each + 1) * (block + 1024)
 
 
 def test_stored_scale_lies_where_the_rounding_kernels_have_it():

@@ -44,6 +44,7 @@ __all__ = [
     "from_text",
 ]
 
+_SHARED = 227 << 10  # bytes of shared memory
 SMS = 132  # multiprocessors of an H100: only block counts depend on it
 MOST_K = 32768  # a token is held in registers while it is quantized
 _PEAKS = {"fp8_e4m3": 448.0, "int8": 127.0}
@@ -211,7 +212,7 @@ class MixedRing:
 class MixedWide:
     """Block sizes of mixed_ws: tokens of a half, halves, stages, blocks that share x in cache,
     whether a second half may have no tokens, whether programs stay for several tiles
-    (``mixed_turns``; else ``mixed_ws``)."""
+    (``mixed_turns``; else ``mixed_ws``), parts of K of these."""
 
     bt: int
     halves: int
@@ -219,6 +220,7 @@ class MixedWide:
     together: int
     partial: bool = False
     stay: bool = False
+    split: int = 1
 
     @property
     def bm(self) -> int:
@@ -253,8 +255,32 @@ def _few(p: MixedPlan, rows: int) -> MixedRing:
     if bm == 128 and 128 < rows <= 192:
         bm = 64  # fewer tokens that are none
     blocks = -(-rows // bm) * outputs
-    stages = 3 if bm == 64 and not p.bytes else 4
-    return MixedRing(bm, 4, stages, _split(blocks, groups, (3 if bm <= 64 else 2) * SMS, 4))
+    split = _split(blocks, groups, (3 if bm <= 64 else 2) * SMS, 4)
+    if bm == 32 and not p.bytes and split == 1 and 2 * blocks <= 4 * SMS and groups >= 32:
+        return MixedRing(bm, 4, 6, 2)  # four blocks a multiprocessor, in place of one or two
+    return MixedRing(bm, 4, 4 if p.bytes or bm < 64 else _stages(bm, blocks * split), split)
+
+
+def _stages(bm: int, blocks: int) -> int:
+    """So many that no more blocks fit a multiprocessor than it needs to hold all at once.
+
+    Where more fit, those that begin early take a place beside blocks of the product before, and
+    some multiprocessors get one too many.
+    """
+    each = -(-blocks // SMS)
+    return 3 if each > 3 else min(9, (_SHARED // each - 2048) // (bm * 128 + 4096))
+
+
+def _turns(p: MixedPlan, rows: int) -> list[MixedWide]:
+    """Block sizes of mixed_turns for at most some hundred rows."""
+    if p.recipe.experts or p.bytes or p.sub > 1 or not 32 < rows <= 1024:
+        return []
+    found = [MixedWide(64, 1, 6, 16, stay=True)] if rows <= 64 else []
+    found += [MixedWide(128, 1, 6, 16, stay=True)] if rows <= 512 else []
+    pairs = -(-rows // 256) * -(-p.recipe.rows // 128)
+    if rows > 256 and 2 * pairs <= SMS and p.recipe.groups >= 16:
+        found.append(MixedWide(128, 2, 5, 16, stay=True, split=2))
+    return found
 
 
 def _pair(p: MixedPlan, rows: int) -> MixedPair | None:
@@ -286,27 +312,27 @@ def config(p: MixedPlan, rows: int) -> MixedPair | MixedRing | MixedWide:
         return _wide(p, rows) if rows > 128 else _few(p, rows)
     if pair := _pair(p, rows):
         return pair
-    if rows <= 128:
-        return _few(p, rows)
-    if rows > 1024:
-        return _wide(p, rows)
-    return min(_wide(p, rows), _few(p, rows), key=lambda c: _work_of(p, c, rows, 1))
+    found: list[MixedRing | MixedWide] = [_few(p, rows)] if rows <= 1024 else []
+    found += _turns(p, rows) + ([_wide(p, rows)] if rows > 128 else [])
+    return min(found, key=lambda c: _work_of(p, c, rows, 1))
 
 
 # Microseconds, fitted to an H100 (benchmarks/gpu_mixed.py).
 _START, _START_EXPERTS = 3.4, 25.4  # beside quantizing: of starting; of sorting too
 _BYTES_PER_US = 2.9e6
-_PARTS_PER_US = 4.5e6  # of parts of sums, which the cache holds
+_PARTS_US, _PARTS_PER_US = 3.0, 4.5e6  # of parts of sums, which the cache holds
 _GROUP = {"int4": 1.08, "fp4": 1.08, "fp8": 1.0, "int8": 0.83}  # of 128 x 256 outputs, 128 columns
 _WHOLE = 0.8  # the same where sums run over all columns
 # the same where programs stay, of one tile each, and for twice as many: the card lowers its clock
 _STAY, _STAY_TWICE = 0.87, 0.045
+_STAY_FEW = {64: 0.44, 128: 0.57}  # of 128 outputs by so many tokens
 _STAY_INT = 1.1  # sums of integers become floats before they are scaled
 _SHORT_WIDE = {1: 1.0, 2: 1.0, 4: 1.3}  # by pieces that have scales of their own
 _SHORT_RING = {1: 1.0, 2: 1.15, 4: 1.85}
 _PAIR = {64: 0.5, 128: 0.64}  # of 64 outputs by so many tokens, two groups
 _RING = {16: 0.06, 32: 0.11, 64: 0.205, 128: 0.40}  # of 64 outputs by so many tokens, on its share
-_CHAIN = {64: 0.58}  # of a block by itself, of 4 bits: its groups come one after another
+# the same of 4 bits: of the first block of a multiprocessor, of each up to three, of each of more
+_RING_TURN = {64: (0.22, 0.135, 0.19), 128: (0.25, 0.22, 0.36)}
 
 
 def _work_of(p: MixedPlan, c: MixedPair | MixedRing | MixedWide, rows: int, stacks: int) -> float:
@@ -322,16 +348,23 @@ def _work_of(p: MixedPlan, c: MixedPair | MixedRing | MixedWide, rows: int, stac
         each = _WHOLE if p.whole else _GROUP[p.kind]
         if c.stay and not p.whole:
             each = (_STAY + _STAY_TWICE * math.log2(waves)) * (_STAY_INT if p.integer else 1.0)
+            if c.halves == 1:
+                return waves * r.groups * _STAY_FEW[c.bt]
+            if c.split > 1:
+                return r.groups / c.split * each + _PARTS_US + rows * r.n * 8 / _PARTS_PER_US
         if p.bytes and waves > 14:  # the card lowers its clock
             each *= 1.1
         return waves * r.groups * each * _SHORT_WIDE[p.sub] * (c.halves / 2) ** 0.8
-    parts = 0.0 if c.split == 1 else 3.0 + c.split * rows * r.n * 8 / _PARTS_PER_US
+    parts = 0.0 if c.split == 1 else _PARTS_US + c.split * rows * r.n * 8 / _PARTS_PER_US
     if isinstance(c, MixedPair):
         return r.groups / c.split / 2 * _PAIR[c.bm] * _SHORT_RING[p.sub] + parts
+    if c.bm in _RING_TURN and not (r.experts or p.bytes):
+        fixed, turn, many = _RING_TURN[c.bm]
+        most = -(-int(blocks * c.split * r.rows / 64) // SMS)
+        each = fixed + turn * most if most <= 3 else many * most
+        return r.groups / c.split * each * _SHORT_RING[p.sub] + parts
     share = stacks * blocks * (r.rows / 64) / SMS
-    chain = 0.0 if r.experts or p.bytes else _CHAIN.get(c.bm, 0.0)
-    alone = r.groups / c.split * chain
-    return max(share * r.groups * _RING[c.bm] * _SHORT_RING[p.sub], alone) + parts
+    return share * r.groups * _RING[c.bm] * _SHORT_RING[p.sub] + parts
 
 
 def costs(p: MixedPlan, buckets: tuple[int, ...]) -> tuple[tuple[int, float], ...]:
@@ -345,7 +378,8 @@ def costs(p: MixedPlan, buckets: tuple[int, ...]) -> tuple[tuple[int, float], ..
         c = config(p, rows)
         work = _work_of(p, c, -(-rows // max(experts, 1)), stacks)
         start = (_START_EXPERTS if experts else _START) + codes_us(rows, p.recipe.k)
-        apart = 0.4 if isinstance(c, MixedRing) and c.bm in (32, 64) else 0.15
+        wide = c.bm == 32 or (c.bm == 64 and (experts or p.bytes))
+        apart = 0.4 if isinstance(c, MixedRing) and wide else 0.15
         us = start + max(read, work) + apart * min(read, work) + 0.1 * min(rows, 16)
         out.append((ANY_ROWS if bound == buckets[-1] else bound, round(us, 1)))
     return tuple(out)

@@ -113,17 +113,28 @@ def _stay(
     shape = (rows // 16, groups * 256)
     words = Descriptor(codes, (8, 256), shape=shape, dtype=torch.int32, plain=True)
     tiles = -(-q.shape[0] // c.bm) * -(-rows // 128)
+    split, count, part = c.split, s, s
+    if split > 1:
+        counter = counters(q.device.index, tiles * 2)
+        if counter is None:
+            split = 1
+        else:
+            count = counter
+            sums = tiles * (split - 1) * 128 * c.bm
+            part = torch.empty(sums, dtype=torch.float32, device=q.device)
 
     def build() -> Build:
         constants = {n: v for n, v in held.constants.items() if n not in _ELSEWHERE}
         constants |= {"BT": c.bt, "NH": c.halves, "ST": c.stages, "GN": c.together}
+        constants |= {"SPLIT": split}
         views = {at: dtype for at, dtype in held.views.items() if at > 1}
         options = {"num_warps": 4, "launch_pdl": True}
         return Build(constants=constants, options=options, views=views)
 
-    args = (_descriptor(p, q, c.bt), words, *fixed, s, y, q.shape[0], n, rows, groups)
-    key = (p, c, "stay", y.dtype)
-    launch(mixed_turns, key, (min(tiles, SMS), 1), args, q.device.index, build)
+    sizes = (q.shape[0], n, rows, groups)
+    args = (_descriptor(p, q, c.bt), words, *fixed, s, y, part, count, *sizes)
+    key = (p, c, "stay", split, y.dtype)
+    launch(mixed_turns, key, (min(tiles * split, SMS), 1), args, q.device.index, build)
 
 
 def _multiply(

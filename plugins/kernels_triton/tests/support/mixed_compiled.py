@@ -60,7 +60,7 @@ def _compile(p: MixedPlan, c: MixedPair | MixedRing | MixedWide) -> None:
     held |= {"R0": p.rows[0], "R1": p.rows[1], "HAS_BIAS": False}
     held |= {"ASM": ASM[p.operand], "POWER": POWER[p.operand]}
     if isinstance(c, MixedWide):
-        held |= {"BT": c.bt, "NH": c.halves, "WST": 4, "PARTIAL": c.partial}
+        held |= {"BT": c.bt, "NH": c.halves, "WST": 4, "PARTIAL": c.partial, "SPLIT": c.split}
     elif isinstance(c, MixedPair):
         held |= {"BT": c.bm, "WST": 4, "SPLIT": c.split}
     else:
@@ -95,9 +95,9 @@ def _compile(p: MixedPlan, c: MixedPair | MixedRing | MixedWide) -> None:
 
 
 def compile_mixed(text: str) -> None:
-    """Compile the kernels as 16, 64, 4096 and 4200 tokens of an operation would, and say so."""
+    """Compile the kernels as so many tokens of an operation would, and say so."""
     p = describe_mixed(op_from_text(text))
     assert isinstance(p, MixedPlan), p
-    for rows in (16, 64, 4096, 4200):
+    for rows in (16, 64, 512, 4096, 4200):
         _compile(p, config(p, rows))
         print("ok")
