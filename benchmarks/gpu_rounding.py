@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import sys
@@ -43,10 +44,11 @@ TIMED = ("fp8 token", "int8 token", "mx fp4_e2m1 even", "mx fp8_e4m3 rceil", "nv
 _L2 = 96 << 20
 
 
-def op_of(name: str, k: int, act: str) -> OpSpec:
-    """The operation of a spec on the device."""
+def op_of(name: str, k: int, act: str, *, early: bool = False) -> OpSpec:
+    """The operation of a spec on the device; ``early``: before a product that starts early."""
     scale, zero = stored(SPECS[name], k)
-    features = {"input_scale"} if scale is not None else set()
+    features = {"starts_early"} if early else set()
+    features |= {"input_scale"} if scale is not None else set()
     features |= {"input_zero"} if zero is not None else set()
     return OpSpec(
         op="quantize",
@@ -68,14 +70,14 @@ def check(case: tuple[str, str, int]) -> dict[str, Any]:
     row: dict[str, Any] = {"spec": name, "act": act, "k": k}
     try:
         x, (scale, zero) = inputs(k, ACTS[act]), stored(SPECS[name], k)
-        run = Round().bind(op_of(name, k, act))
+        runs = {e: Round().bind(op_of(name, k, act, early=bool(e))) for e in ("", ", early")}
         held = _on_device(scale, zero)
-        for part, rows in (("all", x), ("finite", x[:8]), ("one", x[:1])):
+        for part, rows in (("all", x), ("finite", x[:8]), ("one", x[:1]), ("many", x.repeat(3, 1))):
             want = fake_quantize(rows, SPECS[name], scale, zero)
             here = fake_quantize(rows.cuda(), SPECS[name], *held)
-            for turn in ("first", "kept"):
+            for turn, (early, run) in itertools.product(("first", "kept"), runs.items()):
                 got = run([], rows.cuda(), *held)
-                row[f"{part}, {turn}"] = int((~same_bits(got.cpu(), want)).sum())
+                row[f"{part}, {turn}{early}"] = int((~same_bits(got.cpu(), want)).sum())
             row[f"{part}, reference there"] = int((~same_bits(here.cpu(), want)).sum())
     except Exception as err:  # a benchmark goes on and reports it
         row["problem"] = f"{type(err).__name__}: {err}"[:400]

@@ -234,3 +234,28 @@ def test_a_quantizer_has_no_weights():
     assert kernel.allocate(None) == {}
     with pytest.raises(KernelError, match="no quantized weights"):
         kernel.restore({}, None)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_rounding_is_told_that_the_kernel_behind_starts_early(early):
+    asked = []
+
+    class Rounds(TorchRound):
+        def accepts(self, op):
+            asked.append(op.features)
+            return super().accepts(op)
+
+        def bind(self, op):
+            asked.append(op.features)
+            return super().bind(op)
+
+    class Product(FloatsOnly):
+        starts_early = early
+
+    spec = STORED["fp8"]
+    op = _op(_layer(spec), spec)
+    kernel = RoundedInput(Product(), stored=True, quantizer=Rounds())
+    assert isinstance(kernel.accepts(op), Accepted)
+    kernel.bind(op)
+    want = {"input_scale", "starts_early"} if early else {"input_scale"}
+    assert asked == [want, want]

@@ -71,7 +71,7 @@ class Rejected:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """See the module's docstring. Nine attributes are optional:
+    """See the module's docstring. Ten attributes are optional:
 
     TRANSFORMS  True: the kernel applies transforms; core asks no other for an operation with any.
     layout      name of the storage order of its buffers; kernels with an equal one must agree on
@@ -84,6 +84,8 @@ class Kernel(Protocol):
                 part that is the whole layer, its codes not copied; ``op.packing`` is the part's.
                 Asked where weights are pages of a file (``mapped``). None: not this part. Rows may
                 lie as a feature of ``row_order`` says; ``load_`` and ``restore`` put them in order.
+    starts_early  True: it reads nothing but weights before it waits for the kernel before it, and a
+                program of it fills a multiprocessor: that kernel may let it start at once.
     bind_shared bind_shared(ops) -> run | None: linear layers of one input as one call,
                 run([[buffers of a layer...], ...], x) -> [y, ...], each y as ``bind`` gives it (up
                 to the order of float32 sums); layers that quantize x alike share that. None: not

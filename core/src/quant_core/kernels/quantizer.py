@@ -1,6 +1,7 @@
 """Rounding activations as an operation of its own: any kernel package may offer it.
 
-    op "quantize"    operand "input", size k; features "input_scale", "input_zero" where stored;
+    op "quantize"    operand "input", size k; features "input_scale", "input_zero" where stored,
+                     "starts_early" (``Kernel``) where the kernel behind does;
                      size experts where every expert has stored values of its own
     bind(op)         run([], x [..., K], scale | None, zero | None, experts | None) -> x^
 
@@ -65,8 +66,12 @@ _lib.impl("round_input", _round, "CompositeExplicitAutograd")
 torch.library.register_fake("quant_core::round_input", _fake, lib=_lib)
 
 
-def quantize_op(op: OpSpec) -> OpSpec:
-    """What is asked of a quantizer for the activations of ``op``."""
+def quantize_op(op: OpSpec, *, starts_early: bool = False) -> OpSpec:
+    """What is asked of a quantizer for the activations of ``op``.
+
+    Args:
+        starts_early: the kernel behind is one of ``Kernel.starts_early``.
+    """
     spec = op.operand("input")
     assert spec is not None, "asked for operations with quantized activations only"
     stored = frozenset(static_shape(op))
@@ -78,7 +83,7 @@ def quantize_op(op: OpSpec) -> OpSpec:
         sizes=(("k", op.size("k")), *((("experts", experts),) if experts else ())),
         act_dtype=op.act_dtype,
         device=op.device,
-        features=stored,
+        features=stored | ({"starts_early"} if starts_early else set()),
     )
 
 

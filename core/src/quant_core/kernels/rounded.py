@@ -81,7 +81,7 @@ class RoundedInput:
         said = answer_of(self.inner, without_input(op))
         if isinstance(said, Rejected):
             return said
-        by = answer_of(self.quantizer, quantize_op(op))
+        by = answer_of(self.quantizer, self._asked(op))
         if isinstance(by, Rejected):
             return by
         bounds = {m for m, _ in (*said.costs, *by.costs)} if said.costs else set()
@@ -93,6 +93,10 @@ class RoundedInput:
             costs=tuple((m, said.cost_at(m) + by.cost_at(m)) for m in sorted(bounds)),
             note=f"{said.note}; {note}" if said.note else note,
         )
+
+    def _asked(self, op: OpSpec) -> OpSpec:
+        early = bool(getattr(self.inner, "starts_early", False))
+        return quantize_op(op, starts_early=early)
 
     def _names(self, op: OpSpec) -> tuple[str, ...]:
         return tuple(static_shape(op))
@@ -125,7 +129,7 @@ class RoundedInput:
 
     def bind(self, op: OpSpec) -> Callable[..., Tensor]:
         inner, own = self.inner.bind(without_input(op)), self._names(op)
-        rounds = self.quantizer.bind(quantize_op(op))
+        rounds = self.quantizer.bind(self._asked(op))
         if own and op.size("experts", 0):
             return functools.partial(_run_experts, inner, rounds, own)
         return functools.partial(_run, inner, rounds, own)

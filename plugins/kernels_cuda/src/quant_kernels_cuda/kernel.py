@@ -34,6 +34,7 @@ class Decode(Tiles16):
 
     name = "cuda_decode"
     OPS = ("linear", "grouped_linear")
+    starts_early = True
 
     def _variant(self, op: OpSpec) -> Variant | Rejected:
         if op.device[0] != "cuda":

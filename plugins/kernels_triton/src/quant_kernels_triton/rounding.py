@@ -161,8 +161,17 @@ def round_groups(X, Y, SCALE, ZERO, STEPS, PART, EXPERT, T, K, G, GS, E,
                  TIES: tl.constexpr, SMAN: tl.constexpr, SEMIN: tl.constexpr,
                  SHIGH: tl.constexpr, TENSOR: tl.constexpr, RAGGED: tl.constexpr,
                  WHOLE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-                 BN: tl.constexpr, BG: tl.constexpr):  # fmt: skip
-    """See the module's docstring; ``rounding_plan`` says what the constants are."""
+                 BN: tl.constexpr, BG: tl.constexpr, BO: tl.constexpr,
+                 EARLY: tl.constexpr):  # fmt: skip
+    """See the module's docstring; ``rounding_plan`` says what the constants are.
+
+    BO: of a group that is all of a token, several programs look for its scale, and each rounds so
+    many columns; 0: one program a tile.
+
+    EARLY: the product may begin as soon as a multiprocessor is free, while the kernel before this
+    one still runs. What it reads before it waits are weights, which a kernel that lets this one
+    begin before it ends must not write; no kernel here writes any.
+    """
     pid = tl.program_id(0)
     if WHOLE:  # a program holds all groups of its token
         g = tl.arange(0, BN)
@@ -183,10 +192,19 @@ def round_groups(X, Y, SCALE, ZERO, STEPS, PART, EXPERT, T, K, G, GS, E,
     else:
         at = (pid * BN + tl.arange(0, BN)).to(tl.int64)[:, None] * GS + j[None, :]
     if PDL:  # the product that follows may fetch weights meanwhile
-        gdc_wait()
-        gdc_launch_dependents()
+        if EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
+        else:
+            gdc_wait()
+            gdc_launch_dependents()
     x = _read(X + at, keep, HALF)
     size = _bits(x) & 0x7FFFFFFF
+    if BO > 0:
+        own_j = tl.program_id(1) * BO + tl.arange(0, BO)
+        own_keep = some[:, None] & (own_j < GS)[None, :]
+        own_at = t.to(tl.int64)[:, None] * K + own_j[None, :]
+        own_x = _read(X + own_at, own_keep, HALF)
 
     own = g if PER_GROUP else tl.zeros([BN], tl.int32)
     if EXPERTS:
@@ -249,7 +267,9 @@ def round_groups(X, Y, SCALE, ZERO, STEPS, PART, EXPERT, T, K, G, GS, E,
             if FACTOR != 0:
                 s = tl.div_rn(s, factor) if FACTOR_INVERSE else s * factor
 
-    wide_s = tl.broadcast_to(s[:, None], [BN, BG])
+    if BO > 0:
+        x, at, keep, size = own_x, own_at, own_keep, _bits(own_x) & 0x7FFFFFFF
+    wide_s = tl.broadcast_to(s[:, None], x.shape)
     q = x * wide_s if INVERSE else tl.div_rn(x, wide_s)
     if HAS_ZERO:
         q = q + z[:, None]

@@ -10,7 +10,6 @@ from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.quantizer import Weightless
 from quant_core.kernels.storage import misused
 from quant_core.spec import OpSpec
-from quant_core.spec_json import to_text
 from quant_kernels_triton.costs import BUCKETS
 from quant_kernels_triton.interpreter import interpreting
 from quant_kernels_triton.rounding_plan import RoundPlan, describe_round
@@ -22,6 +21,7 @@ __all__ = ["Round"]
 
 # Microseconds in front of a product in a CUDA graph, fitted to an H100 (benchmarks/gpu.py).
 _US = 1.3  # of one small launch, and what its neighbours overlap no more
+_EARLY_US = 0.9  # less, where the product starts early
 _COLUMN_US = 1.0e-4  # of each column of a row, which one program reads
 _ROW_US = 0.035  # of each of the first 64 rows
 _BYTES_PER_US = 2.0e6
@@ -47,6 +47,7 @@ class Round(Weightless):
             return p
         each = op.size("k") * (2 if op.act_dtype != "float32" else 4) * (3 if p.first else 2)
         launches = (_US + _COLUMN_US * op.size("k")) * (2 if p.first else 1)
+        launches -= _EARLY_US if p.early else 0.0
         costs = tuple(
             (m, round(launches + _ROW_US * min(m, 64) + min(m, 8192) * each / _BYTES_PER_US, 1))
             for m in BUCKETS
@@ -59,4 +60,4 @@ class Round(Weightless):
             raise misused(self.name, p)
         from quant_kernels_triton.rounding_run import bound_round
 
-        return functools.partial(bound_round, to_text(p.spec), op.size("k"))
+        return functools.partial(bound_round, p.text(), op.size("k"))

@@ -7,12 +7,12 @@ factor    0 none, 1 stored, 2 of the token, 3 of the tensor
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quant_core.kernels.base import Rejected
 from quant_core.spec import TENSOR, OpSpec, QuantSpec, Scale
-from quant_core.spec_json import from_text
+from quant_core.spec_json import from_text, to_text
 
 __all__ = ["MOST", "RoundPlan", "describe_round", "round_from_text"]
 
@@ -30,6 +30,7 @@ _WIDE = ("f32", "bf16", "f16")
 _EPS32 = 2.0**-23
 _TIES = {"even": 0, "down": 1, "up": 2, "away": 2}
 MOST = 32768  # elements of a tile: what a program holds in registers
+_EARLY = "early "
 _ANY = 1024  # columns of a group where groups do not matter
 
 
@@ -44,6 +45,11 @@ class RoundPlan:
     first: bool  # magnitudes of the whole tensor come first
     whole: bool  # a program needs all of its token
     stored: bool
+    early: bool = False  # the product behind starts early (``Kernel.starts_early``)
+
+    def text(self) -> str:
+        """What ``round_from_text`` makes the plan of."""
+        return (_EARLY if self.early else "") + to_text(self.spec)
 
     def columns(self, k: int) -> int:
         """Columns of one group."""
@@ -142,6 +148,8 @@ def describe_round(op: OpSpec) -> RoundPlan | Rejected:
         need = f"an integer of up to 16 bits, {' or '.join(ELEMENTS)}"
         return Rejected(axis="input", have=spec.element.name, need=need)
     p, k = _plan(spec, bool(op.size("experts", 0))), op.size("k")
+    if "starts_early" in op.features:
+        p = replace(p, early=True)
     if not 0 < p.held(k) <= MOST:
         need = f"at most {MOST} features under one scale"
         return Rejected(axis="sizes", have=f"{p.held(k)}", need=need)
@@ -169,5 +177,7 @@ def _plan(spec: QuantSpec, experts: bool) -> RoundPlan:
 
 @functools.cache
 def round_from_text(text: str, experts: bool) -> RoundPlan:
-    """The plan of an "input" operand, given as text."""
-    return _plan(from_text(text), experts)
+    """The plan of an "input" operand, given as ``RoundPlan.text`` or as the text of its spec."""
+    early, spec = text.startswith(_EARLY), text.removeprefix(_EARLY)
+    p = _plan(from_text(spec), experts)
+    return replace(p, early=True) if early else p

@@ -2,7 +2,8 @@
 
     quant_triton::round_input(x, scale, zero, experts, spec) -> x^
 
-A tile has about ``_TILE`` elements, fewer where x is small, so that many programs share it.
+A tile has about ``_TILE`` elements, fewer where x is small, so that many programs share it. Few
+tokens before a product that starts early are shared out further, since it waits for them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from quant_kernels_triton.launch import Build, aligned, launch
 from quant_kernels_triton.replay import kind_of, replayed
 from quant_kernels_triton.rounding_plan import MOST, RoundPlan, round_from_text
 
-__all__ = ["bound_round", "round_input", "rounded", "steps"]
+__all__ = ["bound_round", "own_columns", "round_input", "rounded", "steps"]
 
 rounding = Jits("rounding")
 
 _TILE = 2048
+_OWN, _OWN_WARPS = 512, 8  # columns of a program where several share a token
+_FEW = 16  # tokens before a product that starts early
 _PARTS = 256
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NEVER = 0x7FFFFFFF  # above the bits of every float that is looked up
@@ -92,6 +95,12 @@ def _tile(p: RoundPlan, k: int, small: bool) -> tuple[int, int, int, dict[str, A
     return columns, groups, bn, fixed, warps
 
 
+def own_columns(p: RoundPlan, k: int, tokens: int) -> int:
+    """Columns that a program rounds where several share a token; 0: one has all of it."""
+    shared = p.early and p.whole_token and tokens <= _FEW and k > 2 * _OWN
+    return (_OWN if k <= 16384 else 2 * _OWN) if shared else 0
+
+
 def _extremes(x: Tensor, half: bool) -> tuple[Tensor, int]:
     """Bits of the largest magnitudes below and above zero of every part of x."""
     size = x.numel()
@@ -131,19 +140,20 @@ def round_input(
     table = _table(p.table, x.device) if p.table else y
     kinds = tuple(None if t is None else t.dtype for t in (scale, zero, experts))
     pdl = dependent(device)
-    key = ("round", p, k, bn, x.dtype, parts, kinds)
+    own, early = own_columns(p, k, tokens), p.early and tokens <= _FEW
+    key = ("round", p, k, bn, own, early, x.dtype, parts, kinds)
 
     def build() -> Build:
         words = {0: torch.int16, 1: torch.int16} if half else {}
-        more = {"HALF": half, "PARTS": parts, "PDL": pdl}
-        how = options(pdl, warps, 1) | {"enable_fp_fusion": False}
+        more = {"HALF": half, "PARTS": parts, "PDL": pdl, "BO": own, "EARLY": early}
+        how = options(pdl, _OWN_WARPS if own else warps, 1) | {"enable_fp_fusion": False}
         return Build(constants=constants | more, options=how, views=words)
 
     count = 0 if experts is None or scale is None else scale.shape[0]
     fixed = (tokens, k, groups, columns, count)
     stored = (y if t is None else t for t in (scale, zero))
     args = (x, y, *stored, table, part, y if experts is None else experts, *fixed)
-    grid = (tokens if p.whole else -(-tokens * groups // bn), 1)
+    grid = (tokens if p.whole else -(-tokens * groups // bn), -(-k // own) if own else 1)
     launch(rounding.round_groups, key, grid, args, device, build)
     return y
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ from quant_core.numerics import MX_RULES, mx_scale
 from quant_core.spec import OpSpec
 from quant_core.spec_json import to_text
 from quant_kernels_triton.rounding_kernel import Round
-from quant_kernels_triton.rounding_run import steps
+from quant_kernels_triton.rounding_plan import describe_round
+from quant_kernels_triton.rounding_run import own_columns, steps
 from triton_rounded import SPECS, inputs, same_bits, small, stored
 
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -50,6 +53,20 @@ def test_rounded_activations_are_the_references_bit_for_bit(name, act):
             same = same_bits(got, want)
             assert got.dtype == x.dtype
             assert same.all(), (k, rows, x[rows][~same][:5], got[~same][:5], want[~same][:5])
+
+
+@pytest.mark.parametrize("name", ["int8 token", "int8 token, zero", "fp8 bounded", "fnuz token"])
+def test_few_wide_tokens_are_shared_out_and_rounded_the_same(name):
+    for k, act in ((1100, "bfloat16"), (2064, "float32")):
+        op, x = op_of(name, k, act), inputs(k, FLOATS[act])
+        op = replace(op, features=op.features | {"starts_early"})
+        p = describe_round(op)
+        assert own_columns(p, k, len(x)) > 0
+        run, want = Round().bind(op), fake_quantize(x, SPECS[name])
+        assert same_bits(run([], x), want).all()
+        many = x.repeat(5, 1)  # more tokens: one program each
+        assert own_columns(p, k, len(many)) == 0
+        assert same_bits(run([], many), want.repeat(5, 1)).all()
 
 
 @pytest.mark.parametrize("rule", MX_RULES)
@@ -108,6 +125,6 @@ def test_states_of_a_cache_take_the_same_kernel(name):
     spec, x = SPECS[name], inputs(96, torch.float32)[:4]
     scale, zero = stored(spec, 96)
     scale = scale[None]  # as a cache holds it: [1, 1] or [1, features]
-    run = kv_states._rounds(to_text(spec), 96, torch.float32, torch.device("cpu"))
+    run, _ = kv_states._rounds(to_text(spec), 96, torch.float32, torch.device("cpu"))
     assert run.func.__module__ == "quant_kernels_triton.rounding_run"
     assert torch.equal(run([], x, scale, zero), fake_quantize(x, spec, scale, zero))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from triton.compiler import ASTSource
 from quant_core.numerics import scale_dtype
 from quant_kernels_triton import rounding
 from quant_kernels_triton.rounding_plan import _plan
-from quant_kernels_triton.rounding_run import _tile
+from quant_kernels_triton.rounding_run import _tile, own_columns
 from triton_rounded import SPECS
 
 _TYPES = {"bfloat16": "*i16", "float16": "*fp16", "float32": "*fp32"}
@@ -49,11 +50,13 @@ def compiled(fn: Any, types: dict[str, str], constants: dict[str, Any], warps: i
     return " ".join(re.findall(r"Used \d+ registers", said))
 
 
-def compile_rounding(name: str, act: str, k: int) -> str:
-    """Compile the kernel of a spec as ``k`` features take it."""
+def compile_rounding(name: str, act: str, k: int, tokens: int) -> str:
+    """Compile the kernel of a spec as ``tokens`` of ``k`` features take it."""
     spec = SPECS[name]
     p = _plan(spec, False)
     *_, fixed, warps = _tile(p, k, False)
+    p = replace(p, early=tokens == 1)
+    own = own_columns(p, k, tokens)
     types = {"X": _TYPES[act], "Y": _TYPES[act], "SCALE": "*fp32", "ZERO": "*fp32"}
     fine = next((s for s in spec.scales if s.static), None)
     if fine is not None:
@@ -63,7 +66,8 @@ def compile_rounding(name: str, act: str, k: int) -> str:
     types |= {"STEPS": "*fp32" if fixed["STORED"] == 1 else "*i32", "PART": "*i32"}
     types |= {"EXPERT": "*i64"} | dict.fromkeys(("T", "K", "G", "GS", "E"), "i32")
     constants = fixed | {"HALF": act == "bfloat16", "PARTS": 256, "PDL": True}
-    return compiled(rounding.round_groups, types, constants, warps)
+    constants |= {"BO": own, "EARLY": p.early}
+    return compiled(rounding.round_groups, types, constants, 8 if own else warps)
 
 
 def compile_extremes(act: str) -> str:
@@ -74,5 +78,6 @@ def compile_extremes(act: str) -> str:
 
 
 if __name__ == "__main__":
-    print("round ok", compile_rounding(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    for tokens in (1, 4096):
+        print("round ok", compile_rounding(sys.argv[1], sys.argv[2], int(sys.argv[3]), tokens))
     print("extremes ok", compile_extremes(sys.argv[2]))
