@@ -26,6 +26,7 @@ _LIBRARY = "src/quant_kernels_cpu/_kernels.so"
 _FLAGS = "-O3 -std=c11 -D_GNU_SOURCE -fPIC -fopenmp -fno-strict-aliasing -Wall".split()
 _AVX2 = "-mavx2 -mfma -mf16c".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
+_AMX = [*_AVX512, *"-mavx512bf16 -mavx512vbmi -mamx-tile".split()]
 # unit -> flags; the first ones are needed, each other one defines QK_HAVE_<name> when it compiles
 _NEEDED = {
     "rows": [*_AVX2, "-ffp-contract=off"],
@@ -54,8 +55,11 @@ _OPTIONAL = {
     "BF16_FLOAT8": ("kernel_bf16_float8", [*_AVX512, "-mavx512bf16", "-mavx512vbmi"]),
     "VNNI": ("kernel_w4a8", [*_AVX512, "-mavx512vnni"]),
     "INT8_VNNI": ("kernel_int8_vnni", [*_AVX512, "-mavx512vnni"]),
+    "AMX_FLOAT8": ("kernel_amx_float8", [*_AMX, "-mamx-bf16"]),
+    "AMX_INT8": ("kernel_int8_amx", [*_AMX, "-mavx512vnni", "-mamx-int8"]),
+    "AMX": ("kernel_amx", [*_AMX, "-mamx-bf16"]),
 }
-_VERSION = 26  # of the C interface; library.py checks it
+_VERSION = 27  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

@@ -2,18 +2,43 @@
 #include <cpuid.h>
 #include <omp.h>
 #include <stddef.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "int8.h"
 #include "step.h"
 #include "stored.h"
 
-enum { ISA_NONE, ISA_AVX2, ISA_AVX512, ISA_BF16 };
+#if defined(QK_HAVE_AMX) && defined(QK_HAVE_AMX_FLOAT8) && defined(QK_HAVE_AMX_INT8)
+#define QK_TILES /* matrix units */
+#endif
+
+enum { ISA_NONE, ISA_AVX2, ISA_AVX512, ISA_BF16, ISA_AMX };
+
+/* Matrix units for bfloat16 and int8, which a process on Linux has to ask for once. */
+static int has_amx(void) {
+#ifdef QK_AMX_EMULATED
+    return 1;
+#elif defined(QK_TILES)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    static int known; /* 1: no, 2: yes */
+    unsigned a, b, c, d;
+    if (!known) {
+        const int there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
+        known = there && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) ? 2 : 1;
+    }
+    return known == 2;
+#else
+    return 0;
+#endif
+}
 
 /* The best instruction set that this processor has and this library was built with. */
 int qk_isa(void) {
     __builtin_cpu_init();
 #ifdef QK_HAVE_BF16
-    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) return ISA_BF16;
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"))
+        return has_amx() && __builtin_cpu_supports("avx512vbmi") ? ISA_AMX : ISA_BF16;
 #endif
 #ifdef QK_HAVE_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return ISA_AVX512;
@@ -27,18 +52,6 @@ int qk_has_vnni(void) {
 #ifdef QK_HAVE_VNNI
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
-#else
-    return 0;
-#endif
-}
-
-/* Matrix units for bfloat16 that the system has switched on: torch's matmul uses them. */
-int qk_has_amx(void) {
-#ifdef QK_HAVE_AVX512
-    unsigned a, b, c, d, low, high;
-    if (qk_isa() < ISA_AVX512 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (d >> 22 & 1) && (d >> 24 & 1) && (low >> 17 & 3) == 3;
 #else
     return 0;
 #endif
@@ -66,6 +79,10 @@ typedef struct {
 
 /* The unit that runs a call of 8-bit floats. */
 static unit float8_unit(const qk_call *c) {
+#ifdef QK_TILES
+    if (c->isa >= ISA_AMX && c->xtype == QK_BF16)
+        return (unit){qk_linear_amx_float8, qk_shared_bf16_float8, qk_most_shared_bf16_float8, qk_part_bf16_float8};
+#endif
 #ifdef QK_HAVE_BF16_FLOAT8
     if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && __builtin_cpu_supports("avx512vbmi"))
         return UNIT(bf16_float8);
@@ -84,11 +101,15 @@ static unit unit_of(const qk_call *c) {
     if (c->op->float8) return float8_unit(c);
 #ifdef QK_HAVE_BF16
     if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c)) {
+        unit found = UNIT(bf16);
 #ifdef QK_HAVE_STORED
         if (c->op->order && qk_fits_stored(c->op) && __builtin_cpu_supports("avx512vbmi"))
-            return (unit){qk_linear_bf16, qk_shared_stored, qk_most_stored, NULL};
+            found = (unit){qk_linear_bf16, qk_shared_stored, qk_most_stored, NULL};
 #endif
-        return UNIT(bf16);
+#ifdef QK_TILES
+        if (c->isa >= ISA_AMX) found.linear = qk_linear_amx;
+#endif
+        return found;
     }
 #endif
 #ifdef QK_HAVE_AVX512
@@ -144,11 +165,26 @@ int qk_linear_int8(const qk_call *c) {
 #endif
 }
 
+#ifdef QK_TILES
+enum { LEAST_INT8_TILE = 13 }; /* fewer tokens: weights are read as fast by vectors */
+
+/* Whether the matrix units run it: whole tiles of 64 columns up to the end of every group. */
+static int int8_tiles(const qk_int8_call *c, int64_t tokens) {
+    return tokens >= LEAST_INT8_TILE && c->op->k % 64 == 0 && c->op->group % 64 == 0;
+}
+#endif
+
 /* int8 weights and int8 activations with the codes that the operation names (int8.h). */
 int qk_linear_w8a8(const qk_int8_call *c) {
     const int64_t threads = omp_get_max_threads();
     const qk_segment one = {0, 0, c->count}, *segs = c->segments ? c->segments : &one;
     const int64_t n = c->segments ? c->count : 1;
+#ifdef QK_TILES
+    int64_t most = 0;
+    for (int64_t i = 0; i < n; i++) most = segs[i].count > most ? segs[i].count : most;
+    if (c->isa >= ISA_AMX && int8_tiles(c, most))
+        return qk_w8a8_amx(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
+#endif
 #ifdef QK_HAVE_INT8_VNNI
     if (c->isa >= ISA_AVX512 && qk_has_vnni())
         return qk_w8a8_vnni(c->op, &c->tensors, c->x, c->xtype, c->y, segs, n, threads);
@@ -160,6 +196,11 @@ int qk_linear_w8a8(const qk_int8_call *c) {
 
 /* Several of them of one x. */
 int qk_linear_w8a8_shared(const qk_int8_call *calls, int64_t n) {
+#ifdef QK_TILES
+    int tiles = calls->isa >= ISA_AMX;
+    for (int64_t i = 0; i < n; i++) tiles &= int8_tiles(calls + i, calls->count);
+    if (tiles) return qk_w8a8_shared_amx(calls, n, omp_get_max_threads());
+#endif
 #ifdef QK_HAVE_INT8_VNNI
     if (calls->isa >= ISA_AVX512 && qk_has_vnni())
         return qk_w8a8_shared_vnni(calls, n, omp_get_max_threads());
@@ -175,15 +216,4 @@ int qk_attention(const qk_step *s) {
 #endif
     if (s->isa >= ISA_AVX2) return qk_step_avx2(s, omp_get_max_threads());
     return 3;
-}
-
-/* Blocks [x, x + count) as bfloat16 weights at y, [k][count * 32]; `x` is a number here. */
-int qk_dense(const qk_call *c) {
-#ifdef QK_HAVE_AVX512_FLOAT8
-    qk_dense_fn *dense = c->op->float8 ? qk_dense_avx512_float8 : qk_dense_avx512;
-    return dense(c->op, &c->tensors, (int64_t)(intptr_t)c->x, c->count, c->y);
-#else
-    (void)c;
-    return 3;
-#endif
 }

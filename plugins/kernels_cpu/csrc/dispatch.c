@@ -23,7 +23,6 @@ enum { MOST_LAYERS = 64, MOST_BUFFERS = 16, PLACES = 1 << 14 };
 torch_api qk_torch;
 int64_t qk_limit, qk_int64;
 static int64_t dtypes[4][2]; /* torch's number, ours; bool is last */
-static int64_t wide_rows;
 static int (*describe)(const char *, int64_t length, int64_t kind);
 int (*qk_fill)(int64_t table);
 int64_t (*qk_held)(int64_t handle);
@@ -42,9 +41,8 @@ static _Atomic int64_t weights_now = 1;
 void qk_weights_changed(void) { atomic_fetch_add(&weights_now, 1); }
 int64_t qk_weights_now(void) { return atomic_load(&weights_now); }
 
-/* `rows`: from so many on bfloat16 calls belong to torch's matmul (its matrix units); 0 = never. */
-void qk_native_limits(int64_t limit, int64_t rows) {
-    qk_limit = limit, wide_rows = rows;
+void qk_native_limits(int64_t limit) {
+    qk_limit = limit;
     qk_weights_changed();
 }
 
@@ -214,27 +212,11 @@ static const char *run(owned *o, const layout **layers, int64_t n, int joint, ha
     return status ? "linear: no memory for the kernel's scratch space" : NULL;
 }
 
-/* Whether a call of so many rows is left to Python, which has torch's matmul. */
-static int is_wide(handle x) {
-    int64_t dim, *sizes, count = 1;
-    int32_t number;
-    if (!wide_rows) return 0;
-    torch.dim(x, &dim);
-    torch.sizes(x, &sizes);
-    torch.dtype(x, &number);
-    for (int64_t i = 0; i < dim - 1; i++) count *= sizes[i];
-    return count >= wide_rows && dtypes[2][0] == number;
-}
-
 /* (Tensor x, Tensor[] tensors, str layout) -> Tensor */
-static void single(value *stack, int64_t kind, const char *wide) {
+static void single(value *stack, int64_t kind) {
     handle string = (handle)(uintptr_t)stack[2], out = NULL;
     owned o;
     hold(&o, stack);
-    if (wide && is_wide(o.x)) {
-        if (torch.call(wide, "", stack, 2ull << 56 | 10ull << 48)) qk_fail("linear: it failed as said above");
-        return;
-    }
     const layout *l = qk_layout_of(string, kind);
     const char *error = l ? run(&o, &l, 1, 0, &out) : "linear: the layout cannot be read";
     torch.string_drop(string);
@@ -245,7 +227,7 @@ static void single(value *stack, int64_t kind, const char *wide) {
 }
 
 /* (Tensor x, Tensor[] tensors, str[] layouts) -> Tensor */
-static void shared(value *stack, int64_t kind, const char *wide) {
+static void shared(value *stack, int64_t kind, const char *many) {
     handle texts = (handle)(uintptr_t)stack[2], out = NULL;
     owned o;
     hold(&o, stack);
@@ -253,8 +235,8 @@ static void shared(value *stack, int64_t kind, const char *wide) {
     const char *error = NULL;
     size_t n;
     torch.list_size(texts, &n);
-    if (wide && (n > MOST_LAYERS || is_wide(o.x))) {
-        if (torch.call(wide, "", stack, 2ull << 56 | 10ull << 48)) qk_fail("linear: it failed as said above");
+    if (many && n > MOST_LAYERS) {
+        if (torch.call(many, "", stack, 2ull << 56 | 10ull << 48)) qk_fail("linear: it failed as said above");
         return;
     }
     if (n < 1 || n > MOST_LAYERS) error = "linear: 1 to 64 layers can share a call";
@@ -275,17 +257,17 @@ static void shared(value *stack, int64_t kind, const char *wide) {
 
 void qk_op_linear(value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    single(stack, FLOATS, "quant_cpu::linear_wide");
+    single(stack, FLOATS);
 }
 
 void qk_op_linear_shared(value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    shared(stack, FLOATS, "quant_cpu::linear_shared_wide");
+    shared(stack, FLOATS, "quant_cpu::linear_shared_many");
 }
 
 void qk_op_linear_w8a8(value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    single(stack, INT8, NULL);
+    single(stack, INT8);
 }
 
 void qk_op_linear_w8a8_shared(value *stack, uint64_t inputs, uint64_t outputs) {

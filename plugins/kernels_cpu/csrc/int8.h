@@ -54,12 +54,12 @@ typedef struct {
 typedef int qk_int8_fn(const qk_int8_op *, const qk_int8_tensors *, const void *x, int64_t xtype,
                        void *y, const qk_segment *, int64_t segments, int64_t threads);
 
-qk_int8_fn qk_w8a8_avx2, qk_w8a8_vnni;
+qk_int8_fn qk_w8a8_avx2, qk_w8a8_vnni, qk_w8a8_amx;
 
 /* `n` layers of one x; see kernel_int8.h. */
 typedef int qk_int8_shared_fn(const qk_int8_call *, int64_t n, int64_t threads);
 
-qk_int8_shared_fn qk_w8a8_shared_avx2, qk_w8a8_shared_vnni;
+qk_int8_shared_fn qk_w8a8_shared_avx2, qk_w8a8_shared_vnni, qk_w8a8_shared_amx;
 
 /* The tensors of one expert. */
 static inline qk_int8_tensors qk_int8_expert(const qk_int8_op *op, const qk_int8_tensors *t,

@@ -29,14 +29,19 @@
  *     load_f16 load_bf16 load_u8 load_i8 load_e8m0 load_table
  *     code_table make_table(op, tensors)
  *     QK_FLOAT8           defined: all codes have 8 bits and are floats, so no zero points
+ *     QK_AMX              defined: panels meet tokens in matrix units (amx.h); x is bfloat16
  *     x_sum(x, n)         float32 sum of n xelems, fixed order
  */
 #include <omp.h>
 
 #include "factors.h"
 #include "stored.h"
-
+#ifdef QK_AMX
+#include "amx.h"
+#define K_CHUNK 512 /* columns of a panel: 32 KiB of a block of rows, which the first cache holds */
+#else
 #define K_CHUNK 1024 /* columns of a panel: 64 KiB of bfloat16 a block of rows */
+#endif
 #define M_SLAB 256   /* tokens whose accumulators are kept at once */
 #define SHORT_GROUP 128 /* groups below this are short: their ends weigh */
 #define AHEAD_BYTES 8192 /* of codes that are fetched ahead: what memory takes to answer */
@@ -306,6 +311,78 @@ QK_INLINE void NAME(tile_short)(const NAME(view) *v, int64_t block, int64_t k, i
         for (int j = 0; j < NV; j++) vstore(out + m * QK_ROWS + j * VW, y[m][j]);
 }
 
+#ifdef QK_AMX
+/* Whether columns come in whole tiles, up to the end of every group. */
+QK_INLINE int NAME(in_tiles)(const qk_op *op) { return op->k % 32 == 0 && op->group % 32 == 0; }
+
+/* One token of a segment of `count`, as tiles of 16 tokens (fewer in the last one) have it: [k / 32][16][32]. */
+QK_INLINE void NAME(into_tiles)(const xelem *row, int64_t k, int64_t m, int64_t count, xelem *tiles) {
+    const int64_t base = m / 16 * 16, rows = qk_min(16, count - base);
+    xelem *to = tiles + base * k + (m - base) * 32;
+    for (int64_t i = 0; i < k; i += 32, to += rows * 32) _mm512_storeu_si512(to, _mm512_loadu_si512(row + i));
+}
+
+/* The same by matrix units: up to 32 tokens, whole tiles of 32 columns. x lies in tiles. */
+static void NAME(tile_matrix)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
+                              const char *panel, const char *ahead, int64_t step, const xelem *x,
+                              const float *sums, float *out, int64_t tokens) {
+    const qk_op *op = v->op;
+    const int64_t line = QK_ROWS * 4, rows = qk_min(16, tokens), more = tokens - rows;
+    const int two = more > 0;
+    const xelem *below = x + 16 * op->k;
+    float part[QK_AMX_TOKENS][QK_ROWS] __attribute__((aligned(64)));
+    qk_tiles_for(tokens);
+    while (k < stop) {
+        const int64_t q = k / op->group, first = k;
+        const int64_t group_end = qk_min(op->k, (q + 1) * op->group), end = qk_min(stop, group_end);
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        if (two) {
+            TILE_ZERO(2);
+            TILE_ZERO(3);
+        }
+        for (; k < end; k += 32, panel += 16 * line) {
+            if (step)
+                for (int i = 0; i < 16; i++, ahead += step) _mm_prefetch(ahead, _MM_HINT_T1);
+            TILE_LOAD(4, x + k * rows, 64);
+            TILE_LOAD(6, panel, line);
+            TILE_LOAD(7, panel + 64, line);
+            TILE_BF16(0, 4, 6);
+            TILE_BF16(1, 4, 7);
+            if (two) {
+                TILE_LOAD(5, below + k * more, 64);
+                TILE_BF16(2, 5, 6);
+                TILE_BF16(3, 5, 7);
+            }
+        }
+        TILE_STORE(0, part[0], line);
+        TILE_STORE(1, part[0] + 16, line);
+        if (two) {
+            TILE_STORE(2, part[16], line);
+            TILE_STORE(3, part[16] + 16, line);
+        }
+        const int late = NAME(adds_sums)(op) && end == group_end;
+        for (int j = 0; j < NV; j++) {
+            const vf s = NAME(product)(op->scale, v->t.scales, v->scale_groups, block, first, j);
+            float *y = out + j * VW;
+            if (late) {
+                const vf shift = NAME(shift)(v, block, q, j);
+                vf o = vzero();
+                if (op->zero_kind == QK_ZERO_OFFSET)
+                    o = NAME(product)(op->offset, v->t.offset, v->offset_groups, block, first, j);
+                for (int64_t m = 0; m < tokens; m++) {
+                    const vf sum = vset(sums[m * v->groups + q]);
+                    const vf acc = vfma(shift, sum, vload(part[m] + j * VW));
+                    vstore(y + m * QK_ROWS, vfma(s, acc, vfma(o, sum, vload(y + m * QK_ROWS))));
+                }
+            } else
+                for (int64_t m = 0; m < tokens; m++)
+                    vstore(y + m * QK_ROWS, vfma(s, vload(part[m] + j * VW), vload(y + m * QK_ROWS)));
+        }
+    }
+}
+#endif
+
 /* Most tokens of a tile. What fits one large tile stays one: two small ones would wait for sums. */
 static inline int64_t NAME(tile_most)(const qk_op *op, int64_t tokens) {
     return op->group < SHORT_GROUP && tokens > MAX_TILE ? SHORT_TILE : MAX_TILE;
@@ -320,6 +397,12 @@ static inline int64_t NAME(tile_most)(const qk_op *op, int64_t tokens) {
 static void NAME(tile)(const NAME(view) *v, int64_t block, int64_t k, int64_t stop,
                        const char *panel, const char *ahead, int64_t step, const xelem *x,
                        const float *sums, float *out, int64_t tokens) {
+#ifdef QK_AMX
+    if (NAME(in_tiles)(v->op)) {
+        NAME(tile_matrix)(v, block, k, stop, panel, ahead, step, x, sums, out, tokens);
+        return;
+    }
+#endif
 #if SHORT_TILE > 3
     if (v->op->group < SHORT_GROUP) switch (tokens) {
             SHORT_CASE(1)
@@ -357,7 +440,11 @@ static void NAME(slab)(const NAME(view) *v, int64_t block, int64_t blocks, int64
     const qk_op *op = v->op;
     const int64_t panel_bytes = K_CHUNK / KP * QK_ROWS * 4, bytes = QK_ROWS * op->width / 8;
     /* even tiles: 13 tokens make 7 + 6, not 12 + 1 */
-    const int64_t tiles = qk_div_up(tokens, NAME(tile_most)(op, tokens)), step = qk_div_up(tokens, tiles);
+    const int64_t tiles = qk_div_up(tokens, NAME(tile_most)(op, tokens));
+    int64_t step = qk_div_up(tokens, tiles);
+#ifdef QK_AMX
+    if (NAME(in_tiles)(op)) step = QK_AMX_TOKENS; /* a tile takes as long as it has rows */
+#endif
     memset(out, 0, blocks * tokens * QK_ROWS * sizeof(float));
     for (int64_t k = 0; k < op->k; k += K_CHUNK) {
         const int64_t stop = qk_min(op->k, k + K_CHUNK);
@@ -420,17 +507,27 @@ static void NAME(run)(const NAME(view) *v, const NAME(job) *job, const qk_segmen
 
 /* The tokens of one segment in stored column order, as xelem, and their sums per group. */
 static void NAME(prepare)(const NAME(view) *v, const qk_segment *seg, const void *x, int64_t xtype,
-                          xelem *rows, float *sums, int64_t m) {
+                          xelem *rows, float *sums, int64_t m, xelem *own) {
     const qk_op *op = v->op;
     const int64_t at = seg->start + m;
     const xelem *row = rows ? rows + at * op->k : (const xelem *)x + at * op->k;
+#ifdef QK_AMX
+    if (NAME(in_tiles)(op) && seg->count > MAX_DECODE) {
+        row = (const xelem *)x + at * op->k_in;
+        if (v->t.gather) fill_row(x, xtype, at, op, v->t.gather, own), row = own;
+        NAME(into_tiles)(row, op->k, m, seg->count, rows + seg->start * op->k);
+    } else if (!v->t.gather) memcpy(rows + at * op->k, row = (const xelem *)x + at * op->k, op->k * sizeof *rows);
+    else fill_row(x, xtype, at, op, v->t.gather, rows + at * op->k);
+#else
     if (rows) fill_row(x, xtype, at, op, v->t.gather, rows + at * op->k);
+#endif
     if (sums)
         for (int64_t q = 0; q < v->groups; q++)
             sums[at * v->groups + q] =
                 x_sum(row + q * op->group, qk_min(op->group, op->k - q * op->group));
 }
 
+#ifndef QK_AMX /* few tokens are left to vectors */
 /* ------------------------------------------------------------------ few tokens, several layers */
 
 #define STACK_BYTES 8192 /* what a thread prepares of x without asking for memory */
@@ -511,6 +608,7 @@ int NAME(qk_shared)(const qk_call *calls, int64_t n, int64_t threads) {
 }
 
 int64_t NAME(qk_most_shared)(void) { return MAX_DECODE; }
+#endif
 
 int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t xtype, void *y,
                     const qk_segment *segs, int64_t segments, int64_t threads) {
@@ -529,11 +627,18 @@ int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t
     blocks = blocks < 1 ? 1 : qk_min(blocks, MAX_BLOCKS);
     const int64_t per_segment = qk_div_up(all, blocks), tasks = segments * per_segment;
 
+#ifdef QK_AMX
+    const int copy = 1; /* into tiles */
+#else
     const int copy = t->gather != NULL || xtype != XTYPE;
+#endif
     const int64_t row_bytes = copy ? qk_div_up(end * op->k * (int64_t)sizeof(xelem), 64) * 64 : 0;
     const int64_t sum_bytes =
         use_sums ? qk_div_up(end * groups * (int64_t)sizeof(float), 64) * 64 : 0;
-    const int64_t panel_bytes = few ? 0 : (int64_t)MAX_BLOCKS * K_CHUNK / KP * QK_ROWS * 4;
+    int64_t panel_bytes = few ? 0 : (int64_t)MAX_BLOCKS * K_CHUNK / KP * QK_ROWS * 4;
+#ifdef QK_AMX
+    if (panel_bytes < op->k * (int64_t)sizeof(xelem)) panel_bytes = qk_div_up(op->k * sizeof(xelem), 64) * 64; /* a token */
+#endif
     const int64_t acc_bytes = MAX_BLOCKS * qk_min(most, M_SLAB) * QK_ROWS * (int64_t)sizeof(float);
     const int64_t before = panel_bytes + qk_div_up(acc_bytes, 64) * 64;
     const int64_t own = before + qk_fetch_bytes(op, blocks);
@@ -556,12 +661,12 @@ int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t
 #pragma omp for schedule(static) nowait
                     for (int64_t m = 0; m < segs[s].count; m++)
                         NAME(prepare)(&v, &segs[s], x, xtype, copy ? (xelem *)scratch : NULL,
-                                      (float *)job.sums, m);
+                                      (float *)job.sums, m, (xelem *)panels);
                 } else {
 #pragma omp single nowait
                     for (int64_t m = 0; m < segs[s].count; m++)
                         NAME(prepare)(&v, &segs[s], x, xtype, copy ? (xelem *)scratch : NULL,
-                                      (float *)job.sums, m);
+                                      (float *)job.sums, m, (xelem *)panels);
                 }
             }
 #pragma omp barrier
@@ -574,6 +679,9 @@ int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t
             current = s;
             NAME(run)(&v, &job, &segs[s], block, qk_min(blocks, all - block), panels, acc, panels + before);
         }
+#ifdef QK_AMX
+        qk_tiles_done();
+#endif
     }
     free(scratch);
     return 0;

@@ -1,12 +1,16 @@
 /* bfloat16 activations, AVX512-BF16: codes become pairs of bfloat16, exact for every code value
  * the caller lets through; products are exact and accumulated in float32 (vdpbf16ps). The
- * instruction reads subnormals as zero. With QK_FLOAT8: 8-bit floats by AVX512-VBMI, two lookups of
- * 128 bytes. */
+ * instruction reads subnormals as zero. With QK_AMX: many tokens by matrix units, which do the same.
+ * With QK_FLOAT8: 8-bit floats by AVX512-VBMI, two lookups of 128 bytes. */
 #include "common.h"
 #include "vec512.h"
 
-#ifdef QK_FLOAT8
+#if defined(QK_FLOAT8) && defined(QK_AMX)
+#define NAME(f) f##_amx_float8
+#elif defined(QK_FLOAT8)
 #define NAME(f) f##_bf16_float8
+#elif defined(QK_AMX)
+#define NAME(f) f##_amx
 #else
 #define NAME(f) f##_bf16
 #endif

@@ -3,6 +3,8 @@
  *
  *     NAME(tile)(w, x, quads, tokens, acc)   acc[m][r] += sum of x u over 4 * quads columns
  *         w   [quads][32 rows][4] of one block      x   [quads][tokens][4]
+ *     NAME(tile)(w, x, k, columns, quads, tokens, acc)   where QK_AMX: from column k of x on, which lies in
+ *         tiles of 16 tokens (fewer in a segment's last one): [columns / 64][16][64]
  *     NAME(rows)(w, k, count, flip, x, columns, acc)    acc[r] += sum of x (w ^ flip) of `count` rows
  *         w   bytes of rows, k apart                    x   codes of one token
  *     NAME(turn)(w, k, flip, out)    where HAVE_TURN: 16 words of 16 rows, turned: out[word][32 rows]
@@ -20,8 +22,15 @@
 #include "common.h"
 #include "int8.h"
 
+#ifdef QK_AMX
+#define TILES_DONE() qk_tiles_done()
+#define K_CHUNK 1024 /* columns: 32 KiB of a block, which the first cache holds */
+#define M_SLAB 256
+#else
+#define TILES_DONE() (void)0
 #define K_CHUNK 2048 /* columns: 64 KiB of a block, 504 KiB of a slab */
 #define M_SLAB 252   /* tokens whose sums are kept at once: 32 KiB */
+#endif
 
 /* One token: codes, their sum per group, and the scale they stand under. A scale of NaN marks
  * values that no code can stand for (oracle: quant_core.kernels.activations and .integer). */
@@ -170,8 +179,13 @@ static void NAME(run_task)(const qk_int8_op *op, const qk_int8_tensors *t, int64
             }
             for (int64_t m = 0; m < tokens && !in_rows; m += step) {
                 const int64_t some = qk_min(step, tokens - m);
+#ifdef QK_AMX
+                NAME(tile)(w, c->q + (first + m) * op->k, k, op->k, (stop - k) / 4, (int)some,
+                           work->acc + m * QK_ROWS);
+#else
                 NAME(tile)(w, c->q + (first + m) * op->k + k * some,
                            (stop - k) / 4, (int)some, work->acc + m * QK_ROWS);
+#endif
             }
             if (stop < end) continue;
             NAME(finish) f;
@@ -195,18 +209,25 @@ static void NAME(run_task)(const qk_int8_op *op, const qk_int8_tensors *t, int64
 static void NAME(quantize_token)(const qk_int8_op *op, const qk_int8_tensors *t, const void *x,
                                  int64_t xtype, const qk_segment *seg, int64_t m, int64_t step,
                                  const NAME(work) *work, int8_t *q, int32_t *sums, float *scale) {
-    const int64_t base = m / step * step, some = qk_min(step, seg->count - base);
+#ifdef QK_AMX
+    const int64_t base = m / 16 * 16, some = qk_min(16, seg->count - base), piece = 64;
+#else
+    const int64_t base = m / step * step, some = qk_min(step, seg->count - base), piece = 4;
+#endif
     const int64_t groups = qk_div_up(op->k, op->group), token = seg->start + m;
     const qk_op shape = {.k = op->k, .k_in = op->k};
-    int8_t *tile = q + (seg->start + base) * op->k + (m - base) * 4;
+    int8_t *tile = q + (seg->start + base) * op->k + (m - base) * piece;
     int8_t *row = some == 1 ? tile : work->row;
     qk_token_f32(x, xtype, token, &shape, NULL, work->wide);
     scale[token] = qk_quantize(op, t, work->wide, row, sums + token * groups);
     if (some > 1)
-        for (int64_t i = 0; i < op->k; i += 4) memcpy(tile + i * some, row + i, 4);
+        for (int64_t i = 0; i < op->k; i += piece) memcpy(tile + i * some, row + i, piece);
 }
 
 static int64_t NAME(tile_step)(int64_t tokens) {
+#ifdef QK_AMX
+    return qk_min(tokens, TILE); /* a tile takes as long as it has rows */
+#endif
     return qk_div_up(tokens, qk_div_up(tokens, TILE));
 }
 
@@ -250,6 +271,7 @@ int NAME(qk_w8a8)(const qk_int8_op *op, const qk_int8_tensors *t, const void *x,
             const NAME(codes) c = {q, sums, scale, NAME(tile_step)(seg->count)};
             NAME(run_task)(op, &mine, task % rows, seg, &c, &work, y, xtype);
         }
+        TILES_DONE();
     }
     free(scratch);
     return 0;
@@ -313,6 +335,7 @@ int NAME(qk_w8a8_shared)(const qk_int8_call *calls, int64_t n, int64_t threads) 
             for (int64_t task = 0; task < rows; task++)
                 NAME(run_task)(call->op, &call->tensors, task, &seg, &c, &work, call->y, call->xtype);
         }
+        TILES_DONE();
     }
     free(scratch);
     return 0;

@@ -1,10 +1,52 @@
 /* The int8 kernel on AVX512-VNNI: vpdpbusd multiplies four bytes of u with four codes of a token.
- * 12 tokens by 32 rows of sums fill 24 of the 32 registers. */
+ * 12 tokens by 32 rows of sums fill 24 of the 32 registers. With QK_AMX: on matrix units. */
 #include <immintrin.h>
 
 #include "common.h"
 #include "int8.h"
 
+#ifdef QK_AMX
+#include "amx.h"
+
+#define NAME(f) f##_amx
+#define TILE QK_AMX_TOKENS
+
+/* Whole tiles of 64 columns; blocks lie as the units read weights. */
+static void NAME(tile)(const uint8_t *w, const int8_t *x, int64_t k, int64_t columns, int64_t quads,
+                       int tokens, int32_t *acc) {
+    const int64_t rows = qk_min(16, tokens), more = tokens - rows;
+    const int two = more > 0;
+    const int8_t *below = x + 16 * columns + k * more;
+    x += k * rows;
+    const int64_t line = QK_ROWS * 4;
+    qk_tiles_for(tokens);
+    TILE_LOAD(0, acc, line);
+    TILE_LOAD(1, acc + 16, line);
+    if (two) {
+        TILE_LOAD(2, acc + 16 * QK_ROWS, line);
+        TILE_LOAD(3, acc + 16 * QK_ROWS + 16, line);
+    }
+    for (int64_t i = 0; i < quads; i += 16, w += 16 * line, x += 64 * rows, below += 64 * more) {
+        TILE_LOAD(4, x, 64);
+        TILE_LOAD(6, w, line);
+        TILE_LOAD(7, w + 64, line);
+        TILE_INT8(0, 4, 6);
+        TILE_INT8(1, 4, 7);
+        if (two) {
+            TILE_LOAD(5, below, 64);
+            TILE_INT8(2, 5, 6);
+            TILE_INT8(3, 5, 7);
+        }
+    }
+    TILE_STORE(0, acc, line);
+    TILE_STORE(1, acc + 16, line);
+    if (two) {
+        TILE_STORE(2, acc + 16 * QK_ROWS, line);
+        TILE_STORE(3, acc + 16 * QK_ROWS + 16, line);
+    }
+}
+
+#else
 #define NAME(f) f##_vnni
 #define TILE 12
 #define MOST_PARTS 4
@@ -74,6 +116,8 @@ __attribute__((noinline, noclone)) static void NAME(tile)(const uint8_t *w, cons
         CASE(12)
     }
 }
+
+#endif
 
 /* acc[r] += sum of x (w ^ flip) of each row: four rows side by side, which is what memory gives best. */
 static void NAME(rows)(const uint8_t *w, int64_t k, int64_t count, uint32_t flip, const int8_t *x,

@@ -86,6 +86,7 @@ typedef int qk_linear_fn(const qk_op *, const qk_tensors *, const void *x, int64
 
 qk_linear_fn qk_linear_avx2, qk_linear_avx512, qk_linear_bf16, qk_linear_w4a8;
 qk_linear_fn qk_linear_avx2_lookup, qk_linear_avx2_float8, qk_linear_avx512_float8, qk_linear_bf16_float8;
+qk_linear_fn qk_linear_amx, qk_linear_amx_float8;
 
 /* `n` layers of one x: every call names the same x, type and count (at most `qk_most_shared`) and
  * no segments. Each y is what its own call of `qk_linear` gives, bit for bit. */
@@ -106,10 +107,6 @@ qk_part_fn *qk_part_of(const qk_call *calls, int64_t n);
 int64_t qk_most_shared_avx2(void), qk_most_shared_avx512(void), qk_most_shared_bf16(void);
 int64_t qk_most_shared_avx2_float8(void), qk_most_shared_avx512_float8(void);
 int64_t qk_most_shared_bf16_float8(void), qk_most_shared_avx2_lookup(void);
-
-typedef int qk_dense_fn(const qk_op *, const qk_tensors *, int64_t block, int64_t blocks, uint16_t *out);
-
-qk_dense_fn qk_dense_avx512, qk_dense_avx512_float8;
 
 static inline int64_t qk_div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t qk_min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import matrix_units
 from cpu_made import SPECS
 from quant_core.spec import QuantSpec
 from quant_kernels_cpu.library import ISAS, library, unavailable
+
+if other := os.environ.get("QUANT_CPU_TEST_LIBRARY"):  # test_matrix_units.py
+    matrix_units.use(Path(other))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

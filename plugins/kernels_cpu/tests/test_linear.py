@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from cpu_made import HALF_ULP, SPECS, TABLE_SPECS, bind, excess, make_layer, make_op
 from quant_core.dequantize import dense_weight
 from quant_core.errors import LayoutError
-from quant_kernels_cpu import ops
-from quant_kernels_cpu.library import ISAS, library, unavailable
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (40, 1056), (96, 96)])
@@ -164,23 +160,3 @@ def test_input_of_wrong_size_or_type_is_refused(isa, x):
     with pytest.raises(LayoutError) as e:
         bind(lt, make_op("linear", lt, 96))(x)
     assert e.value.code == "Q-LAYOUT-INPUT"
-
-
-@pytest.mark.skipif(
-    bool(unavailable()) or library().isa < ISAS.index("avx512"), reason="needs AVX-512"
-)
-@pytest.mark.parametrize("m", [64, 70])
-def test_panels_for_matrix_units_round_weights_as_a_dense_layer_does(spec, m, monkeypatch):
-    """The path of processors with AMX, taken here by force: same sums with bfloat16 weights."""
-    lt = make_layer(spec, 40 if m == 64 else 1100, 96, bias=torch.float16)
-    run = bind(lt, make_op("linear", lt, 96))
-    x = torch.randn(m, 96).bfloat16()
-    usual = run(x)
-    monkeypatch.setattr(ops, "library", lambda: replace(library(), amx=True))
-    got = run(x)
-    w = dense_weight(lt.weight, 96).bfloat16().double()
-    want = x.double() @ w.t()
-    # float32 sums, rounded to bfloat16 before and after the bias
-    allowed = 2.0**-8 * (2 * want.abs() + lt.bias.abs()) + 1e-6 * (x.double().abs() @ w.abs().t())
-    assert ((got.double() - want - lt.bias).abs() <= allowed * 1.01 + 1e-30).all()
-    assert not torch.equal(got, usual)

@@ -12,7 +12,7 @@ import torch
 from cpu_made import SPECS, make_layer, make_op
 from quant_kernels_cpu import native, ops
 from quant_kernels_cpu.kernel import WnA16
-from quant_kernels_cpu.library import library, unavailable
+from quant_kernels_cpu.library import unavailable
 
 K = 352
 linear, shared = torch.ops.quant_cpu.linear.default, torch.ops.quant_cpu.linear_shared.default
@@ -93,20 +93,8 @@ def test_calls_keep_nothing():
     assert held() is None
 
 
-def test_many_rows_are_left_to_matrix_units_where_there_are_some():
+def test_more_layers_than_c_takes_share_a_call():
     text, tensors = made("uint4 g32 f16 code")
-    x = torch.randn(64, K).bfloat16()
-    lib = library()
-    want = linear(x, tensors, text)
-    try:
-        lib.c.qk_native_limits(lib.isa, 64)
-        assert torch.equal(linear(x, tensors, text), want)  # by way of quant_cpu::linear_wide
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            linear(x, tensors, text)
-            linear(x[:63], tensors, text)
-            shared(x, tensors * 2, [text, text])
-    finally:
-        lib.c.qk_native_limits(lib.isa, 64 if lib.amx else 0)
-    counts = {e.key: e.count for e in profile.key_averages()}
-    assert counts["quant_cpu::linear_wide"] == 1
-    assert counts["quant_cpu::linear_shared_wide"] == 1
+    x = torch.randn(3, K).bfloat16()
+    got = shared(x, tensors * 65, [text] * 65)
+    assert torch.equal(got, shared(x, tensors, [text]).repeat(65, 1))

@@ -21,9 +21,9 @@ RUN = {name: case for name, case in CASES.items() if case[0].element.bits == 8} 
 }
 
 
-@pytest.fixture(params=("avx2", "avx512"))
+@pytest.fixture(params=("avx2", "avx512", "amx"))
 def isa(request, limit):
-    """AVX2, and the best there is above it."""
+    """AVX2, vectors of 512 bits, matrix units."""
     return limit(request.param)
 
 
@@ -45,7 +45,7 @@ def _packed(lt, op):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "k"), [(1, 16), (40, 1104), (163, 96), (35, 4112)])
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (40, 1104), (163, 96), (35, 4112), (72, 1152)])
 def test_result_is_the_exact_sum_and_the_bits_of_packed_weights(isa, case, n, k, dtype):
     lt = make(case, n, k)
     op = make_op(lt, case[1])

@@ -24,9 +24,9 @@ from quant_kernels_cpu.w8a8 import W8A8
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
 
-@pytest.fixture(params=("avx2", "avx512"))
+@pytest.fixture(params=("avx2", "avx512", "amx"))
 def isa(request, limit):
-    """AVX2, and the best there is above it."""
+    """AVX2, vectors of 512 bits, matrix units."""
     return limit(request.param)
 
 
@@ -68,7 +68,7 @@ def identity(k: int, x: QuantSpec, **side: torch.Tensor) -> LayerTensors:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "k"), [(1, 16), (40, 1104), (163, 96)])
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (40, 1104), (163, 96), (72, 1152)])
 def test_result_is_the_exact_sum_rounded_once(isa, case, n, k, dtype):
     lt = make(case, n, k)
     run = runner(lt, make_op(lt, case[1]))
@@ -84,7 +84,7 @@ def test_result_is_the_exact_sum_rounded_once(isa, case, n, k, dtype):
 @pytest.mark.parametrize("m", [252, 253, 600])
 def test_many_tokens_give_the_rows_of_few(isa, case, m):
     """Slabs of tokens and chunks of columns: integer sums do not care how they are cut."""
-    lt = make(case, 140, 2064 if m == 253 else 1040)
+    lt = make(case, 140, {252: 1040, 253: 2064, 600: 1152}[m])
     run = runner(lt, make_op(lt, case[1]))
     x = torch.randn(m, lt.weight.shape[1], generator=torch.Generator().manual_seed(m))
     got = run(x)
@@ -95,10 +95,10 @@ def test_many_tokens_give_the_rows_of_few(isa, case, m):
 def test_bits_depend_on_neither_instruction_set_nor_threads(case, monkeypatch, threads):
     if unavailable():
         pytest.skip(unavailable())
-    lt = make(case, 200, 1040, bias=torch.bfloat16)
-    run, x = runner(lt, make_op(lt, case[1])), torch.randn(30, 1040).bfloat16()
+    lt = make(case, 200, 1088, bias=torch.bfloat16)
+    run, x = runner(lt, make_op(lt, case[1])), torch.randn(30, 1088).bfloat16()
     seen = []
-    for isa in ("avx2", ""):
+    for isa in ("avx2", "avx512", ""):
         for count in (1, 2):
             monkeypatch.setenv("QUANT_CPU_ISA", isa)
             library.cache_clear()
@@ -207,16 +207,16 @@ def test_broken_stored_scale_shows_where_the_reference_shows_it(isa, scale):
 # ------------------------------------------------------------------------------- operations
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 60])
-def test_grouped_linear_equals_each_experts_own_linear(isa, case, tokens):
-    parts = [make(case, 40, 96, seed=s, bias=torch.float16) for s in range(3)]
+@pytest.mark.parametrize(("tokens", "k"), [(1, 96), (9, 96), (60, 96), (90, 128)])
+def test_grouped_linear_equals_each_experts_own_linear(isa, case, tokens, k):
+    parts = [make(case, 40, k, seed=s, bias=torch.float16) for s in range(3)]
     op = make_op(parts[0], case[1], kind="grouped_linear", experts=3)
     kernel = W8A8()
     buffers = kernel.allocate(op)
     for e, lt in enumerate(parts):
         kernel.load_(buffers, op, lt, {"row": 0, "expert": e})
     g = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, 96, generator=g).bfloat16()
+    x = torch.randn(tokens, k, generator=g).bfloat16()
     index = torch.randint(-1, 4, (tokens,), generator=g)  # -1 and 3: no expert here
     got = kernel.bind(op)(list(buffers.values()), x, index)
     assert (got[(index < 0) | (index > 2)] == 0).all()

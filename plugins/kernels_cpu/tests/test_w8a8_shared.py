@@ -12,19 +12,15 @@ from quant_core.nn import QuantLinear
 from quant_core.registry import registry
 from quant_core.shared import share_inputs
 from quant_kernels_cpu import ops
-from quant_kernels_cpu.library import ISAS, library, unavailable
 from quant_kernels_cpu.w8a8 import W8A8
 
 K = 192
 
 
-@pytest.fixture(params=["avx2", ""])
-def isa(request, monkeypatch):
-    if unavailable():
-        pytest.skip(f"no CPU kernels: {unavailable()}")
-    monkeypatch.setenv("QUANT_CPU_ISA", request.param)
-    library.cache_clear()
-    assert library().isa == (ISAS.index("avx2") if request.param else library().isa)
+@pytest.fixture(params=("avx2", "avx512", "amx"))
+def isa(request, limit):
+    """AVX2, vectors of 512 bits, matrix units."""
+    return limit(request.param)
 
 
 def loaded(names, seeds):

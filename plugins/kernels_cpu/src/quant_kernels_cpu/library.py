@@ -3,8 +3,8 @@
 The library carries no OpenMP runtime of its own. torch has one loaded; its symbols are made global
 first, so that both use one pool of threads and ``torch.set_num_threads`` counts for both.
 
-``QUANT_CPU_ISA`` (avx2, avx512, bf16) lowers the instruction set, for tests and comparisons. It is
-read when a kernel is first needed; ``library.cache_clear()`` reads it again.
+``QUANT_CPU_ISA`` (avx2, avx512, bf16, amx) lowers the instruction set, for tests and comparisons.
+It is read when a kernel is first needed; ``library.cache_clear()`` reads it again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from pathlib import Path
 
 from quant_core.errors import KernelError
 
-__all__ = ["AMX_TOKENS", "ISAS", "Library", "library", "unavailable"]
+__all__ = ["ISAS", "Library", "library", "unavailable"]
 
-AMX_TOKENS = 64  # from here on a matmul on matrix units pays for expanding the weights
-ISAS = ("none", "avx2", "avx512", "bf16")
+ISAS = ("none", "avx2", "avx512", "bf16", "amx")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 26  # of the C interface, as in hatch_build.py
+_VERSION = 27  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,6 @@ class Library:
     c: ctypes.CDLL
     isa: int
     vnni: bool
-    amx: bool  # torch's bfloat16 matmul has matrix units
 
 
 def _share_openmp() -> None:
@@ -59,7 +57,7 @@ def _load() -> Library | str:
     if c.qk_version() != _VERSION:
         return f"{_FILE.name} has interface {c.qk_version()}, expected {_VERSION}; build it again"
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    for function in (c.qk_linear, c.qk_linear_int8, c.qk_linear_w8a8, c.qk_rows, c.qk_dense):
+    for function in (c.qk_linear, c.qk_linear_int8, c.qk_linear_w8a8, c.qk_rows):
         function.argtypes = [ctypes.c_char_p]
     c.qk_attention.argtypes = [ctypes.c_char_p]
     for function in (c.qk_rms_norm, c.qk_gated, c.qk_rotary, c.qk_gated_mlp, c.qk_decoder_block):
@@ -67,7 +65,7 @@ def _load() -> Library | str:
     c.qk_round.argtypes = [ctypes.c_char_p]
     for function in (c.qk_linear_shared, c.qk_linear_w8a8_shared, c.qk_decoder_chain):
         function.argtypes = [ctypes.c_char_p, integer]
-    c.qk_native_limits.argtypes = [integer, integer]
+    c.qk_native_limits.argtypes = [integer]
     c.qk_native_python.argtypes, c.qk_native_python.restype = [pointer], None
     c.qk_native_api.argtypes = [pointer] * 5
     c.qk_weights_changed.argtypes, c.qk_weights_changed.restype = [], None
@@ -83,7 +81,7 @@ def _load() -> Library | str:
     isa = c.qk_isa()
     if isa == 0:
         return "the processor has no AVX2"
-    return Library(c, isa, bool(c.qk_has_vnni()), bool(c.qk_has_amx()))
+    return Library(c, isa, bool(c.qk_has_vnni()))
 
 
 @functools.cache
@@ -100,8 +98,7 @@ def _limited(limit: str) -> Library | str:
             actual=limit,
         )
     isa = min(found.isa, ISAS.index(limit))
-    wide = limit != "avx2"
-    return Library(found.c, isa, found.vnni and wide, found.amx and wide)
+    return Library(found.c, isa, found.vnni and limit != "avx2")
 
 
 def unavailable() -> str:
@@ -124,5 +121,5 @@ def library() -> Library:
             code="Q-KERNEL-NONE",
             actual=found,
         )
-    found.c.qk_native_limits(found.isa, AMX_TOKENS if found.amx else 0)
+    found.c.qk_native_limits(found.isa)
     return found

@@ -6,7 +6,7 @@
     quant_cpu::grouped_linear(x, experts, tensors, layout) -> y  x [T, K], experts [T] -> [T, N]
     quant_cpu::linear_int8, quant_cpu::grouped_linear_int8       the same, x rounded to int8
     quant_cpu::linear_w8a8, linear_w8a8_shared, grouped_linear_w8a8  int8 codes as layers name them
-    quant_cpu::linear_wide, linear_shared_wide   what csrc/dispatch.c leaves to matrix units
+    quant_cpu::linear_shared_many  linear_shared of more layers than csrc/dispatch.c takes
     quant_cpu::embedding(ids, tensors, layout) -> rows           ids [...] -> [..., K]
     quant_cpu::decoder_layer(...) -> y                           see layer.py
     quant_cpu::decoder_layers(...) -> y                          see layers.py
@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quant_core.errors import LayoutError, LimitError
@@ -46,9 +45,9 @@ from quant_kernels_cpu.layer import (
     table_numbers,
 )
 from quant_kernels_cpu.layers import LAYERS_SCHEMA, fake_layers, run_layers
-from quant_kernels_cpu.library import AMX_TOKENS, Library, library, unavailable
+from quant_kernels_cpu.library import library, unavailable
 from quant_kernels_cpu.native import BLOCK, INT8, Block, Layer, register_native
-from quant_kernels_cpu.support import ROWS, layout_from_text
+from quant_kernels_cpu.support import layout_from_text
 from quant_kernels_cpu.support_int8 import int8_layout_from_text
 from quant_kernels_cpu.watch import watched
 
@@ -64,8 +63,6 @@ __all__ = [
     "run_shared",
     "run_shared_w8a8",
 ]
-
-_PANEL_BLOCKS = 16  # 512 columns: 4 MiB of bfloat16 at 4096 input features
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,25 +127,6 @@ def _check_status(status: int, what: str) -> None:
     )
 
 
-def _by_panels(lib: Library, call: _Call, x: Tensor, tensors: list[Tensor], y: Tensor) -> None:
-    """y = x W^T through panels of bfloat16 weights and torch's matmul, for its matrix units."""
-    x, y = x.view(-1, call.k_in), y.view(-1, call.n)
-    gather, bias = (call.slots[i] for i in (6, 7))
-    if gather is not None:  # -1 picks the appended zero column
-        x = F.pad(x, (0, 1))[:, tensors[gather].long()]
-    panel = x.new_empty(call.k * _PANEL_BLOCKS * ROWS)
-    for start in range(0, -(-call.n // ROWS), _PANEL_BLOCKS):
-        blocks = min(_PANEL_BLOCKS, -(-call.n // ROWS) - start)
-        first, stop = start * ROWS, min(call.n, (start + blocks) * ROWS)
-        w = panel[: call.k * blocks * ROWS].view(call.k, blocks * ROWS)
-        packed = _packed(lib.isa, call, tensors, start, x.dtype, w, 0, blocks)
-        _check_status(lib.c.qk_dense(packed), "linear")
-        part = (x @ w)[:, : stop - first]
-        if bias is not None:
-            part = part + tensors[bias][first:stop]
-        y[:, first:stop] = part
-
-
 def _run_linear(
     name: str, describe: Callable[[str], _Call], x: Tensor, tensors: list[Tensor], text: str
 ) -> Tensor:
@@ -158,9 +136,6 @@ def _run_linear(
     count = x.numel() // call.k_in
     if count:
         lib = library()
-        if lib.amx and count >= AMX_TOKENS and x.dtype == torch.bfloat16 and name == "qk_linear":
-            _by_panels(lib, call, x, tensors, y)
-            return y
         packed = _packed(lib.isa, call, tensors, x.data_ptr(), x.dtype, y, 0, count)
         _check_status(getattr(lib.c, name)(packed), "linear")
     return y
@@ -177,17 +152,11 @@ def _run_shared(
     lib, dtype, where, first = library(), x.dtype, x.data_ptr(), 0
     whole, packed = x.new_empty(sum(call.n for call in calls), count), []
     ys = whole.split([call.n for call in calls])
-    panels = (
-        lib.amx and count >= AMX_TOKENS and dtype == torch.bfloat16 and name == "qk_linear_shared"
-    )
     for call, y in zip(calls, ys, strict=True):
         mine = tensors[first : first + call.buffers]
         first += call.buffers
-        if panels:
-            _by_panels(lib, call, x, mine, y)
-        else:
-            packed.append(_packed(lib.isa, call, mine, where, dtype, y, 0, count))
-    if count and packed:
+        packed.append(_packed(lib.isa, call, mine, where, dtype, y, 0, count))
+    if count:
         _check_status(getattr(lib.c, name)(b"".join(packed), len(calls)), "linear")
     return whole
 
@@ -285,8 +254,7 @@ _EMBEDDING = "(Tensor ids, Tensor[] tensors, str layout) -> Tensor"
 _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("linear", _LINEAR, _linear, _fake_linear),
     ("linear_shared", _SHARED, _linear_shared, _fake_shared),
-    ("linear_wide", _LINEAR, _linear, _fake_linear),
-    ("linear_shared_wide", _SHARED, _linear_shared, _fake_shared),
+    ("linear_shared_many", _SHARED, _linear_shared, _fake_shared),
     ("linear_int8", _LINEAR, _linear_int8, _fake_linear),
     ("linear_w8a8", _LINEAR, _linear_w8a8, _fake_linear_w8a8),
     ("linear_w8a8_shared", _SHARED, _linear_w8a8_shared, _fake_shared_w8a8),

@@ -14,7 +14,7 @@ from quant_core.errors import LayoutError
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.storage import misused
 from quant_core.spec import OpSpec, Packing
-from quant_kernels_cpu.library import library, unavailable
+from quant_kernels_cpu.library import ISAS, library, unavailable
 from quant_kernels_cpu.loading import source_for
 from quant_kernels_cpu.support_int8 import Int8Layout, describe_int8
 
@@ -56,7 +56,8 @@ class W8A8:
         if isinstance(layout, Rejected):
             return layout
         kept = "" if layout.bits == 8 else ", kept in 8 bits a code"
-        isa = "avx512-vnni" if library().vnni else "avx2"
+        units = " and amx" if ISAS[library().isa] == "amx" else ""
+        isa = f"avx512-vnni{units}" if library().vnni else "avx2"
         # narrow codes kept in 8 bits take 1.4 times as long for one row as they would behind a
         # rounding of x in their own width, and half as long from eight rows on: one number for all
         stored = layout.weight_bytes * layout.bits / 8
