@@ -20,7 +20,7 @@ int qk_fits_stored(const qk_op *op) {
 /* What one thread needs for one layer. */
 typedef struct {
     arranged a;
-    float *sum, *total; /* [tokens][outputs], of words and across: of a part, and scaled */
+    float *sum; /* [tokens][outputs], of words and across: of a part */
     float acc[MOST_TOKENS * QK_ROWS];
 } room;
 
@@ -81,113 +81,20 @@ static void by_rows(const qk_call *c, room *m, int64_t from, int64_t to) {
     }
 }
 
-#define AHEAD 8192 /* bytes that are fetched ahead: what memory takes to answer */
-
-static int64_t some_columns(int64_t tokens) { return MOST_SUMS / tokens / CHUNK * CHUNK; }
-
-#define WORDS_CASE(N)                                                                         \
-    case N:                                                                                   \
-        if (fresh) words_row(op, t, &m->a, table, i, column, count, next, m->sum, ld, 1, N);  \
-        else words_row(op, t, &m->a, table, i, column, count, next, m->sum, ld, 0, N);        \
-        break;
-
-/* Columns [first, stop) of K of `count` outputs from `column` on, into the sums. */
-static void words_part(const qk_call *c, const room *m, __m512i table, int64_t first, int64_t stop,
-                       int64_t column, int64_t count, int64_t ld) {
-    const qk_op *op = c->op;
-    const qk_tensors *t = &c->tensors;
-    const int64_t next = qk_div_up(AHEAD, count * 4) * op->n;
-    for (int64_t i = first / 8; i < stop / 8; i++) {
-        const int fresh = i == first / 8;
-        switch (c->count) {
-            WORDS_CASE(1)
-            WORDS_CASE(2)
-            WORDS_CASE(3)
-            WORDS_CASE(4)
-        }
-    }
-}
-
-static void across_part(const qk_call *c, const room *m, __m512i table, int64_t first, int64_t stop,
-                        int64_t column, int64_t count, int64_t ld) {
-    const qk_op *op = c->op;
-    const qk_tensors *t = &c->tensors;
-    for (int64_t i = 0; i < c->count; i += 2) { /* more tokens do not fit the registers */
-        arranged a = m->a;
-        a.pairs += i * padded(op->k);
-        for (int64_t k = first; k < stop; k += ACROSS_ROWS) {
-            const int64_t end = qk_min(stop, k + ACROSS_ROWS);
-            const int two = c->count - i > 1, fresh = k == first;
-            for (int64_t n = 0; n < count; n += CHUNK) {
-                float *acc = m->sum + i * ld + n;
-                if (two && fresh) across_chunk(op, t, &a, table, k, end, column + n, acc, ld, 1, 2);
-                else if (two) across_chunk(op, t, &a, table, k, end, column + n, acc, ld, 0, 2);
-                else if (fresh) across_chunk(op, t, &a, table, k, end, column + n, acc, ld, 1, 1);
-                else across_chunk(op, t, &a, table, k, end, column + n, acc, ld, 0, 1);
-            }
-        }
-    }
-}
-
-/* The sums of one part, scaled, into the totals. */
-static void scale_sums(const qk_call *c, const room *m, int64_t part, int64_t column, int64_t count,
-                       int64_t ld) {
-    const qk_op *op = c->op;
-    for (int64_t i = 0; i < c->count; i++)
-        for (int64_t n = 0; n < count; n += CHUNK) {
-            const int64_t at = i * ld + n;
-            __m512 sum[8];
-            if (op->order == QK_ACROSS_STORED) in_order(m->sum + at, sum);
-            else
-                for (int v = 0; v < 8; v++) sum[v] = _mm512_loadu_ps(m->sum + at + 16 * v);
-            for (int v = 0; v < 8 && n + 16 * v < count; v++)
-                scale_part(op, &c->tensors, &m->a, part, column + n + 16 * v, i, sum[v], m->total + at + 16 * v);
-        }
-}
-
-/* Chunks [from, to) of 128 outputs, at most MOST_SUMS / tokens at a time. */
-static void by_columns(const qk_call *c, room *m, int64_t from, int64_t to) {
-    const qk_op *op = c->op;
-    const __m512i table = pair_table(op);
-    const int64_t part = part_of(op), per = parts_per_group(op), stop = qk_min(op->n, to * CHUNK);
-    const int64_t some = some_columns(c->count), ld = some;
-    for (int64_t column = from * CHUNK; column < stop; column += some) {
-        const int64_t count = qk_min(some, stop - column);
-        memset(m->total, 0, c->count * ld * sizeof(float));
-        for (int64_t p = 0; p < parts_of(op); p++) {
-            const int64_t k = p / per * op->group + p % per * part;
-            const int64_t end = qk_min(qk_min(op->k, (p / per + 1) * op->group), k + part);
-            if (k >= end) continue;
-            if (op->order == QK_WORDS_STORED) words_part(c, m, table, k, end, column, count, ld);
-            else across_part(c, m, table, k, end, column, count, ld);
-            scale_sums(c, m, p, column, count, ld);
-        }
-        for (int64_t i = 0; i < c->count; i++)
-            for (int64_t n = 0; n < count; n += QK_ROWS)
-                qk_store(m->total + i * ld + n, qk_min(QK_ROWS, count - n), c->tensors.bias,
-                         op->bias_type, c->y, c->xtype, i * op->n + column + n, column + n);
-    }
-}
-
-static int is_columns(const qk_op *op) {
-    return op->order == QK_WORDS_STORED || op->order == QK_ACROSS_STORED;
-}
-
-static int64_t units(const qk_op *op) { return is_columns(op) ? qk_div_up(op->n, CHUNK) : qk_blocks(op); }
+static int64_t units(const qk_call *c) { return is_columns(c->op) ? column_units(c) : qk_blocks(c->op); }
 
 /* One thread's share of a call: units [from, to) of all layers' units in a row. Every thread arranges
  * x for itself. Returns 0, or 1 when memory is not there. */
-static int some_units(const qk_call *calls, int64_t n, int64_t from, int64_t to) {
+static int some_units(const qk_call *calls, int64_t n, int64_t from, int64_t to, float *totals) {
     const int64_t tokens = calls->count;
-    enum { PAIRS, WIDE, SUMS, LANES, GROUPS, SCALES, SUM, TOTAL, ROOMS };
+    enum { PAIRS, WIDE, SUMS, LANES, GROUPS, SCALES, SUM, ROOMS };
     int64_t bytes[ROOMS] = {0}, first = 0;
     for (int64_t i = 0; i < n; i++) {
         const qk_op *op = calls[i].op;
-        const int64_t columns = is_columns(op) ? some_columns(tokens) : 0;
         const int64_t need[ROOMS] = {tokens * padded(op->k) * 2, op->width == 8 ? tokens * op->k * 4 : 0,
                                      tokens * parts_of(op) * 4, tokens * padded(op->k) / 2,
                                      padded(op->k) / PIECE * 4, 16 * scale_room(op),
-                                     tokens * columns * 4, tokens * columns * 4};
+                                     is_columns(op) ? MOST_SUMS * 4 : 0};
         for (int r = 0; r < ROOMS; r++)
             if (bytes[r] < need[r]) bytes[r] = qk_div_up(need[r], 64) * 64;
     }
@@ -198,36 +105,55 @@ static int some_units(const qk_call *calls, int64_t n, int64_t from, int64_t to)
     room m = {.a = {.pairs = (uint16_t *)(scratch + at[PAIRS]), .wide = (float *)(scratch + at[WIDE]),
                     .sums = (float *)(scratch + at[SUMS]), .lanes = (float *)(scratch + at[LANES]),
                     .piece_group = (int32_t *)(scratch + at[GROUPS]), .scales = (float *)(scratch + at[SCALES])},
-              .sum = (float *)(scratch + at[SUM]), .total = (float *)(scratch + at[TOTAL])};
+              .sum = (float *)(scratch + at[SUM])};
     for (int64_t i = 0; i < n; i++) {
         const qk_op *op = calls[i].op;
-        const int64_t all = units(op), low = from - first, high = to - first;
+        const int64_t all = units(calls + i), low = from - first, high = to - first;
         const int64_t begin = low < 0 ? 0 : low, end = qk_min(high, all);
+        float *const mine = totals;
         first += all;
+        if (is_columns(op)) totals += totals_of(calls + i);
         if (begin >= end) continue;
         const arranged *a = &m.a;
         const int kept = a->order == op->order && a->k == op->k && a->group == op->group &&
                          (op->zero_kind == QK_ZERO_FOLDED || a->with_sums) && a->width == op->width;
         if (!kept) arrange(&m.a, op, calls->x, tokens);
-        if (is_columns(op)) by_columns(calls + i, &m, begin, end);
+        if (is_columns(op)) by_columns(calls + i, &m.a, m.sum, mine, begin, end);
         else by_rows(calls + i, &m, begin, end);
     }
     free(scratch);
     return 0;
 }
 
+/* One of `team` threads' share of the outputs whose totals are there. */
+static void finish(const qk_call *calls, int64_t n, const float *totals, int64_t id, int64_t team) {
+    for (int64_t i = 0; i < n; i++) {
+        if (!is_columns(calls[i].op)) continue;
+        const int64_t all = chunks_of(calls + i);
+        finish_columns(calls + i, totals, all * id / team, all * (id + 1) / team);
+        totals += totals_of(calls + i);
+    }
+}
+
 int qk_shared_stored(const qk_call *calls, int64_t n, int64_t threads) {
-    int64_t all = 0, work = 0;
+    int64_t all = 0, work = 0, room = 0;
     int failed = 0;
     for (int64_t i = 0; i < n; i++) {
-        all += units(calls[i].op);
+        all += units(calls + i);
         work += calls[i].op->n * calls[i].op->k * calls->count;
+        if (is_columns(calls[i].op)) room += totals_of(calls + i);
     }
-    if (work < 1 << 16) return some_units(calls, n, 0, all);
-#pragma omp parallel num_threads(threads) reduction(| : failed)
+    float *totals = room ? qk_alloc(room * sizeof *totals) : NULL;
+    if (room && !totals) return 1;
+#pragma omp parallel num_threads(threads) if (work >= 1 << 16) reduction(| : failed)
     {
         const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-        failed |= some_units(calls, n, all * id / team, all * (id + 1) / team);
+        failed |= some_units(calls, n, all * id / team, all * (id + 1) / team, totals);
+        if (room) {
+#pragma omp barrier
+            finish(calls, n, totals, id, team);
+        }
     }
+    free(totals);
     return failed;
 }

@@ -234,6 +234,43 @@ def test_layers_of_one_input_in_one_call_give_the_same_bits(case):
             assert torch.equal(got, STORED.bind(op)(held, x))
 
 
+BY_COLUMNS = ("words g128 f16 const", "words g256 f32 codes", "across g128 f16 codes")
+
+
+@pytest.mark.parametrize("name", [*BY_COLUMNS, "across channel f32 codes"])
+def test_pieces_of_columns_are_added_up_alike_by_any_number_of_threads(isa, name, threads):
+    n, k = 520, 3232
+    lt = _stored(*CASES[name], n, k, bias=torch.float16)
+    w, run = dense_weight(lt.weight, k), _runs(lt)
+    for m in (1, 2, 3, 4):
+        x, found = torch.randn(m, k).bfloat16(), []
+        for count in (1, 2, 3, 5):
+            threads(count)
+            found.append(run(x))
+        assert excess(found[0], x, w, lt.bias) <= 1, m
+        assert all(torch.equal(found[0], other) for other in found[1:]), m
+
+
+@pytest.mark.parametrize("name", BY_COLUMNS)
+@pytest.mark.parametrize("offset", [2, 8, 36, 60])
+def test_bits_do_not_depend_on_where_codes_lie(isa, name, offset):
+    """Files align tensors to 8 bytes, or to none; vectors begin where lines of the cache do."""
+    for n in (128, 136, 640):
+        lt = _stored(*CASES[name], n, 544)
+        op, buffers = _loaded(lt)
+        codes = buffers["codes"]
+        room = torch.empty(codes.numel() + 192, dtype=torch.uint8)
+        first = -room.data_ptr() % 64
+        run, x = STORED.bind(op), torch.randn(2, 544).bfloat16()
+        found = []
+        for at in (first, first + offset):
+            moved = room[at : at + codes.numel()].view(codes.shape)
+            moved.copy_(codes)
+            found.append(run(list({**buffers, "codes": moved}.values()), x))
+        assert torch.equal(found[0], found[1]), n
+        assert excess(found[0], x, dense_weight(lt.weight, 544)) <= 1
+
+
 @pytest.mark.parametrize(
     ("packing", "spec", "axis"),
     [
