@@ -15,7 +15,7 @@ int64_t qk_most_stored(void) { return MOST_IN_TURN; }
 
 int qk_fits_stored(const qk_op *op) {
     const int64_t g = op->group;
-    if (op->width == 8) return g >= 32;
+    if (op->width == 8) return g == 32 || g % 64 == 0 || g == op->k;
     if (op->order == QK_WORDS_STORED) return g % 8 == 0;
     if (op->order == QK_ACROSS_STORED) return g % 2 == 0;
     return g == 32 || g == 64 || g % PIECE == 0 || g == op->k;
@@ -25,53 +25,42 @@ int qk_fits_stored(const qk_op *op) {
 typedef struct {
     arranged a;
     float *sum; /* [tokens][outputs], of words and across: of a part */
-    float acc[MOST_TOKENS * QK_ROWS];
+    float acc[MOST_TOKENS * QK_ROWS], lines[MOST_TOKENS * QK_ROWS * 16]; /* of rows: sums, and their lanes */
 } room;
 
-/* f(..., rows, tokens, flag) with all three known to the compiler. */
-#define FOR_TOKENS(rows, flag, f, ...)                       \
-    switch (tokens) {                                        \
-    case 1: f(__VA_ARGS__, rows, 1, flag); break;            \
-    case 2: f(__VA_ARGS__, rows, 2, flag); break;            \
-    case 3: f(__VA_ARGS__, rows, 3, flag); break;            \
-    default: f(__VA_ARGS__, rows, 4, flag);                  \
+#define ROWS_CASE(N)                                                               \
+    case N:                                                                        \
+        if (w->op->width == 8 && fields) rows_of(w, row, count, lines, N, 8, FIELDS);  \
+        else if (w->op->width == 8 && wide) rows_of(w, row, count, lines, N, 8, WIDE); \
+        else if (w->op->width == 8) rows_of(w, row, count, lines, N, 8, LANES);        \
+        else if (offset) rows_of(w, row, count, lines, N, 4, FIELDS_OFFSET);       \
+        else if (fields) rows_of(w, row, count, lines, N, 4, FIELDS);              \
+        else if (wide) rows_of(w, row, count, lines, N, 4, WIDE);                  \
+        else rows_of(w, row, count, lines, N, 4, LANES);                           \
+        break;
+
+static void block_of_rows(const row_work *w, int64_t row, int64_t count, int64_t tokens, float *lines) {
+    const qk_op *op = w->op;
+    const int fields = op->order == QK_FIELDS_STORED, offset = fields && op->zero_kind == QK_ZERO_OFFSET;
+    const int wide = op->group >= (op->width == 8 ? 64 : 128) || op->group == op->k;
+    switch (tokens) {
+        ROWS_CASE(1)
+        ROWS_CASE(2)
+        ROWS_CASE(3)
+        ROWS_CASE(4)
     }
-
-#define FOR_ALL(flag, f, ...)                                            \
-    do {                                                                 \
-        if (rows == 4 && (flag)) FOR_TOKENS(4, 1, f, __VA_ARGS__)        \
-        else if (rows == 4) FOR_TOKENS(4, 0, f, __VA_ARGS__)             \
-        else if (flag) FOR_TOKENS(1, 1, f, __VA_ARGS__)                  \
-        else FOR_TOKENS(1, 0, f, __VA_ARGS__)                            \
-    } while (0)
-
-/* What is the same for all rows. */
-typedef struct {
-    __m512i table;
-    field_places places;
-    __m128i flip;
-} row_tables;
-
-static void some_rows(const qk_op *op, const qk_tensors *t, const arranged *a, const row_tables *w,
-                      int64_t row, float *out, int64_t rows, int64_t tokens) {
-    const int fields = op->order == QK_FIELDS_STORED, wide = op->group >= PIECE || op->group == op->k;
-    if (op->width == 8) FOR_ALL(fields, rows8, op, t, a, w->flip, row, out);
-    else if (fields) FOR_ALL(op->zero_kind == QK_ZERO_OFFSET, fields4, op, t, a, w->table, &w->places, row, out);
-    else FOR_ALL(wide, rows4, op, t, a, w->table, row, out);
 }
 
 /* Blocks [from, to) of 32 rows. */
 static void by_rows(const qk_call *c, room *m, int64_t from, int64_t to) {
     const qk_op *op = c->op;
     const qk_tensors *t = &c->tensors;
-    const row_tables w = {pair_table(op), places_of(op), _mm_set1_epi8(op->bias == 128 ? (char)0x80 : 0)};
+    const row_work w = row_work_of(op, t, &m->a);
     for (int64_t block = from; block < to; block++) {
         const int64_t first = block * QK_ROWS, count = qk_min(QK_ROWS, op->n - first);
-        for (int64_t r = 0; r < count;) {
-            const int64_t rows = count - r >= 4 ? 4 : 1;
-            some_rows(op, t, &m->a, &w, first + r, m->acc + r, rows, c->count);
-            r += rows;
-        }
+        block_of_rows(&w, first, count, c->count, m->lines);
+        for (int64_t i = 0; i < c->count * QK_ROWS; i += 16)
+            _mm512_storeu_ps(m->acc + i, sums_of_lanes(m->lines + i * 16));
         for (int64_t i = 0; i < c->count; i++) {
             const float *sums = m->acc + i * QK_ROWS;
             if (!op->head)
@@ -91,13 +80,12 @@ static int64_t units(const qk_call *c) { return is_columns(c->op) ? column_units
  * x for itself. Returns 0, or 1 when memory is not there. */
 static int some_units(const qk_call *calls, int64_t n, int64_t from, int64_t to, float *totals) {
     const int64_t tokens = calls->count;
-    enum { PAIRS, WIDE, SUMS, LANES, GROUPS, SCALES, SUM, ROOMS };
+    enum { PAIRS, SUMS, LANES, GROUPS, SCALES, SUM, ROOMS };
     int64_t bytes[ROOMS] = {0}, first = 0;
     for (int64_t i = 0; i < n; i++) {
         const qk_op *op = calls[i].op;
-        const int64_t need[ROOMS] = {tokens * padded(op->k) * 2, op->width == 8 ? tokens * op->k * 4 : 0,
-                                     tokens * parts_of(op) * 4, tokens * padded(op->k) / 2,
-                                     padded(op->k) / PIECE * 4, 16 * scale_room(op),
+        const int64_t need[ROOMS] = {tokens * padded(op->k) * 2, tokens * parts_of(op) * 4, tokens * padded(op->k) / 2,
+                                     padded(op->k) / 64 * 4, 16 * scale_room(op),
                                      is_columns(op) ? MOST_SUMS * 4 : 0};
         for (int r = 0; r < ROOMS; r++)
             if (bytes[r] < need[r]) bytes[r] = qk_div_up(need[r], 64) * 64;
@@ -106,9 +94,9 @@ static int some_units(const qk_call *calls, int64_t n, int64_t from, int64_t to,
     for (int r = 0; r < ROOMS; r++) at[r] = all_bytes, all_bytes += bytes[r];
     char *scratch = qk_alloc(all_bytes);
     if (!scratch) return 1;
-    room m = {.a = {.pairs = (uint16_t *)(scratch + at[PAIRS]), .wide = (float *)(scratch + at[WIDE]),
-                    .sums = (float *)(scratch + at[SUMS]), .lanes = (float *)(scratch + at[LANES]),
-                    .piece_group = (int32_t *)(scratch + at[GROUPS]), .scales = (float *)(scratch + at[SCALES])},
+    room m = {.a = {.pairs = (uint16_t *)(scratch + at[PAIRS]), .sums = (float *)(scratch + at[SUMS]),
+                    .lanes = (float *)(scratch + at[LANES]), .piece_group = (int32_t *)(scratch + at[GROUPS]),
+                    .scales = (float *)(scratch + at[SCALES])},
               .sum = (float *)(scratch + at[SUM])};
     for (int64_t i = 0; i < n; i++) {
         const qk_op *op = calls[i].op;

@@ -1,205 +1,211 @@
-/* Rows as they are stored, or blocks of fields: sums run along the lanes of a vector and are added
- * up at the end of a row. Included by kernel_stored.c.
+/* Rows as they are stored, or blocks of fields: four rows side by side, or one after the other; sums
+ * run along the lanes of a vector, those of 16 rows are added up together. Included by kernel_stored.c.
  *
- * 4 bits: 64 bytes are 128 codes; the 16-bit lanes hold four codes each, whose x lies in four
- * vectors (stored_x.h). Groups are whole multiples of 128 columns, or 64 or 32 of them.
- * 8 bits: 16 codes at a time become float32. */
+ * A piece is 64 bytes of codes, 128 of 4 bits or 64 of 8: the 16-bit lanes hold four nibbles each,
+ * whose x lies in four vectors, or in two (stored_x.h). A code of 8 bits is the sum of two lookups,
+ * 16 h + 8 and l - 8 for its nibbles h and l. Of fields, two loads and a permutation of bytes make a
+ * piece. Groups are whole multiples of a piece (WIDE), or 32 or 64 columns (LANES).
+ *
+ * What was loaded from memory is read once: GCC would fold the load into every use, and reading lines
+ * that are still on their way again and again took up to twice as long (`from_memory`). */
 #include "stored_x.h"
 
-#define ROWS_AHEAD 4 /* sets of rows: what is fetched ahead of use */
+#define AHEAD_ROWS 8192 /* bytes of codes that are fetched ahead: what memory takes to answer */
+#define SIDE_BY_SIDE 4  /* rows */
+#define LONG_ROW 1024   /* bytes: one token reads such rows in one stream, which memory gives best */
 
-QK_INLINE int64_t scale_room(const qk_op *op) { return qk_div_up(op->k, op->group) + 16; }
+enum { WIDE, LANES, FIELDS, FIELDS_OFFSET }; /* where scales lie */
 
-/* The scales of `rows` rows as float32, and what zero points add to the sums. */
-QK_INLINE void row_scales(const qk_op *op, const qk_tensors *t, const arranged *a, int64_t row,
-                          const int rows, const int tokens, __m512 total[][MOST_TOKENS]) {
-    const int64_t groups = qk_div_up(op->k, op->group);
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-        for (int i = 0; i < tokens; i++) total[r][i] = _mm512_setzero_ps();
-        for (int64_t q = 0; q < groups; q += 16) {
-            const __mmask16 m = first_lanes(groups - q);
-            const int64_t at = (row + r) * groups + q;
-            const __m512 s = read_floats(t->scales[0], op->scale[0].type, at, m);
-            _mm512_storeu_ps(a->scales + r * scale_room(op) + q, s);
-            if (op->zero_kind == QK_ZERO_FOLDED) continue;
-            const __m512 lacks = of_sums(op, t, s, at, m);
-#pragma GCC unroll 4
-            for (int i = 0; i < tokens; i++)
-                total[r][i] = _mm512_fmadd_ps(lacks, _mm512_maskz_loadu_ps(m, a->sums + i * groups + q), total[r][i]);
-        }
-    }
-}
-
-/* total += s (sum of 128 codes times x) */
-QK_INLINE __m512 add_piece(__m512 total, const __m512i c[4], const uint16_t *x, __m512 s) {
-    __m512 acc = dot(_mm512_setzero_ps(), c[0], _mm512_loadu_si512(x));
-    acc = dot(acc, c[1], _mm512_loadu_si512(x + 32));
-    acc = dot(acc, c[2], _mm512_loadu_si512(x + 64));
-    acc = dot(acc, c[3], _mm512_loadu_si512(x + 96));
-    return _mm512_fmadd_ps(acc, s, total);
-}
-
-QK_INLINE void store_sums(float *out, __m512 total[][MOST_TOKENS], const int rows, const int tokens) {
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int i = 0; i < tokens; i++) out[i * QK_ROWS + r] = _mm512_reduce_add_ps(total[r][i]);
-}
-
-/* Piece p of `rows` rows; only its `mask`ed bytes are there where `last`. */
-QK_INLINE void piece4(const qk_op *op, const arranged *a, const uint8_t *codes, int64_t p,
-                      __m512i table, __m512i lanes, __m512 total[][MOST_TOKENS], const int rows,
-                      const int tokens, const int wide, const int last, __mmask64 mask) {
-    const int64_t bytes = op->k / 2, ld = padded(op->k);
-    const float *scales = a->scales + (wide ? a->piece_group[p] : p * PIECE / op->group);
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++, codes += bytes, scales += scale_room(op)) {
-        const uint8_t *at = codes + 64 * p;
-        _mm_prefetch((const char *)at + ROWS_AHEAD * rows * bytes, _MM_HINT_T0);
-        const __m512i w = last ? _mm512_maskz_loadu_epi8(mask, at) : _mm512_loadu_si512(at);
-        const __m512i c[4] = {nibble(w, 0, table), nibble(w, 1, table), nibble(w, 2, table),
-                              nibble(w, 3, table)};
-        const __m512 s = wide ? _mm512_set1_ps(*scales)
-                              : _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(0xF, scales));
-#pragma GCC unroll 4
-        for (int i = 0; i < tokens; i++)
-            total[r][i] = add_piece(total[r][i], c, a->pairs + i * ld + p * PIECE, s);
-    }
-}
-
-QK_INLINE void rows4(const qk_op *op, const qk_tensors *t, const arranged *a, __m512i table,
-                     int64_t row, float *out, const int rows, const int tokens, const int wide) {
-    const uint8_t *codes = (const uint8_t *)t->codes + row * op->k / 2;
-    const int64_t pieces = op->k / PIECE, left = op->k % PIECE / 2;
-    const __m512i lanes = _mm512_srl_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm_cvtsi32_si128(op->group == 64 ? 3 : 2));
-    __m512 total[4][MOST_TOKENS];
-    row_scales(op, t, a, row, rows, tokens, total);
-    for (int64_t p = 0; p < pieces; p++)
-        piece4(op, a, codes, p, table, lanes, total, rows, tokens, wide, 0, 0);
-    if (left) piece4(op, a, codes, pieces, table, lanes, total, rows, tokens, wide, 1, (1ull << left) - 1);
-    store_sums(out, total, rows, tokens);
-}
-
-/* Where 64 bytes of codes, and each block's scale and offset in four lanes, lie in four blocks. */
+/* Where the codes, and each block's scale and offset in its lanes, lie in the blocks of a piece. */
 typedef struct {
     __m512i codes, scales, offsets;
-    int64_t second; /* byte at which the second vector of the four blocks begins */
+    int64_t second; /* byte at which the second vector of the blocks begins */
 } field_places;
+
+/* What is the same for all rows of a layer. */
+typedef struct {
+    const qk_op *op;
+    const qk_tensors *t;
+    const arranged *a;
+    __m512i low, high; /* values of nibbles, as bfloat16 */
+    __m512i lanes;     /* which of a piece's scales each lane takes */
+    field_places f;
+    int64_t bytes, step, pieces, left; /* of a row, of a piece; left: bytes behind the last piece */
+    int64_t groups, scale_shift, ahead_scales;
+} row_work;
 
 static field_places places_of(const qk_op *op) {
     uint8_t codes[64];
     uint16_t scales[32], offsets[32];
-    const int64_t second = 4 * op->block - 64;
+    const int64_t per = op->width == 8 ? 2 : 4, second = per * op->block - 64;
     for (int i = 0; i < 64; i++) {
-        const int64_t at = i / 16 * op->block + op->at + i % 16;
+        const int64_t at = i / (64 / per) * op->block + op->at + i % (64 / per);
         codes[i] = (uint8_t)(at < 64 ? at : 64 + at - second);
     }
     for (int i = 0; i < 32; i++) { /* of words of 16 bits; blocks have an even size */
-        const int64_t at = i / 4 % 4 * op->block, from = at + 2 < 64 ? at : 64 + at - second;
+        const int64_t at = i % 16 / (16 / per) * op->block, from = at + 2 < 64 ? at : 64 + at - second;
         scales[i] = (uint16_t)(from / 2), offsets[i] = (uint16_t)(from / 2 + 1);
     }
     return (field_places){_mm512_loadu_si512(codes), _mm512_loadu_si512(scales),
                           _mm512_loadu_si512(offsets), second};
 }
 
+static row_work row_work_of(const qk_op *op, const qk_tensors *t, const arranged *a) {
+    const int64_t fields = op->order == QK_FIELDS_STORED, per = op->width == 8 ? 2 : 4;
+    const int64_t step = fields ? per * op->block : 64;
+    row_work w = {.op = op, .t = t, .a = a, .step = step, .groups = qk_div_up(op->k, op->group)};
+    uint16_t low[32], high[32];
+    for (int i = 0; i < 32; i++) {
+        const int h = i % 16, top = op->bias == 128 ? h - 8 : (h ^ 8) - 8;
+        low[i] = qk_to_bf16(op->width == 8 ? (float)(h - 8) : op->table[h]);
+        high[i] = op->width == 8 ? qk_to_bf16((float)(16 * top + 8)) : low[i];
+    }
+    w.low = _mm512_loadu_si512(low), w.high = _mm512_loadu_si512(high);
+    if (fields) w.f = places_of(op);
+    w.bytes = fields ? op->k / 32 * op->block : op->k * op->width / 8;
+    w.pieces = w.bytes / step, w.left = w.bytes % step;
+    const int64_t shift = op->group == 32 ? (op->width == 8 ? 3 : 2) : 3;
+    w.lanes = _mm512_srl_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm_cvtsi64_si128(shift));
+    w.scale_shift = op->group == 32 ? (op->width == 8 ? 1 : 2) : 1; /* scales of a piece, as a power of two */
+    w.ahead_scales = (SIDE_BY_SIDE + AHEAD_ROWS / w.bytes) * w.groups;
+    return w;
+}
+
+QK_INLINE int64_t scale_room(const qk_op *op) { return qk_div_up(op->k, op->group) + 16; }
+
+QK_INLINE void fetch_ahead(const void *base, int64_t type, int64_t at) {
+    _mm_prefetch((const char *)base + at * (type == QK_F32 ? 4 : type == QK_U8 ? 1 : 2), _MM_HINT_T0);
+}
+
+/* The scales of a row as float32, and what zero points add to the sums. */
+QK_INLINE void row_scales(const row_work *w, int64_t row, float *scales, const int tokens, __m512 *total) {
+    const qk_op *op = w->op;
+    const qk_tensors *t = w->t;
+    for (int64_t q = 0; q < w->groups; q += 16) {
+        const __mmask16 m = first_lanes(w->groups - q);
+        const int64_t at = row * w->groups + q, ahead = at + w->ahead_scales;
+        const __m512 s = read_floats(t->scales[0], op->scale[0].type, at, m);
+        fetch_ahead(t->scales[0], op->scale[0].type, ahead);
+        _mm512_storeu_ps(scales + q, s);
+        if (op->zero_kind == QK_ZERO_FOLDED) continue;
+        if (op->zero_kind == QK_ZERO_CODE) fetch_ahead(t->zeros, QK_U8, ahead);
+        if (op->zero_kind == QK_ZERO_OFFSET) fetch_ahead(t->offset[0], op->offset[0].type, ahead);
+        const __m512 lacks = of_sums(op, t, s, at, m);
+#pragma GCC unroll 4
+        for (int i = 0; i < tokens; i++)
+            total[i] = _mm512_fmadd_ps(lacks, _mm512_maskz_loadu_ps(m, w->a->sums + i * w->groups + q), total[i]);
+    }
+}
+
 QK_INLINE __m512 field_floats(__m512i a, __m512i at, __m512i b) {
     return _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutex2var_epi16(a, at, b)));
 }
 
-/* Blocks [4 p, 4 p + 4) of `rows` rows; `count` of them are there. */
-QK_INLINE void fields_piece(const qk_op *op, const arranged *a, const uint8_t *codes, int64_t p,
-                            __m512i table, const field_places *f, __m512 total[][MOST_TOKENS],
-                            const int rows, const int tokens, const int offset, int64_t count) {
-    const int64_t bytes = op->k / 32 * op->block, ld = padded(op->k);
+#define from_memory(v) __asm__("" : "+v"(v))
+
+QK_INLINE __mmask64 first_bytes(int64_t count) {
+    return count >= 64 ? ~0ull : count > 0 ? (1ull << count) - 1 : 0;
+}
+
+/* total += scales (sum of the codes of piece p times x); of the last one only `left` bytes are there. */
+QK_INLINE void piece(const row_work *w, const uint8_t *at, int64_t p, const float *scales,
+                     __m512 *total, const int tokens, const int width, const int kind, int64_t left) {
+    const int64_t ld = padded(w->op->k), columns = 512 / width;
+    __m512i v, one, two;
+    __m512 s, o;
+    if (kind >= FIELDS) {
+        const uint8_t *behind = at + w->f.second;
+        one = left ? _mm512_maskz_loadu_epi8(first_bytes(left), at) : _mm512_loadu_si512(at);
+        two = left ? _mm512_maskz_loadu_epi8(first_bytes(left - w->f.second), behind) : _mm512_loadu_si512(behind);
+        from_memory(one);
+        from_memory(two);
+        v = _mm512_permutex2var_epi8(one, w->f.codes, two);
+        s = field_floats(one, w->f.scales, two);
+        if (kind == FIELDS_OFFSET) o = field_floats(one, w->f.offsets, two);
+    } else {
+        v = left ? _mm512_maskz_loadu_epi8(first_bytes(left), at) : _mm512_loadu_si512(at);
+        s = kind == WIDE ? _mm512_set1_ps(scales[w->a->piece_group[p]])
+                         : _mm512_permutexvar_ps(w->lanes, _mm512_maskz_loadu_ps(0xF, scales + (p << w->scale_shift)));
+    }
+    from_memory(v);
+    const __m512i c[4] = {nibble(v, 0, w->low), nibble(v, 1, w->high), nibble(v, 2, w->low), nibble(v, 3, w->high)};
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-        const uint8_t *at = codes + r * bytes + 4 * p * op->block;
-        uint8_t held[128];
-        _mm_prefetch((const char *)at + ROWS_AHEAD * rows * bytes, _MM_HINT_T0);
-        if (count < 4) {
-            memset(held, 0, sizeof held);
-            memcpy(held, at, count * op->block);
-            at = held;
-        }
-        const __m512i one = _mm512_loadu_si512(at), two = _mm512_loadu_si512(at + f->second);
-        const __m512i w = _mm512_permutex2var_epi8(one, f->codes, two);
-        const __m512i c[4] = {nibble(w, 0, table), nibble(w, 1, table), nibble(w, 2, table),
-                              nibble(w, 3, table)};
-        const __m512 s = field_floats(one, f->scales, two);
-        const __m512 o = offset ? field_floats(one, f->offsets, two) : s;
+    for (int i = 0; i < tokens; i++) {
+        const uint16_t *x = w->a->pairs + i * ld + p * columns;
+        __m512 acc = _mm512_setzero_ps();
 #pragma GCC unroll 4
-        for (int i = 0; i < tokens; i++) {
-            total[r][i] = add_piece(total[r][i], c, a->pairs + i * ld + p * PIECE, s);
-            if (offset) {
-                const __m512 sums = _mm512_loadu_ps(a->lanes + i * ld / 8 + 16 * p);
-                total[r][i] = _mm512_fmadd_ps(o, sums, total[r][i]);
-            }
-        }
+        for (int j = 0; j < 4; j++) acc = dot(acc, c[j], _mm512_loadu_si512(x + 32 * (width == 8 ? j / 2 : j)));
+        total[i] = _mm512_fmadd_ps(acc, s, total[i]);
+        if (kind == FIELDS_OFFSET)
+            total[i] = _mm512_fmadd_ps(o, _mm512_loadu_ps(w->a->lanes + i * ld / 8 + 16 * p), total[i]);
     }
 }
 
-QK_INLINE void fields4(const qk_op *op, const qk_tensors *t, const arranged *a, __m512i table,
-                       const field_places *f, int64_t row, float *out, const int rows,
-                       const int tokens, const int offset) {
-    const uint8_t *codes = (const uint8_t *)t->codes + row * (op->k / 32) * op->block;
-    const int64_t pieces = op->k / PIECE, left = op->k % PIECE / 32;
-    __m512 total[4][MOST_TOKENS];
+/* Rows [row, row + rows), which lie behind each other: 16 lanes of sums each, [tokens][32][16]. A row
+ * that is a `stream` has two sums, of every other piece. What follows is fetched in the order of memory. */
+QK_INLINE void some_rows(const row_work *w, int64_t row, float *lines, const int rows, const int stream,
+                         const int tokens, const int width, const int kind) {
+    const uint8_t *codes = (const uint8_t *)w->t->codes + row * w->bytes;
+    const char *ahead = (const char *)codes + AHEAD_ROWS + (rows - 1) * w->bytes;
+    const int sums = stream ? 2 : rows, pieces = stream ? 2 : 1;
+    const int64_t apart = stream ? w->step : w->bytes, room = stream ? 0 : scale_room(w->op);
+    __m512 total[SIDE_BY_SIDE][MOST_TOKENS];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < sums; r++) {
 #pragma GCC unroll 4
         for (int i = 0; i < tokens; i++) total[r][i] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pieces; p++)
-        fields_piece(op, a, codes, p, table, f, total, rows, tokens, offset, 4);
-    if (left) fields_piece(op, a, codes, pieces, table, f, total, rows, tokens, offset, left);
-    store_sums(out, total, rows, tokens);
-}
-
-/* 16 codes of 8 bits as float32, less 128 where they are unsigned. */
-QK_INLINE __m512 wide_codes(const uint8_t *at, __m128i flip) {
-    const __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i *)at), flip);
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-}
-
-QK_INLINE void rows8(const qk_op *op, const qk_tensors *t, const arranged *a, __m128i flip,
-                     int64_t row, float *out, const int rows, const int tokens, const int fields) {
-    const int64_t bytes = fields ? op->k / 32 * op->block : op->k;
-    const uint8_t *at = (const uint8_t *)t->codes + row * bytes;
-    __m512 total[4][MOST_TOKENS];
-    if (!fields) row_scales(op, t, a, row, rows, tokens, total);
-    else
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-            for (int i = 0; i < tokens; i++) total[r][i] = _mm512_setzero_ps();
-    for (int64_t k = 0, q = 0; k < op->k; q++) {
-        const int64_t end = qk_min(op->k, k + op->group);
-        __m512 acc[4][MOST_TOKENS], s[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            uint16_t half;
-            memcpy(&half, at + r * bytes, sizeof half);
-            s[r] = _mm512_set1_ps(fields ? _cvtsh_ss(half) : a->scales[r * scale_room(op) + q]);
-#pragma GCC unroll 4
-            for (int i = 0; i < tokens; i++) acc[r][i] = _mm512_setzero_ps();
-        }
-        if (fields) at += op->at;
-        for (; k < end; k += 16, at += 16)
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                if (k % 64 == 0) _mm_prefetch((const char *)at + (r + rows) * bytes, _MM_HINT_T0);
-                const __m512 c = wide_codes(at + r * bytes, flip);
-#pragma GCC unroll 4
-                for (int i = 0; i < tokens; i++)
-                    acc[r][i] = _mm512_fmadd_ps(c, _mm512_loadu_ps(a->wide + i * op->k + k), acc[r][i]);
-            }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-            for (int i = 0; i < tokens; i++) total[r][i] = _mm512_fmadd_ps(acc[r][i], s[r], total[r][i]);
+        if (kind < FIELDS && r < rows) row_scales(w, row + r, w->a->scales + r * room, tokens, total[r]);
     }
-    store_sums(out, total, rows, tokens);
+    int64_t p = 0;
+    for (; p + pieces <= w->pieces; p += pieces, codes += pieces * w->step, ahead += sums * w->step) {
+#pragma GCC unroll 4
+        for (int r = 0; r < sums; r++) {
+            _mm_prefetch(ahead + 64 * r, _MM_HINT_T0);
+            piece(w, codes + r * apart, stream ? p + r : p, w->a->scales + r * room, total[r], tokens, width, kind, 0);
+        }
+        if (kind >= FIELDS) _mm_prefetch(ahead + 64 * sums, _MM_HINT_T0);
+    }
+    if (stream && p < w->pieces) {
+        piece(w, codes, p, w->a->scales, total[0], tokens, width, kind, 0);
+        p++, codes += w->step;
+    }
+    if (w->left)
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+            piece(w, codes + r * apart, p, w->a->scales + r * room, total[r], tokens, width, kind, w->left);
+#pragma GCC unroll 4
+    for (int i = 0; i < tokens; i++) {
+        if (stream) total[0][i] = _mm512_add_ps(total[0][i], total[1][i]);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) _mm512_storeu_ps(lines + (i * QK_ROWS + r) * 16, total[r][i]);
+    }
+}
+
+QK_INLINE void rows_of(const row_work *w, int64_t row, int64_t count, float *lines, const int tokens,
+                       const int width, const int kind) {
+    int64_t r = 0;
+    if (tokens == 1 && kind < FIELDS && w->bytes > LONG_ROW)
+        for (; r < count; r++) some_rows(w, row + r, lines + r * 16, 1, 1, tokens, width, kind);
+    for (; r + SIDE_BY_SIDE <= count; r += SIDE_BY_SIDE)
+        some_rows(w, row + r, lines + r * 16, SIDE_BY_SIDE, 0, tokens, width, kind);
+    for (; r < count; r++) some_rows(w, row + r, lines + r * 16, 1, 0, tokens, width, kind);
+}
+
+/* The sums of the lanes of 16 vectors. */
+static inline __m512 sums_of_lanes(const float *lines) {
+    __m512 v[16];
+    for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_ps(lines + 16 * i);
+    for (int i = 0; i < 8; i++)
+        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
+        v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int n = 2; n; n /= 2)
+        for (int i = 0; i < n; i++) {
+            const __m512 a = v[2 * i], b = v[2 * i + 1];
+            v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+        }
+    return v[0];
 }

@@ -14,7 +14,6 @@
 typedef struct {
     int64_t order, k, group, width, with_sums;
     uint16_t *pairs; /* [tokens][padded k], see `arrange` */
-    float *wide;     /* [tokens][k], for 8-bit codes */
     float *sums;     /* [tokens][parts] */
     float *lanes;    /* [tokens][k / 128][16]: of fields, the sum of each block in one of its 4 lanes */
     int32_t *piece_group; /* [k / 128]: of rows, the group in which a piece begins */
@@ -67,6 +66,20 @@ static inline void arrange_words(const uint16_t *x, int64_t k, uint16_t *out) {
     }
 }
 
+/* Of 64 columns the even ones before the odd ones. */
+static inline void arrange_halves(const uint16_t *x, int64_t k, uint16_t *out) {
+    uint16_t at[32];
+    for (int i = 0; i < 32; i++) at[i] = (uint16_t)(2 * i);
+    const __m512i even = _mm512_loadu_si512(at), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    for (int64_t i = 0; i < k; i += 64) {
+        const __mmask64 m = k - i >= 64 ? ~0ull : (1ull << (k - i)) - 1;
+        const __m512i a = _mm512_maskz_loadu_epi16((__mmask32)m, x + i);
+        const __m512i b = _mm512_maskz_loadu_epi16((__mmask32)(m >> 32), x + i + 32);
+        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(a, even, b));
+        _mm512_storeu_si512(out + i + 32, _mm512_permutex2var_epi16(a, odd, b));
+    }
+}
+
 static inline float sum_of(const uint16_t *x, int64_t n) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, load_bf16(x + i));
@@ -80,9 +93,7 @@ static void arrange(arranged *a, const qk_op *op, const uint16_t *x, int64_t tok
     if (op->order == QK_FIELDS_STORED) memset(a->lanes, 0, tokens * padded(op->k) / 8 * sizeof(float));
     for (int64_t m = 0; m < tokens; m++, x += op->k) {
         uint16_t *out = a->pairs + m * padded(op->k);
-        if (op->width == 8)
-            for (int64_t i = 0; i < op->k; i += 16)
-                _mm512_storeu_ps(a->wide + m * op->k + i, load_bf16(x + i));
+        if (op->width == 8) arrange_halves(x, op->k, out);
         else if (op->order == QK_WORDS_STORED) arrange_words(x, op->k, out);
         else if (op->order == QK_ACROSS_STORED) memcpy(out, x, op->k * sizeof *x);
         else
@@ -98,8 +109,8 @@ static void arrange(arranged *a, const qk_op *op, const uint16_t *x, int64_t tok
         }
     }
     if (op->order == QK_ROWS_STORED)
-        for (int64_t p = 0; p < padded(op->k) / PIECE; p++)
-            a->piece_group[p] = (int32_t)(p * PIECE / op->group);
+        for (int64_t p = 0; p < padded(op->k) * op->width / 512; p++)
+            a->piece_group[p] = (int32_t)(p * 512 / op->width / op->group);
 }
 
 /* Up to 16 stored floats from `at` on, zeros behind them. */
