@@ -623,7 +623,7 @@ int NAME(qk_linear)(const qk_op *op, const qk_tensors *t, const void *x, int64_t
     const int64_t end = segs[segments - 1].start + segs[segments - 1].count;
     const int64_t all = qk_blocks(op), groups = qk_div_up(op->k, op->group);
     const int few = most <= MAX_DECODE;
-    int64_t blocks = few ? 1 : all * segments / (threads * 4);
+    int64_t blocks = few && !op->order ? 1 : all * segments / (threads * 4);
     blocks = blocks < 1 ? 1 : qk_min(blocks, MAX_BLOCKS);
     const int64_t per_segment = qk_div_up(all, blocks), tasks = segments * per_segment;
 

@@ -34,6 +34,9 @@ typedef struct {
 
 extern const qk_wide qk_wide_avx512;
 
+/* It, where the processor has it and is not limited to less; else NULL. */
+const qk_wide *qk_wide_here(void);
+
 /* The orders from QK_STREAMS on. */
 void qk_load_streams(void *blocks, const void *stored, int64_t first, int64_t n, const qk_source *);
 

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "load.h"
 #include "stored.h"
 
 #define LINE 16 /* words of a row that are taken at once */
@@ -10,6 +11,25 @@
 /* n0 n1 .. n7 -> n0 n2 n4 n6 | n1 n3 n5 n7 */
 static inline uint32_t split(uint32_t w) {
     return _pext_u32(w, 0x0F0F0F0F) | _pext_u32(w, 0xF0F0F0F0) << 16;
+}
+
+/* The same in steps that vectors have. */
+static inline uint32_t split_in_steps(uint32_t w) {
+    uint32_t even = w & 0x0F0F0F0F, odd = w >> 4 & 0x0F0F0F0F;
+    even = (even | even >> 4) & 0x00FF00FF;
+    odd = (odd | odd >> 4) & 0x00FF00FF;
+    return ((even | even >> 8) & 0xFFFF) | (odd | odd >> 8) << 16;
+}
+
+/* How `qk_wide` knows these codes. */
+static qk_source source_of(const qk_op *op) {
+    qk_source s = {.k = op->k, .width = op->width, .block = op->block, .fields = 1, .bits = op->width};
+    s.order = op->order == QK_FIELDS_STORED ? QK_FIELDS : op->order == QK_ROWS_STORED ? QK_BY_ROW : QK_ACROSS;
+    s.bias = op->bias == 128 ? 128 : 0;
+    s.field[0] = (qk_field){op->at, 4 * op->width, op->width, op->width == 4 ? 16 : 1};
+    static const int64_t slot[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+    memcpy(s.slot, slot, sizeof slot);
+    return s;
 }
 
 /* The same of 8 codes in the low nibbles of 8 bytes. */
@@ -56,7 +76,7 @@ static void fetch_fields(const qk_op *op, const uint8_t *codes, const int64_t *p
 static void fetch_words(const qk_op *op, const uint8_t *codes, int64_t rows, uint32_t *out) {
     const uint32_t *in = (const uint32_t *)codes;
     for (int64_t i = 0; i < op->k / 8; i++, in += op->n)
-        for (int64_t r = 0; r < rows; r++) out[i * QK_ROWS + r] = split(in[r]);
+        for (int64_t r = 0; r < rows; r++) out[i * QK_ROWS + r] = split_in_steps(in[r]);
 }
 
 /* v[t] nibble s <-> v[s] nibble t */
@@ -87,6 +107,18 @@ static void fetch_across(const qk_op *op, const uint8_t *codes, int64_t rows, ui
 /* Values of `size` bytes, `row` and `column` apart, of the rows at `place`, into [groups][32]. */
 static void fetch_grid(const uint8_t *in, int64_t size, int64_t row, int64_t column,
                        const int64_t *place, int64_t rows, int64_t groups, uint8_t *out) {
+    if (size == 2 && rows == QK_ROWS && column > size) { /* along four rows, a word of them at once */
+        for (int64_t r = 0; r < rows; r += 4) {
+            const uint8_t *at[4];
+            for (int i = 0; i < 4; i++) at[i] = in + place[r + i] * row;
+            for (int64_t q = 0; q < groups; q++) {
+                uint16_t four[4];
+                for (int i = 0; i < 4; i++) memcpy(&four[i], at[i] + q * column, 2);
+                memcpy(out + (q * QK_ROWS + r) * 2, four, sizeof four);
+            }
+        }
+        return;
+    }
     for (int64_t q = 0; q < groups; q++)
         for (int64_t r = 0; r < rows; r++) {
             const uint8_t *from = in + place[r] * row + q * column;
@@ -122,12 +154,26 @@ qk_tensors qk_fetch(const qk_op *op, const qk_tensors *t, int64_t row, int64_t r
     uint8_t *at = room;
     int64_t place[QK_ROWS];
     qk_tensors out = *t;
+    const qk_source source = source_of(op);
+    const qk_wide *wide = op->order == QK_WORDS_STORED ? NULL : qk_wide_here();
+    int64_t done = 0; /* rows */
     if (rows % QK_ROWS) memset(room, 0, qk_fetch_bytes(op, blocks));
+    if (wide && op->order == QK_ACROSS_STORED && op->k % 8 == 0) {
+        const uint32_t *in = (const uint32_t *)((const uint8_t *)t->codes + row / 2);
+        for (int64_t i = 0; i < op->k / 8; i++)
+            done = 8 * wide->columns(room, in, op->k / 8, op->n / 8, 0, i, 0, rows / 8, &source);
+        done = done / QK_ROWS * QK_ROWS;
+    }
     out.codes = at;
     for (int64_t b = 0; b < blocks; b++, at += code_bytes(op)) {
         const int64_t first = row + b * QK_ROWS, count = qk_min(QK_ROWS, row + rows - first);
         const uint8_t *codes = t->codes;
         uint32_t *to = (uint32_t *)at;
+        if (b * QK_ROWS < done) continue;
+        if (wide && !across && count == QK_ROWS && (!op->head || op->head % (2 * QK_ROWS) == 0)) {
+            const int64_t apart = op->head ? 2 * row_bytes : row_bytes; /* halves are interleaved */
+            if (wide->block(to, codes + qk_place_of(op, first) * row_bytes, apart, &source)) continue;
+        }
         if (op->order == QK_WORDS_STORED) fetch_words(op, codes + first * 4, count, to);
         else if (op->order == QK_ACROSS_STORED) fetch_across(op, codes + first / 2, count, to);
         else if (fields) {
