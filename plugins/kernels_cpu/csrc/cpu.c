@@ -96,6 +96,16 @@ static unit float8_unit(const qk_call *c) {
     return (unit){0};
 }
 
+/* Whether few tokens of bfloat16 meet codes where files have them, not blocks made of them. */
+int qk_in_place(const qk_op *op, int64_t isa) {
+#if defined(QK_HAVE_STORED) && defined(QK_HAVE_BF16)
+    return isa >= ISA_BF16 && op->order && qk_fits_stored(op) && __builtin_cpu_supports("avx512vbmi");
+#else
+    (void)op, (void)isa;
+    return 0;
+#endif
+}
+
 /* The unit that runs a call: the best one its operation and types allow. */
 static unit unit_of(const qk_call *c) {
     if (c->op->float8) return float8_unit(c);
@@ -103,7 +113,7 @@ static unit unit_of(const qk_call *c) {
     if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c)) {
         unit found = UNIT(bf16);
 #ifdef QK_HAVE_STORED
-        if (c->op->order && qk_fits_stored(c->op) && __builtin_cpu_supports("avx512vbmi"))
+        if (qk_in_place(c->op, c->isa))
             found = (unit){qk_linear_bf16, qk_shared_stored, qk_most_stored, NULL};
 #endif
 #ifdef QK_TILES

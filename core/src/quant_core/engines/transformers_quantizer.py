@@ -265,7 +265,7 @@ class QuantCoreQuantizer(HfQuantizer):  # type: ignore[misc]
                 with builder_for(
                     options.prepared,
                     target=f"transformers {type(model).__name__}",
-                    mmap=options.mmap,
+                    mmap=options.mmap if request is None else bool(options.mmap),
                     plan=plan,
                     device=self.device or "cpu",
                     dtype=dtype,

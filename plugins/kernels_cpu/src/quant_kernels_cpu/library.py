@@ -22,7 +22,7 @@ __all__ = ["ISAS", "Library", "library", "unavailable"]
 
 ISAS = ("none", "avx2", "avx512", "bf16", "amx")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 27  # of the C interface, as in hatch_build.py
+_VERSION = 28  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ def _load() -> Library | str:
     for function in (c.qk_linear_shared, c.qk_linear_w8a8_shared, c.qk_decoder_chain):
         function.argtypes = [ctypes.c_char_p, integer]
     c.qk_native_limits.argtypes = [integer]
+    c.qk_in_place.argtypes = [pointer, integer]
     c.qk_native_python.argtypes, c.qk_native_python.restype = [pointer], None
     c.qk_native_api.argtypes = [pointer] * 5
     c.qk_weights_changed.argtypes, c.qk_weights_changed.restype = [], None

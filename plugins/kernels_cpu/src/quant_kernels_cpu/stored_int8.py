@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.spec import OpSpec, Packing
+from quant_kernels_cpu.library import library
 from quant_kernels_cpu.support_int8 import SIGNED_ROWS, UNSIGNED_ROWS, Int8Layout
 from quant_kernels_cpu.w8a8 import W8A8, check_part, check_range, code_sums, tensors_of
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["STORED_INT8", "StoredW8A8"]
 
-_SLOWER = 1.3  # than packed weights, where those are there already
+# times what packed weights take where those are there already: steps of a model, and layers
+_SLOWER, _SLOWER_AVX2 = 1.06, 1.3
 _ORDERS = {128: SIGNED_ROWS, 0: UNSIGNED_ROWS}  # by what is taken from a code to keep it
 _WHOLE = ("input_scale", "input_zero")
 
@@ -47,7 +49,8 @@ class StoredW8A8(W8A8):
         if isinstance(answer, Rejected):
             return answer
         note = f"{answer.note}, rows as they are stored"
-        return replace(answer, cost=_SLOWER * answer.cost, note=note)
+        slower = _SLOWER if library().vnni else _SLOWER_AVX2
+        return replace(answer, cost=slower * answer.cost, note=note)
 
     def reads(self, op: OpSpec, packing: Packing) -> bool:
         return packing == op.packing

@@ -6,6 +6,7 @@ used where they lie (csrc/kernel_stored.c); other calls make blocks of them, a f
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -15,6 +16,7 @@ from quant_core.errors import LayoutError
 from quant_core.kernels.base import Accepted, Rejected
 from quant_core.row_order import stored_rows
 from quant_core.spec import OpSpec, Packing
+from quant_kernels_cpu.descriptor import c_op
 from quant_kernels_cpu.kernel import WnA16
 from quant_kernels_cpu.library import ISAS, library, unavailable
 from quant_kernels_cpu.stored import stored_layout, stored_shapes
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["STORED", "Stored"]
 
-# than packed weights where those are there already, by order (docs/performance.md, "Loading")
-_SLOWER = {"rows": 1.05, "words": 1.1, "across": 1.2, "fields": 1.1}
+# Times what packed weights take where those are there already: steps of a model, by order
+# (docs/performance.md, "Loading"), and where every call makes blocks first, 2 to 12.
+_SLOWER = {"rows": 1.08, "words": 1.07, "across": 1.1, "fields": 1.06}
+_BY_BLOCKS = 4.0
 _GRIDS = ("scales_0", "zeros", "offset_0")
 
 
@@ -50,9 +54,13 @@ class Stored(WnA16):
         answer = super().accepts(op)
         if isinstance(answer, Rejected):
             return answer
-        order = self._bound(op).order
-        note = f"{ISAS[library().isa]}, {order} as they are stored"
-        return replace(answer, cost=_SLOWER[order] * answer.cost, note=note)
+        layout, lib = self._bound(op), library()
+        note = f"{ISAS[lib.isa]}, {layout.order} as they are stored"
+        at = ctypes.addressof(c_op(layout))
+        in_place = op.act_dtype == "bfloat16" and lib.c.qk_in_place(at, lib.isa)
+        note += "" if in_place else ", made blocks of in every call"
+        slower = _SLOWER[layout.order] if in_place else _BY_BLOCKS
+        return replace(answer, cost=slower * answer.cost, note=note)
 
     def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
         from quant_core.memory import poisoned
