@@ -24,7 +24,7 @@ from quant_core.mapped import PRICE
 from quant_core.nn import QuantModule
 from quant_core.registry import registry
 from quant_core.row_order import head_of, in_model_order
-from quant_kernels_cpu.library import unavailable
+from quant_kernels_cpu.library import ISAS, library, unavailable
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux /proc"),
@@ -112,6 +112,7 @@ def test_default_takes_the_place_in_the_file_if_it_costs_little(
     path: Path, price: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quant_core.mapped.PRICE", price)
+    monkeypatch.setattr("quant_core.mapped.SMALL", 0)
     model = load(path)
     placed = [in_file(m.codes, path) for m in packed(model).values() if hasattr(m, "codes")]
     assert all(placed) if price > 1 else not any(placed)
@@ -119,7 +120,10 @@ def test_default_takes_the_place_in_the_file_if_it_costs_little(
 
 
 @pytest.mark.parametrize("path", checkpoint_dirs(IN_PLACE), ids=lambda p: p.name)
-def test_default_is_never_dearer_than_its_price(path: Path) -> None:
+def test_default_is_never_dearer_than_its_price(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant_core.mapped.SMALL", 0)
     model = load(path, dtype=torch.bfloat16)
     for name, module in packed(model).items():
         if not module.tensors or not in_file(next(iter(module.tensors.values())), path):
@@ -127,6 +131,20 @@ def test_default_is_never_dearer_than_its_price(path: Path) -> None:
         ours = module.kernel.accepts(module.op)
         others = accepting(in_model_order(module.op), registry())
         assert ours.cost_at(1) <= PRICE * min(answer.cost_at(1) for _, _, answer in others), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("path", [AWQ, ROWS], ids=lambda p: p.name)
+def test_default_stays_in_the_file_where_codes_are_used_as_they_lie(
+    path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = load(path, dtype=dtype)
+    monkeypatch.setattr("quant_core.mapped.SMALL", 0)
+    large = load(path, dtype=dtype)
+    used = library().isa >= ISAS.index("bf16") and dtype == torch.bfloat16
+    for model, expected_there in ((small, False), (large, used)):
+        held = [m.codes for m in packed(model).values() if hasattr(m, "codes")]
+        assert [in_file(t, path) for t in held] == [expected_there] * len(held)
 
 
 @pytest.mark.parametrize("failing", ["nfs", "no address space"])
@@ -137,6 +155,7 @@ def test_default_copies_where_files_are_not_mapped(
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr("quant_core.mapped.PRICE", float("inf"))
+    monkeypatch.setattr("quant_core.mapped.SMALL", 0)
     if failing == "nfs":
         monkeypatch.setattr("quant_core.prepared.pages._file_system", lambda folder: "nfs4")
     else:

@@ -77,12 +77,11 @@ def _params(plan: Plan, member: Member) -> list[dict[str, Any]]:
 
 def _in_place(plan: Plan, member: Member, device: str, mmap: bool | None) -> Choice | None:
     """Who runs this member on the file's own pages, in a load with that ``mmap``; see there."""
-    from quant_core.mapped import PRICE, MappedBuilder
-    from quant_core.prepared.pages import maps_safely
+    from quant_core.mapped import PRICE, MappedBuilder, placed_by_default
 
     layer = member.layer
-    wanted = mmap if mmap is not None else maps_safely(plan.checkpoint.folder)
-    if not wanted or device != "cpu" or layer.kind == "experts":
+    wanted = device == "cpu" if mmap else mmap is None and placed_by_default(plan, device)
+    if not wanted or layer.kind == "experts":
         return None
     builder = MappedBuilder(plan=plan, device=device, most=None if mmap else PRICE)
     return builder.place_of(layer.name, member)

@@ -299,9 +299,9 @@ def load_model(
             load only reads them; "off" does not; default from ``QUANT_PREPARED``, else "off".
         mmap: True uses weights where the files have them, on the cpu: nothing is copied or
             repacked, and the file must not be cut or overwritten in place meanwhile. Layers that
-            no kernel runs so are loaded as ever. False copies all. Default: where files are local
-            and a kernel runs them so at 1.1 times the cost of repacked weights at most; with
-            ``online``, whose weights are made, False.
+            no kernel runs so are loaded as ever. False copies all. Default: of local files of
+            256 MiB and more whatever a kernel runs so at 1.1 times the cost of repacked weights
+            at most; with ``online``, whose weights are made, False.
         online: quantize a float checkpoint while loading it: a scheme that an installed plugin
             offers, by its bare name or as "plugin:name".
         skip: patterns of modules that stay floats, see ``online.SkipRules``.

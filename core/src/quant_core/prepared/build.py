@@ -30,7 +30,7 @@ from quant_core.plan import Member, Plan, member_parts
 from quant_core.prepared.entry import Entry, Module, Part, entry_error, write_entry
 from quant_core.prepared.folder import BUFFERS, folder_for, make_room, remove
 from quant_core.prepared.key import Key, key_of
-from quant_core.prepared.pages import MAPPED_BYTES, mapping_wanted, maps_safely
+from quant_core.prepared.pages import MAPPED_BYTES, mapping_wanted
 from quant_core.spec import OpSpec
 
 if TYPE_CHECKING:
@@ -274,11 +274,11 @@ def _asked_for(folder: Path | None, settings: Mapping[str, Any]) -> MappedBuilde
 
 def _by_default(settings: Mapping[str, Any]) -> MappedBuilder | None:
     """The builder of weights in place where they cost little; None where files are not mapped."""
-    from quant_core.mapped import PRICE, MappedBuilder
+    from quant_core.mapped import PRICE, MappedBuilder, placed_by_default
 
     builder = MappedBuilder(most=PRICE, **settings)
     checkpoint = builder.plan.checkpoint
-    if builder.device != "cpu" or not maps_safely(checkpoint.folder):
+    if not placed_by_default(builder.plan, builder.device):
         return None
     try:  # a tensor of each file: none of them turns out not to be mapped halfway
         for name in {info.file: name for name, info in checkpoint.tensors.items()}.values():
