@@ -116,8 +116,11 @@ static unit unit_of(const qk_call *c) {
         if (qk_in_place(c->op, c->isa))
             found = (unit){qk_linear_bf16, qk_shared_stored, qk_most_stored, NULL};
 #endif
-#ifdef QK_TILES
-        if (c->isa >= ISA_AMX) found.linear = qk_linear_amx;
+#if defined(QK_TILES) && defined(QK_HAVE_STORED)
+        if (c->isa >= ISA_AMX) {
+            found.linear = qk_linear_amx;
+            if (found.most == qk_most_stored) found.most = qk_most_stored_at_once; /* blocks take half as long */
+        }
 #endif
         return found;
     }

@@ -12,6 +12,7 @@
 enum { MOST_IN_TURN = 16 };
 
 int64_t qk_most_stored(void) { return MOST_IN_TURN; }
+int64_t qk_most_stored_at_once(void) { return MOST_TOKENS; }
 
 int qk_fits_stored(const qk_op *op) {
     const int64_t g = op->group;

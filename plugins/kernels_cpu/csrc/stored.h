@@ -38,7 +38,7 @@ qk_tensors qk_fetch(const qk_op *, const qk_tensors *, int64_t row, int64_t rows
 
 /* Few tokens without fetching: bfloat16 x, AVX512-BF16. */
 qk_shared_fn qk_shared_stored;
-int64_t qk_most_stored(void);
+int64_t qk_most_stored(void), qk_most_stored_at_once(void);
 int qk_fits_stored(const qk_op *);
 
 #endif

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["STORED", "Stored"]
 
-# Times what packed weights take where those are there already: steps of a model, by order
-# (docs/performance.md, "Loading"), and where every call makes blocks first, 2 to 12.
+# Times what packed weights take where those are there already (docs/performance.md, "Loading"): by
+# order steps of a model on Zen 5, layers on a Xeon with AMX; 2 to 12 where calls make blocks first.
 _SLOWER = {"rows": 1.08, "words": 1.07, "across": 1.1, "fields": 1.06}
+_SLOWER_AMX = {"rows": 1.15, "words": 1.13, "across": 1.2, "fields": 1.35}
 _BY_BLOCKS = 4.0
 _GRIDS = ("scales_0", "zeros", "offset_0")
 
@@ -59,7 +60,8 @@ class Stored(WnA16):
         at = ctypes.addressof(c_op(layout))
         in_place = op.act_dtype == "bfloat16" and lib.c.qk_in_place(at, lib.isa)
         note += "" if in_place else ", made blocks of in every call"
-        slower = _SLOWER[layout.order] if in_place else _BY_BLOCKS
+        table = _SLOWER_AMX if ISAS[lib.isa] == "amx" else _SLOWER
+        slower = table[layout.order] if in_place else _BY_BLOCKS
         return replace(answer, cost=slower * answer.cost, note=note)
 
     def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
