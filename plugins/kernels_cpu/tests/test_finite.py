@@ -69,6 +69,28 @@ def test_large_matrix_is_looked_at_by_all_threads() -> None:
     assert run([], views)
 
 
+@pytest.mark.parametrize("values", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [16, 32, 40, 144], ids="{} bytes".format)
+def test_blocks_are_seen_wherever_a_thread_reads(block, dtype, values) -> None:
+    """Eight places of 2 x 16 blocks, in turn, and 41 blocks that are left."""
+    rows, columns = 27, 11
+    size = block // dtype.itemsize
+    memory = torch.full((rows, columns * size), float("nan"), dtype=dtype)
+    views = [memory[:, i::size] for i in range(values)]
+    run = CpuFinite().bind(OP)
+    for view in views:
+        view.fill_(1.0)
+    assert run([], views)
+    for view in views:
+        for row in range(rows):
+            for column in range(columns):
+                view[row, column] = ODD[column % 3]
+                assert not run([], views), (row, column)
+                view[row, column] = 1.0
+    assert run([], views)
+
+
 def test_kernel_is_chosen_and_takes_nothing_else() -> None:
     assert isinstance(CpuFinite().accepts(OP), Accepted)
     other = OpSpec(op="finite", operands=(), device=("cuda", "9.0"))
