@@ -223,37 +223,45 @@ def dense(lt: LayerTensors, cold_mib: int) -> tuple[Run, int]:
 
 
 def candidates(
-    n: int, k: int, tokens: int, cold: int, reference: bool
+    n: int, k: int, tokens: int, cold: int, reference: bool, only: Sequence[str] = ("",)
 ) -> dict[str, tuple[Run, int, LayerTensors]]:
-    """Name -> (run, bytes of weights, layer) of all that runs at this size."""
+    """Name -> (run, bytes of weights, layer) of what runs at this size and has one of ``only`` in
+    its name, and of bf16."""
+    out: dict[str, tuple[Run, int, LayerTensors]] = {}
+
+    def add(name: str, lt: LayerTensors, make: Callable[..., tuple[Run, int]], *args: Any) -> None:
+        if not out or any(o in name for o in only):
+            out[name] = (*make(lt, *args), lt)
+
     i8 = int8_layer(n, k)
     layers = {size: int4_layer(n, k, size) for size in (32, 128) if k % size == 0}
-    first = next(iter(layers.values()))
-    out = {"bf16 F.linear": (*dense(first, cold), first)}
+    add("bf16 F.linear", next(iter(layers.values())), dense, cold)
     for size, lt in layers.items():
-        out[f"w4a16 g{size}"] = (*ours(lt, "cpu_wna16", cold), lt)
-        out[f"w4a8 g{size}"] = (*ours(lt, "cpu_w4a8", cold), lt)
+        add(f"w4a16 g{size}", lt, ours, "cpu_wna16", cold)
+        add(f"w4a8 g{size}", lt, ours, "cpu_w4a8", cold)
         if tokens <= 64:  # 5 to 13 times slower than bf16 above: nothing to compare with
-            out[f"torch int4pack g{size}"] = (*torch_int4(lt, size, cold), lt)
+            add(f"torch int4pack g{size}", lt, torch_int4, size, cold)
     for name, spec in FLOATS.items():
+        if not any(o in name or name in o for o in only):
+            continue
         lt = random_layer(n, k, spec)
-        out[name] = (*ours(lt, "cpu_wna16", cold), lt)
+        add(name, lt, ours, "cpu_wna16", cold)
         if reference:
-            out[f"{name} ref"] = (*ours(lt, "torch_ref", 0), lt)
+            add(f"{name} ref", lt, ours, "torch_ref", 0)
         if name in ROUNDED:
             for by in ("cpu_round", "torch_round"):
                 named = f"cpu_wna16@rounded,quantize={by}"
-                out[f"{name} {by}"] = (*ours(lt, named, cold, ROUNDED[name]), lt)
-    out["w8a16 channel"] = (*ours(i8, "cpu_wna16", cold), i8)
-    out["w8a8 token"] = (*ours(i8, "cpu_w8a8", cold, int8_input(static=False)), i8)
+                add(f"{name} {by}", lt, ours, named, cold, ROUNDED[name])
+    add("w8a16 channel", i8, ours, "cpu_wna16", cold)
     stored = replace(i8, input_scale=torch.tensor([4.5 / 127]))
-    out["w8a8 static"] = (*ours(stored, "cpu_w8a8", cold, int8_input(static=True)), i8)
     shifted = replace(stored, input_zero=torch.tensor([3], dtype=torch.uint8))
     asym = int8_input(static=True, zero=True)
-    out["w8a8 static asym"] = (*ours(shifted, "cpu_w8a8", cold, asym), i8)
-    out["torch _int_mm"] = (*torch_int_mm(i8, cold), i8)
+    add("w8a8 token", i8, ours, "cpu_w8a8", cold, int8_input(static=False))
+    add("w8a8 static", stored, ours, "cpu_w8a8", cold, int8_input(static=True))
+    add("w8a8 static asym", shifted, ours, "cpu_w8a8", cold, asym)
+    add("torch _int_mm", i8, torch_int_mm, cold)
     if tokens <= 64:
-        out["torch int8pack"] = (*torch_int8(i8, cold), i8)
+        add("torch int8pack", i8, torch_int8, cold)
     return out
 
 
@@ -289,9 +297,7 @@ def measure(
 
 
 def bench(n: int, k: int, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    found = candidates(n, k, tokens, args.cold, args.reference)
-    only = args.only or [""]
-    found = {f: c for f, c in found.items() if any(o in f for o in only) or f == "bf16 F.linear"}
+    found = candidates(n, k, tokens, args.cold, args.reference, args.only or [""])
     x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).bfloat16()
     clock = time.process_time if args.processor else time.perf_counter
     runs = {name: run for name, (run, _, _) in found.items()}
