@@ -24,6 +24,7 @@
  *     vload_codes load_panel store_panel   64 * VW / 16 bytes
  *     code4(v, s, tab) code8(v, s, tab)   step s of a vector of codes
  *     shifted_code(v, s, tab, width, shift)   the same plus a float32 vector of integers
+ *     code_unit(tab)      defined: code8_less(v, s, tab) is code8 less this factor
  *     bcast(x) mac(acc, c, x)
  *     vzero vadd vsub vmul vfma vset vload vstore   float32 arithmetic
  *     load_f16 load_bf16 load_u8 load_i8 load_e8m0 load_table
@@ -99,6 +100,14 @@ QK_INLINE void NAME(finish)(const NAME(view) *v, int64_t block, int64_t q, const
 #define IS4(op) ((op)->width == 4)
 #endif
 
+#ifdef code_unit
+#define few8(v, s, table) code8_less(v, s, table)
+#define whole(sum, table) vmul(sum, code_unit(table))
+#else
+#define few8(v, s, table) code8(v, s, table)
+#define whole(sum, table) (sum)
+#endif
+
 QK_INLINE void NAME(decode_group)(const NAME(view) *v, const uint8_t *codes, int64_t columns,
                                   const xelem *x, const int tokens, const int width,
                                   vf total[][NV]) {
@@ -118,7 +127,7 @@ QK_INLINE void NAME(decode_group)(const NAME(view) *v, const uint8_t *codes, int
             const vi w = vload_codes(codes + j * VW * 4);
 #pragma GCC unroll 8
             for (int s = 0; s < per / KP; s++) {
-                const vp c = width == 4 ? code4(w, s, v->table) : code8(w, s, v->table);
+                const vp c = width == 4 ? code4(w, s, v->table) : few8(w, s, v->table);
 #pragma GCC unroll 8
                 for (int m = 0; m < tokens; m++)
                     acc[m][j][s % parts] = mac(acc[m][j][s % parts], c, bcast(x + m * ld + k + s * KP));
@@ -132,7 +141,7 @@ QK_INLINE void NAME(decode_group)(const NAME(view) *v, const uint8_t *codes, int
             vf sum = acc[m][j][0];
             if (parts == 2) sum = vadd(sum, acc[m][j][1]);
             if (parts == 4) sum = vadd(vadd(sum, acc[m][j][1]), vadd(acc[m][j][2], acc[m][j][3]));
-            total[m][j] = sum;
+            total[m][j] = whole(sum, v->table);
         }
 }
 

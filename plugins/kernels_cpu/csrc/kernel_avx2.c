@@ -63,20 +63,44 @@ typedef struct {
     __m128i shift;
     __m256i mask;
     __m256 unit;
+    int wide;
+    __m128i wide_shift;
+    __m256i wide_mask, wide_base;
+    __m256 least;
 } code_table;
 
 static inline code_table make_table(const qk_op *op, const qk_tensors *t) {
     const qk_float8 *f = op->float8;
     (void)t;
-    return (code_table){_mm_cvtsi32_si128(f->shift), _mm256_set1_epi32(f->mask), _mm256_set1_ps(f->unit)};
+    return (code_table){_mm_cvtsi32_si128(f->shift), _mm256_set1_epi16((int16_t)f->mask), _mm256_set1_ps(f->unit),
+                        f->wide, _mm_cvtsi32_si128(f->shift + 3), _mm256_set1_epi32(f->wide_mask),
+                        _mm256_set1_epi32(f->wide_base), _mm256_set1_ps(f->least)};
 }
 
-/* Exact but where the processor is told to take subnormals for zero. */
-QK_INLINE vp code8(vi v, int s, code_table t) {
-    const __m256i bits = _mm256_sra_epi32(_mm256_slli_epi32(v, 24 - 8 * s), t.shift);
-    return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(bits, t.mask)), t.unit);
+/* As in kernel_avx512.c, eight rows at a time. */
+QK_INLINE __m256i halves(__m256i v, int odd, code_table t) {
+    const __m128i at = _mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
+    const __m256i apart = _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(at));
+    const __m256i words = _mm256_permute4x64_epi64(apart, 0xD8);
+    return _mm256_and_si256(_mm256_sra_epi16(odd ? words : _mm256_slli_epi16(words, 8), t.shift), t.mask);
 }
 
+QK_INLINE vp wide_code(vi v, int s, code_table t) {
+    const __m256i top = _mm256_slli_epi32(v, 24 - 8 * s);
+    const __m256i bits = _mm256_and_si256(_mm256_srl_epi32(top, t.wide_shift), t.wide_mask);
+    const __m256 f = _mm256_castsi256_ps(_mm256_add_epi32(bits, t.wide_base));
+    const __m256 value = _mm256_min_ps(f, _mm256_mul_ps(_mm256_sub_ps(f, t.least), _mm256_set1_ps(2)));
+    return _mm256_or_ps(value, _mm256_and_ps(_mm256_castsi256_ps(top), _mm256_set1_ps(-0.0f)));
+}
+
+QK_INLINE vp code8_less(vi v, int s, code_table t) {
+    if (__builtin_expect(t.wide, 0)) return wide_code(v, s, t);
+    const __m256i h = halves(v, s % 2, t);
+    return _mm256_cvtph_ps(s < 2 ? _mm256_castsi256_si128(h) : _mm256_extracti128_si256(h, 1));
+}
+
+#define code_unit(table) (table).unit
+#define code8(v, s, table) _mm256_mul_ps(code8_less(v, s, table), (table).unit)
 #define code4(v, s, table) code8(v, s, table) /* never run */
 #define shifted_code(v, s, table, width, shift) ((void)(shift), code8(v, s, table))
 

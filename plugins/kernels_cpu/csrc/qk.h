@@ -30,12 +30,14 @@ typedef struct {
     const float *table;
 } qk_factor;
 
-/* 8-bit floats with a sign bit. `((int32)(code << 24) >> shift) & mask` are the bits of a float32
- * that is the value times 1 / unit, a power of two; high and low are the bytes of each magnitude as
- * bfloat16. */
+/* 8-bit floats with a sign bit. `((int16)(code << 8) >> shift) & mask` are the bits of a float16 that is
+ * the value times 1 / unit, a power of two. Where that has no room for the largest exponent (`wide`; unit is 1):
+ * `((code << 24) >> (shift + 3) & wide_mask) + wide_base`, without signs, are the bits of a float32 that is
+ * the value or, for a subnormal, the mean of it and 2 least. high and low are the bytes of each magnitude
+ * as bfloat16. */
 typedef struct {
-    float values[256], unit;
-    int32_t shift, mask;
+    float values[256], unit, least;
+    int32_t shift, mask, wide, wide_mask, wide_base;
     uint8_t high[128], low[128];
 } qk_float8;
 

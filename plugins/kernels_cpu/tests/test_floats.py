@@ -58,6 +58,16 @@ FORMS = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["", "flushed"])
+def _subnormals(request):
+    """As they are, and with a processor told to take those of float32 for zero."""
+    if not torch.set_flush_denormal(request.param) and request.param:
+        pytest.skip("this processor cannot flush subnormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("_subnormals")
 @pytest.mark.parametrize("element", FORMS)
 @pytest.mark.parametrize("m", [1, 4, 9])
 def test_every_finite_byte_has_exactly_its_value(isa, element, m):

@@ -32,8 +32,8 @@ class _Factor(ctypes.Structure):
 
 class _Float8(ctypes.Structure):
     _fields_ = [
-        *(("values", ctypes.c_float * 256), ("unit", ctypes.c_float)),
-        *((name, ctypes.c_int32) for name in ("shift", "mask")),
+        *(("values", ctypes.c_float * 256), ("unit", ctypes.c_float), ("least", ctypes.c_float)),
+        *((name, ctypes.c_int32) for name in ("shift", "mask", "wide", "wide_mask", "wide_base")),
         *((name, ctypes.c_uint8 * 128) for name in ("high", "low")),
     ]
 
@@ -107,9 +107,14 @@ def _float8(element: str) -> _Float8:
     values = table.repeat_interleave(256 // table.numel())  # by the code's upper bits
     bits = values[:128].bfloat16().view(torch.int16).tolist()  # exact: at most 3 bits of fraction
     exponent, bias = FLOAT8[element]
-    made = _Float8(unit=2.0 ** (127 - bias), shift=8 - exponent)
+    made = _Float8(unit=2.0 ** (15 - bias), shift=5 - exponent)
     # the sign, and the magnitude where the shift has moved it
-    made.mask = -(1 << 31) | 0x7F000000 >> made.shift
+    made.mask = -(1 << 15) | 0x7F00 >> made.shift
+    # the last exponent of float16 says infinity or NaN: one that is of numbers here needs float32
+    if exponent == 5 and values[127].isfinite():
+        made.wide, made.unit = 1, 1.0
+    made.wide_mask, made.wide_base = 0x7F000000 >> made.shift + 3, 127 - bias << 23
+    made.least = 2.0**-bias
     made.values[:] = values.tolist()
     made.high[:], made.low[:] = [b >> 8 & 0xFF for b in bits], [b & 0xFF for b in bits]
     return made
