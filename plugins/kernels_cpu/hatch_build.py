@@ -33,6 +33,7 @@ _NEEDED = {
     "load": _AVX2,
     "load_streams": _AVX2,
     "finite": _AVX2,
+    "unpack": _AVX2,
     "stored": [*_AVX2, "-mbmi2"],
     "kernel_avx2": _AVX2,
     "kernel_avx2_float8": _AVX2,
@@ -59,7 +60,7 @@ _OPTIONAL = {
     "AMX_INT8": ("kernel_int8_amx", [*_AMX, "-mavx512vnni", "-mamx-int8"]),
     "AMX": ("kernel_amx", [*_AMX, "-mamx-bf16"]),
 }
-_VERSION = 29  # of the C interface; library.py checks it
+_VERSION = 30  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

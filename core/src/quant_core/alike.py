@@ -6,9 +6,9 @@ views of its own tensors, the same operation, kernel and bound function. That ta
 canonicalizing, choosing and binding it again.
 
 A layer shows a ``Pattern`` if its scheme says what it depends on (``Scheme.pattern``), and if all
-its tensors lie inside stored ones, or inside those that the scheme computes of them, and says so
-(``Scheme.computed``): those are computed for every layer. Whether numbers are finite is looked at
-for every layer all the same.
+its tensors lie inside stored ones, or are what the scheme unpacks, and says so
+(``Scheme.unpacked``): that is unpacked for every layer, of all of them in one call. Whether numbers
+are finite is looked at for every layer all the same.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ import torch
 from torch import Tensor
 
 from quant_core.kernels.choose import Choice
+from quant_core.memory import poisoned, written_whole
 from quant_core.nn import BoundMember, QuantModule
+from quant_core.packing import Packed
 from quant_core.scheme import Scheme
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
-__all__ = ["Pattern", "pattern_of"]
+__all__ = ["Pattern", "pattern_of", "unpacking"]
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A part of the tensor ``param``, stored or computed; ``at``, ``stride`` in elements."""
+    """A part of the tensor ``param``, stored or unpacked; ``at``, ``stride`` in elements."""
 
     param: str
     dtype: torch.dtype
@@ -65,16 +67,31 @@ def _view(value: Tensor, stored: Mapping[str, Tensor]) -> _View | None:
     return None
 
 
-def _computed(scheme: Scheme, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Under names that no stored tensor has."""
-    return {f"={name}": value for name, value in scheme.computed(stored).items()}
+def _under(name: str) -> str:
+    """A name that no stored tensor has."""
+    return f"={name}"
 
 
 def _held(scheme: Scheme, one: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of ``one`` that were computed, contiguous, under the names of ``_computed``."""
+    """The tensors of ``one`` that were unpacked, contiguous, under the names of ``unpacking``."""
     has = one.tensors()
-    mine = {f"={name}": has[name] for name in scheme.computes if name in has}
+    mine = {_under(name): has[name] for name in scheme.unpacks if name in has}
     return {n: t.t() if t.dim() == 2 and not t.is_contiguous() else t for n, t in mine.items()}
+
+
+def unpacking(
+    scheme: Scheme, stored: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[tuple[Packed, Tensor]]]:
+    """Room for what the scheme unpacks of a layer, by names for its pattern, and what goes there.
+
+    The room is not written yet.
+    """
+    with written_whole(0):
+        work = {
+            _under(name): (packed, poisoned(packed.shape, torch.uint8))
+            for name, packed in scheme.unpacked(stored).items()
+        }
+    return {name: room for name, (_, room) in work.items()}, list(work.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +110,7 @@ class Pattern:
     weight: QuantizedTensor
     tensors: Mapping[str, _View]  # of the weight, as ``QuantizedTensor.tensors``
     bias: _View | None
-    computes: bool  # some views are of tensors that the scheme computes
+    unpacks: bool  # some views are of tensors that the scheme unpacks
 
     def fits(self, stored: Mapping[str, Tensor]) -> bool:
         """Whether the params that the scheme looks at have the same values."""
@@ -115,10 +132,6 @@ class Pattern:
         )
         bias = None if self.bias is None else self.bias.of(stored)
         return LayerTensors(operands={"weight": weight}, bias=bias)
-
-    def sources(self, scheme: Scheme, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Stored tensors of a layer alike and those that are computed of them."""
-        return {**stored, **_computed(scheme, stored)} if self.computes else stored
 
     def module(
         self, stored: Mapping[str, Tensor], name: str, rechoose: Callable[..., Choice]
@@ -147,8 +160,8 @@ def pattern_of(
     odd = len(lt.operands) > 1 or lt.transforms or one.codebook or len(module.members) != 1
     if odd or any(t is not None for t in others):
         return None
-    computed = _held(scheme, one)
-    places = {**stored, **computed}
+    unpacked = _held(scheme, one)
+    places = {**stored, **unpacked}
     views = {name: _view(t, places) for name, t in one.tensors().items()}
     buffers = {name: _view(t, places) for name, t in module.tensors.items()}
     bias = None if lt.bias is None else _view(lt.bias, stored)
@@ -164,5 +177,5 @@ def pattern_of(
         weight=one,
         tensors=found,
         bias=bias,
-        computes=bool(computed),
+        unpacks=bool(unpacked),
     )

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from quant_core.alike import Pattern, pattern_of
+from quant_core.alike import Pattern, pattern_of, unpacking
 from quant_core.build import Builder, check_size
 from quant_core.finite import Read, check_matrices
 from quant_core.kernels.choose import Choice, allowed_names, choose_in_place
 from quant_core.kernels.finite import look_of
+from quant_core.kernels.unpack import unpack_of
 from quant_core.load import read_matrix, read_parameter
 from quant_core.nn import BoundMember, QuantLinear, QuantModule
+from quant_core.packing import Packed
 from quant_core.plan import Member, Plan, param_sources
 from quant_core.prepared.pages import MAPPED_BYTES, maps_safely
 from quant_core.scheme import Scheme
@@ -68,6 +70,7 @@ class MappedBuilder(Builder):
     places: dict[tuple[OpSpec, frozenset[str]], Choice | None] = field(default_factory=dict)
     _fresh: list[Read] = field(default_factory=list)  # read, and not bound yet
     _unlooked: list[Read] = field(default_factory=list)  # bound where they are
+    _packed: list[tuple[Packed, Tensor]] = field(default_factory=list)  # of layers alike
     _patterns: dict[Hashable, Pattern] = field(default_factory=dict)
     _showing: _Kind | None = None  # of the layer that is being built
 
@@ -76,11 +79,14 @@ class MappedBuilder(Builder):
         return read_matrix(self.plan, member, mapped=True, in_place=in_place, unlooked=self._fresh)
 
     def finish(self) -> None:
-        """Look at what is left to look at. Before that, nothing of this load may be used.
+        """Unpack and look at what is left. Before that, nothing of this load may be used.
 
         Raises:
             LayoutError: as ``read_matrix``.
         """
+        if self._packed:
+            unpack_of(self.plan.registry)(self._packed)
+            self._packed = []
         self._look([*self._fresh, *self._unlooked])
         self._fresh, self._unlooked = [], []
 
@@ -157,7 +163,11 @@ class MappedBuilder(Builder):
             return None
         for source in kind.stored.values():
             self.plan.ledger.load((source, ()))
-        sources = pattern.sources(member.scheme, stored)  # type: ignore[arg-type]
+        sources: Mapping[str, Tensor] = stored
+        if pattern.unpacks:
+            rooms, work = unpacking(kind.scheme, stored)
+            sources = {**stored, **rooms}
+            self._packed += work
         self._unlooked.append((member.layer, pattern.canonical(sources), stored))
         self.choices.append((name, pattern.choice))
         return pattern.module(sources, member.layer.name, self._chooser(name))

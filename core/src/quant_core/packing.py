@@ -8,6 +8,7 @@ a whole layer; common packings go through whole words instead (``quant_core.pack
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from quant_core.spec import CANONICAL, Packing
 __all__ = [
     "WORD_BITS",
     "WORD_DTYPES",
+    "Packed",
     "pack",
     "pack_unit",
     "packed_count",
@@ -143,6 +145,20 @@ def unpack(words: Tensor, bits: int, shape: tuple[int, int], packing: Packing) -
     if has_fast_path(bits, shape, packing) and not packing.fields:
         return unpack_stream(to_stream(words, bits, shape, packing), bits, shape[1])
     return _unpack_generic(words, bits, shape, packing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """Codes that are not unpacked yet: what ``unpack`` takes."""
+
+    words: Tensor
+    bits: int
+    shape: tuple[int, int]
+    packing: Packing
+
+    def codes(self) -> Tensor:
+        """As ``unpack``."""
+        return unpack(self.words, self.bits, self.shape, self.packing)
 
 
 def pack(codes: Tensor, bits: int, packing: Packing) -> Tensor:

@@ -119,7 +119,8 @@ def _order(codes: Tensor, order: tuple[int, ...], *, inverse: bool) -> Tensor:
     index = torch.tensor(order, device=codes.device)
     if not inverse:
         index = torch.argsort(index)
-    return codes.reshape(codes.shape[0], -1, len(order))[..., index].flatten(-2)
+    runs = codes.reshape(codes.shape[0], codes.shape[1] // len(order), len(order))
+    return runs[..., index].flatten(-2)
 
 
 def _unpack_interleaved(words: Tensor, count: int) -> Tensor:

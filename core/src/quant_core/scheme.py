@@ -18,6 +18,7 @@ from quant_core.spec import LayerDesc, ParamSpec, QuantSpec, Transform
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant_core.packing import Packed
     from quant_core.tensors import LayerTensors
 
 __all__ = ["Scheme"]
@@ -83,15 +84,15 @@ class Scheme(ABC):
         """
         return None
 
-    computes: ClassVar[tuple[str, ...]] = ()
-    """Tensors of the weight that ``computed`` gives."""
+    unpacks: ClassVar[tuple[str, ...]] = ()
+    """Tensors of the weight that ``unpacked`` gives."""
 
-    def computed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What ``canonicalize_in_place`` computes and not only passes on, where there is a pattern.
+    def unpacked(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Packed]:
+        """What ``canonicalize_in_place`` unpacks and not only passes on, where there is a pattern.
 
         Returns:
-            The tensors ``computes``, by the names of ``QuantizedTensor.tensors``, contiguous. The
-            weight holds them as they are, or turned.
+            The tensors ``unpacks``, by the names of ``QuantizedTensor.tensors``, as they are
+            stored. The weight holds their codes as they are, or turned.
         """
         return {}
 

@@ -431,9 +431,8 @@ class PluginInfo:
 class FormatMatch:
     """A plugin's claim on a checkpoint: plain data that pickles small.
 
-    ``declared``: the checkpoint names this format. ``structural``: only the tensors look like
-    it. A declared claim beats a structural one; two claims of one level are an error.
-    ``config`` is the plugin's own parsed config: a frozen dataclass.
+    ``declared``: the checkpoint names this format. ``structural``: only its tensors look like it. A
+    declared claim beats the other; two of one level are an error. ``config``: the plugin's own.
     """
 
     plugin: str
@@ -471,6 +470,7 @@ class OpSpec:
         "attention_update",
         "hadamard",
         "finite",
+        "unpack",
         "collective",
     ]
     operands: tuple[tuple[str, QuantSpec], ...]

@@ -127,6 +127,10 @@ def _candidates(registry: Registry, op: OpSpec) -> list[tuple[str, Kernel]]:
         from quant_core.kernels.finite import TorchFinite
 
         reference = TorchFinite()
+    elif op.op == "unpack":
+        from quant_core.kernels.unpack import TorchUnpack
+
+        reference = TorchUnpack()
     found: list[tuple[str, Kernel]] = [("quant-core", reference)]
     with collector_paused():  # the first of a process imports their modules
         for plugin_id, kernels in registry.call_all("apply", op=op):

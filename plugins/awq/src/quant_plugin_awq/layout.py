@@ -34,7 +34,7 @@ from torch import Tensor
 from quant_core.errors import ConfigError, LayoutError
 from quant_core.intpack import stored_zeros
 from quant_core.intspec import check_tensors
-from quant_core.packing import pack, repack, unpack
+from quant_core.packing import Packed, pack, repack, unpack
 from quant_core.spec import CANONICAL, LayerDesc, Packing
 from quant_core.tensors import LayerTensors, QuantizedTensor
 from quant_plugin_awq.geometry import TILED, padded_groups
@@ -138,11 +138,14 @@ def _codes(scheme: AwqScheme, qweight: Tensor) -> Tensor:
     return unpack_tiles(qweight) if scheme.layout in TILED else qweight
 
 
-def zeros_by_group(scheme: AwqScheme, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Zero codes of gemm, which are packed along N: uint8 (K/g, N)."""
-    by_group = Packing(word="int32", order=scheme.packing.order)
-    shape = (scheme.groups, scheme.shape[0])
-    return unpack(tensors[scheme.zeros], scheme.bits, shape, by_group)
+def zeros_by_group(scheme: AwqScheme, tensors: Mapping[str, Tensor]) -> Packed:
+    """Zero codes of gemm, which are packed along N: (K/g, N)."""
+    return Packed(
+        words=tensors[scheme.zeros],
+        bits=scheme.bits,
+        shape=(scheme.groups, scheme.shape[0]),
+        packing=Packing(word="int32", order=scheme.packing.order),
+    )
 
 
 def canonicalize(
@@ -175,7 +178,7 @@ def canonicalize(
     elif scheme.zeros:
         stored = tensors[scheme.zeros]
         if scheme.layout == "gemm":
-            zeros = zeros_by_group(scheme, tensors).t()
+            zeros = zeros_by_group(scheme, tensors).codes().t()
         else:
             packed = unpack(stored, 4, (n, 8 * stored.shape[1]), Packing(word="int32"))
             zeros = unpad_groups(packed, groups, zeros_name)

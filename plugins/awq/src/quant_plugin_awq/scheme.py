@@ -25,6 +25,7 @@ from quant_plugin_awq.geometry import TILED, stored_shapes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant_core.packing import Packed
     from quant_core.tensors import LayerTensors
 
 __all__ = ["AwqScheme", "build_scheme"]
@@ -120,9 +121,9 @@ class AwqScheme(Scheme):
             return None
         return (self.shape, self.bits, self.group_size, self.interleaved), ()
 
-    computes = ("zeros",)
+    unpacks = ("zeros",)
 
-    def computed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def unpacked(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Packed]:
         from quant_plugin_awq.layout import zeros_by_group
 
         return {"zeros": zeros_by_group(self, tensors)}

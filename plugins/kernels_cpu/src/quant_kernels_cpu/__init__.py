@@ -44,4 +44,8 @@ def apply(op: OpSpec) -> Iterable[Kernel]:
         from quant_kernels_cpu.finite import FINITE
 
         return (FINITE,)
+    if op.op == "unpack":
+        from quant_kernels_cpu.unpack import UNPACK
+
+        return (UNPACK,)
     return (*KERNELS, STORED, STORED_INT8)

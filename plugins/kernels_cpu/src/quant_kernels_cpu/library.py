@@ -22,7 +22,7 @@ __all__ = ["ISAS", "Library", "library", "unavailable"]
 
 ISAS = ("none", "avx2", "avx512", "bf16", "amx")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 29  # of the C interface, as in hatch_build.py
+_VERSION = 30  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ def _load() -> Library | str:
     c.qk_load_grid.argtypes = [*[pointer] * 2, *[integer] * 2, pointer]
     c.qk_load_grid.restype = None
     c.qk_all_finite.argtypes = [pointer, integer]
+    c.qk_unpack.argtypes, c.qk_unpack.restype = [pointer, integer], None
     c.qk_unload.argtypes = [*[pointer] * 2, *[integer] * 4]
     c.qk_unload.restype = None
     isa = c.qk_isa()
