@@ -57,6 +57,8 @@ bench: setup
 	$(PIP) install -q -c constraints.txt --no-deps cyllama==0.2.18
 	$(BIN)/python benchmarks/bench.py 2>/dev/null
 	$(BIN)/python benchmarks/load.py 2>/dev/null
+	$(BIN)/python benchmarks/load.py --shape 8b --layers 12 --rounds 5 \
+	  awq gptq ct-w4a16 gguf-q4_1 2>/dev/null
 
 # The engine tests on the oldest transformers that is supported, in an environment of their own.
 test-transformers-low: setup
