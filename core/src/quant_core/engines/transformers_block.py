@@ -35,7 +35,14 @@ from torch import Tensor, nn
 from quant_core.engines.transformers_attention import STEP
 from quant_core.engines.transformers_parts import Buffers, Parts, Place, nearly, random
 from quant_core.engines.transformers_room import note_cache, room_of
-from quant_core.engines.transformers_swap import Guard, Swapped, graph_wanted, swap, unswap
+from quant_core.engines.transformers_swap import (
+    Guard,
+    Swapped,
+    graph_wanted,
+    identified,
+    swap,
+    unswap,
+)
 from quant_core.errors import printable
 from quant_core.kernels.failed import Whose
 from quant_core.nn import QuantLinear
@@ -164,7 +171,7 @@ class LayerPart:
         if layer is None:
             return None
         below = [_below(module, path) for path in self.names]
-        if not _settled(self, module, *below):
+        if not _settled(id(self), id(module), *[id(m) for m in below]):
             return None
         count = len(self.linears)
         norms = below[count : count + len(self.eps)]
@@ -190,7 +197,7 @@ class LayerPart:
         """The same where handles stand for the weights of the layers and for the cache: neither
         the norms' weights nor keys, values and positions become inputs of the graph."""
         below = [_below(module, path) for path in self.names]
-        if not _settled(self, module, *below):
+        if not _settled(id(self), id(module), *[id(m) for m in below]):
             return None
         count = len(self.linears)
         eps = [getattr(n, name) for n, name in zip(below[count:], self.eps)]
@@ -244,11 +251,13 @@ def _below(module: nn.Module, path: tuple[str, ...]) -> Any:
 
 
 @torch._dynamo.assume_constant_result
-def _settled(part: LayerPart, module: nn.Module, *below: nn.Module) -> bool:
-    """Whether ``part`` is proved for ``module`` and nobody listens to what it goes past.
+def _settled(part_id: int, module_id: int, *below: int) -> bool:
+    """Whether a ``LayerPart`` is proved for a module and nobody listens to what it goes past.
 
-    Asked once while a graph is traced; torch guards the identity of every argument.
+    Asked once while a graph is traced, with ``id`` of all of them: torch guards the identity of
+    what is asked for it, and torch 2.11 takes nothing but constants here.
     """
+    part, module = identified(part_id), identified(module_id)
     if torch.compiler.is_exporting() or not part.guard.holds(module):
         return False
     return bool(part.proved) or part.prove_for_graph(module)

@@ -37,6 +37,7 @@ from quant_core.engines.transformers_swap import (
     Swapped,
     graph_wanted,
     heard_globally,
+    identified,
     original,
     swap,
     unswap,
@@ -146,8 +147,9 @@ _asked: list[_Later] = []
 
 
 @torch._dynamo.assume_constant_result
-def _ask(later: _Later) -> bool:
+def _ask(later_id: int) -> bool:
     """A module must not change its class while it is traced: its model is proved right after."""
+    later: _Later = identified(later_id)
     if later not in _asked:
         _asked.append(later)
     known = torch._dynamo.callback.callback_handler.end_callbacks
@@ -170,7 +172,7 @@ class _Marked(Swapped):
             return type(self).forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             if not torch.is_grad_enabled() and not self.training:  # type: ignore[attr-defined]
-                _ask(later)
+                _ask(id(later))
         elif not graph_wanted() and not self.training and later.prove():  # type: ignore[attr-defined]
             return self.forward(*args, **kwargs)  # of its class as it is now
         return super().forward(*args, **kwargs)  # type: ignore[misc]

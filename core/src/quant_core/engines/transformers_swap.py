@@ -10,6 +10,7 @@ once one of them was replaced (an adapter), got a hook, or a ``forward`` of its 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "Swapped",
     "graph_wanted",
     "heard_globally",
+    "identified",
     "original",
     "swap",
     "unswap",
@@ -150,3 +152,12 @@ class Guard:
 def graph_wanted() -> bool:
     """Whether a call must leave a graph behind, or is being compiled into one."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def identified(identity: int) -> Any:
+    """The object whose ``id`` is ``identity``, for functions that Dynamo calls while it traces.
+
+    Whoever is traced holds the object, so it is alive. An integer is what every torch passes on to
+    a function with a constant result, and ``id`` is what it guards; 2.11 refuses objects there.
+    """
+    return ctypes.cast(identity, ctypes.py_object).value
