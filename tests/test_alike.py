@@ -78,13 +78,13 @@ def path(tmp_path: Path) -> Path:
 def stamped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Members that were built like the first of their kind."""
     names: list[str] = []
-    real = Pattern.module
+    real = Pattern.layer
 
     def noted(self: Pattern, stored: dict, name: str, rechoose: object) -> object:
         names.append(name)
         return real(self, stored, name, rechoose)
 
-    monkeypatch.setattr(Pattern, "module", noted)
+    monkeypatch.setattr(Pattern, "layer", noted)
     return names
 
 

@@ -13,7 +13,7 @@ are finite is looked at for every layer all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from quant_core.kernels.choose import Choice
 from quant_core.memory import poisoned, written_whole
-from quant_core.nn import BoundMember, QuantModule
+from quant_core.nn import BoundMember, Mould, QuantModule
 from quant_core.packing import Packed
 from quant_core.scheme import Scheme
+from quant_core.spec import Packing
 from quant_core.tensors import LayerTensors, QuantizedTensor
 
 __all__ = ["Pattern", "pattern_of", "unpacking"]
@@ -41,13 +42,21 @@ class _View:
     at: int
     whole: bool  # it is the stored tensor itself
 
-    def of(self, stored: Mapping[str, Tensor]) -> Tensor:
-        value = stored[self.param]
-        if self.whole:
-            return value
-        if value.dtype != self.dtype:
-            value = value.view(-1).view(self.dtype)
-        return value.as_strided(self.shape, self.stride, value.storage_offset() + self.at)
+
+def _at(views: Iterable[_View], stored: Mapping[str, Tensor]) -> list[Tensor]:
+    """Each view of its tensor."""
+    out, flat = [], dict[tuple[str, torch.dtype], Tensor]()
+    for view in views:
+        value = stored[view.param]
+        if not view.whole:
+            if value.dtype != view.dtype:
+                key = view.param, view.dtype
+                if key not in flat:
+                    flat[key] = value.view(-1).view(view.dtype)
+                value = flat[key]
+            value = value.as_strided(view.shape, view.stride, value.storage_offset() + view.at)
+        out.append(value)
+    return out
 
 
 def _view(value: Tensor, stored: Mapping[str, Tensor]) -> _View | None:
@@ -100,47 +109,53 @@ class Pattern:
 
     Attributes:
         looked_at: values of the params at which the scheme looks; those of a layer alike are equal.
-        first: the module that was built of it.
+        places: all its tensors; what the others name by their number.
+        made: makes modules like the one that was built of it, ``rows`` outputs of ``packing``.
     """
 
     choice: Choice
     looked_at: Mapping[str, Any]
-    first: QuantModule
-    buffers: Mapping[str, _View]
+    places: tuple[_View, ...]
+    made: Mould
+    rows: int
+    packing: Packing
+    buffers: Mapping[str, int]
     weight: QuantizedTensor
-    tensors: Mapping[str, _View]  # of the weight, as ``QuantizedTensor.tensors``
-    bias: _View | None
+    tensors: Mapping[str, int]  # of the weight, as ``QuantizedTensor.tensors``
+    bias: int | None
     unpacks: bool  # some views are of tensors that the scheme unpacks
 
     def fits(self, stored: Mapping[str, Tensor]) -> bool:
         """Whether the params that the scheme looks at have the same values."""
         return all(stored[name].tolist() == value for name, value in self.looked_at.items())
 
-    def canonical(self, stored: Mapping[str, Tensor]) -> LayerTensors:
-        """The canonical form of a layer alike."""
-        one, views = self.weight, self.tensors
-        scales = tuple(views[f"scales_{i}"].of(stored) for i in range(len(one.scales)))
+    def layer(
+        self, stored: Mapping[str, Tensor], name: str, rechoose: Callable[..., Choice]
+    ) -> tuple[LayerTensors, QuantModule]:
+        """A layer alike, whose only member is called ``name``: its canonical form, its module.
+
+        Args:
+            stored: its stored tensors, and where it ``unpacks``, the rooms of ``unpacking``.
+        """
+        held = _at(self.places, stored)
+        member = BoundMember(name=name, start=0, stop=self.rows, packing=self.packing)
+        buffers = {buffer: held[i] for buffer, i in self.buffers.items()}
+        return self._canonical(held), self.made(buffers, (member,), rechoose)
+
+    def _canonical(self, held: Sequence[Tensor]) -> LayerTensors:
+        one, at = self.weight, self.tensors
         weight = QuantizedTensor(
             spec=one.spec,
             shape=one.shape,
-            codes=views["codes"].of(stored),
+            codes=held[at["codes"]],
             packing=one.packing,
-            scales=scales,
-            zeros=views["zeros"].of(stored) if "zeros" in views else None,
-            offset=tuple(views[f"offset_{i}"].of(stored) for i in range(len(one.offset))),
-            gather=views["gather"].of(stored) if "gather" in views else None,
+            scales=tuple(held[at[f"scales_{i}"]] for i in range(len(one.scales))),
+            zeros=held[at["zeros"]] if "zeros" in at else None,
+            offset=tuple(held[at[f"offset_{i}"]] for i in range(len(one.offset))),
+            gather=held[at["gather"]] if "gather" in at else None,
         )
-        bias = None if self.bias is None else self.bias.of(stored)
+        bias = None if self.bias is None else held[self.bias]
         return LayerTensors(operands={"weight": weight}, bias=bias)
-
-    def module(
-        self, stored: Mapping[str, Tensor], name: str, rechoose: Callable[..., Choice]
-    ) -> QuantModule:
-        """The module of a layer alike, whose only member is called ``name``."""
-        (only,) = self.first.members
-        member = BoundMember(name=name, start=0, stop=only.stop, packing=only.packing)
-        buffers = {buffer: view.of(stored) for buffer, view in self.buffers.items()}
-        return self.first.twin(buffers, (member,), rechoose)
 
 
 def pattern_of(
@@ -161,21 +176,31 @@ def pattern_of(
     if odd or any(t is not None for t in others):
         return None
     unpacked = _held(scheme, one)
-    places = {**stored, **unpacked}
-    views = {name: _view(t, places) for name, t in one.tensors().items()}
-    buffers = {name: _view(t, places) for name, t in module.tensors.items()}
-    bias = None if lt.bias is None else _view(lt.bias, stored)
-    found: dict[str, _View] = {name: v for name, v in views.items() if v is not None}
-    held: dict[str, _View] = {name: v for name, v in buffers.items() if v is not None}
-    if (len(found), len(held)) != (len(views), len(buffers)) or (bias is None) != (lt.bias is None):
+    parts = {**stored, **unpacked}
+    numbers: dict[_View, int] = {}
+
+    def numbered(values: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, int]:
+        views = {name: _view(t, whole) for name, t in values.items()}
+        return {n: numbers.setdefault(v, len(numbers)) for n, v in views.items() if v is not None}
+
+    tensors, buffers = one.tensors(), module.tensors
+    found, held = numbered(tensors, parts), numbered(buffers, parts)
+    bias = {} if lt.bias is None else numbered({"bias": lt.bias}, stored)
+    if (len(found), len(held)) != (len(tensors), len(buffers)) or bool(bias) != (
+        lt.bias is not None
+    ):
         return None
+    (only,) = module.members
     return Pattern(
         choice=choice,
         looked_at={n: stored[n].tolist() for n in scheme.pattern[1] if n in stored},
-        first=module,
+        places=tuple(numbers),
+        made=Mould(module),
+        rows=only.stop,
+        packing=only.packing,
         buffers=held,
         weight=one,
         tensors=found,
-        bias=bias,
+        bias=bias.get("bias"),
         unpacks=bool(unpacked),
     )

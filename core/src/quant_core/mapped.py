@@ -102,12 +102,11 @@ class MappedBuilder(Builder):
 
     def parameter(self, name: str) -> Tensor:
         stored = self.plan.dense[name]
-        if self.plan.checkpoint.tensors[stored].nbytes >= MAPPED_BYTES:
-            value = self.plan.checkpoint.mapped_parameter(stored)
-            if value is not None:
-                self.plan.ledger.load((stored, ()))
-                return value
-        return read_parameter(self.plan, name)
+        value = self.plan.checkpoint.mapped_parameter(stored)
+        if value is None:
+            return read_parameter(self.plan, name)
+        self.plan.ledger.load((stored, ()))
+        return value if value.nbytes >= MAPPED_BYTES else value.clone()
 
     def linear(
         self, name: str, members: Sequence[Member], *, n: int | None = None, k: int | None = None
@@ -168,9 +167,10 @@ class MappedBuilder(Builder):
             rooms, work = unpacking(kind.scheme, stored)
             sources = {**stored, **rooms}
             self._packed += work
-        self._unlooked.append((member.layer, pattern.canonical(sources), stored))
+        lt, module = pattern.layer(sources, member.layer.name, self._chooser(name))
+        self._unlooked.append((member.layer, lt, stored))
         self.choices.append((name, pattern.choice))
-        return pattern.module(sources, member.layer.name, self._chooser(name))
+        return module
 
     def _show(self, module: QuantModule, choice: Choice, lt: LayerTensors) -> None:
         """Keep what the layer shows that has just been built."""

@@ -30,6 +30,7 @@ from quant_core.tensors import LayerTensors
 __all__ = [
     "BoundMember",
     "ClampedSwiglu",
+    "Mould",
     "QuantEmbedding",
     "QuantExperts",
     "QuantLinear",
@@ -86,19 +87,6 @@ class QuantModule(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value)
         self._bind()
-
-    def twin(
-        self,
-        buffers: Mapping[str, Tensor],
-        members: tuple[BoundMember, ...],
-        rechoose: Rechoose | None,
-    ) -> QuantModule:
-        """The same operation over other buffers, bound already. For one nobody has touched yet."""
-        made = type(self).__new__(type(self))
-        held = {k: v if v or type(v) not in _EMPTY else type(v)() for k, v in self.__dict__.items()}
-        held.update(_buffers=dict(buffers), members=members, _rechoose=rechoose)
-        made.__dict__.update(held)
-        return made
 
     def _bind(self) -> None:
         self.__dict__["_run"] = self._bound(self.op)
@@ -202,6 +190,31 @@ class QuantModule(nn.Module):
                 "use .restore().dequantize() for a float32 copy"
             )
         return super().__getattr__(name)
+
+
+class Mould:
+    """Makes modules of the operation of one that nobody has touched yet: bound as that one is."""
+
+    def __init__(self, first: QuantModule) -> None:
+        held = first.__dict__
+        own = {k: type(v) for k, v in held.items() if type(v) in _EMPTY and not v}
+        self._class, self._own = type(first), tuple(own.items())
+        self._held = {k: v for k, v in held.items() if k not in own and k != "_buffers"}
+
+    def __call__(
+        self,
+        buffers: Mapping[str, Tensor],
+        members: tuple[BoundMember, ...],
+        rechoose: Rechoose | None,
+    ) -> QuantModule:
+        """The same operation over other buffers, of the same names in the same order."""
+        made = self._class.__new__(self._class)
+        held = made.__dict__
+        held.update(self._held)
+        for name, empty in self._own:
+            held[name] = empty()
+        held.update(_buffers=dict(buffers), members=members, _rechoose=rechoose)
+        return made
 
 
 def moved(fn: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from quant_core.errors import CheckpointError, ConfigError, printable
 __all__ = ["ALIGN", "MAPPED_BYTES", "map_error", "map_file", "mapping_wanted", "maps_safely"]
 
 ALIGN = 64  # bytes of a cache line
-MAPPED_BYTES = 64 << 10  # smaller buffers are read: they share pages with others
+MAPPED_BYTES = 64 << 10  # smaller floats of a checkpoint are read: they share pages with others
 _LOCAL = frozenset(
     ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "tmpfs", "xfs", "zfs")
 )

@@ -209,6 +209,14 @@ class GgufCheckpoint(Checkpoint):
         path, state = self._paths[info.file], self._states[info.file]
         return self._maps.tensor(path, state, info, dtype, shape)
 
+    def mapped_parameter(self, stored: str) -> Tensor | None:
+        """See ``Checkpoint.mapped_parameter``: of plain tensors that the writer did not edit."""
+        if self._stored[stored].type.kind != "plain" or self.permuted_heads(stored):
+            return None
+        if self.architecture.shift_of(stored) or _one_row(stored):
+            return None
+        return self.mapped(stored)
+
     def _read(self, name: str, index: Index, buffers: BufferPool) -> Tensor:
         import torch
 
@@ -266,9 +274,14 @@ class GgufCheckpoint(Checkpoint):
             values = to_public_rows(values, heads, stored)
         if shift := self.architecture.shift_of(stored):
             values = values - shift
-        if stored.endswith("ffn_gate_inp_shexp.weight") and values.dim() == 1:
+        if _one_row(stored) and values.dim() == 1:
             values = values.unsqueeze(0)  # the model has a Linear with one output
         return values
+
+
+def _one_row(stored: str) -> bool:
+    """Whether a tensor is stored as a vector that the model has as a matrix of one row."""
+    return stored.endswith("ffn_gate_inp_shexp.weight")
 
 
 def _config_scales_rope(config: Mapping[str, Any]) -> bool:
