@@ -31,6 +31,7 @@ from quant_core.cli.main import main
 from quant_core.errors import CheckpointError, ConfigError
 from quant_core.prepared import build, entry, folder, key
 from quant_core.prepared import pages as pages_of
+from quant_core.spec import TensorInfo
 
 CHECKPOINTS = sorted(d for d in FIXTURES.iterdir() if (d / "expected.json").is_file())
 ONE = FIXTURES / "gptqmodel-awq-gemm-g128"
@@ -240,14 +241,16 @@ def test_entry_that_cannot_be_mapped_is_read(
 def test_entry_cut_while_it_is_read_is_rebuilt(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setenv("QUANT_PREPARED_MAP", "0")
     load(ONE, cache)
-    file, check = only_entry(cache), entry.Entry.check
+    file, found = only_entry(cache), entry.Entry.found
 
-    def cut(self: entry.Entry, *args: object) -> None:
-        check(self, *args)  # type: ignore[arg-type]
+    def cut(self: entry.Entry, *args: object) -> TensorInfo:
+        info = found(self, *args)  # type: ignore[arg-type]
         os.truncate(file, 100_000)
+        return info
 
-    monkeypatch.setattr(entry.Entry, "check", cut)
+    monkeypatch.setattr(entry.Entry, "found", cut)
     assert within(load(ONE, cache), ONE)
     assert sum("ends early" in m for m in warnings(caplog)) == 1
 
@@ -412,8 +415,6 @@ def test_entry_larger_than_the_limit_is_not_written(
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANT_PREPARED_MAP", "1")
-    for module in (entry, build):
-        monkeypatch.setattr(module, "MAPPED_BYTES", 1024)
 
 
 @pytest.mark.usefixtures("mapped")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,11 @@ from quant_core.build import Builder
 from quant_core.checkpoint.ahead import reading_ahead
 from quant_core.checkpoint.files import io_error
 from quant_core.errors import CheckpointError, ConfigError, QuantError, printable
-from quant_core.kernels.choose import Choice
+from quant_core.kernels.choose import Choice, allowed_names
 from quant_core.memory import empty, written_whole
 from quant_core.nn import (
     BoundMember,
+    Mould,
     QuantComposite,
     QuantEmbedding,
     QuantGrouped,
@@ -30,8 +31,7 @@ from quant_core.plan import Member, Plan, member_parts
 from quant_core.prepared.entry import Entry, Module, Part, entry_error, write_entry
 from quant_core.prepared.folder import BUFFERS, folder_for, make_room, remove
 from quant_core.prepared.key import Key, key_of
-from quant_core.prepared.pages import MAPPED_BYTES, mapping_wanted
-from quant_core.spec import OpSpec
+from quant_core.prepared.pages import mapping_wanted
 
 if TYPE_CHECKING:
     from quant_core.mapped import MappedBuilder
@@ -46,6 +46,20 @@ _CLASSES: Mapping[str, type[QuantModule]] = {
     "grouped_linear": QuantGrouped,
 }
 _BUSY = ("Q-CKPT-LOCKED", "Q-CKPT-EXISTS")  # another process writes, or wrote, the same
+
+
+@dataclass(slots=True)
+class _Kind:
+    """What layers of an entry share that are the same operation, under the same names allowed.
+
+    Attributes:
+        forms: dtype and shape of each buffer, as the kernel allocates them.
+        made: on a CPU, makes modules like the first one, which was bound.
+    """
+
+    choice: Choice
+    forms: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    made: Mould | None = None
 
 
 @dataclass(kw_only=True)
@@ -66,7 +80,7 @@ class PreparedBuilder(Builder):
     def __post_init__(self) -> None:
         self.built: dict[str, nn.Module] = {}
         self.floats: dict[str, Tensor] = {}
-        self._shapes: dict[OpSpec, dict[str, Tensor]] = {}
+        self._kinds: dict[Hashable, _Kind] = {}
         self.fresh = 0  # modules that did not come from the entry
 
     # ------------------------------------------------------------------------------- the modules
@@ -113,7 +127,7 @@ class PreparedBuilder(Builder):
         return found
 
     def filled(self, parameter: str, value: Tensor) -> None:
-        if self.maps and self.device == "cpu" and value.nbytes >= MAPPED_BYTES:
+        if self.maps and self.device == "cpu":
             self.floats[parameter] = value
 
     # ---------------------------------------------------------------------------- from the entry
@@ -157,40 +171,56 @@ class PreparedBuilder(Builder):
 
     def _load(self, name: str, index: int, part: Part, stored: Module) -> QuantModule:
         assert self.entry is not None
-        start = sum(p.op.size("n") for p in stored.parts[:index])
-        rows = f"[{start}:{start + part.op.size('n')}]" if len(stored.parts) > 1 else ""
+        rows = ""
+        if len(stored.parts) > 1:
+            start = sum(p.op.size("n") for p in stored.parts[:index])
+            rows = f"[{start}:{start + part.op.size('n')}]"
         chooser = self._chooser(name + rows)
+        kind = self._kind(name + rows, part, chooser)
+        fresh, buffers = self._allocated(kind), {}
+        for buffer, (dtype, shape) in kind.forms.items():
+            info = self.entry.found(name, index, buffer, dtype, shape)
+            value = self.entry.mapped(info, dtype, shape) if self.device == "cpu" else None
+            if value is None:
+                value = fresh[buffer] if buffer in fresh else empty(shape, dtype)
+                self.entry.read_into(info, value)
+            buffers[buffer] = value
+        self.choices.append((name + rows, kind.choice))
+        members = tuple(
+            BoundMember(name=m, start=a, stop=b, packing=p) for m, a, b, p in part.members
+        )
+        if kind.made is not None:
+            return kind.made(buffers, members, chooser)
+        module = _CLASSES[part.op.op](kind.choice, buffers, members, chooser)
+        if self.device == "cpu":
+            kind.made = Mould(module)
+        return module
+
+    def _kind(self, where: str, part: Part, chooser: Callable[..., Choice]) -> _Kind:
+        """What ``part`` has in common with others; the choice is the one that the entry names."""
+        assert self.entry is not None
+        key = (id(part.op), part.kernel, allowed_names(self.kernels, part.op.op, where))
+        known = self._kinds.get(key)  # an entry keeps its operations: no other has this address
+        if known is not None:
+            return known
         choice = chooser(part.op, self.memo)
         if choice.kernel.name != part.kernel or choice.op != part.op:
-            what = f"buffers of kernel {part.kernel!r} for {printable(name)!r}"
+            what = f"buffers of kernel {part.kernel!r} for {printable(where)!r}"
             raise entry_error(self.entry.path, what, f"those of {choice.kernel.name!r}")
-        buffers = self._allocated(choice)
-        self.entry.check(name, index, buffers)
-        for buffer, target in buffers.items():
-            pages = self.entry.mapped(name, index, buffer, target) if self.device == "cpu" else None
-            if pages is None and target.is_meta:
-                buffers[buffer] = target = empty(tuple(target.shape), target.dtype)
-            if pages is None:
-                self.entry.read_into(name, index, buffer, target)
-            else:
-                buffers[buffer] = pages
-        self.choices.append((name + rows, choice))
-        members = [BoundMember(name=m, start=a, stop=b, packing=p) for m, a, b, p in part.members]
-        return _CLASSES[part.op.op](choice, buffers, members, chooser)
+        made = self._kinds[key] = _Kind(choice, {})
+        return made
 
-    def _allocated(self, choice: Choice) -> dict[str, Tensor]:
-        """Buffers as the kernel allocates them; on a CPU only their shapes after the first time.
+    def _allocated(self, kind: _Kind) -> dict[str, Tensor]:
+        """Buffers as the kernel allocates them; on a CPU none once their forms are known.
 
         Every byte of them is read, or they are replaced.
         """
-        known = self._shapes.get(choice.op)
-        if known is not None:
-            return dict(known)
+        if kind.forms and self.device == "cpu":
+            return {}
         with written_whole(0):
-            buffers = choice.kernel.allocate(choice.op, self.device)
-        if self.device == "cpu":
-            self._shapes[choice.op] = {n: t.to("meta") for n, t in buffers.items()}
-        return buffers
+            buffers = kind.choice.kernel.allocate(kind.choice.op, self.device)
+        kind.forms = {n: (t.dtype, tuple(t.shape)) for n, t in buffers.items()}
+        return buffers if self.device != "cpu" else {}
 
     def _give_up(self, err: QuantError) -> None:
         """The entry is of no use: say so once, delete it, and build everything from here on."""
@@ -317,9 +347,8 @@ def builder_for(
         mapped.finish()
         return
     builder = Builder(**settings)
-    files = _parts(builder.plan)
     if folder is None:
-        with reading_ahead(files):
+        with reading_ahead(_parts(builder.plan)):
             yield builder
         return
     key = key_of(
@@ -328,7 +357,7 @@ def builder_for(
     )  # fmt: skip
     if key is None:
         log.warning("weights are not prepared: a scheme of this checkpoint has no stable text")
-        with reading_ahead(files):
+        with reading_ahead(_parts(builder.plan)):
             yield builder
         return
     path = folder / key.digest
@@ -340,7 +369,7 @@ def builder_for(
             log.warning("prepared weights are built again: %s", err)
             remove(path)
     try:
-        with reading_ahead([] if ready.entry is not None else files):
+        with reading_ahead([] if ready.entry is not None else _parts(builder.plan)):
             yield ready
     except BaseException:
         if ready.entry is not None:

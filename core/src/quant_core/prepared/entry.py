@@ -35,7 +35,7 @@ from quant_core.checkpoint.sniff import read_header
 from quant_core.errors import CheckpointError, LimitError, printable
 from quant_core.prepared.folder import BUFFERS
 from quant_core.prepared.key import Key
-from quant_core.prepared.pages import ALIGN, MAPPED_BYTES, map_error, map_file
+from quant_core.prepared.pages import ALIGN, map_error, map_file
 from quant_core.spec import OpSpec, Packing, TensorInfo
 from quant_core.spec_json import from_text, op_from_text, to_text
 
@@ -92,6 +92,7 @@ def _sum(texts: Sequence[str], tensors: Iterable[tuple[str, str, tuple[int, ...]
     return hashlib.sha256("\0".join((*texts, *table)).encode()).hexdigest()
 
 
+@functools.cache
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -190,22 +191,23 @@ class Entry:
         )
         return Module(reason=reason, parts=tuple(made))
 
-    def check(self, name: str, part: int, buffers: Mapping[str, Tensor]) -> None:
-        """The stored buffers have the names, shapes and dtypes of those allocated.
+    def found(
+        self, name: str, part: int, buffer: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> TensorInfo:
+        """Where a buffer is stored; it has the dtype and shape that the kernel allocates.
 
         Raises:
             CheckpointError: ``Q-PREPARED-ENTRY``.
         """
-        for buffer, target in buffers.items():
-            info = self._tensors.get(described(name, part, buffer))
-            found = None if info is None else (info.dtype, info.shape)
-            expected = (_dtype_name(target.dtype), tuple(target.shape))
-            if found != expected:
-                what = f"buffer {buffer!r} of {printable(name)!r} is {found}"
-                raise entry_error(self.path, what, str(expected))
+        info = self._tensors.get(described(name, part, buffer))
+        if info is None or info.shape != shape or info.dtype != _dtype_name(dtype):
+            stored = None if info is None else (info.dtype, info.shape)
+            what = f"buffer {buffer!r} of {printable(name)!r} is {stored}"
+            raise entry_error(self.path, what, str((_dtype_name(dtype), shape)))
+        return info
 
-    def read_into(self, name: str, part: int, buffer: str, target: Tensor) -> None:
-        """Fill ``target``; ``check`` was called.
+    def read_into(self, info: TensorInfo, target: Tensor) -> None:
+        """Fill ``target``, whose form is that of ``info``.
 
         Raises:
             CheckpointError: ``Q-PREPARED-ENTRY`` if the file ends early, ``Q-CKPT-IO``.
@@ -214,7 +216,6 @@ class Entry:
 
         from quant_core.memory import empty
 
-        info = self._tensors[described(name, part, buffer)]
         if not info.nbytes:
             return
         here = target
@@ -226,17 +227,22 @@ class Entry:
         if here is not target:
             target.copy_(here.view(info.shape))
 
-    def mapped(self, name: str, part: int, buffer: str, target: Tensor) -> Tensor | None:
-        """The buffer as pages of the file; None where it is to be read.
-
-        Args:
-            target: the buffer that the kernel allocated for the cpu; ``check`` was called with it.
+    def mapped(self, info: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
+        """A tensor as pages of the file; None where it is to be read.
 
         Raises:
             CheckpointError: ``Q-PREPARED-ENTRY`` if the file has been cut.
         """
-        info = self._tensors[described(name, part, buffer)]
-        return self._pages(info, target.dtype, tuple(target.shape))
+        import torch
+
+        if self._mapping is None or info.offset % ALIGN or not info.nbytes:
+            return None
+        if info.offset + info.nbytes > len(self._mapping):
+            raise entry_error(self.path, "a file that ends early", "the size in its header")
+        flat = torch.frombuffer(
+            self._mapping, dtype=dtype, count=math.prod(shape), offset=info.offset
+        )
+        return flat if len(shape) == 1 else flat.view(shape)
 
     def floats(self, parameter: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """A parameter of the model as pages of the file; None where it comes from the checkpoint.
@@ -247,19 +253,7 @@ class Entry:
         info = self._tensors.get(float_name(parameter))
         if info is None or (info.dtype, info.shape) != (_dtype_name(dtype), shape):
             return None
-        return self._pages(info, dtype, shape)
-
-    def _pages(self, info: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
-        import torch
-
-        if self._mapping is None or info.offset % ALIGN or info.nbytes < MAPPED_BYTES:
-            return None
-        if info.offset + info.nbytes > len(self._mapping):
-            raise entry_error(self.path, "a file that ends early", "the size in its header")
-        flat = torch.frombuffer(
-            self._mapping, dtype=dtype, count=math.prod(shape), offset=info.offset
-        )
-        return flat.view(shape)
+        return self.mapped(info, dtype, shape)
 
     def touch(self) -> None:
         """Note that the entry was used. A cache that may only be read stays as it is."""
