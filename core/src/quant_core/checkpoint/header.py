@@ -15,6 +15,7 @@ Format: safetensors 0.8 (README "Format", safetensors/src/tensor.rs).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ MAX_HEADER_BYTES = 64 * 2**20
 MAX_TENSORS = 1_000_000
 _MAX_ENTRY = 4096  # characters of one tensor's entry; 64 dims of 20 digits need 1,400
 _MAX_DIMS = 64  # torch's own limit
+_PLAIN_ELEMENTS = 1 << 56
 _INT64 = 2**63 - 1
 
 DTYPES = {
@@ -66,6 +68,13 @@ _KEY = re.compile(rf'{_WS}("[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"){_WS}:{_WS
 _NEXT = re.compile(rf"{_WS}([,}}])")
 _OPEN = re.compile(rf"\{{{_WS}(\}}?)")
 _END = re.compile(rf"{_WS}\Z")
+_SIZE = r"(?:0|[1-9]\d{0,15})"
+_PLAIN = re.compile(
+    r'"([^"\\\x00-\x1f]{1,1024})":\{"dtype":"([A-Z0-9_]{1,16})",'
+    rf'"shape":\[((?:{_SIZE}(?:,{_SIZE}){{0,7}})?)\],"data_offsets":\[({_SIZE}),({_SIZE})\]\}},',
+    re.ASCII,
+)
+"""An entry as writers write it, and the comma before another one."""
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _FIX_BROKEN = "Download the file again, or have its producer write it anew"
 
@@ -116,6 +125,7 @@ class _Parser:
         self.max_tensors = max_tensors
         self.decode = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
         self.shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # equal shapes are one object
+        self.dims: dict[str, tuple[int, ...]] = {}  # by their text
         self.problems: dict[str, list[tuple[str, str, str]]] = {}  # code: tensor, found, expected
 
     def parse(self, raw: bytes) -> Header:
@@ -125,7 +135,7 @@ class _Parser:
             self.fail(f"header is not UTF-8 at byte {8 + err.start}", "UTF-8 JSON", err)
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] | None = None
-        for name, value in self.entries(text):
+        for name, value in self.entries(text, tensors):
             if name == "__metadata__":
                 if metadata is not None:
                     self.duplicate(name)
@@ -147,13 +157,48 @@ class _Parser:
 
     # --------------------------------------------------------------------------------- the JSON
 
-    def entries(self, text: str) -> Iterator[tuple[str, Any]]:
-        """(name, parsed entry) of each member of the top-level object."""
+    def plain(self, text: str, pos: int, tensors: dict[str, TensorInfo]) -> int:
+        """Take entries that have nothing unusual, in a third of the time; where the next begins.
+
+        The first one that is not exactly as writers write it, or wrong, is left to the caller.
+        """
+        while len(tensors) < self.max_tensors and (m := _PLAIN.match(text, pos)) is not None:
+            name, dtype, sizes, first, last = m.groups()
+            known, begin, end = DTYPES.get(dtype), int(first), int(last)
+            dims = self.dims.get(sizes)
+            if dims is None:
+                dims = tuple(map(int, sizes.split(","))) if sizes else ()
+                self.dims[sizes] = dims = self.shapes.setdefault(dims, dims)
+            count = math.prod(dims)
+            if (
+                known is None
+                or known[1] < 8
+                or not 0 < count < _PLAIN_ELEMENTS
+                or end - begin != count * known[1] // 8
+                or name in tensors
+                or name == "__metadata__"
+                or not name.isascii()
+            ):
+                break
+            tensors[name] = TensorInfo(
+                name=name,
+                dtype=known[0],
+                shape=dims,
+                file=self.file,
+                offset=self.base + begin,
+                nbytes=end - begin,
+            )
+            pos = m.end()
+        return pos
+
+    def entries(self, text: str, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Any]]:
+        """(name, parsed entry) of each member of the top-level object that ``plain`` leaves."""
         m = _OPEN.match(text)
         if m is None:
             self.fail("header does not start with '{'", "a JSON object")
         pos, done = m.end(), bool(m.group(1))
         while not done:
+            pos = self.plain(text, pos, tensors)
             m = _KEY.match(text, pos)
             if m is None:
                 self.fail(f"header is not JSON at byte {8 + pos}", "a tensor's name")

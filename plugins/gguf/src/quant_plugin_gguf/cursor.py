@@ -193,6 +193,10 @@ class Cursor:
             raise self._short(count)
         self._buffer = grown
 
+    def buffered(self, count: int) -> tuple[bytearray | None, int]:
+        """What has been read, and the current place in it; None with less than ``count`` left."""
+        return (self._buffer if self.at + count <= len(self._buffer) else None), self.at
+
     def take(self, count: int) -> bytes:
         self._need(count)
         self.at += count
