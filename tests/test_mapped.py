@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import os
 import pickle
 import shutil
@@ -160,6 +161,7 @@ def test_default_copies_where_files_are_not_mapped(
         monkeypatch.setattr("quant_core.prepared.pages._file_system", lambda folder: "nfs4")
     else:
         monkeypatch.setattr("quant_core.checkpoint.mapped.map_file", refuse)
+    gc.collect()  # models of other tests
     model = load(AWQ)
     assert not mapped_ranges(AWQ)
     assert within(model, AWQ)

@@ -83,6 +83,7 @@ class Registry:
     ) -> None:
         self._pm = pm
         self._sorted: dict[str, list[tuple[str, Any]]] = {}
+        self._first: dict[str, dict[str, Any]] = {}
         self.plugins: Mapping[str, Plugin] = MappingProxyType({p.id: p for p in plugins})
         self.set_aside = tuple(set_aside)
         self._block_types = MappingProxyType(dict(block_types))
@@ -136,15 +137,18 @@ class Registry:
 
     def call_one(self, plugin_id: str, hook: str, **kwargs: Any) -> Any:
         """The answer of one plugin; None if it does not implement the hook."""
-        for name, impl in self.implementations(hook):
-            if name == plugin_id:
-                try:
-                    return self._invoke(hook, impl, kwargs)
-                except QuantError:
-                    raise
-                except _FAILURES as err:
-                    raise self._result_error(plugin_id, hook, err) from err
-        return None
+        known = self._first.get(hook)
+        if known is None:
+            known = self._first[hook] = dict(reversed(self.implementations(hook)))
+        impl = known.get(plugin_id)
+        if impl is None:
+            return None
+        try:
+            return self._invoke(hook, impl, kwargs)
+        except QuantError:
+            raise
+        except _FAILURES as err:
+            raise self._result_error(plugin_id, hook, err) from err
 
     def _result_error(self, plugin_id: str, hook: str, err: BaseException) -> PluginError:
         p = self.plugins[plugin_id]

@@ -224,13 +224,22 @@ def share_inputs(model: nn.Module, *, place: bool | None = None) -> None:
     """
     from quant_core.nn import QuantLinear
 
+    known: dict[tuple[object, ...], Run | None] = {}  # layers alike share kernel and operation
     for module in modules_of(model):
+        if len(module._modules) < 2:
+            continue
         found: dict[tuple[str, int], list[QuantLinear]] = {}
         for child in dict.fromkeys(module._modules.values()):
             if isinstance(child, QuantLinear) and child.owns_buffers:
                 found.setdefault((_common(child), child.in_features), []).append(child)
         for layers in found.values():
-            run = _bind(layers) if len(layers) > 1 else None
+            if len(layers) < 2:
+                continue
+            kind = tuple((id(c.kernel), id(c.op)) for c in layers)
+            places = {t.device for c in layers for t in c._values()}
+            if (kind, *places) not in known:
+                known[kind, *places] = _bind(layers)
+            run = known[kind, *places]
             if run is None:
                 continue
             if isinstance(run, JoinedRun):

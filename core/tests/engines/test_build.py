@@ -80,8 +80,41 @@ def test_without_numbers_meta_is_passed_by_and_others_get_numbers() -> None:
     assert nn.init.kaiming_uniform_ is real
 
 
+class _Special(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("made", [nn.Linear, _Special])
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_numbers_linear_is_as_torch_makes_it(made: type[nn.Linear], bias: bool) -> None:
+    with torch.device("meta"):
+        plain = made(4, 6, bias=bias)
+    with without_numbers():
+        with torch.device("meta"):
+            bare, other = made(4, 6, bias=bias), made(4, 6, bias=bias)
+            wide, own = made(4, 6, bias, dtype=torch.float64), made(4, 6, device="cpu")
+            with torch._C.DisableTorchFunction():
+                here = made(4, 6)
+        outside = made(4, 6)
+    assert list(bare.__dict__) == list(plain.__dict__)
+    assert (bare.in_features, bare.out_features, repr(bare)) == (4, 6, repr(plain))
+    for name, value in plain._parameters.items():
+        got = bare._parameters[name]
+        assert (got is None) == (value is None)
+        if got is not None and value is not None:
+            assert got.is_meta
+            assert got.requires_grad
+            assert type(got) is nn.Parameter
+            assert (got.shape, got.dtype) == (value.shape, value.dtype)
+            assert got is not other._parameters[name]
+    assert wide.weight.dtype == torch.float64
+    assert not any(m.weight.is_meta for m in (own, here, outside))
+    assert 0 < float(outside.weight.std()) < 1
+
+
 def test_without_numbers_after_an_error_is_undone() -> None:
-    real = nn.init.normal_
+    real, made = nn.init.normal_, nn.Linear.__init__
     with pytest.raises(KeyError), without_numbers():
         raise KeyError
     assert nn.init.normal_ is real
+    assert nn.Linear.__init__ is made

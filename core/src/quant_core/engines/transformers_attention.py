@@ -63,7 +63,15 @@ def attach_attention(
         device=device_key(device),
         features=frozenset({"one_token"}),
     )
-    configs = {id(c): c for m in modules_of(model) if (c := _config(model, m)) is not None}
+    configs: dict[int, Any] = {}
+    seen = set[tuple[type, int]]()  # layers of one class share their config
+    for module in modules_of(model):
+        kind = type(module), id(module.__dict__.get("config"))
+        if kind not in seen:
+            seen.add(kind)
+            config = _config(model, module)
+            if config is not None:
+                configs[id(config)] = config
     if not configs or not _bound(op, registry, kernels):
         return
     for config in configs.values():

@@ -234,7 +234,9 @@ def without_zero_bias(plan: Plan, old: nn.Module, member: Member) -> Member:
 
 
 def check_bias(plan: Plan, old: nn.Module, module: str, members: Sequence[Member]) -> None:
-    wanted = getattr(old, "bias", None) is not None or has_expert_bias(old)
+    wanted = getattr(old, "bias", None) is not None
+    if not wanted and not isinstance(old, nn.Linear):
+        wanted = has_expert_bias(old)
     stored = [_stored_biases(plan, m) for m in members]
     lacking = [
         f"{m.layer.name}.bias"

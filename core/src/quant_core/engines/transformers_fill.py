@@ -87,7 +87,7 @@ def fill_model(
             continue
         check_bias(plan, old, module, members)
         parent, _, leaf = module.rpartition(".")
-        setattr(layout.modules[parent], leaf, new)
+        layout.modules[parent]._modules[leaf] = new  # in place of ``old``
         layout.modules[module] = new
         filled.members |= {m.layer.name: m for m in members}
     attach_caches(model, plan, layout, mode=kv_cache, device=builder.device, beyond=check.rule)

@@ -114,7 +114,7 @@ class _Later:
         self._not_before = 0.0
 
     def mark(self, module: nn.Module) -> None:
-        module._quant_later = self  # type: ignore[assignment]
+        module.__dict__["_quant_later"] = self
         swap(module, _Marked)
         self.marked.append(weakref.ref(module))
 
