@@ -273,4 +273,6 @@ def joined(layers: Sequence[QuantLinear]) -> QuantLinear | None:
 def _observe(layers: Iterable[QuantLinear]) -> None:
     siblings = Siblings(tuple(layers))
     for i, layer in enumerate(siblings.layers):
-        layer._shared, layer._siblings = None, (siblings, i)
+        held = layer.__dict__  # past ``Module.__setattr__``: they are no tensors and no modules
+        held.pop("_shared", None)
+        held["_siblings"] = siblings, i

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils._device import DeviceContext
 
 pytest.importorskip("transformers")
 
@@ -113,8 +114,23 @@ def test_without_numbers_linear_is_as_torch_makes_it(made: type[nn.Linear], bias
 
 
 def test_without_numbers_after_an_error_is_undone() -> None:
-    real, made = nn.init.normal_, nn.Linear.__init__
+    real, made, asked = nn.init.normal_, nn.Linear.__init__, DeviceContext.__torch_function__
     with pytest.raises(KeyError), without_numbers():
         raise KeyError
     assert nn.init.normal_ is real
     assert nn.Linear.__init__ is made
+    assert DeviceContext.__torch_function__ is asked
+
+
+def test_without_numbers_only_what_has_none_is_not_filled() -> None:
+    with without_numbers():
+        with torch.device("meta"):
+            bare, wide = torch.ones(3, 2), torch.zeros(3, dtype=torch.float64)
+            here = torch.ones(3, device="cpu")
+        with torch.device("cpu"):
+            inside = torch.ones(3)
+        outside = torch.zeros(2)
+    assert (bare.is_meta, bare.shape, bare.dtype) == (True, (3, 2), torch.get_default_dtype())
+    assert (wide.is_meta, wide.shape, wide.dtype) == (True, (3,), torch.float64)
+    assert here.tolist() == inside.tolist() == [1.0] * 3
+    assert outside.tolist() == [0.0] * 2

@@ -39,7 +39,8 @@ def without_numbers() -> Iterator[None]:
     """
     init: Any = torch.nn.init
     linear: Any = nn.Linear
-    made = linear.__init__
+    device: Any = DeviceContext
+    made, asked = linear.__init__, device.__torch_function__
     before = {name: getattr(init, name) for name in _INITS}
 
     def passing(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,11 +54,25 @@ def without_numbers() -> Iterator[None]:
         for name, real in before.items():
             setattr(init, name, passing(real))
         linear.__init__ = _bare_linear(made)
+        device.__torch_function__ = _without_fill(asked)
         yield
     finally:
         linear.__init__ = made
+        device.__torch_function__ = asked
         for name, real in before.items():
             setattr(init, name, real)
+
+
+def _without_fill(asked: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.ones`` and ``zeros`` on the meta device as ``empty``: 8 us a norm instead of 60."""
+
+    @functools.wraps(asked)
+    def ask(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs and func in (torch.ones, torch.zeros) and self.device.type == "meta":
+            func = torch.empty
+        return asked(self, func, types, args, kwargs)
+
+    return ask
 
 
 def _bare_linear(made: Callable[..., None]) -> Callable[..., None]:

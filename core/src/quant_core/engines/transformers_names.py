@@ -59,7 +59,7 @@ class Layout:
     def members(self, module: str) -> list[Member]:
         """The members of a linear layer or embedding, in row order."""
         rows = self.layers[module]
-        return [rows[i] for i in sorted(rows)]
+        return [rows[i] for i in sorted(rows)] if len(rows) > 1 else list(rows.values())
 
     @property
     def filled(self) -> set[str]:

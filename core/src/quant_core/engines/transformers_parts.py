@@ -264,13 +264,12 @@ def _epsilons(module: nn.Module) -> list[str]:
 def could_be_norm(module: nn.Module) -> bool:
     """Whether a module has what a norm has, and nothing else."""
     weight = module._parameters.get("weight")
+    if weight is None or module._modules or module._buffers:
+        return False
     return (
         [n for n, v in module._parameters.items() if v is not None] == ["weight"]
-        and weight is not None
         and weight.dim() == 1
         and weight.numel() > 1
-        and not module._buffers
-        and not module._modules
         and bool(_epsilons(module))
     )
 
