@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint_sets import FIXTURES
 from quant_core import load_model
 from quant_core.alike import Pattern, pattern_of
-from quant_core.errors import LayoutError
+from quant_core.errors import LayoutError, QuantError, QuantWarning
 from quant_core.nn import QuantLinear
 from quant_core.plan import plan
 from quant_kernels_cpu.library import unavailable
@@ -170,3 +170,65 @@ def test_zeros_that_are_computed_are_those_of_every_layer(stamped: list[str]) ->
         assert len({int(z) for z in held.zeros.flatten()}) > 1
         assert torch.equal(held.scales[0], other.scales[0])
         assert torch.equal(held.dequantize(), other.dequantize())
+
+
+@pytest.fixture
+def gptq(path: Path) -> Path:
+    """The same sizes in GPTQ, symmetric, columns in order."""
+    rng = torch.Generator().manual_seed(1)
+    tensors = {n: t for n, t in load_file(path / "model.safetensors").items() if "_proj." not in n}
+    for layer in range(LAYERS):
+        for name, (n, k) in LINEARS.items():
+            at, groups = f"model.layers.{layer}.{name}", k // GROUP
+            words = torch.randint(-(2**31), 2**31 - 1, (k // 8, n), generator=rng)
+            tensors[f"{at}.qweight"] = words.int()
+            tensors[f"{at}.qzeros"] = torch.full((groups, n // 8), 0x77777777).int()
+            tensors[f"{at}.scales"] = (torch.rand(groups, n, generator=rng) + 0.5).half()
+            tensors[f"{at}.g_idx"] = (torch.arange(k) // GROUP).int()
+    save_file(tensors, path / "model.safetensors")
+    block = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True,
+             "desc_act": False, "checkpoint_format": "gptq"}  # fmt: skip
+    (path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": block}))
+    return path
+
+
+def test_layers_of_usual_values_are_alike(gptq: Path, stamped: list[str]) -> None:
+    placed, copied = (linears(load_model(gptq, mmap=m)) for m in (True, False))
+    assert len(stamped) == len(LINEARS) * LAYERS - 3, "one of each shape is built by itself"
+    tensors = load_file(gptq / "model.safetensors")
+    for name, module in placed.items():
+        held, other = module.restore().weight, copied[name].restore().weight
+        assert torch.equal(held.codes.view(torch.int32), tensors[f"{name}.qweight"])
+        assert torch.equal(held.dequantize(), other.dequantize())
+
+
+ODD = "model.layers.1.mlp.up_proj"
+
+
+def test_layer_whose_zeros_are_in_the_other_dialect_is_built_by_itself(
+    gptq: Path, stamped: list[str]
+) -> None:
+    tensors = load_file(file := gptq / "model.safetensors")
+    before = linears(load_model(gptq, mmap=True))[ODD].restore().weight.dequantize()
+    tensors[f"{ODD}.qzeros"] += 0x11111111
+    save_file(tensors, file)
+    stamped.clear()
+    with pytest.warns(QuantWarning, match="zeros are stored as z - 1, the values are z"):
+        after = linears(load_model(gptq, mmap=True))[ODD].restore().weight.dequantize()
+    assert stamped
+    assert ODD not in stamped
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "code", "told"),
+    [("qzeros", "Q-CFG-CONFLICT", f"{ODD}.qzeros"), ("g_idx", "Q-VALUE-GIDX", f"{ODD}.g_idx")],
+)
+def test_values_of_a_layer_alike_are_looked_at(gptq: Path, leaf: str, code: str, told: str) -> None:
+    tensors = load_file(file := gptq / "model.safetensors")
+    value = tensors[f"{ODD}.{leaf}"].view(-1)
+    value[-1] = 0x77777776 if leaf == "qzeros" else 0
+    save_file(tensors, file)
+    with pytest.raises(QuantError) as err:
+        load_model(gptq, mmap=True)
+    assert (err.value.code, err.value.tensor) == (code, told)

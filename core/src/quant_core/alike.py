@@ -171,6 +171,8 @@ def pattern_of(
         stored: its stored tensors, by param.
     """
     assert scheme.pattern is not None, "Who has none is not asked"
+    if not scheme.alike(stored):
+        return None
     one, others = lt.weight, (lt.acc_bias, lt.out_scale, lt.input_scale, lt.input_zero)
     odd = len(lt.operands) > 1 or lt.transforms or one.codebook or len(module.members) != 1
     if odd or any(t is not None for t in others):

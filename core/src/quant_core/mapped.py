@@ -158,7 +158,7 @@ class MappedBuilder(Builder):
             if value is None:
                 return None
             stored[param] = value
-        if not pattern.fits(stored):
+        if not pattern.fits(stored) or not kind.scheme.alike(stored):
             return None
         for source in kind.stored.values():
             self.plan.ledger.load((source, ()))

@@ -84,6 +84,14 @@ class Scheme(ABC):
         """
         return None
 
+    def alike(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a layer with this ``pattern`` has the values that layers usually have.
+
+        Asked of the first layer of a kind and of each further one, where there is a pattern; those
+        that have others are built by themselves. Values of many numbers are looked at here.
+        """
+        return True
+
     unpacks: ClassVar[tuple[str, ...]] = ()
     """Tensors of the weight that ``unpacked`` gives."""
 

@@ -31,15 +31,16 @@ from quant_core.intpack import (
     from_groups,
     read_zeros,
     stored_zeros,
+    usual_zeros,
     write_zeros,
 )
 from quant_core.intspec import check_plain
 from quant_core.packing import repack
 from quant_core.tensors import LayerTensors
-from quant_plugin_gptq.order import cannot, g_idx_of, gather_of, reorder
+from quant_plugin_gptq.order import cannot, g_idx_of, gather_of, in_order, reorder
 from quant_plugin_gptq.scheme import GptqScheme
 
-__all__ = ["canonicalize", "serialize"]
+__all__ = ["canonicalize", "is_usual", "serialize"]
 
 
 def _check_symmetric(scheme: GptqScheme, where: str, qzeros: Tensor) -> None:
@@ -60,6 +61,18 @@ def _check_symmetric(scheme: GptqScheme, where: str, qzeros: Tensor) -> None:
         fix=fix,
         flagged=scheme.sym is not None,
     )
+
+
+def is_usual(scheme: GptqScheme, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether zeros are what ``sym`` promises, in the dialect of the config, and columns in order.
+
+    Then the canonical form is nothing but views of codes and scales.
+    """
+    n, qzeros = scheme.shape[0], tensors["qzeros"]
+    if not usual_zeros(qzeros, scheme.bits, n, scheme.zeros_packing, minus_one=scheme.v1):
+        return False
+    g_idx = tensors.get("g_idx")
+    return g_idx is None or in_order(g_idx, scheme.group_size, scheme.groups)
 
 
 def canonicalize(scheme: GptqScheme, where: str, tensors: Mapping[str, Tensor]) -> LayerTensors:

@@ -52,6 +52,12 @@ def _in_order(k: int, group_size: int) -> Tensor:
     return torch.arange(k, dtype=torch.int32, device="cpu") // group_size
 
 
+def in_order(g_idx: Tensor, group_size: int, groups: int) -> bool:
+    """Whether column k is of group k // group_size, of which there are enough."""
+    k = g_idx.numel()
+    return groups >= -(-k // group_size) and torch.equal(g_idx, _in_order(k, group_size))
+
+
 def gather_of(
     g_idx: Tensor, group_size: int, groups: int, *, ordered: bool, where: str
 ) -> tuple[Tensor, Tensor] | None:
@@ -71,7 +77,7 @@ def gather_of(
             are out of order where they must not be; ``Q-LAYOUT-GROUP`` for another group size.
     """
     k = g_idx.numel()
-    if groups >= -(-k // group_size) and torch.equal(g_idx, _in_order(k, group_size)):
+    if in_order(g_idx, group_size, groups):
         return None
     index = g_idx.to(torch.int64)
     bad = ((index < 0) | (index >= groups)).nonzero().flatten()

@@ -8,7 +8,7 @@ Imports no torch; ``layout`` holds the tensor code.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -137,6 +137,19 @@ class GptqScheme(Scheme):
 
         check_tensors(layer, self.params(layer), tensors, plugin="gptq")
         return layout.canonicalize(self, layer.stored, tensors)
+
+    @property
+    def pattern(self) -> tuple[Hashable, Sequence[str]] | None:
+        """See ``Scheme.pattern``; stored zeros other than the constant are computed."""
+        if self.sym is False:
+            return None
+        form = (self.bits, self.group_size, self.v1, self.planar, self.desc_act, self.scale_dtype)
+        return (self.shape, self.sym, *form), ()
+
+    def alike(self, tensors: Mapping[str, Tensor]) -> bool:
+        from quant_plugin_gptq import layout
+
+        return layout.is_usual(self, tensors)
 
     def serialize(self, layer: LayerDesc, tensors: LayerTensors) -> dict[str, Tensor]:
         from quant_plugin_gptq import layout
