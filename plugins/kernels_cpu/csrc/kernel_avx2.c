@@ -94,8 +94,8 @@ QK_INLINE vp wide_code(vi v, int s, code_table t) {
 }
 
 QK_INLINE vp code8_less(vi v, int s, code_table t) {
+    const __m256i h = halves(v, s % 2, t); /* once for two columns, so before the branch */
     if (__builtin_expect(t.wide, 0)) return wide_code(v, s, t);
-    const __m256i h = halves(v, s % 2, t);
     return _mm256_cvtph_ps(s < 2 ? _mm256_castsi256_si128(h) : _mm256_extracti128_si256(h, 1));
 }
 

@@ -61,8 +61,8 @@ QK_INLINE vp wide_code(vi v, int s, code_table t) {
 /* Codes divided by `unit`. A float32 that is subnormal would cost a hundred cycles on Intel's processors,
  * and be zero where they are told so; a float16 does neither. */
 QK_INLINE vp code8_less(vi v, int s, code_table t) {
+    const __m512i h = halves(v, s % 2, t); /* once for two columns, so before the branch */
     if (__builtin_expect(t.wide, 0)) return wide_code(v, s, t);
-    const __m512i h = halves(v, s % 2, t);
     return _mm512_cvtph_ps(s < 2 ? _mm512_castsi512_si256(h) : _mm512_extracti64x4_epi64(h, 1));
 }
 
