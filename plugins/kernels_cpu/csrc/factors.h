@@ -41,6 +41,7 @@ QK_INLINE vf NAME(factor)(const qk_factor *f, const void *base, int64_t block, i
     case QK_SINGLE:
     case QK_DIVISOR: return vset(*(const float *)base);
     case QK_E8M0: return load_e8m0(bytes);
+    case QK_E4M3: return load_e4m3(bytes);
     default: return load_table(f->table, bytes);
     }
 }

@@ -27,7 +27,7 @@
  *     code_unit(tab)      defined: code8_less(v, s, tab) is code8 less this factor
  *     bcast(x) mac(acc, c, x)
  *     vzero vadd vsub vmul vfma vset vload vstore   float32 arithmetic
- *     load_f16 load_bf16 load_u8 load_i8 load_e8m0 load_table
+ *     load_f16 load_bf16 load_u8 load_i8 load_e8m0 load_e4m3 load_table
  *     code_table make_table(op, tensors)
  *     QK_FLOAT8           defined: all codes have 8 bits and are floats, so no zero points
  *     QK_AMX              defined: panels meet tokens in matrix units (amx.h); x is bfloat16

@@ -57,6 +57,14 @@ QK_INLINE vf qk_power(__m256i e) {
     return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(none, half)));
 }
 
+/* fp8 e4m3 as float16 less 2^8: a fraction of what a gather from a table takes. */
+QK_INLINE vf qk_e4m3(__m128i codes) {
+    const __m128i bits = _mm_srai_epi16(_mm_unpacklo_epi8(_mm_setzero_si128(), codes), 1);
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(bits, _mm_set1_epi16((int16_t)0xBF80))),
+                         _mm256_set1_ps(0x1p8f));
+}
+#define load_e4m3(p) qk_e4m3(_mm_loadl_epi64((const __m128i *)(p)))
+
 #ifdef QK_FLOAT8
 
 typedef struct {

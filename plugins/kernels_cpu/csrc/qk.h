@@ -18,13 +18,13 @@
 
 #define QK_ROWS 32
 
-enum { QK_NONE, QK_F32, QK_F16, QK_BF16, QK_U8, QK_I8, QK_TABLE, QK_SINGLE, QK_DIVISOR, QK_E8M0 };
+enum { QK_NONE, QK_F32, QK_F16, QK_BF16, QK_U8, QK_I8, QK_TABLE, QK_SINGLE, QK_DIVISOR, QK_E8M0, QK_E4M3 };
 enum { QK_OWN_TABLE = 1, QK_CODEBOOK }; /* qk_op.lut */
 enum { QK_ZERO_FOLDED, QK_ZERO_CONST, QK_ZERO_CODE, QK_ZERO_OFFSET, QK_ZERO_FLOAT };
 
-/* One factor of a scale or an offset. `group` is in columns, `table` decodes QK_TABLE and
- * QK_E8M0 bytes, the latter being exponents; QK_SINGLE is one float32 for the whole matrix,
- * QK_DIVISOR one whose inverse is the factor. */
+/* One factor of a scale or an offset. `group` is in columns, `table` decodes the bytes of QK_TABLE,
+ * QK_E8M0 (exponents) and QK_E4M3 (floats), of which vector kernels need no table for the last two;
+ * QK_SINGLE is one float32 for the whole matrix, QK_DIVISOR one whose inverse is the factor. */
 typedef struct {
     int64_t type, group;
     const float *table;

@@ -43,6 +43,13 @@ static inline __m512 qk_power(__m512i e) {
     return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, none, bits, _mm512_set1_epi32(0x400000)));
 }
 #define load_e8m0(p) qk_power(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p))))
+/* fp8 e4m3 as float16 less 2^8: a fraction of what a gather from a table takes. */
+static inline __m512 qk_e4m3(__m128i codes) {
+    const __m256i bits = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8), 1);
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_and_si256(bits, _mm256_set1_epi16((int16_t)0xBF80))),
+                         _mm512_set1_ps(0x1p8f));
+}
+#define load_e4m3(p) qk_e4m3(_mm_loadu_si128((const __m128i *)(p)))
 #define load_bf16(p) qk_widen(_mm256_loadu_si256((const __m256i *)(p)))
 
 /* Byte `s` of every 32-bit lane as a signed integer, in float32. */

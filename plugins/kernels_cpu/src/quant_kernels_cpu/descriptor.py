@@ -17,7 +17,7 @@ from quant_kernels_cpu.support_int8 import Int8Layout
 
 __all__ = ["BYTES", "CALL", "DTYPES", "Segment", "c_op", "c_op_int8", "tensor_slots"]
 
-_F32, _F16, _BF16, _U8, _I8, _TABLE, _SINGLE, _DIVISOR, _E8M0 = range(1, 10)
+_F32, _F16, _BF16, _U8, _I8, _TABLE, _SINGLE, _DIVISOR, _E8M0, _E4M3 = range(1, 11)
 DTYPES = {torch.float32: _F32, torch.float16: _F16, torch.bfloat16: _BF16}
 BYTES = _U8
 """The type of a mask of booleans."""
@@ -129,7 +129,7 @@ def _c_factor(f: Factor) -> _Factor:
         return _Factor(_U8, f.group, None)
     if f.element == "int8":
         return _Factor(_I8, f.group, None)
-    kind = _E8M0 if f.element == "e8m0" else _TABLE
+    kind = {"e8m0": _E8M0, "fp8_e4m3": _E4M3}.get(f.element, _TABLE)
     return _Factor(kind, f.group, ctypes.addressof(_scale_table(f.element)))
 
 
