@@ -20,6 +20,7 @@
  *     MAX_TILE            tokens of a tile whose accumulators fit the registers
  *     SHORT_TILE          the same where outputs are kept in registers too; MAX_TILE: never
  *     MAX_DECODE          most tokens for the register path
+ *     AT_ONCE             most of these that 4-bit codes meet at once; MAX_DECODE if not defined
  *     PARTS(tokens)       sums kept per output there, to hide the latency of mac
  *     vload_codes load_panel store_panel   64 * VW / 16 bytes
  *     code4(v, s, tab) code8(v, s, tab)   step s of a vector of codes
@@ -46,6 +47,9 @@
 #define M_SLAB 256   /* tokens whose accumulators are kept at once */
 #define SHORT_GROUP 128 /* groups below this are short: their ends weigh */
 #define AHEAD_BYTES 8192 /* of codes that are fetched ahead: what memory takes to answer */
+#ifndef AT_ONCE
+#define AT_ONCE MAX_DECODE
+#endif
 #define MAX_BLOCKS 4 /* blocks of rows that share one pass over x */
 
 /* What a packed code still lacks of c - z (or of c, where an offset follows): VW rows. */
@@ -500,9 +504,13 @@ static void NAME(run)(const NAME(view) *v, const NAME(job) *job, const qk_segmen
         const int64_t tokens = qk_min(M_SLAB, seg->count - m), first = seg->start + m;
         const xelem *x = job->rows + first * op->k;
         const float *sums = job->sums ? job->sums + first * v->groups : NULL;
+        const int64_t turns = qk_div_up(tokens, IS4(op) ? AT_ONCE : MAX_DECODE);
+        const int64_t some = qk_div_up(tokens, turns); /* 7 are 4 and 3 */
         if (few)
             for (int64_t b = 0; b < blocks; b++)
-                NAME(decode)(v, at + b, tokens, x, sums, acc + b * tokens * QK_ROWS);
+                for (int64_t i = 0; i < tokens; i += some)
+                    NAME(decode)(v, at + b, qk_min(some, tokens - i), x + i * op->k,
+                                 sums ? sums + i * v->groups : NULL, acc + (b * tokens + i) * QK_ROWS);
         else
             NAME(slab)(v, at, blocks, tokens, x, sums, panels, acc);
         for (int64_t b = 0; b < blocks; b++) {
