@@ -96,36 +96,46 @@ static unit float8_unit(const qk_call *c) {
     return (unit){0};
 }
 
-/* Whether few tokens of bfloat16 meet codes where files have them, not blocks made of them. */
-int qk_in_place(const qk_op *op, int64_t isa) {
-#if defined(QK_HAVE_STORED) && defined(QK_HAVE_BF16)
-    return isa >= ISA_BF16 && op->order && qk_fits_stored(op) && __builtin_cpu_supports("avx512vbmi");
-#else
-    (void)op, (void)isa;
-    return 0;
+/* Which unit lets few tokens meet codes where files have them, not blocks made of them: that of
+ * ISA_AVX512 or ISA_BF16, or 0. */
+int qk_in_place(const qk_op *op, int64_t isa, int64_t xtype) {
+    (void)isa, (void)xtype;
+    if (!op->order) return 0;
+#if defined(QK_HAVE_STORED_BF16) && defined(QK_HAVE_BF16)
+    if (isa >= ISA_BF16 && xtype == QK_BF16 && qk_fits_stored_bf16(op) && __builtin_cpu_supports("avx512vbmi"))
+        return ISA_BF16;
 #endif
+#if defined(QK_HAVE_STORED_AVX512) && defined(QK_HAVE_AVX512)
+    if (isa >= ISA_AVX512 && qk_fits_stored_avx512(op)) return ISA_AVX512;
+#endif
+    return 0;
 }
 
 /* The unit that runs a call: the best one its operation and types allow. */
 static unit unit_of(const qk_call *c) {
     if (c->op->float8) return float8_unit(c);
+    const int in_place = qk_in_place(c->op, c->isa, c->xtype);
+    (void)in_place;
 #ifdef QK_HAVE_BF16
     if (c->isa >= ISA_BF16 && c->xtype == QK_BF16 && exact_in_bf16(c)) {
         unit found = UNIT(bf16);
-#ifdef QK_HAVE_STORED
-        if (qk_in_place(c->op, c->isa))
-            found = (unit){qk_linear_bf16, qk_shared_stored, qk_most_stored, NULL};
+#ifdef QK_HAVE_STORED_BF16
+        if (in_place == ISA_BF16)
+            found = (unit){qk_linear_bf16, qk_shared_stored_bf16, qk_most_stored_bf16, NULL};
 #endif
-#if defined(QK_TILES) && defined(QK_HAVE_STORED)
+#if defined(QK_TILES) && defined(QK_HAVE_STORED_BF16)
         if (c->isa >= ISA_AMX) {
             found.linear = qk_linear_amx;
-            if (found.most == qk_most_stored) found.most = qk_most_stored_at_once; /* blocks take half as long */
+            if (in_place == ISA_BF16) found.most = qk_most_stored_at_once_bf16; /* blocks take half as long */
         }
 #endif
         return found;
     }
 #endif
 #ifdef QK_HAVE_AVX512
+#ifdef QK_HAVE_STORED_AVX512
+    if (in_place == ISA_AVX512) return (unit){qk_linear_avx512, qk_shared_stored_avx512, qk_most_stored_avx512, NULL};
+#endif
     if (c->isa >= ISA_AVX512)
         return UNIT(avx512);
 #endif

@@ -1,7 +1,7 @@
-/* Few tokens on weights where files have them (stored.h): bfloat16 activations, AVX512-BF16. Codes
- * become bfloat16 by a lookup, exact for every value; products are exact and added up in float32.
- * What is left out: other types of x, groups that fit no vector and more tokens go through blocks
- * (`qk_fetch`), in which the arithmetic is that of kernel.h. */
+/* Few tokens on weights where files have them (stored.h): bfloat16 activations by AVX512-BF16, or with
+ * QK_STORED_FLOATS any activations by AVX-512. Codes become numbers by a lookup, exact for every value;
+ * products are added up in float32. What is left out: groups that fit no vector and more tokens go through
+ * blocks (`qk_fetch`), in which the arithmetic is that of kernel.h. */
 #include <omp.h>
 
 #include "stored_columns.h"
@@ -11,10 +11,10 @@
  * blocks of them (4096 x 4096, two threads, 8 tokens of words: 0.5 ms, 6 through blocks). */
 enum { MOST_IN_TURN = 16 };
 
-int64_t qk_most_stored(void) { return MOST_IN_TURN; }
-int64_t qk_most_stored_at_once(void) { return MOST_TOKENS; }
+int64_t NAME(qk_most_stored)(void) { return MOST_IN_TURN; }
+int64_t NAME(qk_most_stored_at_once)(void) { return MOST_TOKENS; }
 
-int qk_fits_stored(const qk_op *op) {
+int NAME(qk_fits_stored)(const qk_op *op) {
     const int64_t g = op->group;
     if (op->width == 8) return g == 32 || g % 64 == 0 || g == op->k;
     if (op->order == QK_WORDS_STORED) return g % 8 == 0;
@@ -43,7 +43,7 @@ typedef struct {
 static void block_of_rows(const row_work *w, int64_t row, int64_t count, int64_t tokens, float *lines) {
     const qk_op *op = w->op;
     const int fields = op->order == QK_FIELDS_STORED, offset = fields && op->zero_kind == QK_ZERO_OFFSET;
-    const int wide = op->group >= (op->width == 8 ? 64 : 128) || op->group == op->k;
+    const int wide = is_wide(op);
     switch (tokens) {
         ROWS_CASE(1)
         ROWS_CASE(2)
@@ -81,13 +81,13 @@ static int64_t units(const qk_call *c) { return is_columns(c->op) ? column_units
  * x for itself. Returns 0, or 1 when memory is not there. */
 static int some_units(const qk_call *calls, int64_t n, int64_t from, int64_t to, float *totals) {
     const int64_t tokens = calls->count;
-    enum { PAIRS, SUMS, LANES, GROUPS, SCALES, SUM, ROOMS };
+    enum { X, SUMS, LANE_SUMS, GROUPS, SCALES, SUM, ROW, ROOMS };
     int64_t bytes[ROOMS] = {0}, first = 0;
     for (int64_t i = 0; i < n; i++) {
         const qk_op *op = calls[i].op;
-        const int64_t need[ROOMS] = {tokens * padded(op->k) * 2, tokens * parts_of(op) * 4, tokens * padded(op->k) / 2,
+        const int64_t need[ROOMS] = {tokens * padded(op->k) * (int64_t)sizeof(xelem), tokens * parts_of(op) * 4, tokens * padded(op->k) / 2,
                                      padded(op->k) / 64 * 4, 16 * scale_room(op),
-                                     is_columns(op) ? MOST_SUMS * 4 : 0};
+                                     is_columns(op) ? MOST_SUMS * 4 : 0, padded(op->k) * ROW_BYTES};
         for (int r = 0; r < ROOMS; r++)
             if (bytes[r] < need[r]) bytes[r] = qk_div_up(need[r], 64) * 64;
     }
@@ -95,8 +95,8 @@ static int some_units(const qk_call *calls, int64_t n, int64_t from, int64_t to,
     for (int r = 0; r < ROOMS; r++) at[r] = all_bytes, all_bytes += bytes[r];
     char *scratch = qk_alloc(all_bytes);
     if (!scratch) return 1;
-    room m = {.a = {.pairs = (uint16_t *)(scratch + at[PAIRS]), .sums = (float *)(scratch + at[SUMS]),
-                    .lanes = (float *)(scratch + at[LANES]), .piece_group = (int32_t *)(scratch + at[GROUPS]),
+    room m = {.a = {.x = scratch + at[X], .row = scratch + at[ROW], .sums = (float *)(scratch + at[SUMS]),
+                    .lanes = (float *)(scratch + at[LANE_SUMS]), .piece_group = (int32_t *)(scratch + at[GROUPS]),
                     .scales = (float *)(scratch + at[SCALES])},
               .sum = (float *)(scratch + at[SUM])};
     for (int64_t i = 0; i < n; i++) {
@@ -110,7 +110,7 @@ static int some_units(const qk_call *calls, int64_t n, int64_t from, int64_t to,
         const arranged *a = &m.a;
         const int kept = a->order == op->order && a->k == op->k && a->group == op->group &&
                          (op->zero_kind == QK_ZERO_FOLDED || a->with_sums) && a->width == op->width;
-        if (!kept) arrange(&m.a, op, calls->x, tokens);
+        if (!kept) arrange(&m.a, op, calls->x, calls->xtype, tokens);
         if (is_columns(op)) by_columns(calls + i, &m.a, m.sum, mine, begin, end);
         else by_rows(calls + i, &m, begin, end);
     }
@@ -152,8 +152,8 @@ static int some_tokens(const qk_call *calls, int64_t n, int64_t threads) {
     return failed;
 }
 
-int qk_shared_stored(const qk_call *calls, int64_t n, int64_t threads) {
-    const int64_t tokens = calls->count, k = calls->op->k, turns = qk_div_up(tokens, MOST_TOKENS);
+int NAME(qk_shared_stored)(const qk_call *calls, int64_t n, int64_t threads) {
+    const int64_t tokens = calls->count, k = calls->op->k, size = qk_size(calls->xtype), turns = qk_div_up(tokens, MOST_TOKENS);
     if (turns == 1) return some_tokens(calls, n, threads);
     qk_call *part = qk_alloc(n * sizeof *part);
     int failed = !part;
@@ -161,8 +161,8 @@ int qk_shared_stored(const qk_call *calls, int64_t n, int64_t threads) {
         const int64_t first = tokens * i / turns, count = tokens * (i + 1) / turns - first;
         for (int64_t j = 0; j < n; j++) {
             part[j] = calls[j];
-            part[j].x = (const uint16_t *)calls[j].x + first * k;
-            part[j].y = (uint16_t *)calls[j].y + first * calls[j].op->n;
+            part[j].x = (const char *)calls[j].x + first * k * size;
+            part[j].y = (char *)calls[j].y + first * calls[j].op->n * size;
             part[j].count = count;
         }
         failed = some_tokens(part, n, threads);

@@ -36,9 +36,9 @@ int64_t qk_fetch_bytes(const qk_op *, int64_t blocks);
  * is a multiple of 8. Returns the tensors of those blocks; what no block holds stays as it was. */
 qk_tensors qk_fetch(const qk_op *, const qk_tensors *, int64_t row, int64_t rows, void *room);
 
-/* Few tokens without fetching: bfloat16 x, AVX512-BF16. */
-qk_shared_fn qk_shared_stored;
-int64_t qk_most_stored(void), qk_most_stored_at_once(void);
-int qk_fits_stored(const qk_op *);
+/* Few tokens without fetching: bfloat16 x by AVX512-BF16, or any x by AVX-512. */
+qk_shared_fn qk_shared_stored_bf16, qk_shared_stored_avx512;
+int64_t qk_most_stored_bf16(void), qk_most_stored_at_once_bf16(void), qk_most_stored_avx512(void);
+int qk_fits_stored_bf16(const qk_op *), qk_fits_stored_avx512(const qk_op *);
 
 #endif

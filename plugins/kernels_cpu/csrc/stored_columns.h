@@ -13,6 +13,7 @@ enum {
     MOST_SUMS = 16384,   /* sums that a thread keeps at once */
     TILE_BYTES = 65536,  /* of words */
     ACROSS_ROWS = 8,     /* of a tile */
+    ROW_STEPS = ACROSS_ROWS / KP,
     PIECE_COLUMNS = 1024, MOST_PIECES = 8, /* of K */
     SIDE = 4,            /* vectors of words side by side */
 };
@@ -22,7 +23,7 @@ typedef struct {
     const qk_op *op;
     const qk_tensors *t;
     const arranged *a;
-    __m512i table;
+    code_table table;
     int64_t column, count, first, stop; /* outputs, parts */
     int64_t ld, sum_ld; /* floats from one token's totals, sums, to the next one's */
     int64_t row_bytes, parts, tall;
@@ -90,10 +91,10 @@ QK_INLINE void fetch_scales(const block *b, const span *s, int64_t at, const int
 QK_INLINE void words_step(const block *b, const span *s, int64_t at, ahead *next, const int whole,
                           const int tokens) {
     const qk_op *op = b->op;
-    const int64_t column = b->column + at, ld = padded(op->k) / 2;
+    const int64_t column = b->column + at, ld = padded(op->k) / KP;
     const int parts = tokens == 1 ? 2 : 1;
     const char *w = (const char *)b->t->codes + s->first / 8 * b->row_bytes + column * 4;
-    const int32_t *x = (const int32_t *)b->a->pairs + s->first / 2;
+    const xunit *x = (const xunit *)b->a->x + s->first / KP;
     float *const acc = b->sum + at;
     fetch_scales(b, s, at, 16 * SIDE);
     __m512 sum[MOST_TOKENS][SIDE][2];
@@ -107,20 +108,20 @@ QK_INLINE void words_step(const block *b, const span *s, int64_t at, ahead *next
             sum[i][v][1] = _mm512_setzero_ps();
         }
     }
-    for (int64_t k = s->first; k < s->stop; k += 8, w += b->row_bytes, x += 4) {
+    for (int64_t k = s->first; k < s->stop; k += 8, w += b->row_bytes, x += 8 / KP) {
         __m512i codes[SIDE];
         fetch_lines(next, SIDE);
 #pragma GCC unroll 4
         for (int v = 0; v < SIDE; v++)
             codes[v] = whole ? _mm512_loadu_si512(w + 64 * v) : _mm512_maskz_loadu_epi32(m[v], w + 64 * v);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            __m512i c[SIDE];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8 / KP; j++) {
+            vc c[SIDE];
 #pragma GCC unroll 4
             for (int v = 0; v < SIDE; v++) c[v] = nibble(codes[v], j, b->table);
 #pragma GCC unroll 4
             for (int i = 0; i < tokens; i++) {
-                const __m512i xi = _mm512_set1_epi32(x[i * ld + j]);
+                const vc xi = bcast(x[i * ld + j]);
 #pragma GCC unroll 4
                 for (int v = 0; v < SIDE; v++) sum[i][v][j % parts] = dot(sum[i][v][j % parts], c[v], xi);
             }
@@ -155,11 +156,11 @@ QK_INLINE void words_tile(const block *b, const span *s, ahead next, const int t
 QK_INLINE void across_rows(const block *b, const span *s, int64_t at, ahead *next, float *acc, int64_t step,
                            const int whole, const int first, const int halves, const int tokens,
                            const int rows) {
-    const int64_t column = b->column + at, ld = padded(b->op->k) / 2;
+    const int64_t column = b->column + at, ld = padded(b->op->k) / KP;
     const int64_t count = rows ? rows : s->stop - s->first;
-    const int vectors = (halves + 1) / 2;
+    const int vectors = (halves + 1) / 2, lines = KP * halves / 2 ? KP * halves / 2 : 1 - first; /* of a step */
     const char *w = (const char *)b->t->codes + s->first * b->row_bytes + column / 2;
-    const int32_t *x = (const int32_t *)b->a->pairs + s->first / 2;
+    const xunit *x = (const xunit *)b->a->x + s->first / KP;
     __m512 sum[MOST_TOKENS][4][4];
     __mmask16 m[2];
 #pragma GCC unroll 2
@@ -172,27 +173,26 @@ QK_INLINE void across_rows(const block *b, const span *s, int64_t at, ahead *nex
             for (int j = 0; j < 4; j++)
                 sum[i][h][j] = s->begins ? _mm512_setzero_ps()
                                          : _mm512_loadu_ps(acc + i * step + 64 * (first + h) + 16 * j);
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < count; k += 2, w += 2 * b->row_bytes, x++) {
-        __m512i one[2], two[2];
+#pragma GCC unroll ROW_STEPS
+    for (int64_t k = 0; k < count; k += KP, w += KP * b->row_bytes, x++) {
+        __m512i row[2][KP];
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++) {
-            const char *const from = w + 64 * v, *const below = from + b->row_bytes;
-            one[v] = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32(m[v], from);
-            two[v] = whole ? _mm512_loadu_si512(below) : _mm512_maskz_loadu_epi32(m[v], below);
-        }
-        fetch_lines(next, halves);
+        for (int v = 0; v < vectors; v++)
+#pragma GCC unroll 2
+            for (int r = 0; r < KP; r++) {
+                const char *const from = w + 64 * v + r * b->row_bytes;
+                row[v][r] = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32(m[v], from);
+            }
+        fetch_lines(next, lines);
 #pragma GCC unroll 4
         for (int h = 0; h < halves; h++) {
-            const int v = h / 2, high = (first + h) % 2;
-            const __m512i codes = high ? _mm512_unpackhi_epi16(one[v], two[v])
-                                       : _mm512_unpacklo_epi16(one[v], two[v]);
+            const __m512i codes = across_half(row[h / 2], (first + h) % 2);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                const __m512i c = nibble(codes, j, b->table);
+                const vc c = nibble(codes, j, b->table);
 #pragma GCC unroll 4
                 for (int i = 0; i < tokens; i++)
-                    sum[i][h][j] = dot(sum[i][h][j], c, _mm512_set1_epi32(x[i * ld]));
+                    sum[i][h][j] = dot(sum[i][h][j], c, bcast(x[i * ld]));
             }
         }
     }
@@ -210,7 +210,7 @@ QK_INLINE void in_order(const float *acc, __m512 out[8]) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
         __m512d v[4];
-        for (int j = 0; j < 4; j++) v[j] = _mm512_loadu_pd(acc + 16 * j + 64 * h);
+        for (int j = 0; j < 4; j++) v[j] = _mm512_castps_pd(across_pairs(acc, h, j));
         const __m512d a = _mm512_unpacklo_pd(v[0], v[1]), b = _mm512_unpacklo_pd(v[2], v[3]);
         const __m512d c = _mm512_unpackhi_pd(v[0], v[1]), d = _mm512_unpackhi_pd(v[2], v[3]);
         const __m512d ab = _mm512_shuffle_f64x2(a, b, 0x44), cd = _mm512_shuffle_f64x2(c, d, 0x44);
@@ -350,7 +350,7 @@ static void by_columns(const qk_call *c, const arranged *a, float *sum, float *t
                        int64_t to) {
     const qk_op *op = c->op;
     const int64_t row_bytes = op->order == QK_ACROSS_STORED ? op->n / 2 : op->n * 4;
-    block b = {.op = op, .t = &c->tensors, .a = a, .table = pair_table(op), .row_bytes = row_bytes,
+    block b = {.op = op, .t = &c->tensors, .a = a, .table = table_of(op), .row_bytes = row_bytes,
                .parts = parts_of(op), .sum = sum}, after;
     int64_t units = block_at(c, from, to, totals, &b);
     for (after = b; from < to; b = after) {

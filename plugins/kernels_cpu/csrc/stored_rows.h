@@ -1,66 +1,36 @@
-/* Rows as they are stored, or blocks of fields: four rows side by side, or one after the other; sums
+/* Rows as they are stored, or blocks of fields: some rows side by side, or one after the other; sums
  * run along the lanes of a vector, those of 16 rows are added up together. Included by kernel_stored.c.
  *
- * A piece is 64 bytes of codes, 128 of 4 bits or 64 of 8: the 16-bit lanes hold four nibbles each,
- * whose x lies in four vectors, or in two (stored_x.h). A code of 8 bits is the sum of two lookups,
- * 16 h + 8 and l - 8 for its nibbles h and l. Of fields, two loads and a permutation of bytes make a
- * piece. Groups are whole multiples of a piece (WIDE), or 32 or 64 columns (LANES).
+ * A piece is 64 bytes of codes, 128 of 4 bits or 64 of 8, which STEPS vectors of numbers are made of, and x
+ * lies as they ask for it (stored_pairs.h, stored_floats.h). Groups are whole multiples of a piece (WIDE), or
+ * 32 or 64 columns (LANES).
  *
  * What was loaded from memory is read once: GCC would fold the load into every use, and reading lines
  * that are still on their way again and again took up to twice as long (`from_memory`). */
 #include "stored_x.h"
 
 #define AHEAD_ROWS 8192 /* bytes of codes that are fetched ahead: what memory takes to answer */
-#define SIDE_BY_SIDE 4  /* rows */
-#define LONG_ROW 1024   /* bytes: one token reads such rows in one stream, which memory gives best */
+#define LONG_ROW 1024   /* bytes: with STREAMS one token reads such rows one by one, which memory gives best */
 
 enum { WIDE, LANES, FIELDS, FIELDS_OFFSET }; /* where scales lie */
-
-/* Where the codes, and each block's scale and offset in its lanes, lie in the blocks of a piece. */
-typedef struct {
-    __m512i codes, scales, offsets;
-    int64_t second; /* byte at which the second vector of the blocks begins */
-} field_places;
 
 /* What is the same for all rows of a layer. */
 typedef struct {
     const qk_op *op;
     const qk_tensors *t;
     const arranged *a;
-    __m512i low, high; /* values of nibbles, as bfloat16 */
+    row_codes values;
     __m512i lanes;     /* which of a piece's scales each lane takes */
     field_places f;
     int64_t bytes, step, pieces, left; /* of a row, of a piece; left: bytes behind the last piece */
     int64_t groups, scale_shift, ahead_scales;
 } row_work;
 
-static field_places places_of(const qk_op *op) {
-    uint8_t codes[64];
-    uint16_t scales[32], offsets[32];
-    const int64_t per = op->width == 8 ? 2 : 4, second = per * op->block - 64;
-    for (int i = 0; i < 64; i++) {
-        const int64_t at = i / (64 / per) * op->block + op->at + i % (64 / per);
-        codes[i] = (uint8_t)(at < 64 ? at : 64 + at - second);
-    }
-    for (int i = 0; i < 32; i++) { /* of words of 16 bits; blocks have an even size */
-        const int64_t at = i % 16 / (16 / per) * op->block, from = at + 2 < 64 ? at : 64 + at - second;
-        scales[i] = (uint16_t)(from / 2), offsets[i] = (uint16_t)(from / 2 + 1);
-    }
-    return (field_places){_mm512_loadu_si512(codes), _mm512_loadu_si512(scales),
-                          _mm512_loadu_si512(offsets), second};
-}
-
 static row_work row_work_of(const qk_op *op, const qk_tensors *t, const arranged *a) {
     const int64_t fields = op->order == QK_FIELDS_STORED, per = op->width == 8 ? 2 : 4;
     const int64_t step = fields ? per * op->block : 64;
-    row_work w = {.op = op, .t = t, .a = a, .step = step, .groups = qk_div_up(op->k, op->group)};
-    uint16_t low[32], high[32];
-    for (int i = 0; i < 32; i++) {
-        const int h = i % 16, top = op->bias == 128 ? h - 8 : (h ^ 8) - 8;
-        low[i] = qk_to_bf16(op->width == 8 ? (float)(h - 8) : op->table[h]);
-        high[i] = op->width == 8 ? qk_to_bf16((float)(16 * top + 8)) : low[i];
-    }
-    w.low = _mm512_loadu_si512(low), w.high = _mm512_loadu_si512(high);
+    row_work w = {.op = op, .t = t, .a = a, .step = step, .groups = qk_div_up(op->k, op->group),
+                  .values = row_codes_of(op)};
     if (fields) w.f = places_of(op);
     w.bytes = fields ? op->k / 32 * op->block : op->k * op->width / 8;
     w.pieces = w.bytes / step, w.left = w.bytes % step;
@@ -98,47 +68,52 @@ QK_INLINE void row_scales(const row_work *w, int64_t row, float *scales, const i
     }
 }
 
-QK_INLINE __m512 field_floats(__m512i a, __m512i at, __m512i b) {
-    return _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutex2var_epi16(a, at, b)));
-}
-
-#define from_memory(v) __asm__("" : "+v"(v))
-
-QK_INLINE __mmask64 first_bytes(int64_t count) {
-    return count >= 64 ? ~0ull : count > 0 ? (1ull << count) - 1 : 0;
-}
-
-/* total += scales (sum of the codes of piece p times x); of the last one only `left` bytes are there. */
-QK_INLINE void piece(const row_work *w, const uint8_t *at, int64_t p, const float *scales,
-                     __m512 *total, const int tokens, const int width, const int kind, int64_t left) {
+/* total += scales (sum of the codes of piece p times x), of `rows` rows that meet the same x; of the last
+ * piece only `left` bytes are there. */
+QK_INLINE void piece(const row_work *w, const uint8_t *at, int64_t p, const float *scales, int64_t room,
+                     __m512 (*total)[MOST_TOKENS], const int rows, const int tokens, const int width,
+                     const int kind, int64_t left) {
     const int64_t ld = padded(w->op->k), columns = 512 / width;
-    __m512i v, one, two;
-    __m512 s, o;
-    if (kind >= FIELDS) {
-        const uint8_t *behind = at + w->f.second;
-        one = left ? _mm512_maskz_loadu_epi8(first_bytes(left), at) : _mm512_loadu_si512(at);
-        two = left ? _mm512_maskz_loadu_epi8(first_bytes(left - w->f.second), behind) : _mm512_loadu_si512(behind);
-        from_memory(one);
-        from_memory(two);
-        v = _mm512_permutex2var_epi8(one, w->f.codes, two);
-        s = field_floats(one, w->f.scales, two);
-        if (kind == FIELDS_OFFSET) o = field_floats(one, w->f.offsets, two);
-    } else {
-        v = left ? _mm512_maskz_loadu_epi8(first_bytes(left), at) : _mm512_loadu_si512(at);
-        s = kind == WIDE ? _mm512_set1_ps(scales[w->a->piece_group[p]])
-                         : _mm512_permutexvar_ps(w->lanes, _mm512_maskz_loadu_ps(0xF, scales + (p << w->scale_shift)));
+    const int steps = STEPS(width);
+    __m512 s[JOINT], o[JOINT];
+    vc c[JOINT][8];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++, at += w->bytes, scales += room) {
+        __m512i v;
+        if (kind >= FIELDS) v = load_fields(&w->f, at, left, width, kind == FIELDS_OFFSET, &s[r], &o[r]);
+        else {
+            v = left ? _mm512_maskz_loadu_epi8(first_bytes(left), at) : _mm512_loadu_si512(at);
+            s[r] = kind == WIDE ? _mm512_set1_ps(scales[w->a->piece_group[p]])
+                                : _mm512_permutexvar_ps(w->lanes, _mm512_maskz_loadu_ps(0xF, scales + (p << w->scale_shift)));
+        }
+#ifdef LOADS_BYTES
+        if (kind == WIDE && width == 8) {
+            load_bytes(at, left, &w->values, c[r]);
+            continue;
+        }
+#endif
+        from_memory(v);
+#pragma GCC unroll 8
+        for (int j = 0; j < steps; j++) c[r][j] = step_codes(v, j, width, &w->values);
     }
-    from_memory(v);
-    const __m512i c[4] = {nibble(v, 0, w->low), nibble(v, 1, w->high), nibble(v, 2, w->low), nibble(v, 3, w->high)};
 #pragma GCC unroll 4
     for (int i = 0; i < tokens; i++) {
-        const uint16_t *x = w->a->pairs + i * ld + p * columns;
-        __m512 acc = _mm512_setzero_ps();
+        const xelem *x = (const xelem *)w->a->x + i * ld + p * columns;
+        __m512 acc[JOINT];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) acc = dot(acc, c[j], _mm512_loadu_si512(x + 32 * (width == 8 ? j / 2 : j)));
-        total[i] = _mm512_fmadd_ps(acc, s, total[i]);
-        if (kind == FIELDS_OFFSET)
-            total[i] = _mm512_fmadd_ps(o, _mm512_loadu_ps(w->a->lanes + i * ld / 8 + 16 * p), total[i]);
+        for (int r = 0; r < rows; r++) acc[r] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+        for (int j = 0; j < steps; j++) {
+            const vc xj = load_x(x + 16 * KP * X_OF(width, j));
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) acc[r] = dot(acc[r], c[r][j], xj);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            total[r][i] = _mm512_fmadd_ps(acc[r], s[r], total[r][i]);
+            if (kind == FIELDS_OFFSET)
+                total[r][i] = _mm512_fmadd_ps(o[r], _mm512_loadu_ps(w->a->lanes + i * ld / 8 + 16 * p), total[r][i]);
+        }
     }
 }
 
@@ -150,6 +125,7 @@ QK_INLINE void some_rows(const row_work *w, int64_t row, float *lines, const int
     const char *ahead = (const char *)codes + AHEAD_ROWS + (rows - 1) * w->bytes;
     const int sums = stream ? 2 : rows, pieces = stream ? 2 : 1;
     const int64_t apart = stream ? w->step : w->bytes, room = stream ? 0 : scale_room(w->op);
+    const int joint = stream || rows < JOINT ? 1 : JOINT;
     __m512 total[SIDE_BY_SIDE][MOST_TOKENS];
 #pragma GCC unroll 4
     for (int r = 0; r < sums; r++) {
@@ -160,20 +136,22 @@ QK_INLINE void some_rows(const row_work *w, int64_t row, float *lines, const int
     int64_t p = 0;
     for (; p + pieces <= w->pieces; p += pieces, codes += pieces * w->step, ahead += sums * w->step) {
 #pragma GCC unroll 4
-        for (int r = 0; r < sums; r++) {
+        for (int r = 0; r < sums; r += joint) {
             _mm_prefetch(ahead + 64 * r, _MM_HINT_T0);
-            piece(w, codes + r * apart, stream ? p + r : p, w->a->scales + r * room, total[r], tokens, width, kind, 0);
+            if (joint > 1) _mm_prefetch(ahead + 64 * (r + 1), _MM_HINT_T0);
+            piece(w, codes + r * apart, stream ? p + r : p, w->a->scales + r * room, room, total + r, joint, tokens,
+                  width, kind, 0);
         }
         if (kind >= FIELDS) _mm_prefetch(ahead + 64 * sums, _MM_HINT_T0);
     }
     if (stream && p < w->pieces) {
-        piece(w, codes, p, w->a->scales, total[0], tokens, width, kind, 0);
+        piece(w, codes, p, w->a->scales, room, total, 1, tokens, width, kind, 0);
         p++, codes += w->step;
     }
     if (w->left)
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
-            piece(w, codes + r * apart, p, w->a->scales + r * room, total[r], tokens, width, kind, w->left);
+            piece(w, codes + r * apart, p, w->a->scales + r * room, room, total + r, 1, tokens, width, kind, w->left);
 #pragma GCC unroll 4
     for (int i = 0; i < tokens; i++) {
         if (stream) total[0][i] = _mm512_add_ps(total[0][i], total[1][i]);
@@ -185,7 +163,7 @@ QK_INLINE void some_rows(const row_work *w, int64_t row, float *lines, const int
 QK_INLINE void rows_of(const row_work *w, int64_t row, int64_t count, float *lines, const int tokens,
                        const int width, const int kind) {
     int64_t r = 0;
-    if (tokens == 1 && kind < FIELDS && w->bytes > LONG_ROW)
+    if (STREAMS && tokens == 1 && kind < FIELDS && w->bytes > LONG_ROW)
         for (; r < count; r++) some_rows(w, row + r, lines + r * 16, 1, 1, tokens, width, kind);
     for (; r + SIDE_BY_SIDE <= count; r += SIDE_BY_SIDE)
         some_rows(w, row + r, lines + r * 16, SIDE_BY_SIDE, 0, tokens, width, kind);

@@ -13,7 +13,8 @@
 /* One thread's x of `tokens` rows, made for one order, `k` and `group`. */
 typedef struct {
     int64_t order, k, group, width, with_sums;
-    uint16_t *pairs; /* [tokens][padded k], see `arrange` */
+    void *x;         /* [tokens][padded k] xelems, see `arrange_token` */
+    void *row;       /* one token in order, where x comes otherwise */
     float *sums;     /* [tokens][parts] */
     float *lanes;    /* [tokens][k / 128][16]: of fields, the sum of each block in one of its 4 lanes */
     int32_t *piece_group; /* [k / 128]: of rows, the group in which a piece begins */
@@ -33,77 +34,36 @@ QK_INLINE int64_t parts_of(const qk_op *op) {
     return qk_div_up(op->k, op->group) * parts_per_group(op);
 }
 
-/* 128 columns as four vectors: lane i of vector j meets nibble j of the 16-bit lane i of the codes.
- *     rows     lane i: column 4 i + j
- *     fields   lane i, u = i % 8: columns 2 u, 16 + 2 u, 2 u + 1, 17 + 2 u of block i / 8 */
-static inline void arrange_piece(const uint16_t *x, int64_t count, int fields, uint16_t *out) {
-    uint16_t row[PIECE] __attribute__((aligned(64))) = {0}, at[4][32];
-    static const int off[4] = {0, 16, 1, 17};
-    if (count < PIECE) {
-        memcpy(row, x, count * sizeof *x);
-        x = row;
-    }
-    for (int j = 0; j < 4; j++)
-        for (int i = 0; i < 32; i++)
-            at[j][i] = (uint16_t)(fields ? (i % 16) / 8 * 32 + off[j] + 2 * (i % 8) : (4 * i + j) % 64);
-    for (int h = 0; h < 2; h++) {
-        const __m512i a = _mm512_loadu_si512(x + 64 * h), b = _mm512_loadu_si512(x + 64 * h + 32);
-        for (int j = 0; j < 4; j++) {
-            const __m512i v = _mm512_permutex2var_epi16(a, _mm512_loadu_si512(at[j]), b);
-            _mm256_storeu_si256((__m256i *)(out + 32 * j + 16 * h), _mm512_castsi512_si256(v));
-        }
-    }
+/* Of rows: whether the codes of a piece (512 bits) share their scale. */
+QK_INLINE int is_wide(const qk_op *op) { return op->group % (512 / op->width) == 0 || op->group == op->k; }
+
+QK_INLINE __mmask64 first_bytes(int64_t count) {
+    return count >= 64 ? ~0ull : count > 0 ? (1ull << count) - 1 : 0;
 }
 
-/* Words hold columns 0 to 3 below 4 to 7: pairs (0, 4), (1, 5), (2, 6), (3, 7). */
-static inline void arrange_words(const uint16_t *x, int64_t k, uint16_t *out) {
-    uint16_t at[32];
-    for (int i = 0; i < 32; i++) at[i] = (uint16_t)(i / 8 * 8 + i % 8 / 2 + i % 2 * 4);
-    for (int64_t i = 0; i < k; i += 32) {
-        const __mmask32 m = k - i >= 32 ? 0xFFFFFFFF : (1u << (k - i)) - 1;
-        const __m512i v = _mm512_maskz_loadu_epi16(m, x + i);
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(_mm512_loadu_si512(at), v));
-    }
-}
+/* What was loaded from memory is read once: GCC would fold the load into every use, and reading lines
+ * that are still on their way again and again took up to twice as long. */
+#define from_memory(v) __asm__("" : "+v"(v))
 
-/* Of 64 columns the even ones before the odd ones. */
-static inline void arrange_halves(const uint16_t *x, int64_t k, uint16_t *out) {
-    uint16_t at[32];
-    for (int i = 0; i < 32; i++) at[i] = (uint16_t)(2 * i);
-    const __m512i even = _mm512_loadu_si512(at), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
-    for (int64_t i = 0; i < k; i += 64) {
-        const __mmask64 m = k - i >= 64 ? ~0ull : (1ull << (k - i)) - 1;
-        const __m512i a = _mm512_maskz_loadu_epi16((__mmask32)m, x + i);
-        const __m512i b = _mm512_maskz_loadu_epi16((__mmask32)(m >> 32), x + i + 32);
-        _mm512_storeu_si512(out + i, _mm512_permutex2var_epi16(a, even, b));
-        _mm512_storeu_si512(out + i + 32, _mm512_permutex2var_epi16(a, odd, b));
-    }
-}
+#ifdef QK_STORED_FLOATS
+#include "stored_floats.h"
+#else
+#include "stored_pairs.h"
+#endif
 
-static inline float sum_of(const uint16_t *x, int64_t n) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, load_bf16(x + i));
-    return _mm512_reduce_add_ps(sum);
-}
-
-static void arrange(arranged *a, const qk_op *op, const uint16_t *x, int64_t tokens) {
+static void arrange(arranged *a, const qk_op *op, const void *x, int64_t xtype, int64_t tokens) {
     const int64_t parts = parts_of(op), part = part_of(op), per = parts_per_group(op);
     a->order = op->order, a->k = op->k, a->group = op->group, a->width = op->width;
     a->with_sums = op->zero_kind != QK_ZERO_FOLDED;
     if (op->order == QK_FIELDS_STORED) memset(a->lanes, 0, tokens * padded(op->k) / 8 * sizeof(float));
-    for (int64_t m = 0; m < tokens; m++, x += op->k) {
-        uint16_t *out = a->pairs + m * padded(op->k);
-        if (op->width == 8) arrange_halves(x, op->k, out);
-        else if (op->order == QK_WORDS_STORED) arrange_words(x, op->k, out);
-        else if (op->order == QK_ACROSS_STORED) memcpy(out, x, op->k * sizeof *x);
-        else
-            for (int64_t i = 0; i < op->k; i += PIECE)
-                arrange_piece(x + i, qk_min(PIECE, op->k - i), op->order == QK_FIELDS_STORED, out + i);
+    for (int64_t m = 0; m < tokens; m++) {
+        const xelem *row = token(op, x, xtype, m, a->row);
+        arrange_token(op, row, (xelem *)a->x + m * padded(op->k));
         if (op->zero_kind == QK_ZERO_FOLDED) continue;
         for (int64_t p = 0; p < parts; p++) {
             const int64_t end = qk_min(op->k, (p / per + 1) * op->group);
             const int64_t first = p / per * op->group + p % per * part;
-            const float sum = first < end ? sum_of(x + first, qk_min(part, end - first)) : 0;
+            const float sum = first < end ? sum_of(row + first, qk_min(part, end - first)) : 0;
             a->sums[m * parts + p] = sum;
             if (op->order == QK_FIELDS_STORED) a->lanes[m * padded(op->k) / 8 + 4 * p] = sum;
         }
@@ -137,21 +97,6 @@ QK_INLINE __m512 of_sums(const qk_op *op, const qk_tensors *t, __m512 s, int64_t
     if (op->zero_kind == QK_ZERO_OFFSET)
         lacks = _mm512_add_ps(lacks, read_floats(t->offset[0], op->offset[0].type, at, m));
     return lacks;
-}
-
-/* The values of 4-bit codes less their bias as bfloat16, twice. */
-static inline __m512i pair_table(const qk_op *op) {
-    uint16_t t[32];
-    for (int i = 0; i < 32; i++) t[i] = qk_to_bf16(op->table[i % 16]);
-    return _mm512_loadu_si512(t);
-}
-
-QK_INLINE __m512i nibble(__m512i w, int j, __m512i table) {
-    return _mm512_permutexvar_epi16(j ? _mm512_srli_epi16(w, 4 * j) : w, table);
-}
-
-QK_INLINE __m512 dot(__m512 acc, __m512i c, __m512i x) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)c, (__m512bh)x);
 }
 
 #endif

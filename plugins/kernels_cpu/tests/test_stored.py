@@ -111,6 +111,14 @@ def test_products_are_as_exact_as_float32_sums(isa, case, n, k):
             assert excess(run(x), x, w, lt.bias) <= 1, (m, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_codes_are_used_where_they_lie_from_avx512_on(isa, case, dtype):
+    """Without that, every other test here would pass on blocks that each call makes."""
+    answer = STORED.accepts(_op(_stored(*case, 64, 768), act_dtype=dtype))
+    fits = case[0].k_major or case[1].scales[0].grain not in (group(48), group(16))
+    assert ("made blocks" in answer.note) == (isa == "avx2" or not fits), answer.note
+
+
 def test_rows_need_no_multiple_of_anything(isa):
     for name in ("rows g128 bf16 const", "words g128 f16 const", "20 bytes", "int8 rows channel"):
         for n in (1, 7, 33, 131):

@@ -66,7 +66,7 @@ def _load() -> Library | str:
     for function in (c.qk_linear_shared, c.qk_linear_w8a8_shared, c.qk_decoder_chain):
         function.argtypes = [ctypes.c_char_p, integer]
     c.qk_native_limits.argtypes = [integer]
-    c.qk_in_place.argtypes = [pointer, integer]
+    c.qk_in_place.argtypes = [pointer, integer, integer]
     c.qk_native_python.argtypes, c.qk_native_python.restype = [pointer], None
     c.qk_native_api.argtypes = [pointer] * 5
     c.qk_weights_changed.argtypes, c.qk_weights_changed.restype = [], None

@@ -1,7 +1,7 @@
 """``cpu_stored``: the kernel whose buffers are what files hold, pages of a mapped file among them.
 
-Its arithmetic is that of ``cpu_wna16``. With bfloat16 activations and up to 16 tokens, codes are
-used where they lie (csrc/kernel_stored.c); other calls make blocks of them, a few rows at a time.
+Its arithmetic is that of ``cpu_wna16``. With AVX-512 and up to 16 tokens codes are used where they
+lie (csrc/kernel_stored.c); other calls make blocks of them, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["STORED", "Stored"]
 
-# Times what packed weights take where those are there already (docs/performance.md, "Loading"): by
-# order steps of a model on Zen 5, layers on a Xeon with AMX; 2 to 12 where calls make blocks first.
+# Times what packed weights take where those are there already (docs/performance.md, "Loading"), by
+# order: steps of a model on Zen 5 and on a Xeon without AVX512-BF16 (Ice Lake), layers on one with
+# AMX; 2 to 12 where calls make blocks first.
 _SLOWER = {"rows": 1.08, "words": 1.07, "across": 1.1, "fields": 1.06}
+_SLOWER_AVX512 = {"rows": 1.1, "words": 1.1, "across": 1.1, "fields": 1.1}
 _SLOWER_AMX = {"rows": 1.15, "words": 1.13, "across": 1.2, "fields": 1.35}
+_UNMEASURED = 1.5  # float32 products where bfloat16 ones are to be had
 _BY_BLOCKS = 4.0
 _GRIDS = ("scales_0", "zeros", "offset_0")
 
@@ -52,16 +55,19 @@ class Stored(WnA16):
         return stored_layout(op, ops=self.OPS)
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
+        import torch
+
+        from quant_kernels_cpu.descriptor import DTYPES
+
         answer = super().accepts(op)
         if isinstance(answer, Rejected):
             return answer
         layout, lib = self._bound(op), library()
         note = f"{ISAS[lib.isa]}, {layout.order} as they are stored"
         at = ctypes.addressof(c_op(layout))
-        in_place = op.act_dtype == "bfloat16" and lib.c.qk_in_place(at, lib.isa)
-        note += "" if in_place else ", made blocks of in every call"
-        table = _SLOWER_AMX if ISAS[lib.isa] == "amx" else _SLOWER
-        slower = table[layout.order] if in_place else _BY_BLOCKS
+        unit = ISAS[lib.c.qk_in_place(at, lib.isa, DTYPES[getattr(torch, op.act_dtype)])]
+        note += "" if unit != "none" else ", made blocks of in every call"
+        slower = _slower(ISAS[lib.isa], unit, layout.order)
         return replace(answer, cost=slower * answer.cost, note=note)
 
     def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
@@ -141,6 +147,15 @@ class Stored(WnA16):
         )
         bias = buffers["bias"].clone() if "bias" in buffers else None
         return LayerTensors(operands={"weight": weight}, bias=bias)
+
+
+def _slower(isa: str, unit: str, order: str) -> float:
+    """Times what packed weights take, where ``unit`` uses codes in place and ``isa`` is there."""
+    if unit == "none":
+        return _BY_BLOCKS
+    if unit == "avx512":
+        return _SLOWER_AVX512[order] if isa == "avx512" else _UNMEASURED
+    return (_SLOWER_AMX if isa == "amx" else _SLOWER)[order]
 
 
 def _checked(op: OpSpec, layout: Layout, part: LayerTensors, rows: int) -> dict[str, Tensor]:
