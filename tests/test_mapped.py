@@ -142,8 +142,7 @@ def test_default_stays_in_the_file_where_codes_are_used_as_they_lie(
     small = load(path, dtype=dtype)
     monkeypatch.setattr("quant_core.mapped.SMALL", 0)
     large = load(path, dtype=dtype)
-    isa = ISAS[library().isa]
-    used = isa == "avx512" or (isa == "bf16" and dtype == torch.bfloat16)
+    used = ISAS[library().isa] == "bf16" and dtype == torch.bfloat16
     for model, expected_there in ((small, False), (large, used)):
         held = [m.codes for m in packed(model).values() if hasattr(m, "codes")]
         assert [in_file(t, path) for t in held] == [expected_there] * len(held)

@@ -61,7 +61,7 @@ _OPTIONAL = {
     "AMX_INT8": ("kernel_int8_amx", [*_AMX, "-mavx512vnni", "-mamx-int8"]),
     "AMX": ("kernel_amx", [*_AMX, "-mamx-bf16"]),
 }
-_VERSION = 31  # of the C interface; library.py checks it
+_VERSION = 32  # of the C interface; library.py checks it
 
 
 def _compiler() -> list[str] | None:

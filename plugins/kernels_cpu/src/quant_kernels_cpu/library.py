@@ -22,7 +22,7 @@ __all__ = ["ISAS", "Library", "library", "unavailable"]
 
 ISAS = ("none", "avx2", "avx512", "bf16", "amx")
 _FILE = Path(__file__).parent / "_kernels.so"
-_VERSION = 31  # of the C interface, as in hatch_build.py
+_VERSION = 32  # of the C interface, as in hatch_build.py
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["STORED", "Stored"]
 
 # Times what packed weights take where those are there already (docs/performance.md, "Loading"), by
-# order: steps of a model on Zen 5 and on a Xeon without AVX512-BF16 (Ice Lake), layers on one with
-# AMX; 2 to 12 where calls make blocks first.
+# order: steps of a model on Zen 5; on a Xeon without AVX512-BF16 (Ice Lake) the same of rows and
+# fields, layers of the others; layers on one with AMX; 2 to 12 where calls make blocks first.
 _SLOWER = {"rows": 1.08, "words": 1.07, "across": 1.1, "fields": 1.06}
-_SLOWER_AVX512 = {"rows": 1.1, "words": 1.1, "across": 1.1, "fields": 1.1}
+_SLOWER_AVX512 = {"rows": 1.16, "words": 1.14, "across": 1.12, "fields": 1.12}
+_SLOWER_AVX512_EIGHT = 1.12  # codes of 8 bits
 _SLOWER_AMX = {"rows": 1.15, "words": 1.13, "across": 1.2, "fields": 1.35}
 _UNMEASURED = 1.5  # float32 products where bfloat16 ones are to be had
 _BY_BLOCKS = 4.0
@@ -67,7 +68,7 @@ class Stored(WnA16):
         at = ctypes.addressof(c_op(layout))
         unit = ISAS[lib.c.qk_in_place(at, lib.isa, DTYPES[getattr(torch, op.act_dtype)])]
         note += "" if unit != "none" else ", made blocks of in every call"
-        slower = _slower(ISAS[lib.isa], unit, layout.order)
+        slower = _slower(ISAS[lib.isa], unit, layout)
         return replace(answer, cost=slower * answer.cost, note=note)
 
     def allocate(self, op: OpSpec, device: str = "cpu") -> dict[str, Tensor]:
@@ -149,13 +150,15 @@ class Stored(WnA16):
         return LayerTensors(operands={"weight": weight}, bias=bias)
 
 
-def _slower(isa: str, unit: str, order: str) -> float:
+def _slower(isa: str, unit: str, layout: Layout) -> float:
     """Times what packed weights take, where ``unit`` uses codes in place and ``isa`` is there."""
     if unit == "none":
         return _BY_BLOCKS
+    if unit == "avx512" and isa != "avx512":
+        return _UNMEASURED
     if unit == "avx512":
-        return _SLOWER_AVX512[order] if isa == "avx512" else _UNMEASURED
-    return (_SLOWER_AMX if isa == "amx" else _SLOWER)[order]
+        return _SLOWER_AVX512[layout.order] if layout.width == 4 else _SLOWER_AVX512_EIGHT
+    return (_SLOWER_AMX if isa == "amx" else _SLOWER)[layout.order]
 
 
 def _checked(op: OpSpec, layout: Layout, part: LayerTensors, rows: int) -> dict[str, Tensor]:
