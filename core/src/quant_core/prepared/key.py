@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,54 +72,13 @@ def _header(plan: Plan) -> str:
 
 
 def _members(plan: Plan) -> str | None:
-    text, parts = _Text(), []
+    shown: dict[int, str] = {}  # schemes of equal layers are often one object
+    parts = []
     for name, member in plan.members.items():
-        parts.append(f"{name}|{text.of(member.layer)}|{text.of(member.scheme)}")
+        if id(member.scheme) not in shown:
+            shown[id(member.scheme)] = repr(member.scheme)
+        parts.append(f"{name}|{member.layer!r}|{shown[id(member.scheme)]}")
     return None if any(_ADDRESS in part for part in parts) else _digest(parts)
-
-
-class _Text:
-    """Texts of descriptions and schemes: what a dataclass prints, its parts printed once.
-
-    Layers of a model share specs and sizes. What is printed here lives as long as the plan.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, str] = {}
-
-    def of(self, value: Any) -> str:
-        """As ``repr``, of a dataclass that has its own with names and nothing else."""
-        known = self._known.get(id(value))
-        if known is not None:
-            return known
-        names = _printed(type(value))  # type: ignore[arg-type]
-        if names is None:
-            out = self._known[id(value)] = repr(value)
-            return out
-        parts = [f"{name}={self._part(getattr(value, name))}" for name in names]
-        return f"{type(value).__qualname__}({', '.join(parts)})"
-
-    def _part(self, value: Any) -> str:
-        if type(value) in _PLAIN:
-            return repr(value)
-        if type(value) is dict:
-            return "{" + ", ".join(f"{k!r}: {self._part(v)}" for k, v in value.items()) + "}"
-        if type(value) is tuple:
-            return "(" + ", ".join(map(self._part, value)) + ")"
-        known = self._known.get(id(value))
-        if known is None:
-            known = self._known[id(value)] = repr(value)
-        return known
-
-
-_PLAIN = (str, int, bool, float, type(None))
-
-
-@functools.cache
-def _printed(cls: Any) -> tuple[str, ...] | None:
-    """The fields that a dataclass prints; None for what prints itself in another way."""
-    made = is_dataclass(cls) and hasattr(cls.__repr__, "__wrapped__")
-    return tuple(f.name for f in fields(cls) if f.repr) if made else None
 
 
 @functools.cache
