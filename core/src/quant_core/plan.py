@@ -42,7 +42,7 @@ class Member:
 
     @property
     def quantized(self) -> bool:
-        return isinstance(self.scheme, Scheme)
+        return not isinstance(self.scheme, Unquantized)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -83,7 +83,11 @@ def _bare_linear(made: Callable[..., None]) -> Callable[..., None]:
         if not torch._C._is_torch_function_mode_enabled():  # the device is said by such a mode
             return False
         mode: Any = torch.overrides._get_current_function_mode()
-        return type(mode) is DeviceContext and mode.device.type == "meta"
+        return (
+            type(mode) is DeviceContext
+            and mode.device.type == "meta"
+            and not nn.modules.module._global_parameter_registration_hooks
+        )
 
     def weight(*shape: int) -> nn.Parameter:
         key = shape, torch.get_default_dtype()
@@ -101,8 +105,9 @@ def _bare_linear(made: Callable[..., None]) -> Callable[..., None]:
             return
         nn.Module.__init__(self)
         self.__dict__.update(in_features=in_features, out_features=out_features)
-        self.register_parameter("weight", weight(out_features, in_features))
-        self.register_parameter("bias", weight(out_features) if bias else None)
+        held = self._parameters  # as ``register_parameter`` does after its checks
+        held["weight"] = weight(out_features, in_features)
+        held["bias"] = weight(out_features) if bias else None
 
     return bare
 

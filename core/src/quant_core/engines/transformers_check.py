@@ -238,12 +238,12 @@ def check_bias(plan: Plan, old: nn.Module, module: str, members: Sequence[Member
     if not wanted and not isinstance(old, nn.Linear):
         wanted = has_expert_bias(old)
     stored = [_stored_biases(plan, m) for m in members]
-    lacking = [
+    lacking = wanted and [
         f"{m.layer.name}.bias"
         for m, names in zip(members, stored)
         if not names and not any(p.role == "acc_bias" for p in m.params)  # it holds the bias
     ]
-    if wanted and lacking:
+    if lacking:
         raise missing_error(plan.checkpoint, lacking, f"{module}, which has a bias")
     if not wanted and any(stored):
         extra = [name for names in stored for name in names]

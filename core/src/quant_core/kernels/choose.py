@@ -371,15 +371,16 @@ def choose_in_place(
         return memo[key]
     trace, accepted, allowed = _decide(op, registry, names, kernels, module)
     found = [c for c in accepted if hasattr(c.kernel, "adopt") and c.op == op]
-    if most is not None and (turned := in_model_order(op)) != op:  # as it is run when copied
-        _, accepted, allowed = _decide(turned, registry, names, kernels, module)
-    scores = _scores([*found, *_grouped(accepted, allowed)], _weights(None))
-    best = min(
-        zip(scores, found, strict=False), key=lambda c: (c[0], c[1].kernel.name), default=None
-    )
-    if best is not None and most is not None and best[0] > most * min(scores):
-        best = None
-    choice = Choice(kernel=best[1].kernel, op=best[1].op, trace=tuple(trace)) if best else None
+    weights, best = _weights(None), found[0] if found else None
+    if found and (most is not None or len(found) > 1):  # else nothing hangs on what others cost
+        if (turned := in_model_order(op)) != op and most is not None:  # as it is run when copied
+            _, accepted, allowed = _decide(turned, registry, names, kernels, module)
+        scores = _scores([*found, *_grouped(accepted, allowed)], weights)
+        ranked = zip(scores, found, strict=False)
+        score, best = min(ranked, key=lambda c: (c[0], c[1].kernel.name))
+        if most is not None and score > most * min(scores):
+            best = None
+    choice = Choice(kernel=best.kernel, op=best.op, trace=tuple(trace)) if best else None
     if memo is not None:
         memo[key] = choice
     return choice

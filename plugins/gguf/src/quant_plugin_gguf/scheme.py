@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TENSOR_SCALE", "GgufConfig", "GgufScheme", "detect", "scheme_for"]
 
+_AXES = (Axis(tag="out"), Axis(tag="in"))
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 TENSOR_SCALE = Scale(element="f32", grain=TENSOR)
 
@@ -161,7 +162,7 @@ class GgufScheme(Scheme):
                 name="weight",
                 shape=(n, k),
                 dtypes=(self.name,),
-                axes=(Axis(tag="out"), Axis(tag="in")),
+                axes=_AXES,
                 sources=self._source("weight"),
             )
         ]
