@@ -30,6 +30,7 @@ each, without touching anybody else's):
     peer    transformers' ``from_pretrained`` of the same model in bfloat16 safetensors, without us:
             it maps them and returns, so that no weight has been read then
 
+The kernels are those of the first load, which writes the entry where one is needed.
 "there" is how much of the weights is mapped into the process when ``placed`` returns. Reported are
 the fastest round of each and the processor time (user + system) of the cheapest, which
 other work on the machine disturbs less; then what was to be reached: ``load`` and ``resident`` in
@@ -199,6 +200,7 @@ def told(kind: str, row: dict[str, Any]) -> str:
         wall, cpu = row[f"{way}_s"], row[f"{way}_cpu_s"]
         ratio, cpu_ratio = row[f"{way}_ratio"], row[f"{way}_cpu_ratio"]
         cells.append(f"{way} {wall:.3f} ({ratio:.2f}) | {cpu:.3f} ({cpu_ratio:.2f})")
+    cells.append(f"by {', '.join(row['kernels'])}")
     if "placed" in row["there"]:
         cells.append(f"there when placed {row['there']['placed']:.0%}")
     return "   ".join(cells)
