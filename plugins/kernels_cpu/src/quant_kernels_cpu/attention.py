@@ -23,7 +23,8 @@ from quant_core.kernels.base import Accepted, Rejected
 from quant_core.kernels.between import Weightless
 from quant_core.spec import OpSpec
 from quant_kernels_cpu.descriptor import DTYPES
-from quant_kernels_cpu.library import ISAS, library, unavailable
+from quant_kernels_cpu.library import ISAS, library
+from quant_kernels_cpu.offered import no_c_call
 from quant_kernels_cpu.watch import watched
 
 __all__ = ["AttentionStep", "run_step"]
@@ -100,12 +101,8 @@ class AttentionStep(Weightless):
     name = "cpu_attention"
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
-        if op.op != "attention":
-            return Rejected(axis="op", have=op.op, need="attention")
-        if op.device[0] != "cpu":
-            return Rejected(axis="device", have=op.device[0], need="cpu")
-        if reason := unavailable():
-            return Rejected(axis="library", have=f"none ({reason})", need="a compiled library")
+        if odd := no_c_call(op, "attention"):
+            return odd
         if op.operands:
             roles = ", ".join(role for role, _ in op.operands)
             return Rejected(axis="operands", have=roles, need="float queries, keys and values")

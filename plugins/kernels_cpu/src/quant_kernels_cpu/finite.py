@@ -13,7 +13,8 @@ from quant_core.kernels.between import Weightless
 from quant_core.kernels.finite import all_finite
 from quant_core.spec import OpSpec
 from quant_kernels_cpu.descriptor import DTYPES
-from quant_kernels_cpu.library import ISAS, library, unavailable
+from quant_kernels_cpu.library import ISAS, library
+from quant_kernels_cpu.offered import no_c_call
 
 __all__ = ["FINITE", "CpuFinite"]
 
@@ -64,12 +65,8 @@ class CpuFinite(Weightless):
     name = "cpu_finite"
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
-        if op.op != "finite":
-            return Rejected(axis="op", have=op.op, need="finite")
-        if op.device[0] != "cpu":
-            return Rejected(axis="device", have=op.device[0], need="cpu")
-        if reason := unavailable():
-            return Rejected(axis="library", have=f"none ({reason})", need="a compiled library")
+        if odd := no_c_call(op, "finite"):
+            return odd
         return Accepted(cost=1.0, note=ISAS[library().isa])
 
     def bind(self, op: OpSpec) -> Callable[..., Any]:

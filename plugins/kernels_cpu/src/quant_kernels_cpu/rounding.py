@@ -25,7 +25,8 @@ from quant_core.numerics import decode_scale, element_range, mx_scale
 from quant_core.spec import TENSOR, Element, OpSpec, QuantSpec, Scale
 from quant_core.spec_json import from_text, to_text
 from quant_kernels_cpu.descriptor import DTYPES
-from quant_kernels_cpu.library import ISAS, library, unavailable
+from quant_kernels_cpu.library import ISAS, library
+from quant_kernels_cpu.offered import no_c_call
 from quant_kernels_cpu.watch import watched
 
 __all__ = ["ROUND", "CpuRound"]
@@ -260,12 +261,8 @@ class CpuRound(Weightless):
     name = "cpu_round"
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
-        if op.op != "quantize":
-            return Rejected(axis="op", have=op.op, need="quantize")
-        if op.device[0] != "cpu":
-            return Rejected(axis="device", have=op.device[0], need="cpu")
-        if reason := unavailable():
-            return Rejected(axis="library", have=f"none ({reason})", need="a compiled library")
+        if odd := no_c_call(op, "quantize"):
+            return odd
         if odd := unsupported_input(op):
             return odd
         spec = op.operand("input")

@@ -15,7 +15,8 @@ from quant_core.kernels.between import Weightless
 from quant_core.kernels.unpack import unpack_all
 from quant_core.packing import Packed
 from quant_core.spec import OpSpec, Packing
-from quant_kernels_cpu.library import ISAS, library, unavailable
+from quant_kernels_cpu.library import ISAS, library
+from quant_kernels_cpu.offered import no_c_call
 
 __all__ = ["UNPACK", "CpuUnpack"]
 
@@ -62,12 +63,8 @@ class CpuUnpack(Weightless):
     name = "cpu_unpack"
 
     def accepts(self, op: OpSpec) -> Accepted | Rejected:
-        if op.op != "unpack":
-            return Rejected(axis="op", have=op.op, need="unpack")
-        if op.device[0] != "cpu":
-            return Rejected(axis="device", have=op.device[0], need="cpu")
-        if reason := unavailable():
-            return Rejected(axis="library", have=f"none ({reason})", need="a compiled library")
+        if odd := no_c_call(op, "unpack"):
+            return odd
         return Accepted(cost=1.0, note=ISAS[library().isa])
 
     def bind(self, op: OpSpec) -> Callable[..., Any]:
